@@ -1,0 +1,111 @@
+"""Words and pictures become what Stages B and C are conditioned on.
+
+One tokenizer and one text encoder serve both stages. Stage C sees every token's hidden state and the pooled projection;
+Stage B sees the pooled projection only. Pictures go through the CLIP vision tower and condition Stage C. Knows
+nothing of guidance, batches of images or where the networks live.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TextEmbeddings(NamedTuple):
+    """What the text encoder says about B prompts, in its own dtype and on its device.
+
+    Attributes:
+        tokens: (B, 77, D), the last layer's hidden states, before the final layer norm.
+        pooled: (B, 1, D), the projection of the end-of-text token.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+class Conditioner:
+    """Encodes prompts and, when it is given a vision tower, images.
+
+    Args:
+        tokenizer: CLIP's; ``model_max_length`` (77) tokens a prompt, begin and end of text included.
+        text_encoder: CLIP ViT-bigG-14's text tower in the published model.
+        image_processor, image_encoder: crop, resize and normalisation, and CLIP ViT-L-14's vision tower; both or
+            neither.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModelWithProjection,
+        image_processor: CLIPImageProcessorPil | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.image_processor = image_processor
+        self.image_encoder = image_encoder
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> TextEmbeddings:
+        """Encode prompts. The empty prompt is a prompt like any other: guidance takes it as the absence of one.
+
+        The attention mask is passed on: it leaves the words' hidden states as they are, but changes those of the
+        padding, and Stage C was trained on all 77.
+
+        Args:
+            prompts: B texts; what exceeds 77 tokens is cut, with a warning that quotes it.
+        """
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts must be a sequence of texts, but is the text {prompts!r}.")
+        prompts = list(prompts)
+        self._warn_of_cuts(prompts)
+        batch = self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        device = self.text_encoder.device
+        output = self.text_encoder(
+            batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), output_hidden_states=True
+        )
+        return TextEmbeddings(output.hidden_states[-1], output.text_embeds.unsqueeze(1))
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Encode images of any size and mode.
+
+        Returns:
+            (B, 1, D), one token an image, in the vision tower's dtype and on its device. D is 768 in the published
+            model.
+
+        Raises:
+            ValueError: this model has no image encoder.
+        """
+        if self.image_encoder is None or self.image_processor is None:
+            raise ValueError("This model has no image encoder, so it takes no image prompts.")
+        pixels = self.image_processor(list(images), return_tensors="pt").pixel_values
+        pixels = pixels.to(self.image_encoder.device, self.image_encoder.dtype)
+        return self.image_encoder(pixels).image_embeds.unsqueeze(1)
+
+    def _warn_of_cuts(self, prompts: list[str]) -> None:
+        limit = self.tokenizer.model_max_length
+        # verbose=False: the tokenizer's own warning of the length says neither which prompt nor what is lost.
+        offsets = self.tokenizer(prompts, return_offsets_mapping=True, verbose=False).offset_mapping
+        for prompt, places in zip(prompts, offsets, strict=True):
+            if len(places) > limit:
+                # The last token kept is the end of text, so the prompt's own words end one earlier.
+                dropped = prompt[places[limit - 1][0] :].strip()
+                logger.warning("The prompt exceeds %d tokens; this end of it was left out: %r", limit, dropped)

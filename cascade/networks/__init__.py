@@ -1,0 +1,1 @@
+"""The networks of Stable Cascade, one file each: plain torch modules, knowing nothing of sampling, prompts or files."""

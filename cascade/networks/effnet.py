@@ -1,0 +1,129 @@
+"""The semantic encoder: an image -> the 16-channel latents that Stage C makes and Stage B is conditioned on.
+
+EfficientNetV2 features (Tan and Le, arXiv 2104.00298), a pointwise projection and a normalisation without learned
+parameters. State-dict keys are the authors' (`backbone.*`, `mapper.*`; backbone as torchvision names it); the defaults
+are the published network, EfficientNetV2-S. The normalisations use running statistics: keep it in eval mode, except to
+train it from scratch.
+"""
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Module:
+    layers = [
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs, eps=1e-3),
+    ]
+    return nn.Sequential(*layers, nn.SiLU()) if act else nn.Sequential(*layers)
+
+
+class SqueezeExcitation(nn.Module):
+    """Weighs channels by what the whole image says of them."""
+
+    def __init__(self, channels: int, squeezed: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, squeezed, kernel_size=1)
+        self.fc2 = nn.Conv2d(squeezed, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean(dim=(2, 3), keepdim=True)
+        return x * self.fc2(nn.functional.silu(self.fc1(pooled))).sigmoid()
+
+
+class MBConv(nn.Module):
+    """Expand, convolve, project; residual where the shape allows. Fused: the first two are one 3x3 convolution."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, fused: bool):
+        super().__init__()
+        hidden = inputs * expansion
+        if fused and expansion == 1:
+            layers = [conv_norm(inputs, outputs, 3, stride)]
+        elif fused:
+            layers = [conv_norm(inputs, hidden, 3, stride), conv_norm(hidden, outputs, 1, act=False)]
+        else:
+            layers = [
+                conv_norm(inputs, hidden, 1),
+                conv_norm(hidden, hidden, 3, stride, groups=hidden),
+                SqueezeExcitation(hidden, max(1, inputs // 4)),
+                conv_norm(hidden, outputs, 1, act=False),
+            ]
+        self.block = nn.Sequential(*layers)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x) if self.residual else self.block(x)
+
+
+class SemanticEncoder(ModelMixin, ConfigMixin):
+    """EfficientNetV2 to semantic latents.
+
+    Parameters (tuples have one value a stage; defaults: the published EfficientNetV2-S):
+        stem_channels (`int`, 24): width of the first convolution.
+        channels (`tuple[int]`), repeats (`tuple[int]`): width and blocks of a stage.
+        expansions (`tuple[int]`), strides (`tuple[int]`): of a stage's blocks, and of its first block.
+        fused_stages (`int`, 3): how many stages, from the first, are fused.
+        head_channels (`int`, 1280): width of the last convolution.
+        latent_channels (`int`, 16): channels of the result.
+
+    Raises ValueError for tuples of unequal length.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        stem_channels: int = 24,
+        channels: tuple[int, ...] = (24, 48, 64, 128, 160, 256),
+        repeats: tuple[int, ...] = (2, 4, 4, 6, 9, 15),
+        expansions: tuple[int, ...] = (1, 4, 4, 4, 6, 6),
+        strides: tuple[int, ...] = (1, 2, 2, 2, 1, 2),
+        fused_stages: int = 3,
+        head_channels: int = 1280,
+        latent_channels: int = 16,
+    ):
+        super().__init__()
+        lengths = {len(channels), len(repeats), len(expansions), len(strides)}
+        if len(lengths) != 1:
+            raise ValueError(f"channels, repeats, expansions and strides have lengths {sorted(lengths)}, not one.")
+        layers: list[nn.Module] = [conv_norm(3, stem_channels, 3, stride=2)]
+        inputs = stem_channels
+        for i, (width, blocks, expansion, stride) in enumerate(
+            zip(channels, repeats, expansions, strides, strict=True)
+        ):
+            stage = []
+            for j in range(blocks):
+                stage.append(MBConv(inputs, width, expansion, stride if j == 0 else 1, fused=i < fused_stages))
+                inputs = width
+            layers.append(nn.Sequential(*stage))
+        layers.append(conv_norm(inputs, head_channels, 1))
+        self.backbone = nn.Sequential(*layers)
+        self.mapper = nn.Sequential(
+            nn.Conv2d(head_channels, latent_channels, kernel_size=1, bias=False),
+            nn.BatchNorm2d(latent_channels, affine=False),
+        )
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """torchvision's initialisation of the family: He normal, fan out."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in 0..1 -> (B, 16, ceil(H/32), ceil(W/32)). Normalises with ImageNet's mean and deviation."""
+        mean, std = (
+            torch.tensor(values, device=pixels.device, dtype=pixels.dtype).view(3, 1, 1)
+            for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        return self.encode_normalized((pixels - mean) / std)
+
+    def encode_normalized(self, images: Tensor) -> Tensor:
+        """`forward` for images that already have ImageNet's mean and deviation taken out."""
+        return self.mapper(self.backbone(images))

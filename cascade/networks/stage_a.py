@@ -1,0 +1,141 @@
+"""Stage A: a convolutional autoencoder, pixels <-> 4 channels at a quarter of the size, used continuously.
+
+Config fields and state-dict keys are those of the published diffusers checkpoint (`PaellaVQModel`); the arithmetic
+follows Stability-AI/StableCascade `modules/stage_a.py`, with its scale inside `encode` and `decode`.
+"""
+
+from itertools import pairwise
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MixingBlock(nn.Module):
+    """A depthwise convolution and a channel MLP, both residual, steered by six learned scalars."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.depthwise = nn.Sequential(
+            nn.ReplicationPad2d(1), nn.Conv2d(channels, channels, kernel_size=3, groups=channels)
+        )
+        self.channelwise = nn.Sequential(
+            nn.Linear(channels, channels * 4), nn.GELU(), nn.Linear(channels * 4, channels)
+        )
+        self.gammas = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.gammas.unbind()
+        spatial = (self._norm(x) * (1 + scale1) + shift1).permute(0, 3, 1, 2)
+        x = x + self.depthwise(spatial) * gate1
+        channel = self._norm(x) * (1 + scale2) + shift2
+        return x + (self.channelwise(channel) * gate2).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def _norm(x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H, W, C), normalised over C."""
+        return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=1e-6)
+
+
+class Codebook(nn.Module):
+    """The vectors the autoencoder was once trained to snap to.
+
+    Cascade uses the latents as they are, so nothing reads them; they are kept so that published weights load and
+    save whole.
+    """
+
+    def __init__(self, size: int, channels: int):
+        super().__init__()
+        self.embedding = nn.Embedding(size, channels)
+
+
+class StageA(ModelMixin, ConfigMixin):
+    """Stage A.
+
+    Parameters:
+        in_channels, out_channels (`int`, 3): of the pixels.
+        up_down_scale_factor (`int`, 2): side of the pixel blocks folded into channels at the outer end.
+        levels (`int`, 2): levels; each but the first halves the size.
+        bottleneck_blocks (`int`, 12): decoder blocks at the coarsest level.
+        embed_dim (`int`, 384): width of the coarsest level; halved a level towards the pixels.
+        latent_channels (`int`, 4): channels of the latents.
+        num_vq_embeddings (`int`, 8192): rows of the codebook.
+        scale_factor (`float`, 0.3764): divides what `encode` returns and multiplies what `decode` takes, by default.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        up_down_scale_factor: int = 2,
+        levels: int = 2,
+        bottleneck_blocks: int = 12,
+        embed_dim: int = 384,
+        latent_channels: int = 4,
+        num_vq_embeddings: int = 8192,
+        scale_factor: float = 0.3764,
+    ):
+        super().__init__()
+        fold = up_down_scale_factor
+        widths = [embed_dim // 2 ** (levels - 1 - i) for i in range(levels)]  # finest first
+        self.factor = fold * 2 ** (levels - 1)
+
+        self.in_block = nn.Sequential(nn.PixelUnshuffle(fold), nn.Conv2d(in_channels * fold**2, widths[0], 1))
+        down: list[nn.Module] = [MixingBlock(widths[0])]
+        for fine, coarse in pairwise(widths):
+            down += [nn.Conv2d(fine, coarse, kernel_size=4, stride=2, padding=1), MixingBlock(coarse)]
+        # BatchNorm gives the latents mean 0 and deviation 1 over the training set.
+        down.append(
+            nn.Sequential(nn.Conv2d(widths[-1], latent_channels, 1, bias=False), nn.BatchNorm2d(latent_channels))
+        )
+        self.down_blocks = nn.Sequential(*down)
+
+        self.vquantizer = Codebook(num_vq_embeddings, latent_channels)
+
+        up: list[nn.Module] = [nn.Sequential(nn.Conv2d(latent_channels, widths[-1], 1))]
+        up += [MixingBlock(widths[-1]) for _ in range(bottleneck_blocks)]
+        for fine, coarse in reversed(list(pairwise(widths))):
+            up += [nn.ConvTranspose2d(coarse, fine, kernel_size=4, stride=2, padding=1), MixingBlock(fine)]
+        self.up_blocks = nn.Sequential(*up)
+        self.out_block = nn.Sequential(nn.Conv2d(widths[0], out_channels * fold**2, 1), nn.PixelShuffle(fold))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The authors' initialisation; residual branches start closed (`gammas` are zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        bound = 1 / self.config.num_vq_embeddings
+        nn.init.uniform_(self.vquantizer.embedding.weight, -bound, bound)
+
+    @apply_forward_hook
+    def encode(self, pixels: Tensor, scale: float | None = None) -> Tensor:
+        """(B, 3, H, W) in 0..1 -> latents (B, 4, H/4, W/4) divided by `scale` (None: the config's scale_factor).
+
+        Raises ValueError if H or W is no multiple of 4 (in general: of up_down_scale_factor * 2 ** (levels - 1)).
+        """
+        height, width = pixels.shape[-2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"pixels are {height}x{width}; sides must be multiples of {self.factor}.")
+        return self.down_blocks(self.in_block(pixels)) / self._scale(scale)
+
+    @apply_forward_hook
+    def decode(self, latents: Tensor, scale: float | None = None) -> Tensor:
+        """Latents (B, 4, h, w), multiplied by `scale` (None: the config's scale_factor) -> pixels (B, 3, 4h, 4w).
+
+        The pixels are about 0..1 and not clamped.
+        """
+        return self.out_block(self.up_blocks(latents * self._scale(scale)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Reconstruction: `decode(encode(pixels))`."""
+        return self.decode(self.encode(pixels))
+
+    def _scale(self, scale: float | None) -> float:
+        return self.config.scale_factor if scale is None else scale

@@ -1,0 +1,564 @@
+"""The denoising UNet of Stages B and C: epsilon from noisy latents, a timestep ratio and conditions.
+
+One class serves both stages; the configuration decides. Config fields and state-dict keys are those of the published
+diffusers checkpoints (`StableCascadeUNet`). The arithmetic follows Stability-AI/StableCascade `modules/stage_b.py`,
+`stage_c.py` and `common.py`: timestep embeddings and resized maps are float32 whatever the weights' dtype.
+
+Work that does not depend on the step is `StableCascadeUNet.condition`; its result, `Conditions`, serves every step.
+Activations are (batch, channels, height, width) tensors laid out channels last: LayerNorm and Linear then read
+contiguous memory.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+EPS = 1e-6
+TIMESTEP_CONDITIONS = ("sca", "crp")
+
+
+class Conditions(NamedTuple):
+    """What the conditions contribute to every step.
+
+    keys, values: one tensor an attention block (order: down then up), (B, heads, tokens, channels per head).
+    feature_map: Stage B's semantic and pixel maps, summed, (B, channels, h / patch, w / patch); None in Stage C.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    feature_map: Tensor | None
+
+    @staticmethod
+    def cat(parts: Sequence["Conditions"]) -> "Conditions":
+        """Joins conditions along the batch, e.g. `[conditional, unconditional]` for guidance in one forward."""
+        maps = [part.feature_map for part in parts]
+        return Conditions(
+            keys=tuple(torch.cat(keys) for keys in zip(*(part.keys for part in parts), strict=True)),
+            values=tuple(torch.cat(values) for values in zip(*(part.values for part in parts), strict=True)),
+            feature_map=None if maps[0] is None else torch.cat(maps),
+        )
+
+
+def timestep_embedding(ratio: Tensor, dim: int, max_positions: int = 10000) -> Tensor:
+    """Sines and cosines of `ratio` (B,) in 0..1, in float32: (B, dim).
+
+    In bfloat16, neighbours of 9500 = 0.95 * 10000 are 64 apart and most frequencies would be noise.
+    """
+    half = dim // 2
+    frequencies = torch.arange(half, device=ratio.device, dtype=torch.float32)
+    frequencies = torch.exp(frequencies * (-math.log(max_positions) / (half - 1)))
+    angles = (ratio.float() * max_positions)[:, None] * frequencies[None, :]
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, corners aligned, computed in float32 and returned in the dtype of `x` (B, C, h, w) -> (B, C, *size)."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x.float(), size=tuple(size), mode="bilinear", align_corners=True).to(x.dtype)
+
+
+class LayerNorm2d(nn.Module):
+    """LayerNorm over the channels of (B, C, H, W), without learned scale or shift."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_norm(x).permute(0, 3, 1, 2)
+
+
+def channels_norm(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C), normalised over C."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=EPS)
+
+
+class GlobalResponseNorm(nn.Module):
+    """ConvNeXt V2's response normalisation of (B, H, W, C); the norm is over H and W jointly."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        response = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
+        # gamma * (x * response) + beta + x, with the per-channel factors joined so that x is read once.
+        return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * response).to(x.dtype))
+
+
+class ResBlock(nn.Module):
+    """Depthwise convolution, then a channel MLP that also sees the skip connection (joined after the norm)."""
+
+    def __init__(self, channels: int, skip_channels: int, kernel_size: int, dropout: float):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.channelwise = nn.Sequential(
+            nn.Linear(channels + skip_channels, channels * 4),
+            nn.GELU(),
+            GlobalResponseNorm(channels * 4),
+            nn.Dropout(dropout),
+            nn.Linear(channels * 4, channels),
+        )
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        hidden = channels_norm(self.depthwise(x))
+        if skip is not None:
+            hidden = torch.cat([hidden, skip.permute(0, 2, 3, 1)], dim=-1)
+        return x + self.channelwise(hidden).permute(0, 3, 1, 2)
+
+
+class TimestepBlock(nn.Module):
+    """Scales and shifts channels by what the timestep and the extra conditions (`sca`, `crp`) say."""
+
+    def __init__(self, channels: int, embedding_dim: int, conditions: Sequence[str]):
+        super().__init__()
+        self.mapper = nn.Linear(embedding_dim, channels * 2)
+        for name in conditions:
+            setattr(self, f"mapper_{name}", nn.Linear(embedding_dim, channels * 2))
+        self.mappers = ("mapper", *(f"mapper_{name}" for name in conditions))
+
+    def forward(self, x: Tensor, *embeddings: Tensor) -> Tensor:
+        mapped = [getattr(self, name)(value) for name, value in zip(self.mappers, embeddings, strict=True)]
+        scale, shift = sum(mapped[1:], mapped[0])[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(shift, x, 1 + scale)
+
+
+class Attention(nn.Module):
+    """Multi-head attention under diffusers' parameter names. Dropout acts on the attention weights, as in training."""
+
+    def __init__(self, channels: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, tokens, C) -> (B, heads, tokens, C / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def key_value(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.to_k(tokens)), self.split(self.to_v(tokens))
+
+    def forward(self, tokens: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(self.split(self.to_q(tokens)), key, value, dropout_p=dropout)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class AttnBlock(nn.Module):
+    """One softmax over the image's own tokens and the condition's. `condition` gives the latter's keys and values."""
+
+    def __init__(self, channels: int, condition_dim: int, heads: int, self_attn: bool, dropout: float):
+        super().__init__()
+        self.self_attn = self_attn
+        self.attention = Attention(channels, heads, dropout)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, channels))
+
+    def condition(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Condition tokens (B, T, condition_dim) -> keys and values, each (B, heads, T, channels / heads)."""
+        return self.attention.key_value(self.kv_mapper(tokens))
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        normed = channels_norm(x)
+        tokens = normed.flatten(1, 2)
+        if self.self_attn:
+            own_key, own_value = self.attention.key_value(tokens)
+            key, value = torch.cat([own_key, key], dim=2), torch.cat([own_value, value], dim=2)
+        return x + self.attention(tokens, key, value).view(normed.shape).permute(0, 3, 1, 2)
+
+
+class Rescale(nn.Module):
+    """1x1 convolution between levels; resizes by `factor` too (before it when enlarging, after it when shrinking)."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor: float, enabled: bool):
+        super().__init__()
+        self.factor = factor if enabled else 1.0
+        mapping = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        # Published names: the convolution is blocks.1 on the way up and blocks.0 on the way down.
+        self.blocks = nn.ModuleList([nn.Identity(), mapping] if factor > 1 else [mapping])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.factor > 1:
+            x = resize(x, [int(side * self.factor) for side in x.shape[-2:]])
+        x = self.blocks[-1](x)
+        if self.factor < 1:
+            x = resize(x, [int(side * self.factor) for side in x.shape[-2:]])
+        return x
+
+
+def map_mapper(in_channels: int, channels: int) -> nn.Sequential:
+    """Pointwise MLP that brings a conditioning map to the first level's channels."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels * 4, kernel_size=1),
+        nn.GELU(),
+        nn.Conv2d(channels * 4, channels, kernel_size=1),
+        LayerNorm2d(),
+    )
+
+
+class StableCascadeUNet(ModelMixin, ConfigMixin):
+    """Stage B or Stage C.
+
+    Parameters (published values of Stage C 3.6B as defaults; tuples have one value a level, finest first):
+        in_channels, out_channels (`int`, 16): channels of the latents (Stage B: 4).
+        timestep_ratio_embedding_dim (`int`, 64): length of a timestep's embedding.
+        patch_size (`int`, 1): pixel unshuffling of the input (Stage B: 2).
+        conditioning_dim (`int`, 2048): length of a condition token.
+        block_out_channels (`tuple[int]`): width of a level.
+        num_attention_heads (`tuple[int]`): heads of a level's attention; unused without attention.
+        down_num_layers_per_block, up_num_layers_per_block (`tuple[int]`): layers of a level; `up` is coarsest first.
+        down_blocks_repeat_mappers, up_blocks_repeat_mappers (`tuple[int]`): times a level is run, with a 1x1
+            convolution in between; `up` is coarsest first.
+        block_types_per_layer (`tuple[tuple[str]]`): blocks of a layer, of "SDCascadeResBlock",
+            "SDCascadeTimestepBlock" and "SDCascadeAttnBlock".
+        clip_text_in_channels, clip_image_in_channels (`int | None`): length of text tokens and image embeddings; None
+            in Stage B.
+        clip_text_pooled_in_channels (`int`, 1280): length of the pooled text embedding.
+        clip_seq (`int`, 4): condition tokens made of one pooled embedding.
+        effnet_in_channels, pixel_mapper_in_channels (`int | None`): channels of Stage B's maps; None in Stage C.
+        kernel_size (`int`, 3): depthwise kernel.
+        dropout (`float | tuple[float]`): of the channel MLPs and attention weights, in training.
+        self_attn (`bool | tuple[bool]`, True): whether image tokens attend to each other.
+        timestep_conditioning_type (`tuple[str]`): extra timestep-like conditions, of "sca" and "crp".
+        switch_level (`tuple[bool] | None`): None: strided convolutions between levels; else whether a 1x1 convolution
+            is joined by a bilinear resize.
+
+    Raises ValueError for tuples of unequal length and unknown block or condition names.
+    """
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks = ("ResBlock", "TimestepBlock", "AttnBlock")
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        timestep_ratio_embedding_dim: int = 64,
+        patch_size: int = 1,
+        conditioning_dim: int = 2048,
+        block_out_channels: tuple[int, ...] = (2048, 2048),
+        num_attention_heads: tuple[int, ...] = (32, 32),
+        down_num_layers_per_block: tuple[int, ...] = (8, 24),
+        up_num_layers_per_block: tuple[int, ...] = (24, 8),
+        down_blocks_repeat_mappers: tuple[int, ...] = (1, 1),
+        up_blocks_repeat_mappers: tuple[int, ...] = (1, 1),
+        block_types_per_layer: tuple[tuple[str, ...], ...] = (
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+        ),
+        clip_text_in_channels: int | None = None,
+        clip_text_pooled_in_channels: int = 1280,
+        clip_image_in_channels: int | None = None,
+        clip_seq: int = 4,
+        effnet_in_channels: int | None = None,
+        pixel_mapper_in_channels: int | None = None,
+        kernel_size: int = 3,
+        dropout: float | tuple[float, ...] = (0.1, 0.1),
+        self_attn: bool | tuple[bool, ...] = True,
+        timestep_conditioning_type: tuple[str, ...] = ("sca", "crp"),
+        switch_level: tuple[bool, ...] | None = None,
+    ):
+        super().__init__()
+        widths = tuple(block_out_channels)
+        levels = len(widths)
+        dropout = (dropout,) * levels if isinstance(dropout, float | int) else dropout
+        self_attn = (self_attn,) * levels if isinstance(self_attn, bool) else self_attn
+        per_level = {
+            "num_attention_heads": num_attention_heads,
+            "down_num_layers_per_block": down_num_layers_per_block,
+            "up_num_layers_per_block": up_num_layers_per_block,
+            "down_blocks_repeat_mappers": down_blocks_repeat_mappers,
+            "up_blocks_repeat_mappers": up_blocks_repeat_mappers,
+            "block_types_per_layer": block_types_per_layer,
+            "dropout": dropout,
+            "self_attn": self_attn,
+        }
+        for name, value in per_level.items():
+            if len(value) != levels:
+                raise ValueError(f"{name} has {len(value)} values; block_out_channels has {levels}, one a level.")
+        for name in timestep_conditioning_type:
+            if name not in TIMESTEP_CONDITIONS:
+                raise ValueError(f"timestep_conditioning_type holds {name!r}; allowed: {TIMESTEP_CONDITIONS}.")
+        if pixel_mapper_in_channels is not None and effnet_in_channels is None:
+            raise ValueError("pixel_mapper_in_channels is set but effnet_in_channels is not; the maps are summed.")
+
+        self.effnet_mapper = None if effnet_in_channels is None else map_mapper(effnet_in_channels, widths[0])
+        self.pixels_mapper = (
+            None if pixel_mapper_in_channels is None else map_mapper(pixel_mapper_in_channels, widths[0])
+        )
+        self.clip_txt_pooled_mapper = nn.Linear(clip_text_pooled_in_channels, conditioning_dim * clip_seq)
+        self.clip_txt_mapper = (
+            None if clip_text_in_channels is None else nn.Linear(clip_text_in_channels, conditioning_dim)
+        )
+        self.clip_img_mapper = (
+            None if clip_image_in_channels is None else nn.Linear(clip_image_in_channels, conditioning_dim * clip_seq)
+        )
+        self.embedding = nn.Sequential(
+            nn.PixelUnshuffle(patch_size),
+            nn.Conv2d(in_channels * patch_size**2, widths[0], kernel_size=1),
+            LayerNorm2d(),
+        )
+
+        def make_block(kind: str, level: int, skip_channels: int) -> nn.Module:
+            width = widths[level]
+            if kind == "SDCascadeResBlock":
+                return ResBlock(width, skip_channels, kernel_size, dropout[level])
+            if kind == "SDCascadeTimestepBlock":
+                return TimestepBlock(width, timestep_ratio_embedding_dim, timestep_conditioning_type)
+            if kind == "SDCascadeAttnBlock":
+                heads = num_attention_heads[level]
+                return AttnBlock(width, conditioning_dim, heads, self_attn[level], dropout[level])
+            raise ValueError(
+                f"block_types_per_layer holds {kind!r}; allowed: SDCascadeResBlock, SDCascadeTimestepBlock, "
+                "SDCascadeAttnBlock."
+            )
+
+        def make_level(level: int, layers: int, skip: bool) -> nn.ModuleList:
+            kinds = list(block_types_per_layer[level]) * layers
+            return nn.ModuleList(
+                make_block(kind, level, widths[level] if skip and i == 0 else 0) for i, kind in enumerate(kinds)
+            )
+
+        def make_repeats(level: int, times: int) -> nn.ModuleList:
+            return nn.ModuleList(nn.Conv2d(widths[level], widths[level], kernel_size=1) for _ in range(times - 1))
+
+        def make_downscaler(level: int) -> nn.Module:
+            if level == 0:
+                return nn.Identity()
+            fine, coarse = widths[level - 1], widths[level]
+            if switch_level is None:
+                return nn.Sequential(LayerNorm2d(), nn.Conv2d(fine, coarse, kernel_size=2, stride=2))
+            return nn.Sequential(LayerNorm2d(), Rescale(fine, coarse, 0.5, switch_level[level - 1]))
+
+        def make_upscaler(level: int) -> nn.Module:
+            if level == 0:
+                return nn.Identity()
+            fine, coarse = widths[level - 1], widths[level]
+            if switch_level is None:
+                return nn.Sequential(LayerNorm2d(), nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2))
+            return nn.Sequential(LayerNorm2d(), Rescale(coarse, fine, 2.0, switch_level[level - 1]))
+
+        down = range(levels)
+        self.down_blocks = nn.ModuleList(make_level(i, down_num_layers_per_block[i], skip=False) for i in down)
+        self.down_downscalers = nn.ModuleList(make_downscaler(i) for i in down)
+        self.down_repeat_mappers = nn.ModuleList(make_repeats(i, down_blocks_repeat_mappers[i]) for i in down)
+        # `up` lists are coarsest first, and so are the modules made of them.
+        up = list(enumerate(reversed(down)))
+        self.up_blocks = nn.ModuleList(make_level(i, up_num_layers_per_block[k], skip=k > 0) for k, i in up)
+        self.up_upscalers = nn.ModuleList(make_upscaler(i) for _, i in up)
+        self.up_repeat_mappers = nn.ModuleList(make_repeats(i, up_blocks_repeat_mappers[k]) for k, i in up)
+
+        self.clf = nn.Sequential(
+            LayerNorm2d(),
+            nn.Conv2d(widths[0], out_channels * patch_size**2, kernel_size=1),
+            nn.PixelShuffle(patch_size),
+        )
+        self.gradient_checkpointing = False
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The authors' initialisation for training from scratch: the network predicts zero, blocks are near identity.
+
+        Under `from_pretrained` weights are on the meta device and torch's initialisers are switched off: costs nothing.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for mapper in (self.clip_txt_pooled_mapper, self.clip_txt_mapper, self.clip_img_mapper):
+            if mapper is not None:
+                nn.init.normal_(mapper.weight, std=0.02)
+        for mapper in (self.effnet_mapper, self.pixels_mapper):
+            if mapper is not None:
+                nn.init.normal_(mapper[0].weight, std=0.02)
+                nn.init.normal_(mapper[2].weight, std=0.02)
+        nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
+        nn.init.zeros_(self.clf[1].weight)
+        depth = sum(self.config.down_num_layers_per_block)
+        for block in self.blocks():
+            if isinstance(block, ResBlock):
+                nn.init.xavier_uniform_(block.channelwise[-1].weight, gain=depth**-0.5)
+            elif isinstance(block, TimestepBlock):
+                for name in block.mappers:
+                    nn.init.zeros_(getattr(block, name).weight)
+            else:
+                # The authors initialise q, k and v as one (3 C, C) matrix, whose xavier bound is smaller by sqrt(2).
+                for linear in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
+                    nn.init.xavier_uniform_(linear.weight, gain=2**-0.5)
+
+    def blocks(self) -> list[nn.Module]:
+        """Every block, down then up: the order in which ResBlocks are numbered and `Conditions` are listed."""
+        return [block for level in (*self.down_blocks, *self.up_blocks) for block in level]
+
+    def condition(
+        self,
+        clip_text_pooled: Tensor,
+        clip_text: Tensor | None = None,
+        clip_img: Tensor | None = None,
+        effnet: Tensor | None = None,
+        pixels: Tensor | None = None,
+        latent_size: tuple[int, int] | None = None,
+    ) -> Conditions:
+        """Does the step-invariant work. Differentiable.
+
+        clip_text_pooled: (B, 1, P) or (B, P), projected text embedding.
+        clip_text: (B, 77, T), the text encoder's last hidden states. Stage C needs it, Stage B takes none.
+        clip_img: (B, N, I) or (B, I), image embeddings; None means no image, zeros. Stage C only.
+        effnet: (B, E, h, w), semantic latents at any size. Stage B needs it.
+        pixels: (B, 3, h, w), a low-resolution image at any size; None means zeros. Stage B only.
+        latent_size: (height, width) of the sample. Needed where `effnet` is.
+        Raises ValueError if an input that the network needs is missing.
+        """
+        if self.effnet_mapper is not None and (effnet is None or latent_size is None):
+            raise ValueError("This network is conditioned on semantic latents: give effnet and latent_size.")
+        tokens = self._condition_tokens(clip_text_pooled, clip_text, clip_img)
+        pairs = [block.condition(tokens) for block in self.blocks() if isinstance(block, AttnBlock)]
+        feature_map = None
+        if self.effnet_mapper is not None:
+            size = [side // self.config.patch_size for side in latent_size]
+            feature_map = self.effnet_mapper(resize(effnet.float(), size).to(self._weight_dtype))
+        if self.pixels_mapper is not None:
+            # A constant image gives a constant map: one pixel of it is enough.
+            if pixels is None:
+                pixels = tokens.new_zeros(1, self.config.pixel_mapper_in_channels, 1, 1)
+            mapped = self.pixels_mapper(pixels.to(self._weight_dtype))
+            if mapped.shape[-2:] != (1, 1):
+                mapped = resize(mapped, feature_map.shape[-2:])
+            feature_map = feature_map + mapped
+        return Conditions(tuple(key for key, _ in pairs), tuple(value for _, value in pairs), feature_map)
+
+    @property
+    def _weight_dtype(self) -> torch.dtype:
+        return self.embedding[1].weight.dtype
+
+    def _condition_tokens(self, pooled: Tensor, text: Tensor | None, image: Tensor | None) -> Tensor:
+        """Condition tokens in the published order, text, pooled, image: (B, tokens, conditioning_dim)."""
+        dim = self.config.conditioning_dim
+        batch = pooled.shape[0]
+        parts = [self.clip_txt_pooled_mapper(pooled.to(self._weight_dtype)).view(batch, -1, dim)]
+        if self.clip_txt_mapper is not None:
+            if text is None:
+                raise ValueError("This network is conditioned on text tokens: give clip_text.")
+            parts.insert(0, self.clip_txt_mapper(text.to(self._weight_dtype)))
+        if self.clip_img_mapper is not None:
+            if image is None:
+                image = pooled.new_zeros(batch, 1, self.config.clip_image_in_channels)
+            parts.append(self.clip_img_mapper(image.to(self._weight_dtype)).view(batch, -1, dim))
+        return F.layer_norm(torch.cat(parts, dim=1), (dim,), eps=EPS)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep_ratio: Tensor,
+        conditions: Conditions | None = None,
+        *,
+        clip_text_pooled: Tensor | None = None,
+        clip_text: Tensor | None = None,
+        clip_img: Tensor | None = None,
+        effnet: Tensor | None = None,
+        pixels: Tensor | None = None,
+        sca: Tensor | None = None,
+        crp: Tensor | None = None,
+        controlnet_residuals: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Predicts the noise in `sample`.
+
+        sample: (B, in_channels, H, W), any float dtype; H and W are multiples of patch_size.
+        timestep_ratio: (B,) in 0..1, float32.
+        conditions: what `condition` returned; None computes it from the tensors it takes, given here by name.
+        sca, crp: (B,) in 0..1; None embeds zeros, as in training.
+        controlnet_residuals: {k: (B, C, h, w)}, resized and added before ResBlock k in execution order, down then up.
+        Returns epsilon in the shape and dtype of `sample`.
+        Raises ValueError for a sample that the patches do not tile and for missing conditions.
+        """
+        patch = self.config.patch_size
+        if sample.shape[-2] % patch or sample.shape[-1] % patch:
+            raise ValueError(f"sample is {sample.shape[-2]}x{sample.shape[-1]}; sides must be multiples of {patch}.")
+        if conditions is None:
+            if clip_text_pooled is None:
+                raise ValueError("Neither conditions nor clip_text_pooled is given; one is needed.")
+            size = (sample.shape[-2], sample.shape[-1])
+            conditions = self.condition(clip_text_pooled, clip_text, clip_img, effnet, pixels, size)
+
+        extra = {"sca": sca, "crp": crp}
+        ratios = [timestep_ratio, *(extra[name] for name in self.config.timestep_conditioning_type)]
+        dim = self.config.timestep_ratio_embedding_dim
+        times = tuple(
+            timestep_embedding(torch.zeros_like(timestep_ratio) if r is None else r, dim).to(self._weight_dtype)
+            for r in ratios
+        )
+
+        x = self.embedding(sample.to(self._weight_dtype))
+        if conditions.feature_map is not None:
+            x = x + conditions.feature_map
+
+        residuals = controlnet_residuals or {}
+        pairs = list(zip(conditions.keys, conditions.values, strict=True))
+        executed = 0  # ResBlocks run so far
+        attended = 0  # attention blocks passed so far, repeats of a level not counted
+        skips: list[Tensor] = []
+        for blocks, downscaler, repeats in zip(
+            self.down_blocks, self.down_downscalers, self.down_repeat_mappers, strict=True
+        ):
+            x = downscaler(x)
+            attention = sum(isinstance(block, AttnBlock) for block in blocks)
+            level_pairs = pairs[attended : attended + attention]
+            x, executed = self._run_level(blocks, repeats, x, None, times, level_pairs, residuals, executed)
+            attended += attention
+            skips.append(x)
+        for i, (blocks, upscaler, repeats) in enumerate(
+            zip(self.up_blocks, self.up_upscalers, self.up_repeat_mappers, strict=True)
+        ):
+            skip = skips[-1 - i] if i > 0 else None
+            attention = sum(isinstance(block, AttnBlock) for block in blocks)
+            level_pairs = pairs[attended : attended + attention]
+            x, executed = self._run_level(blocks, repeats, x, skip, times, level_pairs, residuals, executed)
+            attended += attention
+            x = upscaler(x)
+        return self.clf(x).to(sample.dtype)
+
+    def _run_level(
+        self,
+        blocks: nn.ModuleList,
+        repeats: nn.ModuleList,
+        x: Tensor,
+        skip: Tensor | None,
+        times: tuple[Tensor, ...],
+        pairs: list[tuple[Tensor, Tensor]],
+        residuals: Mapping[int, Tensor],
+        executed: int,
+    ) -> tuple[Tensor, int]:
+        """One level, run len(repeats) + 1 times. Returns its output and the number of ResBlocks executed so far."""
+        for repeat in range(len(repeats) + 1):
+            remaining = iter(pairs)
+            for i, block in enumerate(blocks):
+                if isinstance(block, ResBlock):
+                    block_skip = skip if i == 0 else None
+                    if block_skip is not None:
+                        x = resize(x, block_skip.shape[-2:])  # odd sides lost a row or column on the way down
+                    if executed in residuals:
+                        x = x + resize(residuals[executed].to(x.dtype), x.shape[-2:])
+                    x = self._run(block, x, block_skip)
+                    executed += 1
+                elif isinstance(block, AttnBlock):
+                    x = self._run(block, x, *next(remaining))
+                else:
+                    x = self._run(block, x, *times)
+            if repeat < len(repeats):
+                x = repeats[repeat](x)
+        return x, executed
+
+    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)

@@ -1,0 +1,211 @@
+"""Diffusion sampling: schedule, guidance and steps. Pure tensor maths in float32; knows no network and no stage.
+
+Formulas are those of the authors' code (Stability-AI/StableCascade, `gdf/`) unless said otherwise. A time `t` runs from 1
+(noise) to 0 (data); the model predicts epsilon. Noisy data is `alpha * x0 + sigma * epsilon`, with `alpha**2 + sigma**2`
+equal to 1 and `alpha**2 = sigmoid(logSNR)`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OFFSET = 0.008  # the cosine schedule's s (Nichol and Dhariwal, arXiv 2102.09672)
+VARIANCE_LIMITS = (0.0001, 0.9999)
+START_VARIANCE = math.cos(OFFSET / (1 + OFFSET) * math.pi / 2) ** 2
+
+# The step of diffusers' DDPMWuerstchenScheduler, to compare with: see `sample`.
+DIFFUSERS_SAMPLER = "diffusers"
+
+
+def log_snr(t: Tensor, shift: float = 1.0) -> Tensor:
+    """The cosine schedule: float32 logSNR, in the shape of `t`, about -9.21 to 9.21.
+
+    Args:
+        t: times in [0, 1].
+        shift: > 0; above 1 the schedule is noisier, for larger latents (Hoogeboom et al., arXiv 2301.11093). The clamp
+            stays that of the unshifted schedule.
+    """
+    variance = torch.cos((t.float() + OFFSET) / (1 + OFFSET) * (math.pi / 2)).square() / START_VARIANCE
+    variance = variance.clamp(*VARIANCE_LIMITS)
+    low, high = (math.log(limit / (1 - limit)) for limit in VARIANCE_LIMITS)
+    return (torch.log(variance / (1 - variance)) - 2 * math.log(shift)).clamp(low, high)
+
+
+def timestep(log_snr: Tensor) -> Tensor:
+    """What a model is told of a logSNR: the time in [0, 1] at which the unshifted schedule has it. float32, same shape."""
+    cosine = (torch.sigmoid(log_snr.float()) * START_VARIANCE).sqrt()
+    return (torch.acos(cosine) / (math.pi / 2) * (1 + OFFSET) - OFFSET).clamp(0, 1)
+
+
+def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of data and of noise there is at a logSNR: two float32 tensors in its shape, in (0, 1)."""
+    # sigmoid(-x) rather than 1 - sigmoid(x), which loses digits where there is little noise.
+    return torch.sigmoid(log_snr.float()).sqrt(), torch.sigmoid(-log_snr.float()).sqrt()
+
+
+def diffuse(x0: Tensor, noise: Tensor, t: Tensor, shift: float = 1.0) -> Tensor:
+    """Noise data (B, ...) to the times `t`, (B,) or a single one, in [0, 1]. Returns float32 (B, ...)."""
+    alpha, sigma = (factor.view(-1, *[1] * (x0.ndim - 1)) for factor in alpha_sigma(log_snr(t, shift)))
+    return alpha.to(x0.device) * x0.float() + sigma.to(x0.device) * noise.float()
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float, whole_batch: bool = False) -> Tensor:
+    """Classifier-free guidance, with the rescaling of Lin et al. (arXiv 2305.08891, section 3.4). float32 (B, ...).
+
+    Args:
+        cond, uncond: predictions with and without the conditions, (B, ...).
+        scale: 1 is `cond`; above, away from `uncond`.
+        rescale: 0..1, how far the result's standard deviation is brought back to that of `cond`.
+        whole_batch: take the standard deviation over the batch, as the authors do, instead of over each sample. An
+            image then depends on those it is made with.
+    """
+    cond, uncond = cond.float(), uncond.float()
+    guided = torch.lerp(uncond, cond, scale)
+    if rescale == 0:
+        return guided
+    axes = tuple(range(0 if whole_batch else 1, cond.ndim))
+    wanted, actual = (value.std(dim=axes, keepdim=True) for value in (cond, guided))
+    return guided * (rescale * wanted / (actual + 1e-9) + (1 - rescale))
+
+
+def ddpm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
+    """One ancestral step (Ho et al., arXiv 2006.11239; Song et al., arXiv 2010.02502 with eta 1), everything float32.
+
+    Args:
+        x, x0, eps: the noisy latents, the data and the noise that the model sees in them, (B, ...).
+        log_snr, next_log_snr: before and after the step; single values.
+        noise: white noise in the shape of `x`.
+    """
+    alpha, sigma = alpha_sigma(log_snr)
+    next_alpha, next_sigma = alpha_sigma(next_log_snr)
+    added = next_sigma / sigma * (1 - (alpha / next_alpha).square()).clamp(min=0).sqrt()
+    kept = (next_sigma.square() - added.square()).clamp(min=0).sqrt()
+    return next_alpha * x0 + kept * eps + added * noise
+
+
+def ddim_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
+    """One deterministic step (Song et al., arXiv 2010.02502, eta 0). Arguments as in `ddpm_step`; no noise is used."""
+    next_alpha, next_sigma = alpha_sigma(next_log_snr)
+    return next_alpha * x0 + next_sigma * eps
+
+
+def lcm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
+    """One step of a consistency model (Luo et al., arXiv 2310.04378): x0 noised afresh. Arguments as in `ddpm_step`."""
+    next_alpha, next_sigma = alpha_sigma(next_log_snr)
+    return next_alpha * x0 + next_sigma * noise
+
+
+def posterior_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
+    """`ddpm_step` in the form of diffusers' DDPMWuerstchenScheduler: the mean of q(x_next | x, x0) (Ho et al., eq. 11)."""
+    remaining, next_remaining = torch.sigmoid(log_snr), torch.sigmoid(next_log_snr)
+    ratio = remaining / next_remaining
+    mean = (x - (1 - ratio) / (1 - remaining).sqrt() * eps) / ratio.sqrt()
+    return mean + ((1 - ratio) * (1 - next_remaining) / (1 - remaining)).sqrt() * noise
+
+
+SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "lcm": lcm_step}
+
+
+class Step(NamedTuple):
+    """One step of a sampler that has just been taken.
+
+    Attributes:
+        index: 0 .. total - 1.
+        total: how many steps there are.
+        x: the latents after the step, float32 (B, ...). After the last one: the result.
+        x0: what the model takes the finished latents to be, float32 (B, ...): what a preview shows.
+        t: the time that the model was told, before the step.
+    """
+
+    index: int
+    total: int
+    x: Tensor
+    x0: Tensor
+    t: float
+
+
+def sample(
+    model: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    *,
+    steps: int,
+    shift: float = 1.0,
+    sampler: str = "ddpm",
+    t_start: float = 1.0,
+    noise: Callable[[int], Tensor],
+) -> Iterator[Step]:
+    """Turn noise into data, step by step. Whoever iterates may stop whenever he wants.
+
+    Args:
+        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). Guidance is the model's business.
+        x: where to start, (B, ...): white noise, or data that was noised by `diffuse` to `t_start` at the same shift.
+        steps: how many, at least 1; evenly spaced in time from `t_start` to 0.
+        shift: of the schedule, see `log_snr`.
+        sampler: a key of `SAMPLERS`; or "diffusers", for comparison: the form, and the rounding, of diffusers'
+            scheduler, without noise in the last step and with the time itself, not the one that belongs to the
+            clamped and shifted logSNR, told to the model.
+        t_start: in (0, 1].
+        noise: the index of a step -> white noise in the shape of `x`; called once a step, in order, unless the sampler
+            is "ddim".
+
+    Raises:
+        ValueError: an argument outside of its range.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1.")
+    if not 0 < t_start <= 1:
+        raise ValueError(f"t_start is {t_start}; it must lie above 0 and not above 1.")
+    if not shift > 0:
+        raise ValueError(f"shift is {shift}; it must lie above 0.")
+    if sampler not in (*SAMPLERS, DIFFUSERS_SAMPLER):
+        raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join((*SAMPLERS, DIFFUSERS_SAMPLER))}.")
+    return _sample(model, x.float(), steps, shift, sampler, t_start, noise)
+
+
+def _sample(
+    model: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    steps: int,
+    shift: float,
+    sampler: str,
+    t_start: float,
+    noise: Callable[[int], Tensor],
+) -> Iterator[Step]:
+    like_diffusers = sampler == DIFFUSERS_SAMPLER
+    take_step = posterior_step if like_diffusers else SAMPLERS[sampler]
+    # The schedule is computed on the CPU, so that it is the same for every device; only what the model reads is moved.
+    times = torch.linspace(t_start, 0, steps + 1)
+    log_snrs = log_snr(times, shift)
+    told = times if like_diffusers else timestep(log_snrs)
+    told_on_device = told.to(x.device)
+    for index in range(steps):
+        eps = model(x, told_on_device[index].expand(x.shape[0])).float()
+        alpha, sigma = alpha_sigma(log_snrs[index])
+        x0 = (x - sigma * eps) / alpha
+        fresh = torch.zeros_like(x) if sampler == "ddim" else noise(index).to(x)
+        if like_diffusers and index == steps - 1:
+            fresh = torch.zeros_like(x)
+        x = take_step(x, x0, eps, log_snrs[index], log_snrs[index + 1], fresh)
+        yield Step(index, steps, x, x0, told[index].item())
+
+
+class Noise:
+    """White noise for a batch of images, from one CPU generator an image.
+
+    An image's noise depends on its seed and on how much was drawn for it before; not on the batch, not on the device.
+
+    Args:
+        seeds: one an image.
+        device: where the noise goes.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: str | torch.device = "cpu") -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.device = device
+
+    def __call__(self, *shape: int) -> Tensor:
+        """Draw the next float32 (B, *shape)."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)

@@ -1,0 +1,69 @@
+"""The environment that the scripts run in: ``.venv`` beside them, made on first use. Needs Python and nothing else.
+
+A script begins with ``environment.enter("requirements.txt")``. That returns at once when the script already runs
+inside a ``.venv`` into which this file's packages were installed; otherwise it makes the environment, or brings it up
+to date, and starts the script again inside it. Scripts started at the same time wait for one another.
+"""
+
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+OLDEST_PYTHON = (3, 11)
+
+
+def enter(requirements: str) -> None:
+    """Go on inside ``.venv`` with the packages of a requirements file, given relative to the repository's root.
+
+    The repository's root becomes importable; the folder of the scripts does not stay so.
+    """
+    if sys.version_info < OLDEST_PYTHON:
+        needed, found = (".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info))
+        sys.exit(f"Python {needed} or newer is needed, and this is {found}: run it as python{needed} {sys.argv[0]}.")
+    if not is_installed(requirements):
+        with (ROOT / ".venv.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_installed(requirements):
+                install(requirements)
+    if Path(sys.prefix).resolve() != VENV.resolve():
+        os.execv(PYTHON, [str(PYTHON), *sys.argv])
+    sys.path[0] = str(ROOT)
+
+
+def with_included(requirements: str) -> list[str]:
+    """A requirements file and those that it includes."""
+    lines = (ROOT / requirements).read_text(encoding="utf-8").splitlines()
+    included = [line.split(maxsplit=1)[1] for line in lines if line.startswith("-r ")]
+    return [requirements, *(name for file in included for name in with_included(file))]
+
+
+def stamp(requirements: str) -> tuple[Path, str]:
+    """Where it is noted that a requirements file was installed, and what is noted: a digest of it and its includes."""
+    content = b"\0".join((ROOT / name).read_bytes() for name in with_included(requirements))
+    return VENV / f"{requirements.replace('/', '-')}.installed", hashlib.sha256(content).hexdigest()
+
+
+def is_installed(requirements: str) -> bool:
+    file, digest = stamp(requirements)
+    return PYTHON.exists() and file.is_file() and file.read_text() == digest
+
+
+def install(requirements: str) -> None:
+    """Make ``.venv`` unless it is whole, and install into it. Prints to stderr: stdout is the script's."""
+    sys.stderr.write(f"Installing {requirements} into {VENV}; this takes some minutes the first time.\n")
+    try:
+        if not PYTHON.exists() or subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode != 0:
+            subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True, stdout=sys.stderr)
+        pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-r", ROOT / requirements], check=True, stdout=sys.stderr)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"Installing {requirements} failed; the messages above say why. {error}")
+    for name in with_included(requirements):
+        file, digest = stamp(name)
+        file.write_text(digest)

@@ -1,0 +1,163 @@
+"""A whole Cascade of tiny networks with random weights, and the model folder that holds it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.previewer import Previewer
+from cascade.networks.stage_a import StageA
+from cascade.networks.unet import StableCascadeUNet
+from cascade.weights import StageSettings, save_model_folder
+
+SAMPLER = {
+    "prior": StageSettings(steps=3, guidance=4.0, shift=2.0, rescale=0.7),
+    "decoder": StageSettings(steps=2, guidance=1.1, shift=1.0, rescale=0.7),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if Path(__file__).parent / "gpu" in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with a vocabulary of single letters: a token a letter, 77 at most."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.'"
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=24,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def make_image_encoder() -> CLIPVisionModelWithProjection:
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=12,
+        image_size=32,
+        patch_size=8,
+    )
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def make_image_processor() -> CLIPImageProcessorPil:
+    size = {"height": 32, "width": 32}
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+
+
+def make_prior() -> StableCascadeUNet:
+    torch.manual_seed(2)
+    return StableCascadeUNet(
+        conditioning_dim=16,
+        block_out_channels=(16, 16),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        clip_text_in_channels=32,
+        clip_text_pooled_in_channels=24,
+        clip_image_in_channels=12,
+        switch_level=(False,),
+    ).eval()
+
+
+def make_decoder() -> StableCascadeUNet:
+    torch.manual_seed(3)
+    return StableCascadeUNet(
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        conditioning_dim=16,
+        block_out_channels=(8, 16),
+        num_attention_heads=(0, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        block_types_per_layer=(
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+        ),
+        clip_text_pooled_in_channels=24,
+        effnet_in_channels=16,
+        pixel_mapper_in_channels=3,
+        timestep_conditioning_type=("sca",),
+    ).eval()
+
+
+def make_components() -> dict[str, Any]:
+    """Every component by its name in a model folder."""
+    tokenizer = make_tokenizer()
+    text_encoder, image_encoder, prior, decoder = (
+        make_text_encoder(tokenizer),
+        make_image_encoder(),
+        make_prior(),
+        make_decoder(),
+    )
+    torch.manual_seed(4)
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "image_encoder": image_encoder,
+        "feature_extractor": make_image_processor(),
+        "prior": prior,
+        "decoder": decoder,
+        "vqgan": StageA(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8).eval(),
+        "effnet": SemanticEncoder(
+            stem_channels=4,
+            channels=(4, 4, 8, 8, 8, 8),
+            repeats=(1, 1, 1, 1, 1, 1),
+            head_channels=16,
+        ).eval(),
+        "previewer": Previewer(hidden=16).eval(),
+    }
+
+
+@pytest.fixture(scope="session")
+def components() -> dict[str, Any]:
+    """Tiny networks, float32, on the CPU. Not to be changed."""
+    return make_components()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, components: dict[str, Any]) -> Path:
+    """The tiny networks as a model folder, stored in float32. Not to be changed: copy it first."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    save_model_folder(
+        folder,
+        components,
+        name="Tiny",
+        license="Apache-2.0",
+        native_size=128,
+        sampler=SAMPLER,
+        dtype=torch.float32,
+    )
+    return folder

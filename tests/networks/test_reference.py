@@ -1,0 +1,117 @@
+"""Every network against what the authors' own code computes, through the reader of their key names."""
+
+import pytest
+import torch
+
+from cascade import checkpoints
+from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.previewer import Previewer
+from cascade.networks.stage_a import StageA
+from cascade.networks.unet import StableCascadeUNet
+from tests import fixture_data
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
+
+
+def unet(name: str) -> StableCascadeUNet:
+    config = fixture_data.description(name)["config"]
+    down, up = config["blocks"]
+    down_repeats, up_repeats = config["block_repeat"]
+    res, time, attention = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
+    stage_c = name == "stage_c"
+    names = {
+        "timestep_ratio_embedding_dim": config["c_r"],
+        "patch_size": config["patch_size"],
+        "conditioning_dim": config["c_cond"],
+        "block_out_channels": config["c_hidden"],
+        "num_attention_heads": config["nhead"],
+        "down_num_layers_per_block": down,
+        "up_num_layers_per_block": up,
+        "down_blocks_repeat_mappers": down_repeats,
+        "up_blocks_repeat_mappers": up_repeats,
+        "block_types_per_layer": [(res, time, attention) if heads > 0 else (res, time) for heads in config["nhead"]],
+        "clip_seq": config["c_clip_seq"],
+        "dropout": 0.1,
+    }
+    if stage_c:
+        names |= {
+            "clip_text_in_channels": config["c_clip_text"],
+            "clip_text_pooled_in_channels": config["c_clip_text_pooled"],
+            "clip_image_in_channels": config["c_clip_img"],
+            "switch_level": config["switch_level"],
+        }
+    else:
+        names |= {
+            "in_channels": 4,
+            "out_channels": 4,
+            "clip_text_pooled_in_channels": config["c_clip"],
+            "effnet_in_channels": config["c_effnet"],
+            "pixel_mapper_in_channels": config["c_pixels"],
+            "timestep_conditioning_type": ["sca"],
+        }
+    state_dict = checkpoints.convert(fixture_data.weights(name))
+    assert checkpoints.component_of(state_dict) == ("prior" if stage_c else "decoder")
+    return checkpoints.build(state_dict, StableCascadeUNet, names)
+
+
+def test_stage_c():
+    network, data = unet("stage_c"), fixture_data.tensors("stage_c")
+    conditions = network.condition(data["clip_text_pooled"], data["clip_text"], data["clip_img"])
+    close(network(data["x"], data["r"], conditions), data["out"])
+    residuals = {k: data[f"cnet_{k}"] for k in (0, 3, 7)}
+    close(network(data["x"], data["r"], conditions, controlnet_residuals=residuals), data["out_cnet"])
+
+
+def test_stage_b():
+    network, data = unet("stage_b"), fixture_data.tensors("stage_b")
+    inputs = {"clip_text_pooled": data["clip"], "effnet": data["effnet"]}
+    close(network(data["x"], data["r"], **inputs), data["out"])
+    close(network(data["x"], data["r"], **inputs, pixels=data["pixels"]), data["out_pixels"])
+
+
+def test_stage_a():
+    config, data = fixture_data.description("stage_a")["config"], fixture_data.tensors("stage_a")
+    codebook = torch.zeros(config["codebook_size"], config["c_latent"])
+    weights = checkpoints.convert({**fixture_data.weights("stage_a"), "vquantizer.codebook.weight": codebook})
+    network = checkpoints.build(
+        weights,
+        StageA,
+        {
+            "levels": config["levels"],
+            "bottleneck_blocks": config["bottleneck_blocks"],
+            "embed_dim": config["c_hidden"],
+            "latent_channels": config["c_latent"],
+            "num_vq_embeddings": config["codebook_size"],
+            "scale_factor": config["scale_factor"],
+        },
+    )
+    close(network.encode(data["image"]), data["out_encode"])
+    close(network.decode(data["latent"]), data["out_decode"])
+    close(network.decode(data["latent"] / 2, scale=2 * config["scale_factor"]), data["out_decode"])
+
+
+def test_effnet():
+    network = checkpoints.build(checkpoints.convert(fixture_data.weights("effnet")))
+    assert isinstance(network, SemanticEncoder)
+    data = fixture_data.tensors("effnet")
+    close(network.encode_normalized(data["image_normalized"]), data["out"])
+    preprocess = fixture_data.description("effnet")["preprocess"]
+    mean, std = (torch.tensor(preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
+    close(network(data["image_normalized"] * std + mean), data["out"])
+
+
+def test_previewer():
+    network = checkpoints.build(checkpoints.convert(fixture_data.weights("previewer")))
+    assert isinstance(network, Previewer)
+    data = fixture_data.tensors("previewer")
+    close(network(data["latent"]), data["out"])

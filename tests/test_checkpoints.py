@@ -1,0 +1,110 @@
+"""Readers of single-file checkpoints: names, prefixes, what a file is."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cascade import checkpoints
+from cascade.networks.previewer import Previewer
+from cascade.networks.stage_a import StageA
+from tests import fixture_data
+
+
+def test_attention_projections_are_split_in_order():
+    fused = torch.arange(36.0).view(12, 3)
+    converted = checkpoints.convert({"up_blocks.0.2.attention.attn.in_proj_weight": fused})
+    stem = "up_blocks.0.2.attention."
+    assert list(converted) == [f"{stem}to_q.weight", f"{stem}to_k.weight", f"{stem}to_v.weight"]
+    assert torch.equal(torch.cat(list(converted.values())), fused)
+    save = [tensor.untyped_storage().data_ptr() for tensor in converted.values()]
+    assert len(set(save)) == 3, "parts share memory and cannot be saved as safetensors"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("down_blocks.0.2.attention.attn.out_proj.bias", "down_blocks.0.2.attention.to_out.0.bias"),
+        ("down_blocks.0.2.attention.attn.to_q.bias", "down_blocks.0.2.attention.to_q.bias"),
+        ("clip_mapper.weight", "clip_txt_pooled_mapper.weight"),
+        ("vquantizer.codebook.weight", "vquantizer.embedding.weight"),
+        ("clip_txt_pooled_mapper.weight", "clip_txt_pooled_mapper.weight"),
+        ("down_blocks.0.2.attention.to_out.0.bias", "down_blocks.0.2.attention.to_out.0.bias"),
+    ],
+)
+def test_renamed(theirs, ours):
+    assert list(checkpoints.convert({theirs: torch.zeros(3)})) == [ours]
+
+
+@pytest.mark.parametrize("name", [variant.name for variant in checkpoints.VARIANTS])
+def test_published_variants_are_told_apart(name):
+    variant = next(variant for variant in checkpoints.VARIANTS if variant.name == name)
+    with torch.device("meta"):
+        state_dict = variant.network(**variant.config).state_dict()
+    assert checkpoints.variant_of(state_dict) is variant
+    assert list(checkpoints.split(state_dict)) == [variant.component]
+
+
+def test_combined_file(tmp_path):
+    """The layout of the ComfyUI checkpoint of Stage C: network, encoder, previewer and both CLIP towers in one file."""
+    prior, effnet, previewer = (fixture_data.weights(name) for name in ("stage_c", "effnet", "previewer"))
+    combined = {f"model.diffusion_model.{key}": tensor for key, tensor in prior.items()}
+    combined |= {f"vae.encoder.{key}": tensor for key, tensor in effnet.items()}
+    combined |= {f"vae.previewer.{key}": tensor for key, tensor in previewer.items()}
+    text = torch.randn(4, 6)
+    combined["text_encoder.clip_g.transformer.text_model.final_layer_norm.weight"] = torch.ones(4)
+    combined["text_encoder.clip_g.text_projection"] = text
+    combined["text_encoder.clip_g.logit_scale"] = torch.ones(())
+    combined["clip_l_vision.vision_model.post_layernorm.weight"] = torch.ones(4)
+    save_file(combined, tmp_path / "combined.safetensors")
+
+    components = checkpoints.read(tmp_path / "combined.safetensors")
+    assert set(components) == {"prior", "effnet", "previewer", "text_encoder", "image_encoder"}
+    for name, weights in (("prior", prior), ("effnet", effnet), ("previewer", previewer)):
+        expected = checkpoints.convert(weights)
+        assert expected.keys() == components[name].keys()
+        assert all(torch.equal(tensor, components[name][key]) for key, tensor in expected.items())
+    assert set(components["text_encoder"]) == {"text_model.final_layer_norm.weight", "text_projection.weight"}
+    assert torch.equal(components["text_encoder"]["text_projection.weight"], text.T)
+    assert isinstance(checkpoints.build(components["previewer"]), Previewer)
+
+
+def test_combined_file_of_stage_b():
+    weights = {f"model.diffusion_model.{key}": tensor for key, tensor in fixture_data.weights("stage_b").items()}
+    weights |= {f"vae.{key}": tensor for key, tensor in fixture_data.weights("stage_a").items()}
+    assert set(checkpoints.split(weights)) == {"decoder", "vqgan"}
+
+
+def test_built_network_is_around_the_given_tensors():
+    source = StageA(embed_dim=16, bottleneck_blocks=1, num_vq_embeddings=4).to(torch.bfloat16)
+    state_dict = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
+    built = checkpoints.build(state_dict, StageA, {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 4})
+    assert not built.training
+    assert built.dtype == torch.bfloat16
+    assert built.out_block[0].weight.data_ptr() == state_dict["out_block.0.weight"].data_ptr()
+    assert all(tensor.device.type == "cpu" for tensor in built.state_dict().values())
+
+
+def test_only_safetensors(tmp_path):
+    with pytest.raises(ValueError, match=r"stage_c\.pt is not a safetensors file"):
+        checkpoints.read(tmp_path / "stage_c.pt")
+
+
+def test_unknown_tensors(tmp_path):
+    save_file({"lora.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors: tensors such as lora\.weight belong to no known component"):
+        checkpoints.read(tmp_path / "x.safetensors")
+
+
+def test_unpublished_width():
+    with pytest.raises(ValueError, match=r"prior has width 64; published: \{'prior': 2048, 'prior_lite': 1536\}"):
+        checkpoints.variant_of(checkpoints.convert(fixture_data.weights("stage_c")))
+
+    with pytest.raises(ValueError, match=r"decoder has no tensor down_blocks\.1\.0\.depthwise\.weight"):
+        checkpoints.variant_of({"effnet_mapper.0.weight": torch.zeros(1)})
+
+
+def test_tensors_that_do_not_fit():
+    weights = checkpoints.convert(fixture_data.weights("previewer"))
+    del weights["blocks.0.bias"]
+    with pytest.raises(ValueError, match=r"do not fit Previewer(.|\n)*blocks\.0\.bias"):
+        checkpoints.build(weights)

@@ -1,0 +1,376 @@
+"""Model folders: written, read back, and refused with the file's name when something is wrong with them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.previewer import Previewer
+from cascade.weights import (
+    COMPONENTS,
+    NETWORKS,
+    PUBLISHED_SAMPLER,
+    ModelFolder,
+    StageSettings,
+    WeightsError,
+    save_model_folder,
+    write_model_json,
+)
+
+ABOUT = {
+    "name": "Tiny",
+    "license": "MIT",
+    "native_size": 64,
+    "sampler": {
+        "prior": StageSettings(steps=3, guidance=2.0, shift=2.0, rescale=0.7),
+        "decoder": StageSettings(steps=2, guidance=1.1, shift=1.0, rescale=0.7),
+    },
+}
+PRIOR_FILE = "prior/diffusion_pytorch_model.safetensors"
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for key, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], tensor), key
+
+
+@pytest.fixture
+def copy(model_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(model_folder, tmp_path / "copy")
+
+
+def move_variant(source: Path, target: Path) -> None:
+    """Copy a component as the published repositories store it: only the bf16 variant."""
+    shutil.copytree(source, target)
+    for file in target.glob("*.safetensors"):
+        file.rename(file.with_suffix("").with_suffix(".bf16.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def published(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny networks laid out like the two published repositories; the lite prior's first weight is all ones."""
+    root = tmp_path_factory.mktemp("published")
+    prior, decoder = root / "stable-cascade-prior", root / "stable-cascade"
+    for component in ("prior", "text_encoder", "image_encoder", "feature_extractor", "tokenizer"):
+        move_variant(model_folder / component, prior / component)
+    move_variant(model_folder / "prior", prior / "prior_lite")
+    lite = prior / "prior_lite" / "diffusion_pytorch_model.bf16.safetensors"
+    tensors = load_file(lite)
+    tensors["embedding.1.weight"].fill_(1)
+    save_file(tensors, lite)
+    for component in ("vqgan", "text_encoder", "tokenizer"):
+        move_variant(model_folder / component, decoder / component)
+    move_variant(model_folder / "decoder", decoder / "decoder_lite")
+    (decoder / "decoder").mkdir()
+    shutil.copy(model_folder / "decoder" / "config.json", decoder / "decoder")
+    torch.manual_seed(0)
+    save_file(SemanticEncoder().half().state_dict(), decoder / "effnet_encoder.safetensors")
+    save_file(Previewer().half().state_dict(), decoder / "previewer.safetensors")
+    return root
+
+
+def test_everything_comes_back(model_folder: Path, components: dict[str, Any]) -> None:
+    folder = ModelFolder.open(model_folder)
+    assert (folder.name, folder.license, folder.native_size) == ("Tiny", "Apache-2.0", 128)
+    assert folder.sampler["prior"] == StageSettings(steps=3, guidance=4.0, shift=2.0, rescale=0.7)
+    folder.verify()
+    for component in COMPONENTS:
+        assert component in folder
+        loaded = folder.load_component(component)
+        assert type(loaded) is type(components[component])
+        if component in NETWORKS:
+            assert not loaded.training
+            assert_same_weights(loaded, components[component])
+    assert folder.load_component("tokenizer")("An apple").input_ids == components["tokenizer"]("An apple").input_ids
+    assert folder.load_component("feature_extractor").crop_size == components["feature_extractor"].crop_size
+
+
+def test_loaded_networks_compute_the_same(model_folder: Path, components: dict[str, Any]) -> None:
+    """Buffers that no file holds, such as CLIP's position ids, must be there too."""
+    folder = ModelFolder.open(model_folder)
+    with torch.no_grad():
+        ids = torch.tensor([[77, 3, 4, 78]])
+        text = [
+            encoder(ids).text_embeds for encoder in (folder.load_component("text_encoder"), components["text_encoder"])
+        ]
+        pixels = torch.rand(1, 3, 32, 32)
+        image = [
+            encoder(pixels).image_embeds
+            for encoder in (folder.load_component("image_encoder"), components["image_encoder"])
+        ]
+    assert torch.equal(*text)
+    assert torch.equal(*image)
+
+
+def test_dtype_is_the_caller_s(model_folder: Path) -> None:
+    network = ModelFolder.open(model_folder).load_component("effnet", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.bfloat16, torch.int64}
+
+
+def test_stored_in_bfloat16_but_for_buffers(tmp_path: Path, components: dict[str, Any]) -> None:
+    save_model_folder(tmp_path / "m", {"effnet": components["effnet"]}, **ABOUT)
+    stored = load_file(tmp_path / "m" / "effnet" / "diffusion_pytorch_model.safetensors")
+    assert stored["mapper.0.weight"].dtype == torch.bfloat16
+    assert stored["mapper.1.running_var"].dtype == torch.float32
+    loaded = ModelFolder.open(tmp_path / "m").load_component("effnet")
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32, torch.int64}
+
+
+def test_saving_again_keeps_what_is_not_replaced(copy: Path, components: dict[str, Any]) -> None:
+    (copy / "README.md").write_text("a card")
+    before = load_file(copy / "vqgan" / "diffusion_pytorch_model.safetensors")
+    (copy / "prior" / "left-over.txt").write_text("of an older version")
+    save_model_folder(copy, {"prior": components["prior"]}, **ABOUT)
+    assert (copy / "README.md").read_text() == "a card"
+    assert not (copy / "prior" / "left-over.txt").exists()
+    assert load_file(copy / PRIOR_FILE)["embedding.1.weight"].dtype == torch.bfloat16
+    after = load_file(copy / "vqgan" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    folder = ModelFolder.open(copy)
+    folder.verify()
+    assert folder.license == "MIT"
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_a_failed_save_leaves_the_old_folder(copy: Path, components: dict[str, Any]) -> None:
+    with pytest.raises(AttributeError):
+        save_model_folder(copy, {"prior": components["prior"], "tokenizer": "no tokenizer"}, **ABOUT)
+    ModelFolder.open(copy).verify()
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_unknown_component_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="'unet'"):
+        save_model_folder(tmp_path / "m", {"unet": None}, **ABOUT)
+    with pytest.raises(ValueError, match="'unet'"):
+        ModelFolder.open(model_folder).load_component("unet")
+
+
+def truncate(folder: Path) -> Path:
+    file = folder / PRIOR_FILE
+    file.write_bytes(file.read_bytes()[:-1])
+    return file
+
+
+def replace_by_pickle(folder: Path) -> Path:
+    file = folder / PRIOR_FILE
+    torch.save({"a": torch.zeros(1)}, file)
+    return file
+
+
+def remove_listed(folder: Path) -> Path:
+    (folder / PRIOR_FILE).unlink()
+    return folder / PRIOR_FILE
+
+
+def list_a_pickle(folder: Path) -> Path:
+    torch.save({}, folder / "prior" / "diffusion_pytorch_model.bin")
+    write_model_json(folder, **ABOUT)
+    return folder / "prior" / "diffusion_pytorch_model.bin"
+
+
+def break_model_json(folder: Path) -> Path:
+    (folder / "model.json").write_text("{")
+    return folder / "model.json"
+
+
+def edit_model_json(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    content = json.loads((folder / "model.json").read_text())
+    change(content)
+    (folder / "model.json").write_text(json.dumps(content))
+    return folder / "model.json"
+
+
+def drop_a_field(folder: Path) -> Path:
+    return edit_model_json(folder, lambda content: content["sampler"].pop("decoder"))
+
+
+def list_a_file_outside(folder: Path) -> Path:
+    return edit_model_json(folder, lambda content: content["files"].update({"../secret": "0"}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, replace_by_pickle, remove_listed, list_a_pickle, break_model_json, drop_a_field, list_a_file_outside],
+)
+def test_opening_names_the_damaged_file(copy: Path, damage: Callable[[Path], Path]) -> None:
+    file = damage(copy)
+    with pytest.raises(WeightsError) as caught:
+        ModelFolder.open(copy)
+    assert str(file) in str(caught.value)
+
+
+def remove_config(folder: Path) -> Path:
+    (folder / "prior" / "config.json").unlink()
+    return folder / "prior" / "config.json"
+
+
+def leave_only_a_pickle(folder: Path) -> Path:
+    (folder / PRIOR_FILE).unlink()
+    file = folder / "prior" / "diffusion_pytorch_model.bin"
+    torch.save({}, file)
+    return file
+
+
+def leave_no_weights(folder: Path) -> Path:
+    (folder / PRIOR_FILE).unlink()
+    return folder / "prior"
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    tensors = load_file(folder / PRIOR_FILE)
+    change(tensors)
+    save_file(tensors, folder / PRIOR_FILE)
+    return folder / PRIOR_FILE
+
+
+def drop_a_tensor(folder: Path) -> Path:
+    return change_tensors(folder, lambda tensors: tensors.pop("embedding.1.weight"))
+
+
+def add_a_tensor(folder: Path) -> Path:
+    return change_tensors(folder, lambda tensors: tensors.update(surplus=torch.zeros(1)))
+
+
+def reshape_a_tensor(folder: Path) -> Path:
+    return change_tensors(folder, lambda tensors: tensors.update({"embedding.1.weight": torch.zeros(3)}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [remove_config, leave_only_a_pickle, leave_no_weights, drop_a_tensor, add_a_tensor, reshape_a_tensor],
+)
+def test_loading_names_the_damaged_file(copy: Path, damage: Callable[[Path], Path]) -> None:
+    file = damage(copy)
+    (copy / "model.json").unlink()
+    write_model_json(copy, **ABOUT)
+    if damage is leave_only_a_pickle:
+        edit_model_json(copy, lambda content: content["files"].pop("prior/diffusion_pytorch_model.bin"))
+    folder = ModelFolder.open(copy)
+    with pytest.raises(WeightsError) as caught:
+        folder.load_component("prior")
+    assert str(file) in str(caught.value)
+
+
+def test_old_position_ids_are_ignored(copy: Path) -> None:
+    file = copy / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, file)
+    ModelFolder.open(copy).load_component("text_encoder")
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": {}}'])
+def test_broken_tokenizer_is_named(copy: Path, content: str | None) -> None:
+    file = copy / "tokenizer" / "tokenizer.json"
+    file.unlink() if content is None else file.write_text(content)
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(WeightsError, match=str(copy / "tokenizer")):
+        ModelFolder.open(copy).load_component("tokenizer")
+
+
+def test_tokenizer_of_vocabulary_and_merges(copy: Path, components: dict[str, Any]) -> None:
+    file = copy / "tokenizer" / "tokenizer.json"
+    model = json.loads(file.read_text())["model"]
+    (copy / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (copy / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    file.unlink()
+    write_model_json(copy, **ABOUT)
+    loaded = ModelFolder.open(copy).load_component("tokenizer")
+    assert loaded("A red apple").input_ids == components["tokenizer"]("A red apple").input_ids
+    assert loaded.model_max_length == 77
+
+
+def test_feature_extractor_without_its_file(copy: Path) -> None:
+    (copy / "feature_extractor" / "preprocessor_config.json").unlink()
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(WeightsError, match=r"feature_extractor lacks preprocessor_config.json"):
+        ModelFolder.open(copy).load_component("feature_extractor")
+
+
+def test_verify_names_a_changed_file(copy: Path) -> None:
+    change_tensors(copy, lambda tensors: tensors["embedding.1.weight"].add_(1))
+    folder = ModelFolder.open(copy)
+    with pytest.raises(WeightsError, match=rf"{PRIOR_FILE} has the checksum [0-9a-f]{{64}}, but"):
+        folder.verify()
+
+
+def test_verify_names_a_file_that_is_not_listed(copy: Path) -> None:
+    (copy / "prior" / "model.safetensors").write_bytes((copy / PRIOR_FILE).read_bytes())
+    with pytest.raises(WeightsError, match=r"prior/model.safetensors is not listed"):
+        ModelFolder.open(copy).verify()
+
+
+def test_no_folder_and_no_model(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="nowhere"):
+        ModelFolder.open(tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match=r"model.json does not exist, nor .*stable-cascade-prior"):
+        ModelFolder.open(tmp_path)
+
+
+def test_missing_component(copy: Path) -> None:
+    shutil.rmtree(copy / "previewer")
+    write_model_json(copy, **ABOUT)
+    folder = ModelFolder.open(copy)
+    assert "previewer" not in folder
+    with pytest.raises(WeightsError, match="no component 'previewer'"):
+        folder.load_component("previewer")
+
+
+def test_published_repositories(published: Path, components: dict[str, Any]) -> None:
+    folder = ModelFolder.open(published)
+    assert folder.native_size == 1024
+    assert folder.sampler == PUBLISHED_SAMPLER
+    for component in ("prior", "decoder", "vqgan", "text_encoder", "image_encoder"):
+        assert_same_weights(folder.load_component(component), components[component])
+    assert folder.load_component("tokenizer").model_max_length == 77
+    assert folder.load_component("feature_extractor").crop_size.height == 32
+    with pytest.raises(WeightsError, match=r"model.json does not exist"):
+        folder.verify()
+
+
+def test_published_lite(published: Path) -> None:
+    """The decoder's full network was not downloaded, only its configuration, so both spellings give the lite one."""
+    folder = ModelFolder.open(published, lite=("prior",))
+    assert folder.load_component("prior").embedding[1].weight.unique().tolist() == [1]
+    assert folder.parts["decoder"].name == "decoder_lite"
+    assert ModelFolder.open(published, lite=("decoder",)).parts["prior"].name == "prior"
+    with pytest.raises(ValueError, match="'vqgan'"):
+        ModelFolder.open(published, lite=("vqgan",))
+
+
+def test_published_single_files(published: Path) -> None:
+    folder = ModelFolder.open(published)
+    effnet, previewer = folder.load_component("effnet"), folder.load_component("previewer")
+    assert effnet(torch.rand(1, 3, 64, 64)).shape == (1, 16, 2, 2)
+    assert previewer(torch.rand(1, 16, 2, 2)).shape == (1, 3, 16, 16)
+    assert effnet.dtype == torch.float32
+
+
+def test_published_single_file_of_another_network(published: Path, tmp_path: Path) -> None:
+    root = tmp_path / "published"
+    (root / "stable-cascade").mkdir(parents=True)
+    wrong = root / "stable-cascade" / "effnet_encoder.safetensors"
+    shutil.copy(published / "stable-cascade" / "previewer.safetensors", wrong)
+    with pytest.raises(WeightsError, match=str(wrong)):
+        ModelFolder.open(root).load_component("effnet")
+
+
+def test_published_in_the_hub_cache(published: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--stabilityai--stable-cascade-prior"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("7ca32c2")
+    (cache / "snapshots").mkdir()
+    (cache / "snapshots" / "7ca32c2").symlink_to(published / "stable-cascade-prior")
+    folder = ModelFolder.open(tmp_path)
+    assert "prior" in folder
+    assert "decoder" not in folder
+    folder.load_component("text_encoder")

@@ -1,0 +1,156 @@
+"""Every stage of training, in order, at the smallest size that still runs the real code: from drawings to a model folder."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.previewer import Previewer
+from cascade.networks.stage_a import StageA
+from cascade.networks.unet import StableCascadeUNet
+from training import run
+from training.data.icons import DRAWING_SIZE, STYLES, save_drawings
+
+CONFIG = """
+[data]
+size = 128
+scenes = 64
+unseen = 64
+seed = 0
+[tokenizer]
+vocabulary = 700
+[vqgan]
+embed_dim = 16
+bottleneck_blocks = 1
+num_vq_embeddings = 8
+scale_factor = 0.43
+[text_encoder]
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+max_position_embeddings = 77
+projection_dim = 16
+[image_encoder]
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+image_size = 32
+patch_size = 16
+projection_dim = 16
+[effnet]
+stem_channels = 8
+channels = [8, 8, 8, 8, 8, 8]
+repeats = [1, 1, 1, 1, 1, 1]
+expansions = [1, 2, 2, 2, 2, 2]
+strides = [1, 2, 2, 2, 1, 2]
+head_channels = 16
+[previewer_network]
+hidden = 16
+[decoder]
+in_channels = 4
+out_channels = 4
+patch_size = 2
+conditioning_dim = 16
+block_out_channels = [16, 16]
+num_attention_heads = [0, 2]
+down_num_layers_per_block = [1, 1]
+up_num_layers_per_block = [1, 1]
+down_blocks_repeat_mappers = [1, 1]
+up_blocks_repeat_mappers = [1, 1]
+block_types_per_layer = [
+    ["SDCascadeResBlock", "SDCascadeTimestepBlock"],
+    ["SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"],
+]
+clip_text_pooled_in_channels = 16
+effnet_in_channels = 16
+pixel_mapper_in_channels = 3
+timestep_conditioning_type = ["sca"]
+[prior]
+conditioning_dim = 16
+block_out_channels = [16, 16]
+num_attention_heads = [2, 2]
+down_num_layers_per_block = [1, 1]
+up_num_layers_per_block = [1, 1]
+clip_text_in_channels = 16
+clip_text_pooled_in_channels = 16
+clip_image_in_channels = 16
+switch_level = [false]
+[stage_a]
+options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
+task = { crop = 64, latent_noise = 0.05 }
+[clip]
+options = { steps = 2, batch_size = 4, learning_rate = 1e-3, compile = false }
+[stage_b]
+options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
+task = { pyramid = 0.75, semantic_noise = 0.1, preview_weight = 1.0, p2_floor = 0.1, drop_semantic = 0.1, drop_text = 0.1 }
+[stage_c]
+options = { steps = 2, batch_size = 4, learning_rate = 1e-3, compile = false }
+task = { p2_floor = 0.1, drop_text = 0.1, keep_image = 0.1 }
+[previewer]
+options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
+task = { semantic_noise = 0.1 }
+"""
+
+NETWORKS = {
+    "vqgan": StageA,
+    "effnet": SemanticEncoder,
+    "previewer": Previewer,
+    "decoder": StableCascadeUNet,
+    "prior": StableCascadeUNet,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of all stages, two steps each."""
+    folder = tmp_path_factory.mktemp("training")
+    drawings = []
+    for index in range(6 * len(STYLES)):
+        drawing = Image.new("RGBA", (DRAWING_SIZE, DRAWING_SIZE))
+        box = (10, 10, 60 + 20 * (index % 6), 180)
+        ImageDraw.Draw(drawing).ellipse(box, fill=(40 * (index % 6), 90, 200 - 10 * index, 255))
+        drawings.append(drawing)
+    save_drawings(drawings, ["apple", "pear", "plum", "fig", "lime", "melon"], folder / "drawings.zip")
+    (folder / "config.toml").write_text(CONFIG)
+    for stage in ("tokenizer", "stage_a", "clip", "stage_b", "stage_c", "previewer"):
+        run.main(
+            [
+                str(folder / "config.toml"),
+                stage,
+                "--data",
+                str(folder / "drawings.zip"),
+                "--output",
+                str(folder / "run"),
+            ]
+        )
+    return folder / "run"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_component_is_written_and_finite(trained: Path, name: str) -> None:
+    network = NETWORKS[name].from_pretrained(trained / "model" / name)
+    assert all(torch.isfinite(value).all() for value in network.state_dict().values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("stage", ["stage_a", "clip", "stage_b", "stage_c", "previewer"])
+def test_every_stage_leaves_a_checkpoint_a_picture_and_a_log(trained: Path, stage: str) -> None:
+    assert (trained / stage / "state").is_dir()
+    with Image.open(trained / stage / "samples" / "000002.png") as sheet:
+        assert min(sheet.size) >= 64
+    assert list((trained / stage / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_stage_a_latents_have_the_scale_that_diffusion_expects(trained: Path) -> None:
+    """Whatever the weights, batch normalisation leaves the training latents at unit deviation after the scale factor."""
+    network = StageA.from_pretrained(trained / "model" / "vqgan")
+    affine = network.down_blocks[-1][1]
+    assert affine.weight.tolist() == pytest.approx([network.config.scale_factor] * 4)
+    network.train()
+    latents = network.encode(torch.rand(4, 3, 64, 64))
+    assert latents.std().item() == pytest.approx(1, abs=0.05)
+    assert math.isclose(latents.mean().item(), 0, abs_tol=0.05)

@@ -1,0 +1,111 @@
+"""The shared loop: exact resumption, gradient accumulation, schedule."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.trainer import Options, Task, fit, learning_rate_factor, step_generator
+
+OPTIONS = Options(
+    steps=8, batch_size=16, learning_rate=1e-2, warmup=2, decay=3, precision="no", compile=False, evaluate_every=5
+)
+
+
+class Line(Task):
+    """Learns y = 3 x - 1, with dropout so that the global random state matters too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.line = nn.Linear(1, 1)
+        self.dropout = nn.Dropout(0.3)
+        self.seen: list[Tensor] = []
+
+    def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x = torch.rand(size, 1, generator=generator)
+        self.seen.append(x)
+        return {"x": x, "y": 3 * x - 1}
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.dropout(self.line(x)) - y).square().mean()}
+
+    def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        return {"weight": self.line.weight.item()}, Image.new("RGB", (4, 4))
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(dict(self.line.state_dict()), folder / "line.safetensors")
+
+
+def test_resuming_gives_the_same_weights_as_never_stopping(tmp_path: Path) -> None:
+    whole, halves = Line(), Line()
+    assert fit(whole, OPTIONS, tmp_path / "whole", tmp_path / "model")
+    # The schedule belongs to the whole run, so the interruption comes from outside, as a deadline would.
+    stopper = Line()
+    original = stopper.batch
+
+    def interrupted(index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if index == 3:
+            raise KeyboardInterrupt
+        return original(index, size, generator)
+
+    stopper.batch = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopper, replace(OPTIONS, checkpoint_seconds=0.0), tmp_path / "halves", tmp_path / "model_halves")
+    assert fit(halves, OPTIONS, tmp_path / "halves", tmp_path / "model_halves")
+    assert len(halves.seen) == OPTIONS.steps - 3
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(halves.state_dict()[name], value, rtol=0, atol=0)
+    first, second = (load_file(tmp_path / name / "line.safetensors") for name in ("model", "model_halves"))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=0)
+
+
+def test_a_deadline_saves_and_says_that_work_is_left(tmp_path: Path) -> None:
+    task = Line()
+    assert not fit(task, OPTIONS, tmp_path / "run", tmp_path / "model", deadline=0.0)
+    assert (tmp_path / "run" / "state").is_dir()
+    assert (tmp_path / "model" / "line.safetensors").is_file()
+    assert not task.seen
+
+
+def test_training_learns_and_writes_samples(tmp_path: Path) -> None:
+    task = Line()
+    task.dropout.p = 0.0
+    options = replace(OPTIONS, steps=400, learning_rate=5e-2, decay=100, evaluate_every=200, ema=0.9)
+    assert fit(task, options, tmp_path / "run", tmp_path / "model")
+    assert task.line.weight.item() == pytest.approx(3, abs=0.2)
+    saved = load_file(tmp_path / "model" / "line.safetensors")
+    assert saved["bias"].item() == pytest.approx(-1, abs=0.2)
+    assert (tmp_path / "run" / "samples" / "000200.png").is_file()
+
+
+def test_accumulation_sees_as_many_micro_batches(tmp_path: Path) -> None:
+    task = Line()
+    fit(task, replace(OPTIONS, steps=3, decay=0, accumulate=2), tmp_path / "run", tmp_path / "model")
+    assert len(task.seen) == 6
+    assert len({tuple(x.flatten().tolist()) for x in task.seen}) == 6
+
+
+def test_learning_rate_rises_stays_and_falls_to_nothing() -> None:
+    options = replace(OPTIONS, steps=100, warmup=10, decay=20)
+    factors = [learning_rate_factor(step, options) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10:80] == [1.0] * 70
+    assert factors[80:] == sorted(factors[80:], reverse=True)
+    assert 0 < factors[99] < 0.01
+
+
+def test_generators_differ_by_step_rank_and_seed() -> None:
+    draws = {
+        torch.rand(1, generator=step_generator(seed, step, rank, torch.device("cpu"))).item()
+        for seed in range(3)
+        for step in range(3)
+        for rank in range(3)
+    }
+    assert len(draws) == 27

@@ -1,0 +1,70 @@
+"""CLIP: a text and a vision tower that agree on which caption belongs to which picture.
+
+The published model takes two finished CLIPs (ViT-bigG/14 for text, ViT-L/14 for pictures). Here both towers are trained
+together from nothing, with the contrastive loss of Radford et al., Learning Transferable Visual Models (2021).
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from training.pictures import grid, resize
+from training.scenes import Scenes
+from training.trainer import Task
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise(pixels: Tensor, size: int) -> Tensor:
+    """Pixels (B, 3, H, W) in 0..1 to what CLIP's vision tower expects: ``size`` a side, CLIP's mean and deviation."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (resize(pixels, size).clamp(0, 1) - mean) / std
+
+
+class ClipTask(Task):
+    """Symmetric cross-entropy over the batch, with a learned temperature."""
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModelWithProjection,
+        image_encoder: CLIPVisionModelWithProjection,
+        scenes: Scenes,
+        unseen: Scenes,
+    ) -> None:
+        super().__init__()
+        self.text_encoder, self.image_encoder = text_encoder, image_encoder
+        self.scenes, self.unseen = scenes, unseen
+        self.log_temperature = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def inputs(self, scenes: Scenes, indices: Tensor) -> dict[str, Tensor]:
+        tokens, mask = scenes.tokens(indices)
+        size = self.image_encoder.config.image_size
+        pixels = normalise(scenes.images(indices, size), size)
+        return {"tokens": tokens, "mask": mask, "pixels": pixels}
+
+    def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.inputs(self.scenes, self.scenes.draw(size, generator))
+
+    def forward(self, tokens: Tensor, mask: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+        """``tokens`` and ``mask`` (B, 77), ``pixels`` (B, 3, S, S) normalised."""
+        text = self.text_encoder(input_ids=tokens, attention_mask=mask).text_embeds.float()
+        image = self.image_encoder(pixel_values=pixels).image_embeds.float()
+        similarity = nn.functional.normalize(text, dim=-1) @ nn.functional.normalize(image, dim=-1).T
+        logits = similarity * self.log_temperature.exp().clamp(max=100)
+        target = torch.arange(len(logits), device=logits.device)
+        loss = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == target).float().mean()}
+
+    def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        indices = torch.arange(256)
+        outputs = self.forward(**self.inputs(self.unseen, indices))
+        figures = {f"unseen_{name}": value.item() for name, value in outputs.items()}
+        return figures, grid([self.unseen.images(indices[:8])])
+
+    def save(self, folder: Path) -> None:
+        self.text_encoder.save_pretrained(folder / "text_encoder")
+        self.image_encoder.save_pretrained(folder / "image_encoder")

@@ -1,0 +1,70 @@
+"""Draw plans: drawings and a background become pictures, a batch at a time, on any device."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.data.scenes import COLOURS, GRADIENT_WAYS, Plans
+
+_LEVELS = (1.0, 0.75, 0.5, 0.375, 0.25)
+"""Sizes, relative to the packed drawings, that objects are first reduced to: bilinear sampling then never skips a pixel."""
+
+
+def background(plans: Plans, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The plans' backgrounds, float32 (n, 3, size, size) in 0..1: plain colours, or gradients from the first to the second."""
+    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device) / 255
+    start, end = palette[torch.as_tensor(plans.colours, device=device)].unbind(1)
+    ramp = (torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size
+    ways = torch.as_tensor(plans.gradient_ways, device=device)[:, None, None]
+    share = torch.where(ways == GRADIENT_WAYS.index("top to bottom"), ramp[:, None], ramp[None, :])[:, None]
+    return torch.lerp(start[:, :, None, None], end[:, :, None, None], share)
+
+
+def _levels(pixels: np.ndarray, side: int) -> np.ndarray:
+    """For objects of `pixels` from drawings of `side`, the smallest of `_LEVELS` that has no fewer pixels, else the whole."""
+    levels = np.array(_LEVELS)
+    enough = levels[:, None, None] * side >= np.asarray(pixels)[None]
+    return np.where(enough, levels[:, None, None], np.inf).min(0, initial=1.0)
+
+
+def _paste(pictures: Tensor, drawings: Tensor, centres: Tensor, sizes: Tensor) -> Tensor:
+    """Paste premultiplied float drawings (n, 4, s, s) over pictures (n, 3, S, S), at `centres` (n, 2), as large as `sizes` (n,)."""
+    side = pictures.shape[-1]
+    at = (torch.arange(side, dtype=torch.float32, device=pictures.device) + 0.5) / side
+    x, y = (2 * (at[None] - centres[:, i, None]) / sizes[:, None] for i in range(2))
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
+    pasted = F.grid_sample(drawings, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return pasted[:, :3] + pictures * (1 - pasted[:, 3:])
+
+
+def compose(drawings: Tensor, plans: Plans, n_styles: int = 3, size: int = 256) -> Tensor:
+    """Draw `plans`.
+
+    Args:
+        drawings: uint8 (objects * n_styles, 4, s, s), premultiplied RGBA as from `load_drawings`, on any device.
+        plans: n plans.
+        n_styles: styles a object in `drawings`.
+        size: side of the pictures in pixels.
+
+    Returns:
+        float32 (n, 3, size, size) in 0..1, on the device of `drawings`.
+    """
+    device = drawings.device
+    pictures = background(plans, size, device)
+    pixels = torch.as_tensor(plans.sizes, device=device) * size
+    centres = torch.as_tensor(plans.centres, device=device)
+    index = torch.as_tensor(plans.objects * n_styles + plans.styles, device=device)
+    levels = _levels(plans.sizes * size, drawings.shape[-1])
+    for slot in range(2):
+        for level in _LEVELS:
+            rows = ((plans.objects[:, slot] >= 0) & (levels[:, slot] == level)).nonzero()[0]
+            if not len(rows):
+                continue
+            at = torch.as_tensor(rows, device=device)
+            chosen = drawings[index[at, slot]].float() / 255
+            if level < 1:
+                side = round(drawings.shape[-1] * level)
+                chosen = F.interpolate(chosen, (side, side), mode="bilinear", antialias=True)
+            pictures[at] = _paste(pictures[at], chosen, centres[at, slot], pixels[at, slot] / size)
+    return pictures.clamp_(0, 1)

@@ -1,0 +1,50 @@
+"""The previewer: semantic latents straight to a picture of eight pixels a latent, for a look at Stage C while it works."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.previewer import Previewer
+from training.pictures import grid, resize
+from training.scenes import Scenes
+from training.trainer import Task
+
+
+class PreviewerTask(Task):
+    """Mean squared error against the picture at 3/16 of its size, from latents with a little noise."""
+
+    def __init__(
+        self, previewer: Previewer, *, effnet: SemanticEncoder, scenes: Scenes, unseen: Scenes, semantic_noise: float
+    ) -> None:
+        super().__init__()
+        self.previewer = previewer
+        self.frozen = {"effnet": effnet.eval().requires_grad_(False)}
+        self.scenes, self.unseen, self.semantic_noise = scenes, unseen, semantic_noise
+
+    def pair(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Semantic latents (B, 16, h, w) and the preview to aim at (B, 3, 8h, 8w) for pixels (B, 3, H, W)."""
+        height, width = pixels.shape[-2:]
+        with torch.no_grad():
+            latents = self.frozen["effnet"](resize(pixels, (height * 3 // 4, width * 3 // 4))).float()
+        return latents, resize(pixels, (height * 3 // 16, width * 3 // 16))
+
+    def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        latents, target = self.pair(self.scenes.images(self.scenes.draw(size, generator)))
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        return {"latents": latents + self.semantic_noise * noise, "target": target}
+
+    def forward(self, latents: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """``latents`` (B, 16, h, w), ``target`` (B, 3, 8h, 8w) in 0..1."""
+        return {"loss": (self.previewer(latents).float() - target).square().mean()}
+
+    def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        latents, target = self.pair(self.unseen.images(torch.arange(64)))
+        preview = self.previewer(latents).float().clamp(0, 1)
+        errors = (preview - target).square().mean(dim=(1, 2, 3))
+        return {"psnr": (-10 * errors.log10()).mean().item()}, grid([target[:8], preview[:8]])
+
+    def save(self, folder: Path) -> None:
+        self.previewer.save_pretrained(folder / "previewer")

@@ -1,0 +1,65 @@
+"""Stage A: the autoencoder between pixels and 4 x H/4 x W/4 latents.
+
+It is trained as a continuous autoencoder, the way Stable Cascade uses it: no quantisation between encoder and decoder. The
+encoder's last batch normalisation keeps every latent channel at unit variance, and a little noise on the latents makes the
+decoder forgive the small errors that Stage B leaves. The codebook only follows the latents, so that the component is complete.
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cascade.networks.stage_a import StageA
+from training.pictures import grid
+from training.scenes import Scenes
+from training.trainer import Task
+
+
+class StageATask(Task):
+    """Mean squared error of pixels over random crops of ``crop`` pixels a side."""
+
+    def __init__(self, vqgan: StageA, scenes: Scenes, unseen: Scenes, *, crop: int, latent_noise: float) -> None:
+        super().__init__()
+        self.vqgan = vqgan
+        self.scenes, self.unseen = scenes, unseen
+        self.crop, self.latent_noise = crop, latent_noise
+        # Unit variance by construction; a free scale would only outgrow the latent noise.
+        normalisation = vqgan.down_blocks[-1][1]
+        nn.init.constant_(normalisation.weight, vqgan.config.scale_factor).requires_grad_(False)
+        nn.init.zeros_(normalisation.bias).requires_grad_(False)
+
+    def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        pixels = self.scenes.images(self.scenes.draw(size, generator))
+        top, left = torch.randint(
+            pixels.shape[-1] - self.crop + 1, (2,), generator=generator, device=generator.device
+        ).tolist()
+        pixels = pixels[:, :, top : top + self.crop, left : left + self.crop].contiguous()
+        side = self.crop // 4
+        noise = torch.randn(
+            size, self.vqgan.config.latent_channels, side, side, generator=generator, device=pixels.device
+        )
+        return {"pixels": pixels, "noise": noise * self.latent_noise}
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """``pixels`` (B, 3, crop, crop) in 0..1, ``noise`` (B, 4, crop/4, crop/4)."""
+        latents = self.vqgan.encode(pixels)
+        restored = self.vqgan.decode(latents + noise)
+        error = (restored.float() - pixels).square().mean()
+        codes = self.vqgan.vquantizer.embedding.weight
+        vectors = (
+            latents.detach().float().permute(0, 2, 3, 1).reshape(-1, codes.shape[1])[:4096]
+            * self.vqgan.config.scale_factor
+        )
+        codebook = torch.cdist(vectors, codes.float()).min(dim=1).values.square().mean()
+        return {"loss": error + 0.01 * codebook, "pixels": error.detach(), "codebook": codebook.detach()}
+
+    def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        pixels = self.unseen.images(torch.arange(64))
+        restored = self.vqgan.decode(self.vqgan.encode(pixels)).float().clamp(0, 1)
+        errors = (restored - pixels).square().mean(dim=(1, 2, 3))
+        return {"psnr": (-10 * errors.log10()).mean().item()}, grid([pixels[:8], restored[:8]])
+
+    def save(self, folder: Path) -> None:
+        self.vqgan.save_pretrained(folder / "vqgan")
