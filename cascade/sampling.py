@@ -71,6 +71,23 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float, whole_batc
     return guided * (rescale * wanted / (actual + 1e-9) + (1 - rescale))
 
 
+def with_guidance(
+    model: Callable[[Tensor, Tensor], Tensor], scale: float, rescale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make a model for `sample` of one that predicts both halves in a single batch.
+
+    Args:
+        model: x (2B, ...), t (2B,) -> epsilon, whose first half has the conditions and whose second half has not.
+        scale, rescale: see `guide`.
+    """
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
+        return guide(cond, uncond, scale, rescale)
+
+    return guided
+
+
 def ddpm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
     """One ancestral step (Ho et al., arXiv 2006.11239; Song et al., arXiv 2010.02502 with eta 1), everything float32.
 
@@ -192,6 +209,13 @@ def _sample(
         yield Step(index, steps, x, x0, told[index].item())
 
 
+def finish(steps: Iterator[Step]) -> Tensor:
+    """Take all steps that are left and return the last one's latents, keeping none of the others."""
+    for step in steps:
+        result = step.x
+    return result
+
+
 class Noise:
     """White noise for a batch of images, from one CPU generator an image.
 
@@ -205,6 +229,9 @@ class Noise:
     def __init__(self, seeds: Sequence[int], device: str | torch.device = "cpu") -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.device = device
+
+    def __len__(self) -> int:
+        return len(self.generators)
 
     def __call__(self, *shape: int) -> Tensor:
         """Draw the next float32 (B, *shape)."""

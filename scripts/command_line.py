@@ -16,9 +16,9 @@ from typing import Any
 from cog import BaseRunner
 from cog import Path as CogPath
 from PIL import Image
-from predict import Predictor
 
 from cascade.weights import WeightsError
+from predict import Predictor
 
 
 class InputError(ValueError):

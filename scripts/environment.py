@@ -31,6 +31,9 @@ def enter(requirements: str) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_installed(requirements):
                 install(requirements)
+    # Threads that wait by spinning starve each other as soon as one core is busy with something else: a miniature's
+    # picture then took 27 to 52 s on two cores, and takes 2 s so. The OpenMP library reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if Path(sys.prefix).resolve() != VENV.resolve():
         os.execv(PYTHON, [str(PYTHON), *sys.argv])
     sys.path[0] = str(ROOT)

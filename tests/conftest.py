@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -77,7 +78,6 @@ def make_image_processor() -> CLIPImageProcessorPil:
 
 
 def make_prior() -> StableCascadeUNet:
-    torch.manual_seed(2)
     return StableCascadeUNet(
         conditioning_dim=16,
         block_out_channels=(16, 16),
@@ -88,11 +88,10 @@ def make_prior() -> StableCascadeUNet:
         clip_text_pooled_in_channels=24,
         clip_image_in_channels=12,
         switch_level=(False,),
-    ).eval()
+    )
 
 
 def make_decoder() -> StableCascadeUNet:
-    torch.manual_seed(3)
     return StableCascadeUNet(
         in_channels=4,
         out_channels=4,
@@ -110,41 +109,41 @@ def make_decoder() -> StableCascadeUNet:
         effnet_in_channels=16,
         pixel_mapper_in_channels=3,
         timestep_conditioning_type=("sca",),
-    ).eval()
-
-
-def make_components() -> dict[str, Any]:
-    """Every component by its name in a model folder."""
-    tokenizer = make_tokenizer()
-    text_encoder, image_encoder, prior, decoder = (
-        make_text_encoder(tokenizer),
-        make_image_encoder(),
-        make_prior(),
-        make_decoder(),
     )
-    torch.manual_seed(4)
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "image_encoder": image_encoder,
-        "feature_extractor": make_image_processor(),
-        "prior": prior,
-        "decoder": decoder,
-        "vqgan": StageA(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8).eval(),
-        "effnet": SemanticEncoder(
-            stem_channels=4,
-            channels=(4, 4, 8, 8, 8, 8),
-            repeats=(1, 1, 1, 1, 1, 1),
-            head_channels=16,
-        ).eval(),
-        "previewer": Previewer(hidden=16).eval(),
-    }
+
+
+def make_semantic_encoder() -> SemanticEncoder:
+    return SemanticEncoder(stem_channels=4, channels=(4, 4, 8, 8, 8, 8), repeats=(1, 1, 1, 1, 1, 1), head_channels=16)
+
+
+def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
+    """Give every parameter a random value: as initialised, many branches are closed and conditions say nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+    return network.eval()
 
 
 @pytest.fixture(scope="session")
 def components() -> dict[str, Any]:
-    """Tiny networks, float32, on the CPU. Not to be changed."""
-    return make_components()
+    """Every component by its name in a model folder: tiny, float32, on the CPU. Not to be changed."""
+    tokenizer = make_tokenizer()
+    vqgan = shuffle(StageA(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8), 3)
+    with torch.no_grad():
+        for parameter in vqgan.out_block.parameters():
+            parameter.mul_(0.01)  # what comes of random latents is large, and would be black or white all over
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": make_text_encoder(tokenizer),
+        "image_encoder": make_image_encoder(),
+        "feature_extractor": make_image_processor(),
+        "prior": shuffle(make_prior(), 1),
+        "decoder": shuffle(make_decoder(), 2),
+        "vqgan": vqgan,
+        "effnet": shuffle(make_semantic_encoder(), 4),
+        "previewer": shuffle(Previewer(hidden=16), 5),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ class ClipTask(Task):
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == target).float().mean()}
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
-        indices = torch.arange(256)
+        indices = torch.arange(min(256, len(self.unseen)))
         outputs = self.forward(**self.inputs(self.unseen, indices))
         figures = {f"unseen_{name}": value.item() for name, value in outputs.items()}
         return figures, grid([self.unseen.images(indices[:8])])

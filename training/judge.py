@@ -1,7 +1,7 @@
 """Tell what is in a picture without any trained network: the nearest reference drawing, once the background is removed.
 
 The background is a plane of colour fitted to the picture's border; what differs from it is the object; its tight crop is
-compared, pixel by pixel at 32x32, with every reference drawing seen on the same background and cropped in the same way.
+compared, pixel by pixel at 32x32, with every reference drawing as it would look on the same background.
 Pictures are float32 (n, 3, S, S) in 0..1 throughout.
 """
 
@@ -76,7 +76,7 @@ def _crops(difference: Tensor, region: Tensor | None = None) -> Tensor:
 
     `difference` is (n, 3, S, S), picture less background. Of `region`, bool (n, S, S), only the inside counts.
     """
-    n, _, _, side = difference.shape
+    side = difference.shape[-1]
     # A blur of three pixels keeps lone wrong pixels out of the silhouette.
     smooth = F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False)
     mask = smooth.norm(dim=1) > _DIFFERENT
@@ -122,32 +122,13 @@ def _halves(difference: Tensor, sideways: bool) -> tuple[Tensor, Tensor]:
 class Judge:
     """Names the objects in pictures by the nearest of the reference drawings.
 
-    `drawings`, `names` and `styles` are those of `load_drawings`; `drawings` are kept at 96 pixels.
+    `drawings`, `names` and `styles` are those of `load_drawings`.
     """
 
     def __init__(self, drawings: Tensor, names: Sequence[str], styles: Sequence[str]):
         self.names, self.styles = list(names), list(styles)
-        reduced = [F.interpolate(part.float() / 255, (96, 96), mode="area") for part in drawings.split(256)]
-        # A margin, so that references are blurred and cropped as objects within a picture are.
-        self._references = F.pad(torch.cat(reduced), (4, 4, 4, 4))
-        self._seen_on: dict[tuple[int, ...], Tensor] = {}
-
-    def _on(self, colour: Tensor) -> Tensor:
-        """Features (objects, styles, 4 * 32 * 32) of all references on `colour`, RGB (3,) in 0..1."""
-        # Steps of 1/32: colours this close give the same silhouettes.
-        key = tuple((colour * 32).round().int().tolist())
-        if key not in self._seen_on:
-            if len(self._seen_on) >= 4:
-                self._seen_on.pop(next(iter(self._seen_on)))
-            ground = torch.tensor(key, dtype=torch.float32, device=colour.device)[:, None, None] / 32
-            parts = [_crops(part[:, :3] - part[:, 3:] * ground) for part in self._references.split(256)]
-            self._seen_on[key] = self._features(torch.cat(parts)).unflatten(0, (len(self.names), len(self.styles)))
-        return self._seen_on[key]
-
-    @staticmethod
-    def _features(crops: Tensor) -> Tensor:
-        weight = torch.tensor([1, 1, 1, _MASK_WEIGHT**0.5], device=crops.device)[:, None, None]
-        return (F.avg_pool2d(crops, 3, 1, 1) * weight).flatten(1)
+        reduced = [F.interpolate(part.float() / 255, (_SIDE, _SIDE), mode="area") for part in drawings.split(256)]
+        self._references = _soften(torch.cat(reduced)).unflatten(0, (len(self.names), len(self.styles)))
 
     def distances(self, picture: Tensor, style: str | None = None, relation: str | None = None) -> list[Tensor]:
         """How far the object, or each of the two objects, of one picture (3, S, S) is from every name: float (names,) each.
@@ -155,27 +136,33 @@ class Judge:
         `style` limits the references to one style. `relation`, of `scenes.RELATIONS`, says that the picture shows two objects
         and where; they come in the order in which the relation names them.
         """
-        pictures = picture[None]
-        plane = background_plane(pictures)
-        difference = pictures - plane
+        plane = background_plane(picture[None])
+        difference = picture[None] - plane
         regions: list[Tensor | None] = [None]
         if relation is not None:
             first, second = _halves(difference, relation not in ("above", "below"))
             regions = [second, first] if relation in ("right of", "below") else [first, second]
+        references = self._references
+        if style is not None:
+            references = references[:, self.styles.index(style), None]
         results = []
         for region in regions:
             where = torch.ones_like(plane[:, 0]) if region is None else region.float()
-            ground = (plane * where[:, None]).sum((0, 2, 3)) / where.sum()
-            references = self._on(ground.clamp(0, 1))
-            if style is not None:
-                references = references[:, self.styles.index(style), None]
-            features = self._features(_crops(difference, region))
-            results.append((references - features).square().sum(-1).min(1).values)
+            ground = (plane * where[:, None]).sum((2, 3))[0] / where.sum()
+            seen = _soften(_crops(difference, region))[0]
+            # Premultiplied colour less alpha times background: a reference's own difference from that background.
+            colours = references[:, :, :3] - references[:, :, 3:] * ground[:, None, None] - seen[:3]
+            silhouettes = references[:, :, 3] - seen[3]
+            distance = colours.square().sum((2, 3, 4)) + _MASK_WEIGHT * silhouettes.square().sum((2, 3))
+            results.append(distance.min(1).values)
         return results
 
     def ranked(self, picture: Tensor, style: str | None = None, relation: str | None = None) -> list[list[str]]:
         """All names, nearest first, for the object or each of the two objects of one picture; as `distances`."""
-        return [
-            [self.names[i] for i in distance.argsort().tolist()]
-            for distance in self.distances(picture, style, relation)
-        ]
+        distances = self.distances(picture, style, relation)
+        return [[self.names[i] for i in distance.argsort().tolist()] for distance in distances]
+
+
+def _soften(drawings: Tensor) -> Tensor:
+    """A blur of three of the 32 pixels: an object a little out of place or out of focus stays the nearest."""
+    return F.avg_pool2d(drawings, 3, 1, 1)

@@ -61,6 +61,9 @@ class Workshop:
 
     def new(self, network: type, name: str) -> Any:
         """A diffusers-style network with the arguments of the configuration's table ``name``."""
+        component = self.model / name.removesuffix("_network")
+        if component.exists():
+            return network.from_pretrained(component).train()
         return network(**self.config[name])
 
     def finished(self, network: type, name: str) -> Any:

@@ -38,6 +38,7 @@ class StageBTask(Task):
         unseen: Scenes,
         pyramid: float,
         semantic_noise: float,
+        train_encoder: bool,
         preview_weight: float,
         p2_floor: float,
         drop_semantic: float,
@@ -45,11 +46,22 @@ class StageBTask(Task):
     ) -> None:
         super().__init__()
         self.decoder, self.effnet, self.previewer = decoder, effnet, previewer
+        self.train_encoder = train_encoder
+        if not train_encoder:
+            effnet.requires_grad_(False)
+            previewer.requires_grad_(False)
         self.frozen = {"vqgan": vqgan.eval().requires_grad_(False), "text": text_encoder.eval().requires_grad_(False)}
         self.scenes, self.unseen = scenes, unseen
         self.pyramid, self.semantic_noise = pyramid, semantic_noise
         self.preview_weight, self.p2_floor = preview_weight, p2_floor
         self.drop_semantic, self.drop_text = drop_semantic, drop_text
+
+    def train(self, mode: bool = True) -> "StageBTask":
+        super().train(mode)
+        if not self.train_encoder:
+            self.effnet.eval()
+            self.previewer.eval()
+        return self
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         indices = self.scenes.draw(size, generator)

@@ -145,6 +145,7 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
     state = folder / "state"
     if state.exists():
         accelerator.load_state(str(state))
+        ema.to(accelerator.device)
         logger.info("%s: resumed at step %d", folder.name, progress.step)
 
     def checkpoint() -> None:

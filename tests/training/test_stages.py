@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from training import run
-from training.data.icons import DRAWING_SIZE, STYLES, save_drawings
+from training.data.icons import STYLES, IconObject, pack_drawings
 
 CONFIG = """
 [data]
@@ -87,7 +87,14 @@ task = { crop = 64, latent_noise = 0.05 }
 options = { steps = 2, batch_size = 4, learning_rate = 1e-3, compile = false }
 [stage_b]
 options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
-task = { pyramid = 0.75, semantic_noise = 0.1, preview_weight = 1.0, p2_floor = 0.1, drop_semantic = 0.1, drop_text = 0.1 }
+[stage_b.task]
+train_encoder = true
+pyramid = 0.75
+semantic_noise = 0.1
+preview_weight = 1.0
+p2_floor = 0.1
+drop_semantic = 0.1
+drop_text = 0.1
 [stage_c]
 options = { steps = 2, batch_size = 4, learning_rate = 1e-3, compile = false }
 task = { p2_floor = 0.1, drop_text = 0.1, keep_image = 0.1 }
@@ -95,6 +102,9 @@ task = { p2_floor = 0.1, drop_text = 0.1, keep_image = 0.1 }
 options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
 task = { semantic_noise = 0.1 }
 """
+
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">
+<ellipse cx="12" cy="12" rx="{radius}" ry="9" fill="hsl({hue}, 80%, {light}%)"/></svg>"""
 
 NETWORKS = {
     "vqgan": StageA,
@@ -109,13 +119,13 @@ NETWORKS = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of all stages, two steps each."""
     folder = tmp_path_factory.mktemp("training")
-    drawings = []
-    for index in range(6 * len(STYLES)):
-        drawing = Image.new("RGBA", (DRAWING_SIZE, DRAWING_SIZE))
-        box = (10, 10, 60 + 20 * (index % 6), 180)
-        ImageDraw.Draw(drawing).ellipse(box, fill=(40 * (index % 6), 90, 200 - 10 * index, 255))
-        drawings.append(drawing)
-    save_drawings(drawings, ["apple", "pear", "plum", "fig", "lime", "melon"], folder / "drawings.zip")
+    names = ("apple", "pear", "plum", "fig", "lime", "melon")
+    sets = [
+        {name: SVG.format(radius=4 + index, hue=60 * index, light=30 + 20 * style) for index, name in enumerate(names)}
+        for style in range(len(STYLES))
+    ]
+    objects = [IconObject(name, (name,) * len(STYLES)) for name in names]
+    pack_drawings(objects, sets, folder / "drawings.zip")
     (folder / "config.toml").write_text(CONFIG)
     for stage in ("tokenizer", "stage_a", "clip", "stage_b", "stage_c", "previewer"):
         run.main(
@@ -141,7 +151,7 @@ def test_every_component_is_written_and_finite(trained: Path, name: str) -> None
 def test_every_stage_leaves_a_checkpoint_a_picture_and_a_log(trained: Path, stage: str) -> None:
     assert (trained / stage / "state").is_dir()
     with Image.open(trained / stage / "samples" / "000002.png") as sheet:
-        assert min(sheet.size) >= 64
+        assert min(sheet.size) >= 2 * 24  # two rows of previews, 3/16 of 128 pixels each
     assert list((trained / stage / "logs").rglob("events.out.tfevents.*"))
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 from training.data.scenes import COLOURS, GRADIENT_WAYS, Plans
 
 _LEVELS = (1.0, 0.75, 0.5, 0.375, 0.25)
-"""Sizes, relative to the packed drawings, that objects are first reduced to: bilinear sampling then never skips a pixel."""
+"""Sizes, relative to the packed drawings, that objects are first reduced to, so that sampling skips no pixel."""
 
 
 def background(plans: Plans, size: int, device: torch.device | str = "cpu") -> Tensor:
-    """The plans' backgrounds, float32 (n, 3, size, size) in 0..1: plain colours, or gradients from the first to the second."""
+    """The plans' backgrounds, float32 (n, 3, size, size) in 0..1: plain colours or gradients."""
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device) / 255
     start, end = palette[torch.as_tensor(plans.colours, device=device)].unbind(1)
     ramp = (torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size
@@ -22,14 +22,14 @@ def background(plans: Plans, size: int, device: torch.device | str = "cpu") -> T
 
 
 def _levels(pixels: np.ndarray, side: int) -> np.ndarray:
-    """For objects of `pixels` from drawings of `side`, the smallest of `_LEVELS` that has no fewer pixels, else the whole."""
+    """For objects of `pixels` from drawings of `side`, the smallest of `_LEVELS` with no fewer pixels, else 1."""
     levels = np.array(_LEVELS)
     enough = levels[:, None, None] * side >= np.asarray(pixels)[None]
     return np.where(enough, levels[:, None, None], np.inf).min(0, initial=1.0)
 
 
 def _paste(pictures: Tensor, drawings: Tensor, centres: Tensor, sizes: Tensor) -> Tensor:
-    """Paste premultiplied float drawings (n, 4, s, s) over pictures (n, 3, S, S), at `centres` (n, 2), as large as `sizes` (n,)."""
+    """Paste premultiplied float drawings (n, 4, s, s), `sizes` (n,) large, at `centres` (n, 2) of pictures (n, 3, S, S)."""
     side = pictures.shape[-1]
     at = (torch.arange(side, dtype=torch.float32, device=pictures.device) + 0.5) / side
     x, y = (2 * (at[None] - centres[:, i, None]) / sizes[:, None] for i in range(2))

@@ -1,8 +1,8 @@
 """What is in a scene: `Plans`, sampled from a seed as plain arrays; the pairs that training never sees.
 
-A plan names one or two drawings with their places and sizes, a background, and what its caption will mention. What a caption
-leaves unsaid is at a default, so that the text determines the picture as far as it can: centre, `DEFAULT_SIZE`, a white
-background. An unnamed style is the first one with chance `DEFAULT_STYLE_SHARE`, else any: seeds of one prompt then differ.
+A plan names one or two drawings with their places and sizes, a background, and what its caption will mention. What a
+caption leaves unsaid is at a default, so that the text determines the picture as far as it can: centre, `DEFAULT_SIZE`, a
+white background. An unnamed style is the first with chance `DEFAULT_STYLE_SHARE`, else any: seeds of one prompt then differ.
 
 Numpy only; `compose.py` draws plans, `captions.py` words them.
 """
@@ -83,12 +83,12 @@ class Plans:
         styles: int64 (n, 2), style indices.
         centres: float32 (n, 2, 2), x and y of each object's centre, 0..1 of the picture's side.
         sizes: float32 (n, 2), each object's longer side, 0..1 of the picture's.
-        colours: int64 (n, 2), indices into `COLOUR_NAMES`: the gradient's start and end, the same for a plain background.
+        colours: int64 (n, 2), indices into `COLOUR_NAMES`: a gradient's start and end, the same for a plain one.
         gradient_ways: int64 (n,), index into `GRADIENT_WAYS`.
         relations: int64 (n,), index into `RELATIONS`; -1 for one object.
         places: int64 (n,), index into `PLACE_NAMES`.
         size_names: int64 (n,), index into `SIZE_NAMES`; -1 for a default size.
-        says_style, says_background: bool (n,), whether the caption names them (a place or a size is said unless default).
+        says_style, says_background: bool (n,), whether the caption names them (a place or a size it names unless default).
     """
 
     objects: np.ndarray
@@ -160,7 +160,7 @@ class HeldOut:
     """The pairs that training never sees, a fixed choice by the hash of their names.
 
     Attributes:
-        colours: bool (objects, colours), True for an object and a background colour never together; False for all of white.
+        colours: bool (objects, colours), True for an object and a background colour never together; never True for white.
         pairs: bool (objects, objects), symmetric, True for two objects never together; the diagonal is True.
     """
 
@@ -169,7 +169,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, names: Sequence[str]) -> "HeldOut":
-        """The held-out pairs among objects of these `names`; a pair's fate does not depend on which others there are."""
+        """The held-out pairs among objects of these `names`; a pair's fate does not depend on the other names."""
         objects, colours = _hashes(names), _hashes([f"on {name}" for name in COLOUR_NAMES])
         with np.errstate(over="ignore"):
             by_colour = _mix(objects[:, None] + colours[None]) % np.uint64(100) < HELD_OUT_PERCENT

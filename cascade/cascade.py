@@ -1,0 +1,402 @@
+"""The whole of Stable Cascade: a `Request` in, pictures out.
+
+Knows which stage follows which, with which settings; not how a stage works, where files lie or who asks.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade import sizes
+from cascade.conditioning import Conditioner, TextEmbeddings
+from cascade.decoder import decode_pixels, decoder_steps, encode_pixels
+from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.previewer import Previewer
+from cascade.networks.stage_a import StageA
+from cascade.networks.unet import StableCascadeUNet
+from cascade.prior import prior_steps
+from cascade.sampling import DIFFUSERS_SAMPLER, SAMPLERS, Noise, finish
+from cascade.weights import ModelFolder, StageSettings
+
+LARGEST_SEED = 2**63 - 1
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make.
+
+    Attributes:
+        prompt, negative_prompt: what the pictures show, and what not. The latter acts through guidance only.
+        width, height: pixels, 64 to 2048; None: the size that the model draws best.
+        num_images: how many pictures, at least 1.
+        seed: 0 to 2**63 - 1. Picture i is picture 0 of the seed i higher.
+        steps_prior, steps_decoder: of Stages C and B, 1 to 1000; None: as the model folder says.
+        guidance_scale_prior, guidance_scale_decoder: at least 0; 1 or less is no guidance, in half the time; None: as
+            the model folder says.
+        sampler: of both stages: "ddpm", "ddim" or "lcm".
+
+    Raises:
+        TypeError, ValueError: an attribute of the wrong kind or outside of its range.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    num_images: int = 1
+    seed: int = 0
+    steps_prior: int | None = None
+    steps_decoder: int | None = None
+    guidance_scale_prior: float | None = None
+    guidance_scale_decoder: float | None = None
+    sampler: str = "ddpm"
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be a text.")
+        self._check_integer("num_images", 1)
+        self._check_integer("seed", 0, LARGEST_SEED)
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                self._check_integer(name, sizes.SMALLEST, sizes.LARGEST)
+        for name in ("steps_prior", "steps_decoder"):
+            if getattr(self, name) is not None:
+                self._check_integer(name, 1, MOST_STEPS)
+        for name in ("guidance_scale_prior", "guidance_scale_decoder"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise ValueError(f"{name} is {value!r}; it must be a number of at least 0.")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {self.sampler!r}; it must be one of {', '.join(SAMPLERS)}.")
+
+    def _check_integer(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or value < low or (high is not None and value > high):
+            allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise ValueError(f"{name} is {value!r}; it must be a whole number {allowed}.")
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """In what the authors' pipeline and the one frozen in diffusers differ. The presets are in `NUMERICS`.
+
+    Attributes:
+        shift, rescale: of both stages; None: as the model folder says (published: 2 in Stage C, 1 in Stage B; 0.7).
+        decoder_guidance: of Stage B unless the request says otherwise; None: as the model folder says (1.1).
+        sampler: None: the request's; "diffusers" tells the networks the raw time and adds no noise in the last step.
+        stage_a_scales: what Stage A's scale becomes, by what its configuration says.
+        size_from_semantic: Stage B's latents are 10.67 times the semantic ones, and pictures as large as that makes
+            them. Otherwise they are a quarter of the picture, and pictures as large as asked.
+    """
+
+    shift: float | None = None
+    rescale: float | None = None
+    decoder_guidance: float | None = None
+    sampler: str | None = None
+    stage_a_scales: tuple[tuple[float, float], ...] = ()
+    size_from_semantic: bool = False
+
+
+NUMERICS = {
+    # The diffusers configuration of the published Stage A says 0.3764, where the authors train and decode with 0.43.
+    "official": Numerics(stage_a_scales=((0.3764, 0.43),)),
+    "diffusers": Numerics(
+        shift=1.0, rescale=0.0, decoder_guidance=0.0, sampler=DIFFUSERS_SAMPLER, size_from_semantic=True
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """A piece of work that has just been done.
+
+    Attributes:
+        stage: "prior" or "decoder", after one of its steps; "image", after a picture has been finished.
+        done, total: pieces of work of the whole request.
+        latents: of the two stages: what they take the finished latents to be, float32 (B, C, h, w). Those of the prior
+            are what `Cascade.preview` takes.
+        image: the picture that has been finished.
+    """
+
+    stage: str
+    done: int
+    total: int
+    latents: Tensor | None = None
+    image: Image.Image | None = None
+
+
+class Cascade:
+    """Stable Cascade, loaded.
+
+    Args:
+        conditioner: text, and images if it has an image encoder, to embeddings.
+        prior, decoder, vqgan: Stages C, B and A.
+        effnet, previewer: the semantic encoder and the previewer; without them `encode` and `preview` fail.
+        defaults: the settings of the stages "prior" and "decoder" where the request leaves them open.
+        native_size: pixels, the edge of the square that is made when the request names no size.
+        numerics: "official" or "diffusers".
+        max_batch: how many pictures are made at a time. It does not change the pictures.
+    """
+
+    def __init__(
+        self,
+        conditioner: Conditioner,
+        prior: StableCascadeUNet,
+        decoder: StableCascadeUNet,
+        vqgan: StageA,
+        effnet: SemanticEncoder | None = None,
+        previewer: Previewer | None = None,
+        *,
+        defaults: Mapping[str, StageSettings],
+        native_size: int,
+        numerics: str = "official",
+        max_batch: int = 4,
+    ) -> None:
+        if numerics not in NUMERICS:
+            raise ValueError(f"numerics is {numerics!r}; it must be one of {', '.join(NUMERICS)}.")
+        if max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch}; it must be at least 1.")
+        self.conditioner = conditioner
+        self.prior = prior
+        self.decoder = decoder
+        self.vqgan = vqgan
+        self.effnet = effnet
+        self.previewer = previewer
+        self.defaults = defaults
+        self.native_size = native_size
+        self.numerics = NUMERICS[numerics]
+        self.max_batch = max_batch
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | PathLike[str],
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        lite: Collection[str] = (),
+        numerics: str = "official",
+        max_batch: int = 4,
+    ) -> "Cascade":
+        """Read a model folder, or the folder that holds the two published repositories.
+
+        Args:
+            folder: the directory.
+            device: None: CUDA if there is a device, else the CPU.
+            dtype: of the networks; None: bfloat16 on CUDA, else float32.
+            lite: the stages, of "prior" and "decoder", whose lite network is taken from the published repositories.
+            numerics, max_batch: see the class.
+
+        Raises:
+            WeightsError: something is missing from the folder, or damaged.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        opened = ModelFolder.open(folder, lite=lite)
+        needed = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
+        optional = ("feature_extractor", "image_encoder", "effnet", "previewer")
+        parts = {
+            name: opened.load_component(name, device=device, dtype=dtype)
+            for name in (*needed, *(name for name in optional if name in opened))
+        }
+        return cls(
+            Conditioner(
+                parts["tokenizer"], parts["text_encoder"], parts.get("feature_extractor"), parts.get("image_encoder")
+            ),
+            parts["prior"],
+            parts["decoder"],
+            parts["vqgan"],
+            parts.get("effnet"),
+            parts.get("previewer"),
+            defaults=opened.sampler,
+            native_size=opened.native_size,
+            numerics=numerics,
+            max_batch=max_batch,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where Stage C computes, and latents lie."""
+        return self.prior.device
+
+    def generate(self, request: Request, on_progress: Callable[[Progress], None] | None = None) -> list[Image.Image]:
+        """Make all pictures of a request.
+
+        Args:
+            request: what to make.
+            on_progress: called after every step and every picture; what it raises ends the generation.
+
+        Returns:
+            `num_images` RGB pictures.
+        """
+        images = []
+        for progress in self.steps(request):
+            if on_progress is not None:
+                on_progress(progress)
+            if progress.image is not None:
+                images.append(progress.image)
+        return images
+
+    def steps(self, request: Request) -> Iterator[Progress]:
+        """`generate`, step by step. Whoever iterates may stop whenever he wants.
+
+        Raises:
+            ValueError: diffusers' numerics do not have this size or sampler.
+        """
+        settings = self._settings(request)
+        sampler = self._sampler(request.sampler)
+        height, width = request.height or self.native_size, request.width or self.native_size
+        # diffusers takes the size as it is asked for, and then makes a picture of another.
+        base = (height, width) if self.numerics.size_from_semantic else sizes.native_size(height, width)
+        semantic_size = sizes.semantic_size(*base)
+        decoder_size, picture_size = self._decoder_size(semantic_size, height, width)
+        guided = any(stage.guidance > 1 for stage in settings.values())
+        text, negative = self._encode(request.prompt, request.negative_prompt if guided else None)
+
+        batches = range(0, request.num_images, self.max_batch)
+        total = len(batches) * sum(stage.steps for stage in settings.values()) + request.num_images
+        done = 0
+        for first in batches:
+            last = min(first + self.max_batch, request.num_images)
+            noise = Noise(range(request.seed + first, request.seed + last), self.device)
+            for step in prior_steps(
+                self.prior,
+                text,
+                negative,
+                size=semantic_size,
+                noise=noise,
+                sampler=sampler,
+                **vars(settings["prior"]),
+            ):
+                semantic = step.x
+                done += 1
+                yield Progress("prior", done, total, latents=step.x0)
+            for step in decoder_steps(
+                self.decoder,
+                semantic,
+                text.pooled,
+                None if negative is None else negative.pooled,
+                size=decoder_size,
+                noise=noise,
+                sampler=sampler,
+                **vars(settings["decoder"]),
+            ):
+                latents = step.x
+                done += 1
+                yield Progress("decoder", done, total, latents=step.x0)
+            for pixels in decode_pixels(self.vqgan, latents, self._stage_a_scale()):
+                done += 1
+                yield Progress("image", done, total, image=to_image(sizes.crop(pixels, *picture_size)))
+
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Small pictures, 8 pixels a semantic latent, of semantic latents (B, 16, h, w).
+
+        Raises:
+            ValueError: this model has no previewer.
+        """
+        if self.previewer is None:
+            raise ValueError("This model has no previewer.")
+        with torch.no_grad():
+            pixels = self.previewer(latents.to(self.previewer.dtype)).float().clamp(0, 1)
+        return [to_image(one) for one in pixels]
+
+    def encode(self, image: Image.Image) -> Tensor:
+        """The semantic latents, float32 (1, 16, h, w), of a picture with sides from 64 to 2048 pixels.
+
+        Raises:
+            ValueError: the picture is too small or too large, or this model has no semantic encoder.
+        """
+        if self.effnet is None:
+            raise ValueError("This model has no semantic encoder, so it reads no images.")
+        return encode_pixels(self.effnet, to_pixels(image).to(self.effnet.device))
+
+    def reconstruct(self, image: Image.Image, seed: int = 0, prompt: str = "") -> Image.Image:
+        """What is left of a picture that is squeezed into semantic latents and painted anew by Stages B and A.
+
+        Args:
+            image: sides from 64 to 2048 pixels.
+            seed: of Stage B's noise.
+            prompt: tells Stage B what is to be seen.
+
+        Raises:
+            ValueError: as `encode`; diffusers' numerics do not have this size.
+        """
+        semantic = self.encode(image)
+        settings = self._settings(Request(prompt, seed=seed))["decoder"]
+        decoder_size, picture_size = self._decoder_size(semantic.shape[-2:], image.height, image.width)
+        text, negative = self._encode(prompt, "" if settings.guidance > 1 else None)
+        latents = finish(
+            decoder_steps(
+                self.decoder,
+                semantic,
+                text.pooled,
+                None if negative is None else negative.pooled,
+                size=decoder_size,
+                noise=Noise([seed], self.device),
+                sampler=self._sampler("ddpm"),
+                **vars(settings),
+            )
+        )
+        (pixels,) = decode_pixels(self.vqgan, latents, self._stage_a_scale())
+        return to_image(sizes.crop(pixels, *picture_size))
+
+    def _encode(self, prompt: str, negative: str | None) -> tuple[TextEmbeddings, TextEmbeddings | None]:
+        """Both texts in one forward: (1, 77, D) and (1, 1, D) each."""
+        both = self.conditioner.encode_text([prompt] if negative is None else [prompt, negative])
+        first, *rest = (TextEmbeddings(*one) for one in zip(both.tokens.split(1), both.pooled.split(1), strict=True))
+        return first, rest[0] if rest else None
+
+    def _settings(self, request: Request) -> dict[str, StageSettings]:
+        """How the stages are sampled: what the request says, else the numerics, else the model folder."""
+        chosen = {}
+        for stage, settings in self.defaults.items():
+            numerics = {"shift": self.numerics.shift, "rescale": self.numerics.rescale}
+            if stage == "decoder":
+                numerics["guidance"] = self.numerics.decoder_guidance
+            wanted = {
+                "steps": getattr(request, f"steps_{stage}"),
+                "guidance": getattr(request, f"guidance_scale_{stage}"),
+            }
+            for source in (numerics, wanted):
+                settings = replace(settings, **{key: value for key, value in source.items() if value is not None})
+            chosen[stage] = settings
+        return chosen
+
+    def _sampler(self, wanted: str) -> str:
+        if self.numerics.sampler is None:
+            return wanted
+        if wanted != "ddpm":
+            raise ValueError(f"sampler is {wanted!r}; diffusers' numerics have 'ddpm' only.")
+        return self.numerics.sampler
+
+    def _decoder_size(self, semantic: sizes.Size, height: int, width: int) -> tuple[sizes.Size, sizes.Size]:
+        """Of Stage B's latents, and of the picture that is cut out of what they make."""
+        if self.numerics.size_from_semantic:
+            rows, columns = sizes.diffusers_decoder_size(semantic)
+            return (rows, columns), (rows * sizes.STAGE_A_FACTOR, columns * sizes.STAGE_A_FACTOR)
+        return sizes.decoder_size(*sizes.native_size(height, width)), (height, width)
+
+    def _stage_a_scale(self) -> float:
+        said = self.vqgan.config.scale_factor
+        return dict(self.numerics.stage_a_scales).get(said, said)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in 0..1 -> an RGB picture."""
+    return Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """A picture of any mode -> float32 (1, 3, H, W) in 0..1. What is transparent is laid on white."""
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    return pixels.permute(2, 0, 1)[None].float() / 255

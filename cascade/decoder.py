@@ -1,0 +1,103 @@
+"""Semantic latents -> pixels, by Stage B and Stage A; and back, by the semantic encoder.
+
+Latents, noise, times and the pixels that are returned are float32 whatever the networks' dtype. What does not depend
+on the step is computed once.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cascade import sizes
+from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.stage_a import StageA
+from cascade.networks.unet import StableCascadeUNet
+from cascade.sampling import Noise, Step, sample, with_guidance
+
+
+def decoder_steps(
+    decoder: StableCascadeUNet,
+    semantic: Tensor,
+    pooled: Tensor,
+    negative_pooled: Tensor | None = None,
+    *,
+    size: tuple[int, int],
+    noise: Noise,
+    steps: int = 10,
+    guidance: float = 1.1,
+    shift: float = 1.0,
+    rescale: float = 0.7,
+    sampler: str = "ddpm",
+) -> Iterator[Step]:
+    """Sample Stage B's latents (B, 4, h, w), step by step; `sampling.finish` takes all steps. B: the seeds of `noise`.
+
+    Args:
+        decoder: Stage B.
+        semantic: semantic latents (B, 16, h, w); the unconditional half has zeros.
+        pooled: the pooled text embedding (B or 1, 1, D).
+        negative_pooled: that of the negative prompt, for guidance above 1: otherwise the unconditional half is not
+            computed.
+        size: (height, width) of the latents, even, see `sizes.decoder_size`.
+        noise: draws the initial noise, then a step's noise when its turn comes.
+        steps, shift, sampler: see `sampling.sample`.
+        guidance, rescale: see `sampling.guide`.
+
+    Raises:
+        ValueError: an argument does not fit the others or lies outside of its range.
+    """
+    batch = len(noise)
+    if semantic.shape[0] != batch:
+        raise ValueError(f"There are semantic latents of {semantic.shape[0]} images; noise has seeds for {batch}.")
+    if guidance > 1 and negative_pooled is None:
+        raise ValueError(f"guidance is {guidance}; above 1 it needs a negative embedding.")
+
+    shape = (decoder.config.in_channels, *size)
+    x = noise(*shape)
+    pooled = pooled.expand(batch, -1, -1)
+    if guidance > 1:
+        pooled = torch.cat([pooled, negative_pooled.expand(batch, -1, -1)])
+        semantic = torch.cat([semantic, torch.zeros_like(semantic)])
+    with torch.no_grad():
+        conditions = decoder.condition(pooled, effnet=semantic, latent_size=size)
+
+    @torch.no_grad()
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return decoder(x, t, conditions)
+
+    return sample(
+        model if guidance <= 1 else with_guidance(model, guidance, rescale),
+        x,
+        steps=steps,
+        shift=shift,
+        sampler=sampler,
+        noise=lambda _: noise(*shape),
+    )
+
+
+@torch.no_grad()
+def decode_pixels(vqgan: StageA, latents: Tensor, scale: float | None = None) -> Iterator[Tensor]:
+    """Stage B's latents (B, 4, h, w) -> pictures (3, 4h, 4w) in 0..1, one by one: at full size, pixels take memory.
+
+    Args:
+        vqgan: Stage A.
+        scale: what Stage A multiplies latents with; None: as its configuration says.
+    """
+    for one in latents.to(vqgan.dtype).split(1):
+        yield vqgan.decode(one, scale=scale)[0].float().clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_pixels(effnet: SemanticEncoder, pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in 0..1 -> semantic latents, float32 (B, 16, h, w), such as Stage C makes for H x W pixels.
+
+    A size that is no multiple of 8 is padded to it, where `Cascade.generate` would crop.
+
+    Raises:
+        ValueError: H or W lies outside of 64 to 2048.
+    """
+    height, width = sizes.native_size(*pixels.shape[-2:])
+    pixels = sizes.pad(pixels.float(), height, width)
+    small = F.interpolate(pixels, size=sizes.encoder_size(height, width), mode="bilinear", antialias=True)
+    return effnet(small.to(effnet.dtype)).float()

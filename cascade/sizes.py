@@ -1,0 +1,83 @@
+"""Pixels and the latents they belong to. Every pair is (height, width). Pure arithmetic, but for the cropping and padding.
+
+Stage A folds 4 pixels into a decoder latent, and Stage B folds 2 of those into one, so pictures are made at multiples
+of 8 pixels; any other size is cut centrally out of the next multiple. A semantic latent stands for 42.67 pixels: the
+semantic encoder shrinks 32 times, and sees pictures at three quarters of their size.
+"""
+
+import math
+
+from torch import Tensor
+from torch.nn import functional as F
+
+SMALLEST, LARGEST = 64, 2048
+MULTIPLE = 8
+SEMANTIC_PIXELS = 42.67
+ENCODER_STRIDE = 32
+STAGE_A_FACTOR = 4
+# diffusers derives Stage B's size from the semantic one with this factor.
+DIFFUSERS_FACTOR = 10.67
+
+Size = tuple[int, int]
+
+
+def native_size(height: int, width: int) -> Size:
+    """The size at which a picture of `height` x `width` is made: each side rounded up to a multiple of 8.
+
+    Raises:
+        ValueError: a side lies outside of 64 to 2048.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if not SMALLEST <= side <= LARGEST:
+            raise ValueError(f"{name} is {side}; it must lie between {SMALLEST} and {LARGEST} pixels.")
+    return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
+
+
+def semantic_size(height: int, width: int) -> Size:
+    """Stage C's latents for a picture of this many pixels: ceil(side / 42.67), as the authors have it."""
+    return math.ceil(height / SEMANTIC_PIXELS), math.ceil(width / SEMANTIC_PIXELS)
+
+
+def decoder_size(height: int, width: int) -> Size:
+    """Stage B's latents for a picture at a native size: a quarter of it, and even.
+
+    Raises:
+        ValueError: a side is no multiple of 8.
+    """
+    if height % MULTIPLE or width % MULTIPLE:
+        raise ValueError(f"The size is {height}x{width}; both sides must be multiples of {MULTIPLE}.")
+    return height // STAGE_A_FACTOR, width // STAGE_A_FACTOR
+
+
+def diffusers_decoder_size(semantic: Size) -> Size:
+    """Stage B's latents as diffusers derives them from the semantic size.
+
+    Raises:
+        ValueError: a side comes out odd, which Stage B cannot take: there diffusers fails too.
+    """
+    height, width = (int(side * DIFFUSERS_FACTOR) for side in semantic)
+    if height % 2 or width % 2:
+        raise ValueError(
+            f"In diffusers' numerics, {semantic[0]}x{semantic[1]} semantic latents make {height}x{width} decoder "
+            "latents; both sides must be even."
+        )
+    return height, width
+
+
+def encoder_size(height: int, width: int) -> Size:
+    """What the semantic encoder is given for a picture of this many pixels, to return latents of `semantic_size`."""
+    rows, columns = semantic_size(height, width)
+    return rows * ENCODER_STRIDE, columns * ENCODER_STRIDE
+
+
+def crop(pixels: Tensor, height: int, width: int) -> Tensor:
+    """The middle of (..., H, W), as (..., height, width); of an odd rest, the larger half goes right and below."""
+    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+    return pixels[..., top : top + height, left : left + width]
+
+
+def pad(pixels: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, H, W) to (B, C, height, width) by repeating the border: what `crop` undoes."""
+    rows, columns = height - pixels.shape[-2], width - pixels.shape[-1]
+    top, left = rows // 2, columns // 2
+    return F.pad(pixels, (left, columns - left, top, rows - top), mode="replicate")

@@ -1,0 +1,130 @@
+"""With `numerics="diffusers"`, pictures are those of the two pipelines that diffusers has frozen, chained."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline, StableCascadePriorPipeline
+from diffusers.models import StableCascadeUNet as TheirUNet
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+from torch import nn
+
+from cascade import cascade as cascade_module
+from cascade.cascade import Cascade, Request
+from tests.tiny import make_cascade
+
+PROMPT, NEGATIVE = "a cat, 7 pizzas.", "fog"
+
+
+@pytest.fixture(scope="module")
+def ours(components: dict[str, Any]) -> Cascade:
+    return make_cascade(components, numerics="diffusers")
+
+
+@pytest.fixture(scope="module")
+def theirs(components: dict[str, Any], ours: Cascade) -> tuple[Any, Any]:
+    text = {"tokenizer": components["tokenizer"], "text_encoder": components["text_encoder"]}
+    pipelines = (
+        StableCascadePriorPipeline(prior=twin(TheirUNet, ours.prior), scheduler=DDPMWuerstchenScheduler(), **text),
+        StableCascadeDecoderPipeline(
+            decoder=twin(TheirUNet, ours.decoder),
+            vqgan=twin(PaellaVQModel, ours.vqgan),
+            scheduler=DDPMWuerstchenScheduler(),
+            **text,
+        ),
+    )
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+    return pipelines
+
+
+def twin(kind: type[nn.Module], network: Any) -> nn.Module:
+    config = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    other = kind(**config).eval()
+    other.load_state_dict(network.state_dict())
+    return other
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "num_images", "guidance_prior", "guidance_decoder"),
+    [
+        (128, 128, 1, 4.0, None),
+        (128, 256, 2, 4.0, 2.0),
+        (256, 128, 1, 1.0, 0.0),
+        (100, 120, 1, 3.0, 1.0),
+    ],
+)
+def test_pictures_are_those_of_diffusers(
+    ours: Cascade,
+    theirs: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    height: int,
+    width: int,
+    num_images: int,
+    guidance_prior: float,
+    guidance_decoder: float | None,
+) -> None:
+    prior, decoder = theirs
+    generators = [torch.Generator().manual_seed(5 + i) for i in range(num_images)]
+    semantic = prior(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        height=height,
+        width=width,
+        num_inference_steps=4,
+        guidance_scale=guidance_prior,
+        num_images_per_prompt=num_images,
+        generator=generators,
+    ).image_embeddings
+    options = {} if guidance_decoder is None else {"guidance_scale": guidance_decoder}
+    expected = decoder(
+        semantic,
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=3,
+        generator=generators,
+        output_type="pt",
+        **options,
+    ).images
+
+    monkeypatch.setattr(cascade_module, "to_image", lambda pixels: pixels)  # without the rounding to 8 bits
+    request = Request(
+        PROMPT,
+        NEGATIVE,
+        width=width,
+        height=height,
+        num_images=num_images,
+        seed=5,
+        steps_prior=4,
+        steps_decoder=3,
+        guidance_scale_prior=guidance_prior,
+        guidance_scale_decoder=guidance_decoder,
+    )
+    actual = torch.stack(ours.generate(request))
+
+    assert actual.shape == expected.shape
+    assert ((expected > 0) & (expected < 1)).float().mean() > 0.2
+    assert (actual - expected).abs().max() <= 1e-4
+
+
+def test_the_authors_numerics_differ(ours: Cascade, components: dict[str, Any]) -> None:
+    request = Request(PROMPT, seed=5, width=128, height=128)
+    official = make_cascade(components)
+    (first,), (second,) = official.generate(request), ours.generate(request)
+    assert first.size == second.size
+    assert first.tobytes() != second.tobytes()
+
+
+def test_a_size_that_crashes_diffusers_is_refused_in_its_numerics_only(
+    ours: Cascade, components: dict[str, Any]
+) -> None:
+    request = Request(PROMPT, width=208, height=64, steps_prior=1, steps_decoder=1)
+    with pytest.raises(ValueError, match="2x5 semantic latents make 21x53 decoder latents; both sides must be even"):
+        ours.generate(request)
+    (image,) = make_cascade(components).generate(request)
+    assert image.size == (208, 64)
+
+
+def test_other_samplers_are_refused(ours: Cascade) -> None:
+    with pytest.raises(ValueError, match="sampler is 'lcm'; diffusers' numerics have 'ddpm' only"):
+        ours.generate(Request(PROMPT, sampler="lcm"))

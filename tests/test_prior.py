@@ -1,0 +1,176 @@
+"""Stage C: which halves are run, how often what, and what an image depends on."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cascade.conditioning import Conditioner, TextEmbeddings
+from cascade.networks.unet import StableCascadeUNet
+from cascade.prior import prior_steps
+from cascade.sampling import Noise, diffuse, finish
+from tests.tiny import count_calls
+
+SIZE = (3, 5)
+
+
+@pytest.fixture(scope="module")
+def prior(components: dict[str, Any]) -> StableCascadeUNet:
+    return copy.deepcopy(components["prior"])
+
+
+@pytest.fixture(scope="module")
+def texts(components: dict[str, Any]) -> tuple[TextEmbeddings, TextEmbeddings]:
+    conditioner = Conditioner(components["tokenizer"], components["text_encoder"])
+    return conditioner.encode_text(["a cat"]), conditioner.encode_text([""])
+
+
+def make(prior: StableCascadeUNet, *texts: TextEmbeddings, seeds: tuple[int, ...] = (1,), **options: Any) -> Tensor:
+    return finish(prior_steps(prior, *texts, size=SIZE, noise=Noise(seeds), **{"steps": 3, **options}))
+
+
+def test_shape_steps_and_dtype(prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings]) -> None:
+    steps = list(prior_steps(prior, *texts, size=SIZE, noise=Noise([1, 2]), steps=3))
+    assert [(step.index, step.total) for step in steps] == [(0, 3), (1, 3), (2, 3)]
+    for step in steps:
+        assert step.x.shape == step.x0.shape == (2, 16, *SIZE)
+        assert step.x.dtype == torch.float32
+        assert not step.x.requires_grad
+    assert steps[0].t == pytest.approx(0.9936, abs=1e-4)
+
+
+def test_one_forward_a_step_and_conditions_once(
+    prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = count_calls(prior, monkeypatch)
+    make(prior, *texts, seeds=(1, 2))
+    assert forwards == [4, 4, 4]  # both halves of two images in one batch
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_without_guidance_there_is_no_unconditional_half(
+    prior: StableCascadeUNet,
+    texts: tuple[TextEmbeddings, TextEmbeddings],
+    monkeypatch: pytest.MonkeyPatch,
+    guidance: float,
+) -> None:
+    forwards = count_calls(prior, monkeypatch)
+    tokens = count_calls(prior.clip_txt_mapper, monkeypatch)
+    alone = make(prior, texts[0], guidance=guidance)
+    assert forwards == [1, 1, 1]
+    assert tokens == [1]
+    assert torch.equal(alone, make(prior, *texts, guidance=guidance))
+
+
+def test_conditions_are_computed_once_for_both_halves(
+    prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = count_calls(prior.clip_txt_mapper, monkeypatch)
+    make(prior, *texts, seeds=(1, 2))
+    assert tokens == [4]
+
+
+def test_texts_and_guidance_matter(
+    prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings], components: dict[str, Any]
+) -> None:
+    other = Conditioner(components["tokenizer"], components["text_encoder"]).encode_text(["fog"])
+    results = [
+        make(prior, *texts),
+        make(prior, other, texts[1]),
+        make(prior, texts[0], other),
+        make(prior, *texts, guidance=8.0),
+        make(prior, *texts, rescale=0.0),
+        make(prior, *texts, shift=1.0),
+        make(prior, *texts, sampler="ddim"),
+        make(prior, *texts, seeds=(2,)),
+        make(prior, *texts, image=torch.ones(1, 1, 12)),
+        make(prior, *texts, image=torch.ones(1, 2, 12)),
+    ]
+    for i, first in enumerate(results):
+        for second in results[:i]:
+            assert not torch.allclose(first, second, rtol=1e-3)
+
+
+def test_image_prompt_of_zeros_is_no_image_prompt(
+    prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings]
+) -> None:
+    torch.testing.assert_close(make(prior, *texts, image=torch.zeros(1, 1, 12)), make(prior, *texts))
+
+
+def test_an_image_does_not_depend_on_its_batch(
+    prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings]
+) -> None:
+    together = make(prior, *texts, seeds=(1, 2, 3))
+    for i, seed in enumerate((1, 2, 3)):
+        torch.testing.assert_close(together[i : i + 1], make(prior, *texts, seeds=(seed,)), rtol=1e-4, atol=1e-3)
+
+
+def test_latents_and_times_are_float32_in_a_bfloat16_network(
+    components: dict[str, Any], texts: tuple[TextEmbeddings, TextEmbeddings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = copy.deepcopy(components["prior"]).to(torch.bfloat16)
+    seen = []
+    forward = half.forward
+
+    def watched(x: Tensor, t: Tensor, conditions: Any) -> Tensor:
+        seen.append((x.dtype, t.dtype))
+        return forward(x, t, conditions)
+
+    monkeypatch.setattr(half, "forward", watched)
+    assert make(half, *texts).dtype == torch.float32
+    assert set(seen) == {(torch.float32, torch.float32)}
+
+
+def test_strength_decides_how_much_of_the_start_is_left(
+    prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings]
+) -> None:
+    start = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(9))
+    differences = [
+        (make(prior, *texts, seeds=(1, 2), start=start, strength=strength, steps=10) - start).std()
+        for strength in (0.05, 0.2, 0.5, 0.8, 1.0)
+    ]
+    assert differences[0] < 0.5
+    assert differences == sorted(differences)
+
+
+def test_start_is_noised_at_the_shift_of_sampling(
+    prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(9))
+    seen = []
+    forward = prior.forward
+
+    def watched(x: Tensor, *args: Any) -> Tensor:
+        seen.append(x)
+        return forward(x, *args)
+
+    monkeypatch.setattr(prior, "forward", watched)
+    steps = list(
+        prior_steps(prior, *texts, size=SIZE, noise=Noise([1]), steps=20, start=start, strength=0.8, shift=2.0)
+    )
+    assert len(steps) == 16
+    expected = diffuse(start, Noise([1])(16, *SIZE), torch.tensor(0.8), shift=2.0)
+    torch.testing.assert_close(seen[0][:1], expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"strength": 0.5}, "strength is 0.5, but there is no start"),
+        ({"start": torch.zeros(1, 16, *SIZE), "strength": 0.0}, "strength is 0.0; it must lie above 0"),
+        ({"start": torch.zeros(1, 16, 4, 4)}, r"start has the shape \(1, 16, 4, 4\); it must be \(1 or 1, 16, 3, 5\)"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings], wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(prior, *texts, **wrong)
+
+
+def test_guidance_needs_a_negative(prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings]) -> None:
+    with pytest.raises(ValueError, match=r"guidance is 4.0; above 1 it needs negative embeddings"):
+        make(prior, texts[0])

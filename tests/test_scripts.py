@@ -1,0 +1,238 @@
+"""The environment that scripts make for themselves, with real virtual environments, and the command line of predict."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from cog import BaseRunner, Input
+from cog import Path as CogPath
+from PIL import Image
+
+from scripts import environment
+from scripts.command_line import InputError, check_output, list_inputs, main, read_inputs, save
+
+SYSTEM_PYTHON = Path(sys.base_prefix) / "bin" / "python3"
+SCRIPT = """\
+import environment
+environment.enter("requirements.txt")
+import os, sys
+import beside
+import tiny
+print(tiny.VERSION, beside.NAME, os.environ["OMP_WAIT_POLICY"], *sys.argv[1:])
+"""
+
+
+class Example(BaseRunner):
+    """One input of every kind."""
+
+    def run(
+        self,
+        prompt: str = Input(description="What to draw.", default=""),
+        title: str = Input(description="A title."),
+        count: int = Input(description="How many.", default=2, ge=1, le=4),
+        scale: float = Input(description="How much.", default=1.5, ge=0),
+        size: int | None = Input(description="How large.", default=None, le=64),
+        fast: bool = Input(description="A switch.", default=False),
+        shape: str = Input(description="A shape.", default="round", choices=["round", "square"]),
+        image: CogPath | None = Input(description="A picture.", default=None),
+    ) -> list[CogPath]:
+        return []
+
+
+def make_wheel(folder: Path, version: str) -> Path:
+    """A package of one module, as pip would download it."""
+    wheel = folder / f"tiny-{version}-py3-none-any.whl"
+    info = f"tiny-{version}.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny.py", f"VERSION = {version!r}\n")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", f"tiny.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    return wheel
+
+
+def start(root: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [SYSTEM_PYTHON, "scripts/hello", "a", "b c"],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1"},
+    )
+
+
+def test_environment(tmp_path: Path) -> None:
+    """From nothing, by two scripts at once; again; with a changed requirement; with one that fails; after damage."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(environment.__file__, tmp_path / "scripts")
+    (tmp_path / "scripts" / "hello").write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text("NAME = 'root'\n")
+    requirements = tmp_path / "requirements.txt"
+    included = tmp_path / "more.txt"
+    requirements.write_text("-r more.txt\n")
+    included.write_text(f"{make_wheel(tmp_path, '1.0')}\n")
+
+    both = [start(tmp_path) for _ in range(2)]
+    results = [script.communicate() for script in both]
+    assert [out for out, _ in results] == ["1.0 root PASSIVE a b c\n"] * 2, results
+    assert "".join(err for _, err in results).count("Installing requirements.txt") == 1
+
+    again = start(tmp_path)
+    assert again.communicate() == ("1.0 root PASSIVE a b c\n", "")
+
+    included.write_text(f"{make_wheel(tmp_path, '2.0')}\n")
+    changed = start(tmp_path)
+    assert changed.communicate()[0] == "2.0 root PASSIVE a b c\n"
+
+    included.write_text("no-such-package==1.0\n")
+    failed = start(tmp_path)
+    out, err = failed.communicate()
+    assert (out, failed.returncode) == ("", 1)
+    assert err.splitlines()[-1].startswith("Installing requirements.txt failed")
+    assert "Traceback" not in err
+
+    included.write_text(f"{tmp_path}/tiny-2.0-py3-none-any.whl\n")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to("/nowhere/python")
+    mended = start(tmp_path)
+    assert mended.communicate()[0] == "2.0 root PASSIVE a b c\n"
+
+
+def test_old_python_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "OLDEST_PYTHON", (99, 1))
+    with pytest.raises(
+        SystemExit, match=r"Python 99\.1 or newer is needed, and this is 3\.\d+: run it as python99\.1 "
+    ):
+        environment.enter("requirements.txt")
+
+
+def test_inputs_of_every_kind(tmp_path: Path) -> None:
+    text, image = tmp_path / "prompt.txt", tmp_path / "a.png"
+    text.write_text("two words = three\n")
+    image.touch()
+    given = ["title=a=b", "count=3", "scale=2", "size=64", "fast=true", "shape=square", f"image=@{image}"]
+    inputs = read_inputs(Example, [f"prompt=@{text}", *given])
+    assert inputs == {
+        "prompt": "two words = three",
+        "title": "a=b",
+        "count": 3,
+        "scale": 2.0,
+        "size": 64,
+        "fast": True,
+        "shape": "square",
+        "image": CogPath(image),
+    }
+    assert isinstance(inputs["scale"], float)
+
+
+def test_defaults() -> None:
+    inputs = read_inputs(Example, ["title="])
+    expected = {"prompt": "", "title": "", "count": 2, "scale": 1.5, "size": None, "fast": False, "shape": "round"}
+    assert inputs == {**expected, "image": None}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("prompt", "-i prompt is not of the form name=value."),
+        ("promt=x", "There is no input 'promt'; there are prompt, title, count, scale, size, fast, shape, image."),
+        ("count=two", "count must be a whole number, not 'two'."),
+        ("count=2.5", "count must be a whole number, not '2.5'."),
+        ("count=5", "count must be from 1 to 4, not 5."),
+        ("scale=", "scale must be a number, not ''."),
+        ("scale=nan", "scale must be 0 or more, not nan."),
+        ("size=65", "size must be 64 or less, not 65."),
+        ("fast=yes", "fast must be true or false, not 'yes'."),
+        ("shape=flat", "shape must be one of round, square, not 'flat'."),
+        ("image=a.png", "image is a file: write image=@a.png."),
+        ("image=@/no/such.png", "image=@/no/such.png: there is no file /no/such.png."),
+        ("prompt=@/no/such.txt", "prompt=@/no/such.txt: there is no file /no/such.txt."),
+        (f"prompt=@{sys.executable}", f"prompt is a text, and {sys.executable} holds none."),
+    ],
+)
+def test_bad_inputs(assignment: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_inputs(Example, ["title=x", assignment])
+    assert str(caught.value) == message
+
+
+def test_missing_input() -> None:
+    with pytest.raises(InputError, match=r"The input 'title' is missing: A title\."):
+        read_inputs(Example, [])
+
+
+def test_list_of_inputs() -> None:
+    lines = list_inputs(Example).splitlines()
+    assert len(lines) == 8
+    assert lines[2].split(maxsplit=1) == ["count", "How many. (default 2, from 1 to 4)"]
+    assert lines[3].split(maxsplit=1) == ["scale", "How much. (default 1.5, 0 or more)"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-i", "promt=x"], "There is no input 'promt'; there are prompt, "),
+        (["-i", "width=wide"], "width must be a whole number, not 'wide'.\n"),
+        (["-i", "seed=-1"], "seed must be from 0 to 4294967295, not -1.\n"),
+        (["-o", "apple.txt"], "-o must end in .png, .webp or .jpg, or name a folder with a / at its end, unlike apple"),
+    ],
+)
+def test_bad_requests_are_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_missing_weights_are_one_sentence_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CASCADE_WEIGHTS", "/no/such/folder")
+    assert main([]) == 1
+    assert capsys.readouterr().err == "There is no model folder /no/such/folder.\n"
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    files = [folder / f"output-{i}.png" for i in range(2)]
+    for file in files:
+        Image.new("RGB", (4, 4), "red").save(file)
+    return files
+
+
+def test_one_picture_gets_the_name_that_was_asked_for(made: list[Path], tmp_path: Path) -> None:
+    target = tmp_path / "new" / "apple.png"
+    assert save(made[:1], str(target)) == [target]
+    assert target.read_bytes() == made[0].read_bytes()
+
+
+def test_several_pictures_are_numbered(made: list[Path], tmp_path: Path) -> None:
+    assert save(made, str(tmp_path / "a.b.png")) == [tmp_path / "a.b-1.png", tmp_path / "a.b-2.png"]
+
+
+def test_pictures_into_a_folder(made: list[Path], tmp_path: Path) -> None:
+    for output in (f"{tmp_path}/new/", str(tmp_path)):
+        targets = save(made, output)
+        assert targets == [Path(output) / "output-0.png", Path(output) / "output-1.png"]
+        assert all(target.is_file() for target in targets)
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("PNG", "PNG")])
+def test_the_ending_says_the_format(made: list[Path], tmp_path: Path, ending: str, kind: str) -> None:
+    output = str(tmp_path / f"apple.{ending}")
+    check_output(output)
+    (target,) = save(made[:1], output)
+    assert Image.open(target).format == kind

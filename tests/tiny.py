@@ -1,0 +1,35 @@
+"""A Cascade of the tiny networks of conftest.py, and a way to look at what is called."""
+
+import copy
+
+import pytest
+from torch import nn
+
+from cascade.cascade import Cascade
+from cascade.conditioning import Conditioner
+from cascade.weights import StageSettings
+
+DEFAULTS = {
+    "prior": StageSettings(steps=3, guidance=4.0, shift=2.0, rescale=0.7),
+    "decoder": StageSettings(steps=2, guidance=1.1, shift=1.0, rescale=0.7),
+}
+
+
+def make_cascade(components: dict[str, object], **options: object) -> Cascade:
+    """A Cascade of copies, which may be changed."""
+    parts = {name: copy.deepcopy(part) for name, part in components.items()}
+    encoders = (parts.pop(name) for name in ("tokenizer", "text_encoder", "feature_extractor", "image_encoder"))
+    return Cascade(Conditioner(*encoders), **parts, **{"defaults": DEFAULTS, "native_size": 128, **options})
+
+
+def count_calls(network: nn.Module, monkeypatch: pytest.MonkeyPatch, method: str = "forward") -> list[int]:
+    """The batch size of every call of a method from now on; the method still does its work."""
+    calls = []
+    original = getattr(network, method)
+
+    def counted(first: object, *args: object, **kwargs: object) -> object:
+        calls.append(first.shape[0])
+        return original(first, *args, **kwargs)
+
+    monkeypatch.setattr(network, method, counted)
+    return calls
