@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from training.dataset import Dataset
 from training.pictures import grid, resize
-from training.scenes import Scenes
 from training.trainer import Task
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -32,22 +32,22 @@ class ClipTask(Task):
         self,
         text_encoder: CLIPTextModelWithProjection,
         image_encoder: CLIPVisionModelWithProjection,
-        scenes: Scenes,
-        unseen: Scenes,
+        dataset: Dataset,
+        unseen: Dataset,
     ) -> None:
         super().__init__()
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
-        self.scenes, self.unseen = scenes, unseen
+        self.dataset, self.unseen = dataset, unseen
         self.log_temperature = nn.Parameter(torch.tensor(1 / 0.07).log())
 
-    def inputs(self, scenes: Scenes, indices: Tensor) -> dict[str, Tensor]:
-        tokens, mask = scenes.tokens(indices)
+    def inputs(self, dataset: Dataset, indices: Tensor) -> dict[str, Tensor]:
+        tokens, mask = dataset.tokens(indices)
         size = self.image_encoder.config.image_size
-        pixels = normalise(scenes.images(indices, size), size)
+        pixels = normalise(dataset.images(indices, (size, size)), size)
         return {"tokens": tokens, "mask": mask, "pixels": pixels}
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.inputs(self.scenes, self.scenes.draw(size, generator))
+        return self.inputs(self.dataset, self.dataset.draw(size, generator))
 
     def forward(self, tokens: Tensor, mask: Tensor, pixels: Tensor) -> dict[str, Tensor]:
         """``tokens`` and ``mask`` (B, 77), ``pixels`` (B, 3, S, S) normalised."""

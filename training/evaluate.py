@@ -7,7 +7,7 @@ show which stage of a Cascade loses quality.
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -210,12 +210,20 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(head + [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(names, cells, strict=True)])
 
 
-def generate_batch(cascade: Cascade, texts: list[str], seeds: list[int]) -> list[Image.Image]:
-    """Square pictures of native size, as `Cascade.generate` makes each of them, but of several prompts at once."""
+def generate_batch(
+    cascade: Cascade, texts: list[str], seeds: list[int], guidance: float | None = None
+) -> list[Image.Image]:
+    """Square pictures of native size, as `Cascade.generate` makes each of them, but of several prompts at once.
+
+    `guidance` is Stage C's; None: the model's own.
+    """
     size = cascade.native_size
     text = cascade.conditioner.encode_text(texts)
     negative = cascade.conditioner.encode_text([""])
     noise = Noise(seeds, cascade.device)
+    prior = cascade.defaults["prior"]
+    if guidance is not None:
+        prior = replace(prior, guidance=guidance)
     semantic = finish(
         prior_steps(
             cascade.prior,
@@ -223,7 +231,7 @@ def generate_batch(cascade: Cascade, texts: list[str], seeds: list[int]) -> list
             negative,
             size=sizes.semantic_size(size, size),
             noise=noise,
-            **vars(cascade.defaults["prior"]),
+            **vars(prior),
         )
     )
     return [to_image(pixels) for pixels in _paint(cascade, semantic, texts, noise)]

@@ -3,6 +3,8 @@
 Pure tensor maths in float32. Every random draw takes a generator, so that a step can be repeated exactly.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,13 +17,26 @@ def sample_timesteps(batch: int, generator: torch.Generator) -> Tensor:
     return (1 - uniform + 0.001).clamp(0.001, 1.0)
 
 
-def p2_weight(timesteps: Tensor, floor: float = 0.0) -> Tensor:
-    """Weight (batch,) of the epsilon error: ``1 / (1 + SNR) + floor``.
+class P2Weight(nn.Module):
+    """Weight of the epsilon error: ``1 / (k + SNR) + floor``.
 
-    Source: Choi et al., Perception Prioritized Training of Diffusion Models (k = 1, gamma = 1). The floor keeps the last,
-    nearly noiseless steps from being forgotten when training is short.
+    Source: Choi et al., Perception Prioritized Training of Diffusion Models (gamma = 1); the authors of Stable Cascade use
+    k = 1. Smaller k matters where sampling has few steps: the first one magnifies Stage B's error at t = 1 some fifteen
+    times. After 8,000 steps with k = 1, what the miniature's Stage B took for the picture at t = 1 was worse than gray
+    (error 1.5, in deviations of the latents), while at t = 0.9 it was 0.34. The floor keeps the last, nearly noiseless
+    steps from being forgotten.
     """
-    return torch.sigmoid(-log_snr(timesteps)) + floor
+
+    def __init__(self, k: float = 1.0, floor: float = 0.0) -> None:
+        super().__init__()
+        self.k, self.floor = k, floor
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Weights (batch,) for float32 timesteps (batch,) in [0, 1]."""
+        return 1 / (self.k + log_snr(timesteps).exp()) + self.floor
+
+    def update(self, timesteps: Tensor, losses: Tensor) -> None:
+        """Nothing: this weight follows no loss."""
 
 
 class AdaptiveLossWeight(nn.Module):
@@ -49,6 +64,25 @@ class AdaptiveLossWeight(nn.Module):
         total = torch.zeros_like(self.losses).index_add_(0, index, losses)
         mean = total / count.clamp(min=1)
         self.losses.copy_(torch.where(count > 0, self.losses * self.momentum + mean * (1 - self.momentum), self.losses))
+
+
+WEIGHTS = {"p2": P2Weight, "adaptive": AdaptiveLossWeight}
+
+
+def loss_weight(kind: str, **arguments: Any) -> P2Weight | AdaptiveLossWeight:
+    """The weight that a configuration's table ``weight`` asks for, e.g. ``{ kind = "p2", k = 1.0 }``.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if kind not in WEIGHTS:
+        raise ValueError(f"weight.kind is {kind!r}; it must be one of {', '.join(WEIGHTS)}.")
+    return WEIGHTS[kind](**arguments)
+
+
+def epsilon_errors(epsilon: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error (batch,), float32, of a predicted epsilon (batch, C, H, W)."""
+    return (epsilon.float() - noise).square().mean(dim=(1, 2, 3))
 
 
 def pyramid_noise(shape: tuple[int, ...], generator: torch.Generator, decay: float = 0.75, largest: int = 16) -> Tensor:

@@ -1,13 +1,26 @@
-"""Small helpers for batches of pictures: resizing as the encoders expect it, and sheets to look at."""
+"""Small helpers for batches of pictures: the sizes that the networks take, and sheets to look at."""
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from cascade.sizes import encoder_size, semantic_size
+
 
 def resize(pixels: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Pixels (B, 3, H, W) in 0..1 to ``size``, bilinear with antialiasing."""
     return nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+
+
+def for_encoder(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) at the size, some three quarters, at which the semantic encoder makes of them what Stage C makes."""
+    return resize(pixels, encoder_size(*pixels.shape[-2:]))
+
+
+def for_previewer(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) at the size of their preview: 8 pixels a semantic latent."""
+    rows, columns = semantic_size(*pixels.shape[-2:])
+    return resize(pixels, (8 * rows, 8 * columns))
 
 
 def grid(rows: list[Tensor]) -> Image.Image:

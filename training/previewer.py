@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
-from training.pictures import grid, resize
-from training.scenes import Scenes
+from training.dataset import Dataset
+from training.pictures import for_encoder, for_previewer, grid
 from training.trainer import Task
 
 
@@ -17,22 +17,21 @@ class PreviewerTask(Task):
     """Mean squared error against the picture at 3/16 of its size, from latents with a little noise."""
 
     def __init__(
-        self, previewer: Previewer, *, effnet: SemanticEncoder, scenes: Scenes, unseen: Scenes, semantic_noise: float
+        self, previewer: Previewer, *, effnet: SemanticEncoder, dataset: Dataset, unseen: Dataset, semantic_noise: float
     ) -> None:
         super().__init__()
         self.previewer = previewer
         self.frozen = {"effnet": effnet.eval().requires_grad_(False)}
-        self.scenes, self.unseen, self.semantic_noise = scenes, unseen, semantic_noise
+        self.dataset, self.unseen, self.semantic_noise = dataset, unseen, semantic_noise
 
     def pair(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Semantic latents (B, 16, h, w) and the preview to aim at (B, 3, 8h, 8w) for pixels (B, 3, H, W)."""
-        height, width = pixels.shape[-2:]
         with torch.no_grad():
-            latents = self.frozen["effnet"](resize(pixels, (height * 3 // 4, width * 3 // 4))).float()
-        return latents, resize(pixels, (height * 3 // 16, width * 3 // 16))
+            latents = self.frozen["effnet"](for_encoder(pixels)).float()
+        return latents, for_previewer(pixels)
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        latents, target = self.pair(self.scenes.images(self.scenes.draw(size, generator)))
+        latents, target = self.pair(self.dataset.images(self.dataset.draw(size, generator)))
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         return {"latents": latents + self.semantic_noise * noise, "target": target}
 
@@ -41,7 +40,7 @@ class PreviewerTask(Task):
         return {"loss": (self.previewer(latents).float() - target).square().mean()}
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
-        latents, target = self.pair(self.unseen.images(torch.arange(64)))
+        latents, target = self.pair(self.unseen.images(torch.arange(min(64, len(self.unseen)))))
         preview = self.previewer(latents).float().clamp(0, 1)
         errors = (preview - target).square().mean(dim=(1, 2, 3))
         return {"psnr": (-10 * errors.log10()).mean().item()}, grid([target[:8], preview[:8]])

@@ -12,18 +12,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cascade.networks.stage_a import StageA
+from training.dataset import Dataset
 from training.pictures import grid
-from training.scenes import Scenes
 from training.trainer import Task
 
 
 class StageATask(Task):
     """Mean squared error of pixels over random crops of ``crop`` pixels a side."""
 
-    def __init__(self, vqgan: StageA, scenes: Scenes, unseen: Scenes, *, crop: int, latent_noise: float) -> None:
+    def __init__(self, vqgan: StageA, dataset: Dataset, unseen: Dataset, *, crop: int, latent_noise: float) -> None:
         super().__init__()
         self.vqgan = vqgan
-        self.scenes, self.unseen = scenes, unseen
+        self.dataset, self.unseen = dataset, unseen
         self.crop, self.latent_noise = crop, latent_noise
         # Unit variance by construction; a free scale would only outgrow the latent noise.
         normalisation = vqgan.down_blocks[-1][1]
@@ -31,7 +31,7 @@ class StageATask(Task):
         nn.init.zeros_(normalisation.bias).requires_grad_(False)
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        pixels = self.scenes.images(self.scenes.draw(size, generator))
+        pixels = self.dataset.images(self.dataset.draw(size, generator))
         top, left = torch.randint(
             pixels.shape[-1] - self.crop + 1, (2,), generator=generator, device=generator.device
         ).tolist()
@@ -56,7 +56,7 @@ class StageATask(Task):
         return {"loss": error + 0.01 * codebook, "pixels": error.detach(), "codebook": codebook.detach()}
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
-        pixels = self.unseen.images(torch.arange(64))
+        pixels = self.unseen.images(torch.arange(min(64, len(self.unseen))))
         restored = self.vqgan.decode(self.vqgan.encode(pixels)).float().clamp(0, 1)
         errors = (restored - pixels).square().mean(dim=(1, 2, 3))
         return {"psnr": (-10 * errors.log10()).mean().item()}, grid([pixels[:8], restored[:8]])

@@ -209,18 +209,18 @@ def test_a_batch_changes_no_picture_and_size_scales_it() -> None:
     drawings = torch.randint(0, 256, (30, 4, 48, 48), generator=torch.Generator().manual_seed(0)).byte()
     drawings[:, :3] = torch.minimum(drawings[:, :3], drawings[:, 3:])
     plans = sample_plans(12, NAMES[:10], 6)
-    batch = compose(drawings, plans, size=64)
+    batch = compose(drawings, plans, size=(64, 64))
     assert batch.shape == (12, 3, 64, 64)
     assert batch.min() >= 0
     assert batch.max() <= 1
     for i in range(12):
-        assert torch.allclose(compose(drawings, plans[i : i + 1], size=64)[0], batch[i], atol=1e-6)
+        assert torch.allclose(compose(drawings, plans[i : i + 1], size=(64, 64))[0], batch[i], atol=1e-6)
 
 
 def test_gradients_run_from_the_first_colour_to_the_second() -> None:
     red, white = COLOUR_NAMES.index("red"), COLOUR_NAMES.index("white")
-    down = background(plan(colours=[[red, white]], gradient_ways=[0]), 64)[0]
-    right = background(plan(colours=[[red, white]], gradient_ways=[1]), 64)[0]
+    down = background(plan(colours=[[red, white]], gradient_ways=[0]), (64, 64))[0]
+    right = background(plan(colours=[[red, white]], gradient_ways=[1]), (64, 64))[0]
     assert torch.equal(down, right.transpose(1, 2))
     assert down[1, 0, 0] < 0.2 < 0.9 < down[1, -1, 0]
     assert (down[1].diff(dim=0) > 0).all()

@@ -38,7 +38,7 @@ JUDGE = Judge(DRAWINGS, NAMES, STYLES)
 @pytest.fixture(scope="module")
 def scenes() -> tuple:
     plans = sample_plans(60, NAMES, 1)
-    return plans, compose(DRAWINGS, plans, size=128)
+    return plans, compose(DRAWINGS, plans, size=(128, 128))
 
 
 def blurred(pictures: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def test_objects_of_real_scenes_are_named(scenes: tuple, change) -> None:
 def test_a_wrong_object_is_not_found() -> None:
     plans = sample_plans(8, NAMES, 2)
     single = plans[plans.objects[:, 1] < 0]
-    picture = compose(DRAWINGS, single[:1], size=128)[0]
+    picture = compose(DRAWINGS, single[:1], size=(128, 128))[0]
     (ranking,) = JUDGE.ranked(picture)
     assert ranking[0] == NAMES[single.objects[0, 0]]
     assert len(set(ranking)) == len(NAMES)

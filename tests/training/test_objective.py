@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cascade.sampling import log_snr
-from training.objective import AdaptiveLossWeight, keep_mask, p2_weight, pyramid_noise, sample_timesteps
+from training.objective import AdaptiveLossWeight, P2Weight, keep_mask, loss_weight, pyramid_noise, sample_timesteps
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -19,11 +19,16 @@ def test_timesteps_cover_the_range_and_repeat() -> None:
     torch.testing.assert_close(timesteps, sample_timesteps(20_000, generator()), rtol=0, atol=0)
 
 
-def test_p2_weight_is_one_over_one_plus_snr() -> None:
+def test_p2_weight_is_one_over_k_plus_snr() -> None:
     timesteps = torch.tensor([0.01, 0.3, 0.5, 0.9, 1.0])
-    expected = 1 / (1 + log_snr(timesteps).exp())
-    torch.testing.assert_close(p2_weight(timesteps), expected)
-    torch.testing.assert_close(p2_weight(timesteps, floor=0.1), expected + 0.1)
+    snr = log_snr(timesteps).exp()
+    torch.testing.assert_close(P2Weight()(timesteps), 1 / (1 + snr))
+    torch.testing.assert_close(P2Weight(k=0.01, floor=0.1)(timesteps), 1 / (0.01 + snr) + 0.1)
+
+
+def test_an_unknown_weight_is_named() -> None:
+    with pytest.raises(ValueError, match="'snr'; it must be one of p2, adaptive"):
+        loss_weight("snr")
 
 
 def test_adaptive_weight_follows_the_loss_of_each_bucket() -> None:

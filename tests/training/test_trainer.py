@@ -85,6 +85,33 @@ def test_training_learns_and_writes_samples(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "samples" / "000200.png").is_file()
 
 
+class Normalised(Line):
+    """Its outputs are normalised, so that what it saves depends on statistics of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0)
+        self.line = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1))
+
+    def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x = torch.rand(size, 1, 4, 4, generator=generator)
+        return {"x": x, "y": 3 * x - 1}
+
+    def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        assert not self.training
+        return {}, Image.new("RGB", (4, 4))
+
+
+def test_statistics_are_those_of_the_weights_that_are_saved(tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=60, learning_rate=5e-2, decay=0, ema=0.99)
+    fit(Normalised(), options, tmp_path / "run", tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "line.safetensors")
+    convolved = torch.rand(10_000, generator=torch.Generator().manual_seed(0))[:, None] * saved["0.weight"].flatten()
+    convolved += saved["0.bias"]
+    torch.testing.assert_close(saved["1.running_mean"], convolved.mean(0), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(saved["1.running_var"], convolved.var(0), rtol=0.05, atol=1e-3)
+
+
 def test_accumulation_sees_as_many_micro_batches(tmp_path: Path) -> None:
     task = Line()
     fit(task, replace(OPTIONS, steps=3, decay=0, accumulate=2), tmp_path / "run", tmp_path / "model")

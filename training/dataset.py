@@ -1,0 +1,64 @@
+"""Pictures with captions, as every stage takes them: `Scenes` draws them, `PictureFolder` reads a user's own."""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cascade.sizes import Size
+
+
+class Dataset(ABC):
+    """Captioned pictures by index, of any size asked for.
+
+    Args:
+        captions: one a picture.
+        tokenizer: CLIP tokenizer for the captions.
+        size: height and width of the pictures in pixels unless others are asked for.
+        device: where pixels and tokens live.
+    """
+
+    def __init__(
+        self, captions: list[str], tokenizer: PreTrainedTokenizerBase, size: Size, device: torch.device
+    ) -> None:
+        self.captions, self.size, self.device = captions, size, device
+        self._tokens, self._mask = (value.to(device) for value in _tokenise(tokenizer, captions))
+        self._empty = tuple(value.to(device) for value in _tokenise(tokenizer, [""]))
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Indices (count,) of random pictures, on the CPU so that fetching them waits for nothing on the device."""
+        own = torch.Generator().manual_seed(generator.initial_seed())
+        return torch.randint(len(self), (count,), generator=own)
+
+    @abstractmethod
+    def images(self, indices: Tensor, size: Size | None = None) -> Tensor:
+        """Pixels (len(indices), 3, height, width), float32 in 0..1."""
+
+    def tokens(self, indices: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, int64 (len(indices), 77); the empty caption where ``keep`` (boolean) is false."""
+        indices = indices.to(self.device)
+        tokens, mask = self._tokens[indices].long(), self._mask[indices].long()
+        if keep is None:
+            return tokens, mask
+        empty_tokens, empty_mask = self._empty
+        keep = keep[:, None]
+        return torch.where(keep, tokens, empty_tokens.long()), torch.where(keep, mask, empty_mask.long())
+
+    def empty(self, count: int) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, int64 (count, 77), of the empty caption."""
+        tokens, mask = self._empty
+        return tokens.long().expand(count, -1), mask.long().expand(count, -1)
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids as int32 and attention mask as int8, each (len(texts), 77)."""
+    encoded = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+    return (
+        torch.from_numpy(np.asarray(encoded["input_ids"], np.int32)),
+        torch.from_numpy(np.asarray(encoded["attention_mask"], np.int8)),
+    )

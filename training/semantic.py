@@ -1,0 +1,129 @@
+"""The semantic encoder together with Stage B: what 16 channels at 1/42.67 must say so that Stage A's latents come back.
+
+The encoder gets its gradient through Stage B alone in the authors' recipe, from an ImageNet backbone. From nothing, that signal
+is too weak in the first thousands of steps, so a previewer is trained along with them and its pixel error reaches the encoder
+too. A little noise on the semantic latents keeps them smooth: Stage C's small errors then stay small errors.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
+
+from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.previewer import Previewer
+from cascade.networks.stage_a import StageA
+from cascade.networks.unet import StableCascadeUNet
+from cascade.sampling import diffuse
+from training.dataset import Dataset
+from training.objective import epsilon_errors, keep_mask, loss_weight, pyramid_noise, sample_timesteps
+from training.pictures import for_encoder, for_previewer, grid
+from training.stage_b import paint
+from training.trainer import Task
+
+
+class SemanticTask(Task):
+    """Weighted epsilon error of Stage B, plus the previewer's pixel error; both reach the semantic encoder."""
+
+    def __init__(
+        self,
+        decoder: StableCascadeUNet,
+        effnet: SemanticEncoder,
+        previewer: Previewer,
+        *,
+        vqgan: StageA,
+        text_encoder: CLIPTextModelWithProjection,
+        dataset: Dataset,
+        unseen: Dataset,
+        weight: Mapping[str, Any],
+        pyramid: float,
+        semantic_noise: float,
+        preview_weight: float,
+        drop_semantic: float,
+        drop_text: float,
+    ) -> None:
+        super().__init__()
+        self.decoder, self.effnet, self.previewer = decoder, effnet, previewer
+        self.frozen = {"vqgan": vqgan.eval().requires_grad_(False), "text": text_encoder.eval().requires_grad_(False)}
+        self.dataset, self.unseen = dataset, unseen
+        self.weight = loss_weight(**weight)
+        self.pyramid, self.semantic_noise, self.preview_weight = pyramid, semantic_noise, preview_weight
+        self.drop_semantic, self.drop_text = drop_semantic, drop_text
+
+    def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        indices = self.dataset.draw(size, generator)
+        pixels = self.dataset.images(indices)
+        tokens, mask = self.dataset.tokens(indices, keep_mask(size, 1 - self.drop_text, generator))
+        small = for_encoder(pixels)
+        height, width = (side // 4 for side in pixels.shape[-2:])
+        rows, columns = (side // 32 for side in small.shape[-2:])
+        semantic_shape = (size, self.effnet.config.latent_channels, rows, columns)
+        return {
+            "pixels": pixels,
+            "small": small,
+            "target": for_previewer(pixels),
+            "tokens": tokens,
+            "mask": mask,
+            "timesteps": sample_timesteps(size, generator),
+            "noise": pyramid_noise((size, 4, height, width), generator, self.pyramid),
+            "semantic_noise": self.semantic_noise
+            * torch.randn(semantic_shape, generator=generator, device=pixels.device),
+            "keep_semantic": keep_mask(size, 1 - self.drop_semantic, generator),
+        }
+
+    def forward(
+        self,
+        pixels: Tensor,
+        small: Tensor,
+        target: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        semantic_noise: Tensor,
+        keep_semantic: Tensor,
+    ) -> dict[str, Tensor]:
+        """``pixels`` (B, 3, H, W) and ``small`` (B, 3, 3H/4, 3W/4) in 0..1; ``noise`` like Stage A's latents."""
+        with torch.no_grad():
+            latents = self.frozen["vqgan"].encode(pixels).float()
+            pooled = self.frozen["text"](input_ids=tokens, attention_mask=mask).text_embeds.unsqueeze(1)
+        semantic = self.effnet(small).float() + semantic_noise
+        preview = (self.previewer(semantic).float() - target).square().mean()
+        epsilon = self.decoder(
+            diffuse(latents, noise, timesteps),
+            timesteps,
+            clip_text_pooled=pooled,
+            effnet=semantic * keep_semantic.view(-1, 1, 1, 1),
+        )
+        errors = epsilon_errors(epsilon, noise)
+        weighted = (errors * self.weight(timesteps)).mean()
+        return {
+            "loss": weighted + self.preview_weight * preview,
+            "errors": errors.detach(),
+            "weighted": weighted.detach(),
+            "preview": preview.detach(),
+        }
+
+    def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        self.weight.update(batch["timesteps"], outputs["errors"])
+
+    def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        indices = torch.arange(min(64, len(self.unseen)))
+        pixels = self.unseen.images(indices)
+        tokens, mask = self.unseen.tokens(indices)
+        pooled = self.frozen["text"](input_ids=tokens, attention_mask=mask).text_embeds.unsqueeze(1)
+        semantic = self.effnet(for_encoder(pixels)).float()
+        restored = paint(self.decoder, self.frozen["vqgan"], semantic, pooled, pixels.shape[-2:])
+        errors = (restored - pixels).square().mean(dim=(1, 2, 3))
+        figures = {"psnr": (-10 * errors.log10()).mean().item(), "latent_std": semantic.std().item()}
+        preview = nn.functional.interpolate(self.previewer(semantic[:8]).float(), size=pixels.shape[-2:])
+        return figures, grid([pixels[:8], preview, restored[:8], pixels[8:16], restored[8:16]])
+
+    def save(self, folder: Path) -> None:
+        self.decoder.save_pretrained(folder / "decoder")
+        self.effnet.save_pretrained(folder / "effnet")
+        self.previewer.save_pretrained(folder / "previewer")
