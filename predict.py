@@ -1,19 +1,268 @@
-"""The Predictor that Cog serves. Knows Cog; leaves everything about pictures to ``cascade``."""
+"""The Predictor that Cog serves. Knows Cog: inputs, files, logs, metrics, cancellation; leaves pictures to ``cascade``.
 
+Cog's schema generator reads this file without running it: what stands in an ``Input()`` is a literal or a constant of
+this file, a description is one literal, and an input that may be left out is ``| None`` with the default None.
+"""
+
+import contextlib
+import inspect
 import logging
+import math
 import os
+import resource
 import secrets
+import shutil
+import sys
 import tempfile
+import time
+import typing
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path as FilePath
+from typing import Any
 
+import torch
 from cog import BaseRunner, Input, Path
 from tqdm import tqdm
 
-from cascade.cascade import Cascade, Request
+from cascade import sizes
+from cascade.cascade import Cascade, Progress, Request
+from cascade.metadata import VERSION, save_picture
+from cascade.safety import SafetyChecker, find_safety_checker
+from cascade.weights import ModelFolder
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = FilePath(__file__).parent / "weights"
+RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
+FORMATS = ["webp", "jpg", "png"]
+SEEDS = 2**32
+# Four pictures of the largest size, as PNG, and some.
+DISK_NEEDED = 200_000_000
+
+
+class Predictor(BaseRunner):
+    """Text to images."""
+
+    cascade: Cascade | None = None
+
+    def setup(self) -> None:
+        """Load the model, onto the GPU if there is one, and the safety checker. Fetches nothing.
+
+        Raises:
+            WeightsError: the weights are missing or damaged.
+        """
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        start = time.perf_counter()
+        folder = find_weights()
+        opened = ModelFolder.open(folder)
+        cascade = Cascade.load(folder)
+        logger.info(
+            "Loaded %s from %s, %.2f GB, onto %s as %s, all networks resident, in %.1f s.",
+            opened.name,
+            folder,
+            size_of(opened) / 1e9,
+            cascade.device,
+            str(cascade.prior.dtype).removeprefix("torch."),
+            time.perf_counter() - start,
+        )
+        self.safety = load_safety_checker(folder, cascade.device)
+        self.model_name = opened.name
+        self.watch = Stopwatch(cascade.device)
+        cascade.conditioner.text_encoder.register_forward_hook(lambda *_: self.watch.lap("text"))
+        self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
+        self.model_thread = ThreadPoolExecutor(1, "model")
+        self.cascade = cascade
+
+    def healthcheck(self) -> bool:
+        """Whether predictions can work: the model is loaded, the GPU answers, the disk has room. Takes microseconds.
+
+        Raises:
+            RuntimeError: the GPU was lost; the message is CUDA's.
+        """
+        if self.cascade is None:
+            return False
+        if self.cascade.device.type == "cuda":
+            torch.cuda.current_stream(self.cascade.device).query()  # does not wait for it
+        return shutil.disk_usage(tempfile.gettempdir()).free > DISK_NEEDED
+
+    def run(
+        self,
+        prompt: str = Input(
+            description="What the picture shows: any text, of which the first 77 tokens count; it may be empty.",
+            default="a red apple on a green background",
+        ),
+        negative_prompt: str = Input(
+            description="What it should not show: any text, of which the first 77 tokens count; needs guidance above 1.",
+            default="",
+        ),
+        width: int | None = Input(
+            description="Width in pixels, 64 to 2048; left out: that of aspect_ratio.", default=None, ge=64, le=2048
+        ),
+        height: int | None = Input(
+            description="Height in pixels, 64 to 2048; left out: that of aspect_ratio.", default=None, ge=64, le=2048
+        ),
+        num_images: int = Input(
+            description="How many pictures, 1 to 4; each has a seed one higher than the one before.",
+            default=1,
+            ge=1,
+            le=4,
+        ),
+        steps_prior: int | None = Input(
+            description="Steps of Stage C, which composes, 1 to 50; left out: the model's own, usually 20.",
+            default=None,
+            ge=1,
+            le=50,
+        ),
+        steps_decoder: int | None = Input(
+            description="Steps of Stage B, which adds detail, 1 to 50; left out: the model's own, usually 10.",
+            default=None,
+            ge=1,
+            le=50,
+        ),
+        guidance_scale_prior: float | None = Input(
+            description="How closely Stage C keeps to the prompt, 0 to 20; up to 1 not at all; left out: the model's own.",
+            default=None,
+            ge=0,
+            le=20,
+        ),
+        guidance_scale_decoder: float | None = Input(
+            description="How closely Stage B keeps to the prompt, 0 to 20; up to 1 not at all; left out: the model's own.",
+            default=None,
+            ge=0,
+            le=20,
+        ),
+        seed: int | None = Input(
+            description="Same seed, same pictures: any whole number, modulo 4294967296; left out: a random one, reported.",
+            default=None,
+        ),
+        aspect_ratio: str = Input(
+            description="Width to height, in the area that the model draws best; width and height override it.",
+            default="1:1",
+            choices=RATIOS,
+        ),
+        output_format: str = Input(
+            description="Format of the files: webp, jpg, or png, which loses nothing.", default="webp", choices=FORMATS
+        ),
+        output_quality: int = Input(
+            description="Quality of webp and jpg, 0 (smallest files) to 100 (best pictures); png ignores it.",
+            default=80,
+            ge=0,
+            le=100,
+        ),
+        disable_safety_checker: bool = Input(
+            description="true: return pictures that the safety checker flags; false: drop them.", default=False
+        ),
+    ) -> list[Path]:
+        """Make the pictures. They are deleted when the next run starts: Cog has sent them by then.
+
+        Raises:
+            ValueError: an input is out of range, the GPU's memory does not suffice, or every picture was flagged.
+        """
+        self.outputs.cleanup()
+        self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
+        ratio_width, ratio_height = ratio_size(checked("aspect_ratio", aspect_ratio), self.cascade.native_size)
+        defaults = self.cascade.defaults
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            width=either(checked("width", width), ratio_width),
+            height=either(checked("height", height), ratio_height),
+            num_images=checked("num_images", num_images),
+            seed=either(checked("seed", seed), secrets.randbelow(SEEDS)) % SEEDS,
+            steps_prior=either(checked("steps_prior", steps_prior), defaults["prior"].steps),
+            steps_decoder=either(checked("steps_decoder", steps_decoder), defaults["decoder"].steps),
+            guidance_scale_prior=either(
+                checked("guidance_scale_prior", guidance_scale_prior), defaults["prior"].guidance
+            ),
+            guidance_scale_decoder=either(
+                checked("guidance_scale_decoder", guidance_scale_decoder), defaults["decoder"].guidance
+            ),
+        )
+        ending = checked("output_format", output_format)
+        quality = checked("output_quality", output_quality)
+        safety = None if disable_safety_checker else self.safety
+
+        try:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return self._make(request, ending, quality, safety)
+            # Only here are the error, and all that its traceback kept in memory, gone.
+            raise ValueError(self._what_would_fit(request))
+        except BaseException as error:  # Cog cancels by one that is no Exception
+            if isinstance(error, Exception) and not isinstance(error, ValueError):
+                logger.exception("The prediction failed.")  # Cog shows the message alone
+            error.__traceback__ = None  # through which frames, and so tensors, would stay alive
+            self.outputs.cleanup()
+            if self.cascade.device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise
+
+    def _make(self, request: Request, ending: str, quality: int, safety: SafetyChecker | None) -> list[Path]:
+        seeds = seeds_of(request)
+        logger.info("Seeds: %s", ", ".join(map(str, seeds)))
+        self.record_metric("seeds", seeds)
+        self.watch.restart()
+        reset_peak_memory(self.cascade.device)
+
+        made_by = {name: value for name, value in vars(request).items() if name not in ("seed", "num_images")}
+        kept: dict[int, Path] = {}
+        images = (progress.image for progress in self._steps(request) if progress.image is not None)
+        for index, image in enumerate(images):
+            if safety is not None:
+                flagged = self.model_thread.submit(safety.flags, image).result()
+                self.watch.lap("safety")
+                if flagged:
+                    logger.warning("Picture %d (seed %d) was flagged by the safety checker.", index, seeds[index])
+                    continue
+            kept[index] = Path(self.outputs.name) / f"out-{index}.{ending}"
+            record = {**made_by, "seed": seeds[index], "model": self.model_name, "version": VERSION}
+            save_picture(image, kept[index], record, quality)
+            self.watch.lap("encoding")
+
+        self.record_metric("flagged", request.num_images - len(kept))
+        if not kept:
+            raise ValueError(
+                "The safety checker flagged every picture, so none is returned; another prompt or seed may help."
+            )
+        self.record_metric("seeds", [seeds[index] for index in kept])
+        self.record_metric("pixels", len(kept) * request.width * request.height)
+        self.record_metric("peak_memory_gb", round(peak_memory(self.cascade.device) / 1e9, 3))
+        for name, seconds in self.watch.seconds.items():
+            self.record_metric(f"seconds.{name}", round(seconds, 4))
+        return list(kept.values())
+
+    def _steps(self, request: Request) -> Iterator[Progress]:
+        """The work, shown and timed."""
+        # Lines are for Replicate, which finds the progress in those that begin with a percentage.
+        bar_class = tqdm if sys.stderr.isatty() else ProgressLines
+        with bar_class(unit="step", mininterval=0, delay=1e-6) as bar:  # the total is known after the first step
+            for part in parts_of(request):
+                before = bar.n
+                for progress in iterate_on(self.model_thread, self.cascade.steps(part)):
+                    self.watch.lap("prior" if progress.stage == "prior" else "decoder")
+                    bar.total = before + progress.total
+                    bar.set_postfix_str(progress.stage, refresh=False)
+                    bar.update()
+                    yield progress
+
+    def _what_would_fit(self, request: Request) -> str:
+        """One sentence about a request that exceeded the GPU's memory. What it says would fit has been tried."""
+        asked = (
+            f"num_images={request.num_images} at {request.width}x{request.height} needs more memory than the GPU has"
+        )
+        for smaller in smaller_requests(request):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                steps = self.cascade.steps(replace(smaller, steps_prior=1, steps_decoder=1))
+                for _ in iterate_on(self.model_thread, steps):
+                    pass
+                return f"{asked} left; num_images={smaller.num_images} at {smaller.width}x{smaller.height} would fit."
+        return f"{asked} left, and so does one of 64x64: something else must be using it."
+
+
+# Taken here because Cog's server puts the bare defaults into the signature before it calls `run`.
+INPUTS = inspect.signature(Predictor.run).parameters
 
 
 def find_weights() -> FilePath:
@@ -24,76 +273,147 @@ def find_weights() -> FilePath:
     return published if published.is_dir() else WEIGHTS / "mini"
 
 
-def whole(value: float | None) -> float | None:
-    """20 for 20.0, which passes Cog's schema of an integer and arrives as it is; what is not whole is left for Request."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def load_safety_checker(model_folder: FilePath, device: torch.device) -> SafetyChecker | None:
+    """The safety checker in a model folder or beside it; says what there is."""
+    folder = find_safety_checker(model_folder)
+    if folder is None:
+        logger.warning("There is no safety_checker in %s or beside it: no picture will be checked.", model_folder)
+        return None
+    start = time.perf_counter()
+    checker = SafetyChecker.load(folder, device)
+    logger.info("Loaded the safety checker from %s in %.1f s.", folder, time.perf_counter() - start)
+    return checker
 
 
-class Predictor(BaseRunner):
-    """Text to images."""
+def size_of(opened: ModelFolder) -> int:
+    """The bytes of all components' files."""
+    files = (file for part in opened.parts.values() for file in ([part] if part.is_file() else part.rglob("*")))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
-    def setup(self) -> None:
-        """Load the model: onto the GPU if there is one, else for the CPU."""
-        folder = find_weights()
-        self.cascade = Cascade.load(folder)
-        self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
-        logger.info("Loaded %s onto %s.", folder.name, self.cascade.device)
 
-    def run(
-        self,
-        prompt: str = Input(
-            description="What the picture shows; may be empty.", default="a red apple on a green background"
-        ),
-        negative_prompt: str = Input(description="What it should not show.", default=""),
-        width: int | None = Input(
-            description="Width in pixels; left out: the size that the model draws best.", default=None, ge=64, le=2048
-        ),
-        height: int | None = Input(
-            description="Height in pixels; left out: the size that the model draws best.", default=None, ge=64, le=2048
-        ),
-        num_images: int = Input(description="How many pictures.", default=1, ge=1, le=4),
-        steps_prior: int | None = Input(
-            description="Steps of Stage C, which composes; left out: the model's own.", default=None, ge=1, le=50
-        ),
-        steps_decoder: int | None = Input(
-            description="Steps of Stage B, which adds detail; left out: the model's own.", default=None, ge=1, le=50
-        ),
-        guidance_scale_prior: float | None = Input(
-            description="How closely Stage C keeps to the prompt; 1 or less: no guidance; left out: the model's own.",
-            default=None,
-            ge=0,
-            le=20,
-        ),
-        guidance_scale_decoder: float | None = Input(description="The same for Stage B.", default=None, ge=0, le=20),
-        seed: int | None = Input(
-            description="Same seed, same pictures; left out: a random one.", default=None, ge=0, le=4294967295
-        ),
-    ) -> list[Path]:
-        """Make the pictures. They are deleted when the next run starts: Cog has sent them by then."""
-        request = Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            width=whole(width),
-            height=whole(height),
-            num_images=whole(num_images),
-            seed=secrets.randbits(32) if seed is None else whole(seed),
-            steps_prior=whole(steps_prior),
-            steps_decoder=whole(steps_decoder),
-            guidance_scale_prior=guidance_scale_prior,
-            guidance_scale_decoder=guidance_scale_decoder,
+def checked(name: str, value: Any) -> Any:
+    """The value of an input as the kind of number, in the range or among the choices that `Predictor.run` declares.
+
+    Cog's server takes 20.0 and 1e23 for whole numbers, and hands them on as they are; without a schema it takes all.
+
+    Raises:
+        ValueError: it is none.
+    """
+    parameter = INPUTS[name]
+    kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
+    field = parameter.default
+    if value is None and type(None) in kinds:
+        return None
+    if field.choices is not None:
+        if value not in field.choices:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(field.choices)}.")
+        return value
+    kind = int if int in kinds else float
+    is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+    if not is_number or kind(value) != value or not either(field.ge, value) <= value <= either(field.le, value):
+        word = "whole number" if kind is int else "number"
+        limits = "" if field.ge is None else f" from {field.ge} to {field.le}"
+        raise ValueError(f"{name} is {value!r}; it must be a {word}{limits}.")
+    return kind(value)
+
+
+def either(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def ratio_size(ratio: str, native_size: int) -> tuple[int, int]:
+    """(width, height) of exactly this ratio, in multiples of 8, with about the area of the native square."""
+    columns, rows = map(int, ratio.split(":"))
+    shared = math.gcd(columns, rows)
+    columns, rows = columns // shared, rows // shared
+    unit = native_size / math.sqrt(columns * rows)
+    largest = sizes.LARGEST // max(columns, rows) // sizes.MULTIPLE
+    unit = sizes.MULTIPLE * min(max(round(unit / sizes.MULTIPLE), 1), largest)
+    return columns * unit, rows * unit
+
+
+def parts_of(request: Request) -> list[Request]:
+    """The request, cut in two where its seeds leave 32 bits: there they go on from 0, and can all be asked for."""
+    below = min(request.num_images, SEEDS - request.seed)
+    above = request.num_images - below
+    parts = [replace(request, num_images=below)]
+    return [*parts, replace(request, seed=0, num_images=above)] if above else parts
+
+
+def seeds_of(request: Request) -> list[int]:
+    """The seed of each picture."""
+    return [part.seed + i for part in parts_of(request) for i in range(part.num_images)]
+
+
+def smaller_requests(request: Request) -> Iterator[Request]:
+    """Fewer pictures of the size that was asked for, then one of half the area, of a quarter ..., of the same shape."""
+    for number in range(request.num_images - 1, 0, -1):
+        yield replace(request, num_images=number)
+    width, height = request.width, request.height
+    while max(width, height) > sizes.SMALLEST:
+        width, height = (
+            max(int(side / math.sqrt(2)) // sizes.MULTIPLE * sizes.MULTIPLE, sizes.SMALLEST) for side in (width, height)
         )
-        logger.info("Seed: %d", request.seed)
-        self.record_metric("seed", request.seed)
-        self.outputs.cleanup()
-        self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
-        files = []
-        with tqdm(unit="step", dynamic_ncols=True) as bar:
-            for progress in self.cascade.steps(request):
-                bar.total = progress.total
-                bar.set_description(progress.stage, refresh=False)
-                bar.update()
-                if progress.image is not None:
-                    file = Path(self.outputs.name) / f"output-{len(files)}.png"
-                    progress.image.save(file)
-                    files.append(file)
-        return files
+        yield replace(request, num_images=1, width=width, height=height)
+
+
+def iterate_on(thread: ThreadPoolExecutor, steps: Generator[Progress, None, None]) -> Iterator[Progress]:
+    """Iterate, with every step computed on one thread, whichever of Cog's threads asks for it.
+
+    Cog runs predictions now on one thread, now on another, and each would have its own of what libraries keep for a
+    thread: OpenMP helpers, oneDNN buffers, malloc arenas, cuBLAS workspaces. On two cores, with no GPU, it was 70 MB.
+    """
+    try:
+        while (progress := thread.submit(next, steps, None).result()) is not None:
+            yield progress
+    finally:  # whoever cancels waits for the step that is computed
+        thread.submit(steps.close).result()
+
+
+class Stopwatch:
+    """Adds up seconds by name. What was started on a GPU is waited for, so that it is counted where it belongs.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap, or the start, to a name."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[name] += now - self.last
+        self.last = now
+
+
+class ProgressLines(tqdm):
+    """tqdm for a log: a line for every state, instead of one line that is overwritten."""
+
+    @staticmethod
+    def status_printer(file: typing.TextIO) -> Callable[[str], None]:
+        def write(state: str) -> None:
+            file.write(f"{state}\n")
+            file.flush()
+
+        return write
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU those of tensors since the reset, else those of the process since it started."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

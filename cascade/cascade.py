@@ -3,7 +3,9 @@
 Knows which stage follows which, with which settings; not how a stage works, where files lie or who asks.
 """
 
+import logging
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -23,6 +25,8 @@ from cascade.networks.unet import StableCascadeUNet
 from cascade.prior import prior_steps
 from cascade.sampling import DIFFUSERS_SAMPLER, SAMPLERS, Noise, finish
 from cascade.weights import ModelFolder, StageSettings
+
+logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 1000
@@ -203,10 +207,12 @@ class Cascade:
         opened = ModelFolder.open(folder, lite=lite)
         needed = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
         optional = ("feature_extractor", "image_encoder", "effnet", "previewer")
-        parts = {
-            name: opened.load_component(name, device=device, dtype=dtype)
-            for name in (*needed, *(name for name in optional if name in opened))
-        }
+        parts, seconds = {}, {}
+        for name in (*needed, *(name for name in optional if name in opened)):
+            start = time.perf_counter()
+            parts[name] = opened.load_component(name, device=device, dtype=dtype)
+            seconds[name] = time.perf_counter() - start
+        logger.info("Seconds to load: %s.", ", ".join(f"{name} {taken:.2f}" for name, taken in seconds.items()))
         return cls(
             Conditioner(
                 parts["tokenizer"], parts["text_encoder"], parts.get("feature_extractor"), parts.get("image_encoder")

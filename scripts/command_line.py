@@ -15,10 +15,11 @@ from typing import Any
 
 from cog import BaseRunner
 from cog import Path as CogPath
-from PIL import Image
 
 from cascade.weights import WeightsError
 from predict import Predictor
+
+FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
 
 
 class InputError(ValueError):
@@ -88,24 +89,35 @@ def describe_range(field: Any) -> str:
 
 
 def list_inputs(runner: type[BaseRunner]) -> str:
-    """A line an input: name, default, range, description."""
+    """A line an input: name, description, default, range or choices."""
     lines = []
     for name, parameter in inspect.signature(runner.run).parameters.items():
         if name == "self":
             continue
         field = parameter.default
         bounded = field.ge is not None or field.le is not None
-        notes = [] if field.default in (None, "") else [f"default {field.default}"]
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        notes = [] if default in (None, "") else [f"default {default}"]
         notes += [describe_range(field)] if bounded else []
+        notes += [f"one of {', '.join(map(str, field.choices))}"] if field.choices else []
         lines.append(f"{name:24}{field.description}" + (f" ({', '.join(notes)})" if notes else ""))
     return "\n".join(lines)
 
 
-def check_output(output: str) -> None:
-    """Refuse, with an InputError, what neither names a folder nor has the ending of a picture."""
-    ending = Path(output).suffix.lower()
-    if not names_folder(output) and Image.registered_extensions().get(ending) not in Image.SAVE:
-        raise InputError(f"-o must end in .png, .webp or .jpg, or name a folder with a / at its end, unlike {output}.")
+def read_format(output: str) -> str | None:
+    """The `output_format` that a file's ending asks for; None for a folder.
+
+    Raises:
+        InputError: it has another ending.
+    """
+    if names_folder(output):
+        return None
+    try:
+        return FORMATS[Path(output).suffix.lower()]
+    except KeyError:
+        raise InputError(
+            f"-o must end in {', '.join(FORMATS)}, or name a folder with a / at its end, unlike {output}."
+        ) from None
 
 
 def names_folder(output: str) -> bool:
@@ -113,7 +125,7 @@ def names_folder(output: str) -> bool:
 
 
 def save(made: list[Path], output: str) -> list[Path]:
-    """Put the pictures where they were asked for, in the format that the name asks for."""
+    """Copy the pictures to where they were asked for, with all that is written in them."""
     path = Path(output)
     if names_folder(output):
         targets = [path / source.name for source in made]
@@ -123,11 +135,7 @@ def save(made: list[Path], output: str) -> list[Path]:
         targets = [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, len(made) + 1)]
     for source, target in zip(made, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source.suffix == target.suffix:
-            shutil.copyfile(source, target)
-        else:
-            with Image.open(source) as picture:
-                picture.save(target)
+        shutil.copyfile(source, target)
     return targets
 
 
@@ -156,18 +164,20 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(list_inputs(Predictor) + "\n")
         return 0
     try:
-        inputs = read_inputs(Predictor, options.input)
-        check_output(options.output)
+        wanted = read_format(options.output)
+        inputs = read_inputs(Predictor, [f"output_format={wanted}", *options.input] if wanted else options.input)
+        if wanted and inputs["output_format"] != wanted:
+            raise InputError(f"output_format is {inputs['output_format']}, but -o is {options.output}.")
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     try:
         predictor = Predictor()
         predictor.setup()
-        made = predictor.run(**inputs)
-    except (WeightsError, ValueError) as error:
+        targets = save(predictor.run(**inputs), options.output)
+    except (WeightsError, ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    for target in save(made, options.output):
+    for target in targets:
         sys.stdout.write(f"{target}\n")
     return 0

@@ -1,137 +1,625 @@
-"""The Predictor, as Cog calls it, on a model folder of tiny networks."""
+"""The Predictor, as Cog calls it, on the miniature; and what Cog reads without running it: signature and cog.yaml."""
 
+import ast
+import contextlib
+import ctypes
+import gc
 import inspect
+import json
+import math
+import random
 import re
+import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from cog import BaseRunner
+import torch
+import yaml
+from cog import BaseRunner, CancelationException
 from cog.input import FieldInfo
 from cog.predictor import load_predictor_from_ref
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+import predict
 from cascade.cascade import Request
-from predict import Predictor, find_weights
+from cascade.safety import SafetyChecker
+from cascade.weights import WeightsError
+from predict import INPUTS, RATIOS, Predictor, checked, find_weights, ratio_size
+from tests.test_safety import save_classifier
 
 ROOT = Path(__file__).parent.parent
+# As Replicate's clients do it, line by line, the last first.
+PROGRESS = re.compile(r"^\s*(\d+)%\s*\|.+?\|\s*(\d+)/(\d+)")
+DEFAULTS = {name: parameter.default.default for name, parameter in INPUTS.items() if name != "self"}
+TINY = {"width": 64, "height": 64, "steps_prior": 2, "steps_decoder": 1, "output_format": "png"}
+WHOLE = ("width", "height", "num_images", "steps_prior", "steps_decoder", "output_quality")
+NUMBERS = ("guidance_scale_prior", "guidance_scale_decoder")
 
 
 @pytest.fixture(scope="module")
-def predictor(model_folder: Path) -> Predictor:
+def predictor() -> Predictor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CASCADE_WEIGHTS", str(model_folder))
+        patch.setenv("CASCADE_WEIGHTS", str(ROOT / "weights" / "mini"))
         predictor = Predictor()
         predictor.setup()
     return predictor
 
 
-def run(predictor: Predictor, **given: object) -> list[Path]:
+@pytest.fixture
+def metrics(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What is recorded: Cog's scope keeps nothing outside of its server."""
+    recorded: dict[str, Any] = {}
+    monkeypatch.setattr(predictor, "record_metric", recorded.__setitem__)
+    return recorded
+
+
+def run(predictor: Predictor, **given: Any) -> list[Path]:
     """Call ``run`` as Cog does: with the default of every input that is not given."""
-    fields = inspect.signature(Predictor.run).parameters
-    return predictor.run(**{name: given.get(name, p.default.default) for name, p in fields.items() if name != "self"})
+    assert set(given) <= set(DEFAULTS)
+    return predictor.run(**{**DEFAULTS, **given})
 
 
 def read(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    with Image.open(path) as image:
+        return json.loads(image.text["Description"] if image.format == "PNG" else image.getexif()[0x010E])
+
+
+# ---- pictures ----
 
 
 def test_defaults_give_one_picture_of_the_native_size(predictor: Predictor) -> None:
     (file,) = run(predictor)
     picture = Image.open(file)
-    assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (128, 128))
+    assert file.name == "out-0.webp"
+    assert (picture.format, picture.mode, picture.size) == ("WEBP", "RGB", (256, 256))
 
 
 def test_every_input_reaches_the_picture(predictor: Predictor) -> None:
-    base = {"prompt": "a", "width": 64, "height": 64, "seed": 3, "guidance_scale_prior": 4, "guidance_scale_decoder": 2}
+    base = {**TINY, "prompt": "a red apple", "seed": 3, "guidance_scale_prior": 4, "guidance_scale_decoder": 2}
     before = read(run(predictor, **base)[0])
     for change in (
-        {"prompt": "b"},
-        {"negative_prompt": "b"},
+        {"prompt": "a blue sky"},
+        {"negative_prompt": "red"},
         {"seed": 4},
         {"steps_prior": 1},
-        {"steps_decoder": 1},
+        {"steps_decoder": 3},
         {"guidance_scale_prior": 9},
         {"guidance_scale_decoder": 9},
     ):
         (file,) = run(predictor, **{**base, **change})
         assert (read(file) != before).any(), change
-    assert read(run(predictor, **{**base, "width": 100, "height": 72})[0]).shape == (72, 100, 3)
     assert (read(run(predictor, **base)[0]) == before).all()
 
 
-def test_several_pictures_have_names_and_seeds_of_their_own(predictor: Predictor) -> None:
-    small = {"prompt": "", "width": 64, "height": 64}
-    files = run(predictor, **small, num_images=3, seed=7)
-    assert [file.name for file in files] == ["output-0.png", "output-1.png", "output-2.png"]
-    pictures = [read(file).astype(int) for file in files]
-    (alone,) = run(predictor, **small, seed=9)
+def test_the_prompt_is_used_as_it_was_given(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[Request] = []
+    steps = predictor.cascade.steps
+    monkeypatch.setattr(predictor.cascade, "steps", lambda request: requests.append(request) or steps(request))
+    for prompt in ("", " A  red apple, ", "x" * 5000):
+        (file,) = run(predictor, **TINY, prompt=prompt, negative_prompt=prompt)
+        assert (requests[-1].prompt, requests[-1].negative_prompt) == (prompt, prompt)
+        assert read_record(file)["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"width": 100, "height": 72}, (100, 72)),
+        ({"width": 72}, (72, 256)),
+        ({"height": 65, "aspect_ratio": "16:9"}, (384, 65)),
+        ({"aspect_ratio": "9:21"}, (168, 392)),
+        ({"aspect_ratio": "9:21", "width": 64, "height": 80}, (64, 80)),
+    ],
+)
+def test_size(predictor: Predictor, asked: dict[str, Any], expected: tuple[int, int]) -> None:
+    (file,) = run(predictor, **{"steps_prior": 1, "steps_decoder": 1, **asked})
+    assert Image.open(file).size == expected
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    inputs=st.fixed_dictionaries(
+        {
+            "prompt": st.text(max_size=50),
+            "width": st.integers(64, 200),
+            "height": st.integers(64, 200),
+            "steps_prior": st.integers(1, 3),
+            "steps_decoder": st.integers(1, 3),
+        },
+        optional={
+            "negative_prompt": st.text(max_size=50),
+            "num_images": st.integers(1, 4),
+            "guidance_scale_prior": st.floats(0, 20),
+            "guidance_scale_decoder": st.floats(0, 20),
+            "seed": st.integers(),
+        },
+    )
+)
+def test_a_request_to_the_old_container_gives_exactly_that_size(predictor: Predictor, inputs: dict[str, Any]) -> None:
+    files = run(predictor, **inputs)
+    assert [file.name for file in files] == [f"out-{i}.webp" for i in range(inputs.get("num_images", 1))]
+    assert {Image.open(file).size for file in files} == {(inputs["width"], inputs["height"])}
+
+
+@pytest.mark.parametrize("native", [256, 1024, 1536])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_ratios_are_exact(ratio: str, native: int) -> None:
+    width, height = ratio_size(ratio, native)
+    columns, rows = map(int, ratio.split(":"))
+    assert width * rows == height * columns
+    assert width % 8 == height % 8 == 0
+    assert max(width, height) <= 2048
+    if native == 1024:
+        assert 0.92 < width * height / native**2 < 1.09
+    if ratio == "1:1":
+        assert (width, height) == (native, native)
+
+
+def test_ratios_are_replicate_s() -> None:
+    assert RATIOS == ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("png", "PNG")])
+def test_formats_and_quality(predictor: Predictor, ending: str, kind: str) -> None:
+    lengths = []
+    for quality in (0, 100):
+        (file,) = run(predictor, **{**TINY, "output_format": ending, "output_quality": quality}, seed=1)
+        assert (file.name, Image.open(file).format) == (f"out-0.{ending}", kind)
+        lengths.append(file.stat().st_size)
+    assert (lengths[0] < lengths[1]) == (ending != "png")
+
+
+def test_what_a_file_says_makes_the_same_picture_again(predictor: Predictor) -> None:
+    asked = {"prompt": "a red apple", "negative_prompt": "a leaf", "width": 72, "height": 64, "output_format": "png"}
+    first, second = run(predictor, **asked, steps_prior=2, num_images=2, seed=6)
+    record = read_record(second)
+    assert record["model"] == "Stable Cascade mini"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", record["version"])
+    assert record["seed"] == read_record(first)["seed"] + 1 == 7
+    assert all(record[name] == value for name, value in asked.items() if name in record)
+    picture = read(second)
+    (again,) = run(
+        predictor, **{name: value for name, value in record.items() if name in DEFAULTS}, output_format="png"
+    )
+    assert set(record) >= {"steps_prior", "steps_decoder", "guidance_scale_prior", "guidance_scale_decoder"}
+    assert abs(read(again) - picture).max() <= 1
+
+
+# ---- seeds ----
+
+
+def test_several_pictures_have_seeds_of_their_own(predictor: Predictor, metrics: dict[str, Any]) -> None:
+    files = run(predictor, **TINY, num_images=3, seed=7)
+    assert metrics["seeds"] == [7, 8, 9]
+    pictures = [read(file) for file in files]
+    (alone,) = run(predictor, **TINY, seed=9)
     assert abs(pictures[2] - read(alone)).max() <= 1
     assert (pictures[0] != pictures[1]).any()
 
 
-def test_no_seed_is_a_new_seed(predictor: Predictor, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "predict"):
-        for _ in range(2):
-            run(predictor, width=64, height=64)
-    seeds = [int(seed) for seed in re.findall(r"Seed: (\d+)", caplog.text)]
-    assert len(set(seeds)) == 2
+def test_no_seed_is_a_new_seed_of_32_bits(
+    predictor: Predictor, metrics: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    seeds = []
+    for _ in range(4):
+        torch.manual_seed(0)
+        with caplog.at_level("INFO", "predict"):
+            run(predictor, **TINY)
+        seeds += metrics["seeds"]
+        assert f"Seeds: {seeds[-1]}\n" in caplog.text
+    assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**32 for seed in seeds)
+    assert max(seeds) >= 2**16  # all four below: once in 5e19 times
 
 
-def test_seed_zero_is_a_seed(predictor: Predictor, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "predict"):
-        run(predictor, width=64, height=64, seed=0)
-    assert "Seed: 0\n" in caplog.text
+def test_seed_zero_is_a_seed(predictor: Predictor, metrics: dict[str, Any]) -> None:
+    pictures = [read(run(predictor, **TINY, seed=0)[0]) for _ in range(2)]
+    assert metrics["seeds"] == [0]
+    assert (pictures[0] == pictures[1]).all()
 
 
-def test_whole_numbers_may_arrive_as_floats(predictor: Predictor) -> None:
-    names = ("width", "height", "num_images", "steps_prior", "steps_decoder", "seed")
-    values = (64, 72, 2, 2, 1, 5)
-    ints = run(predictor, **dict(zip(names, values, strict=True)))
-    expected = [read(file) for file in ints]
-    floats = run(predictor, **dict(zip(names, map(float, values), strict=True)))
-    assert all((read(file) == picture).all() for file, picture in zip(floats, expected, strict=True))
+def test_seeds_go_on_from_0_so_that_each_can_be_asked_for(predictor: Predictor, metrics: dict[str, Any]) -> None:
+    files = run(predictor, **TINY, num_images=3, seed=2**32 - 2)
+    assert metrics["seeds"] == [2**32 - 2, 2**32 - 1, 0]
+    assert [file.name for file in files] == ["out-0.png", "out-1.png", "out-2.png"]
+    pictures = [read(file) for file in files]
+    for index, seed in enumerate(metrics["seeds"]):
+        (alone,) = run(predictor, **TINY, seed=seed)
+        assert abs(read(alone) - pictures[index]).max() <= 1
 
 
-@pytest.mark.parametrize(("name", "value"), [("width", 63), ("steps_prior", 2.5), ("num_images", 0), ("seed", 1e23)])
-def test_values_that_no_schema_stopped_are_named(predictor: Predictor, name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=name):
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 1e23])
+def test_any_whole_number_is_a_seed_of_which_32_bits_count(
+    predictor: Predictor, metrics: dict[str, Any], seed: float
+) -> None:
+    (file,) = run(predictor, **TINY, seed=seed)
+    used = int(seed) % 2**32
+    assert metrics["seeds"] == [used]
+    picture = read(file)
+    assert (read(run(predictor, **TINY, seed=used)[0]) == picture).all()
+
+
+def test_what_the_process_shares_is_left_alone(predictor: Predictor) -> None:
+    def shared() -> list[Any]:
+        flags = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, torch.is_grad_enabled())
+        return [flags, torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+
+    before = shared()
+    run(predictor, **TINY, seed=1)
+    assert shared() == before
+
+
+# ---- inputs as the server lets them through ----
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@given(data=st.data())
+def test_whole_numbers(name: str, data: st.DataObject) -> None:
+    field = INPUTS[name].default
+    value = data.draw(st.integers(field.ge, field.le))
+    for given_value in (value, float(value)):
+        found = checked(name, given_value)
+        assert (found, type(found)) == (value, int)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@given(data=st.data())
+def test_numbers(name: str, data: st.DataObject) -> None:
+    value = data.draw(st.floats(0, 20) | st.integers(0, 20))
+    found = checked(name, value)
+    assert (found, type(found)) == (value, float)
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *NUMBERS])
+@given(
+    value=st.integers().filter(lambda x: not 0 <= x < 2**32)
+    | st.floats().filter(lambda x: not 0 <= x < 2**32)
+    | st.text()
+    | st.booleans()
+    | st.lists(st.integers())
+)
+def test_everything_else_is_refused_with_a_sentence(name: str, value: Any) -> None:
+    field = INPUTS[name].default
+    word = "number" if name in NUMBERS else "whole number"
+    with pytest.raises(ValueError, match=re.escape(name)) as caught:
+        checked(name, value)
+    assert str(caught.value) == f"{name} is {value!r}; it must be a {word} from {field.ge} to {field.le}."
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", 1.5, "seed is 1.5; it must be a whole number."),
+        ("seed", math.inf, "seed is inf; it must be a whole number."),
+        ("seed", True, "seed is True; it must be a whole number."),
+        ("width", 63, "width is 63; it must be a whole number from 64 to 2048."),
+        ("steps_prior", 2.5, "steps_prior is 2.5; it must be a whole number from 1 to 50."),
+        ("num_images", None, "num_images is None; it must be a whole number from 1 to 4."),
+        ("guidance_scale_prior", math.nan, "guidance_scale_prior is nan; it must be a number from 0 to 20."),
+        ("aspect_ratio", "2:1", f"aspect_ratio is '2:1'; it must be one of {', '.join(RATIOS)}."),
+        ("output_format", "gif", "output_format is 'gif'; it must be one of webp, jpg, png."),
+    ],
+)
+def test_bad_inputs_are_named_before_any_work(predictor: Predictor, name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=name) as caught:
         run(predictor, **{name: value})
+    assert str(caught.value) == message
 
 
-def test_old_pictures_are_deleted(predictor: Predictor) -> None:
-    (first,) = run(predictor, width=64, height=64)
-    (second,) = run(predictor, width=64, height=64)
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_texts_must_be_texts(predictor: Predictor, name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} is 5; it must be a text"):
+        run(predictor, **{name: 5})
+
+
+def test_inputs_left_out_stay_so() -> None:
+    assert all(checked(name, None) is None for name in ("width", "steps_prior", "guidance_scale_decoder", "seed"))
+
+
+def test_cog_may_put_bare_defaults_into_the_signature(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server does, before it calls ``run``, so ranges cannot be looked up there."""
+    monkeypatch.setattr(Predictor.run, "__defaults__", tuple(DEFAULTS.values()))
+    assert len(predictor.run(**TINY)) == 1
+    with pytest.raises(ValueError, match="whole number from 64 to 2048"):
+        predictor.run(width=63)
+
+
+# ---- files, logs, metrics ----
+
+
+def test_the_last_files_are_removed_when_the_next_run_starts(predictor: Predictor) -> None:
+    (first,) = run(predictor, **TINY)
+    assert first.is_file()
+    (second,) = run(predictor, **TINY)
     assert not first.parent.exists()
-    assert second.is_file()
+    assert list(second.parent.iterdir()) == [second]
+    with pytest.raises(ValueError, match="seed"):
+        run(predictor, seed=0.5)
+    assert not second.parent.exists()
 
 
-def test_progress_is_shown(predictor: Predictor, capfd: pytest.CaptureFixture[str]) -> None:
-    run(predictor, width=64, height=64, steps_prior=3, steps_decoder=2)
-    assert "6/6" in capfd.readouterr().err
+def test_metrics(predictor: Predictor, metrics: dict[str, Any]) -> None:
+    run(predictor, **{**TINY, "width": 80}, num_images=2)
+    assert metrics["pixels"] == 2 * 80 * 64
+    assert metrics["flagged"] == 0
+    assert 0.05 < metrics["peak_memory_gb"] < 100
+    seconds = {name.removeprefix("seconds."): value for name, value in metrics.items() if name.startswith("seconds.")}
+    assert set(seconds) == {"text", "prior", "decoder", "encoding"}
+    assert all(value > 0 for value in seconds.values())
+    few = seconds["prior"]
+    run(predictor, **{**TINY, "steps_prior": 30})
+    assert metrics["seconds.prior"] > 2 * few
 
 
-def test_signature_fits_cog_s_schema_generator() -> None:
-    """It reads the source: every input needs a type, a literal default and a literal description, and stands for itself."""
-    parameters = inspect.signature(Predictor.run).parameters
-    names = [name for name in parameters if name != "self"]
-    fields = set(Request.__dataclass_fields__) - {"sampler"}
-    assert set(names) == fields
-    source = inspect.getsource(Predictor.run)
-    for name in names:
-        field = parameters[name].default
-        assert isinstance(field, FieldInfo)
-        assert field.description
-        assert re.search(rf'{name}: .*= Input\(\s*description="[^"]+"[,)]', source), name
-        optional = "None" in str(parameters[name].annotation)
-        assert optional == (field.default is None)
+def test_replicate_finds_the_progress(predictor: Predictor, capfd: pytest.CaptureFixture[str]) -> None:
+    run(predictor, **{**TINY, "steps_prior": 3, "steps_decoder": 2})
+    found = [match.groups() for line in capfd.readouterr().err.split("\n") if (match := PROGRESS.match(line))]
+    assert found == [*((str(round(100 * i / 6)), str(i), "6") for i in range(1, 6)), *[("100", "6", "6")] * 2]
 
 
-def test_cog_finds_the_predictor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "predict", sys.modules["predict"])  # which Cog replaces by a module of its own
-    assert isinstance(load_predictor_from_ref(f"{ROOT / 'predict.py'}:Predictor"), BaseRunner)
+def test_the_model_runs_on_one_thread_whichever_thread_asks(predictor: Predictor, checker: SafetyChecker) -> None:
+    threads: set[int] = set()
+    networks = (
+        predictor.cascade.conditioner.text_encoder,
+        predictor.cascade.prior,
+        predictor.cascade.decoder,
+        checker.classifier,
+    )
+    called = dict.fromkeys(networks, 0)
+
+    def note(network: torch.nn.Module, *_: object) -> None:
+        called[network] += 1
+        threads.add(threading.get_ident())
+
+    with contextlib.ExitStack() as hooks:
+        for network in networks:
+            hooks.enter_context(network.register_forward_pre_hook(note))
+        for _ in range(2):
+            thread = threading.Thread(target=run, args=[predictor], kwargs=TINY)
+            thread.start()
+            thread.join()
+    assert list(called.values()) == [2, 4, 2, 2]
+    assert len(threads) == 1
+
+
+# ---- what goes wrong ----
+
+
+def tensors() -> int:
+    """How many numbers all tensors hold together."""
+    gc.collect()
+    return sum(one.numel() for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+
+
+def test_cancel(predictor: Predictor) -> None:
+    """As Cog does it: its exception is set from another thread, while a step is computed."""
+    before = read(run(predictor, **TINY, seed=1)[0])
+    held = tensors()
+    steps: list[int] = []
+    begun = threading.Event()
+
+    def count(*_: object) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            begun.set()
+
+    caught: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run(predictor, steps_prior=50)
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    with predictor.cascade.prior.register_forward_pre_hook(count):
+        thread.start()
+        assert begun.wait(10)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(CancelationException))
+        done = len(steps)
+        thread.join(10)
+    assert [type(error) for error in caught] == [CancelationException]
+    assert len(steps) <= done + 1
+    assert not Path(predictor.outputs.name).exists()
+    assert tensors() == held, "not even the error's traceback may hold any"
+    assert (read(run(predictor, **TINY, seed=1)[0]) == before).all()
+
+
+def test_cancel_between_two_pictures(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = tensors()
+
+    def save(image: Image.Image, path: Path, *_: object) -> None:
+        image.save(path)
+        raise CancelationException
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "save_picture", save)
+        with pytest.raises(CancelationException):
+            run(predictor, **TINY, num_images=2)
+    assert tensors() == held
+    assert not Path(predictor.outputs.name).exists()
+    assert len(run(predictor, **TINY)) == 1
+
+
+def test_what_nobody_expected_is_logged_with_its_traceback(
+    predictor: Predictor, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a kernel failed")
+
+    with predictor.cascade.decoder.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="a kernel"):
+        run(predictor, **TINY)
+    assert "Traceback" in caplog.text
+    assert "decoder.py" in caplog.text
+    assert not Path(predictor.outputs.name).exists()
+    assert len(run(predictor, **TINY)) == 1
+
+
+@pytest.fixture
+def small_memory(predictor: Predictor) -> Iterator[list[int]]:
+    """Stage B fails, as on a GPU whose memory is full, above so many latents at a time: the list's only number."""
+    room = [0]
+
+    def forward(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0]
+        if x.shape[0] * x.shape[-2] * x.shape[-1] > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with predictor.cascade.decoder.register_forward_pre_hook(forward):
+        yield room
+
+
+@pytest.mark.parametrize(
+    ("room", "fits"),
+    [
+        (3, "left; num_images=3 at 128x96 would fit."),
+        (1.5, "left; num_images=1 at 128x96 would fit."),
+        (0.6, "left; num_images=1 at 88x64 would fit."),
+        (0.34, "left; num_images=1 at 64x64 would fit."),
+        (0.2, "left, and so does one of 64x64: something else must be using it."),
+    ],
+)
+def test_memory_that_does_not_suffice(predictor: Predictor, small_memory: list[int], room: float, fits: str) -> None:
+    held = tensors()
+    small_memory[0] = int(room * 32 * 24)
+    asked = {**TINY, "width": 128, "height": 96, "guidance_scale_decoder": 0}
+    with pytest.raises(ValueError, match="num_images") as caught:
+        run(predictor, **asked, num_images=4)
+    assert str(caught.value) == f"num_images=4 at 128x96 needs more memory than the GPU has {fits}"
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    assert not Path(predictor.outputs.name).exists()
+    assert tensors() == held
+    if smaller := re.search(r"num_images=(\d) at (\d+)x(\d+) would", str(caught.value)):
+        number, width, height = map(int, smaller.groups())
+        assert len(run(predictor, **{**asked, "width": width, "height": height}, num_images=number)) == number
+
+
+def test_healthcheck(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Predictor().healthcheck() is False
+    assert predictor.healthcheck() is True
+    monkeypatch.setattr(predict, "DISK_NEEDED", 2**62)
+    assert predictor.healthcheck() is False
+
+
+# ---- safety ----
+
+
+@pytest.fixture
+def checker(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SafetyChecker:
+    """Flags nothing, until its bias is changed."""
+    checker = SafetyChecker.load(save_classifier(tmp_path / "safety_checker", {"normal": 50.0, "nsfw": 0.0}))
+    monkeypatch.setattr(predictor, "safety", checker)
+    return checker
+
+
+def test_flagged_pictures_are_dropped_and_the_others_kept(
+    predictor: Predictor, checker: SafetyChecker, metrics: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {**TINY, "num_images": 3, "seed": 10}
+    files = run(predictor, **asked)
+    assert len(files) == 3
+    assert metrics["seconds.safety"] > 0
+    pictures = [read(file) for file in files]
+    # The bias is put between the logits of the likeliest and the second one, so that the likeliest alone is flagged.
+    checker.classifier.classifier.bias.data.zero_()
+    with torch.no_grad():
+        inputs = checker.processor([Image.open(file) for file in files], return_tensors="pt").pixel_values
+        margins = checker.classifier(inputs).logits.diff(dim=1)[:, 0]
+    flagged = int(margins.argmax())
+    checker.classifier.classifier.bias.data[1] = -margins.sort().values[1:].mean()
+
+    with caplog.at_level("WARNING", "predict"):
+        files = run(predictor, **asked)
+    kept = [index for index in range(3) if index != flagged]
+    assert [file.name for file in files] == [f"out-{index}.png" for index in kept]
+    assert all((read(file) == pictures[index]).all() for file, index in zip(files, kept, strict=True))
+    assert metrics["seeds"] == [10 + index for index in kept]
+    assert (metrics["flagged"], metrics["pixels"]) == (1, 2 * 64 * 64)
+    assert f"Picture {flagged} (seed {10 + flagged}) was flagged by the safety checker." in caplog.text
+
+
+def test_only_when_all_are_flagged_it_is_an_error(
+    predictor: Predictor, checker: SafetyChecker, metrics: dict[str, Any]
+) -> None:
+    checker.classifier.classifier.bias.data[1] = 100
+    with pytest.raises(ValueError, match=r"^The safety checker flagged every picture, so none is returned; "):
+        run(predictor, **TINY, num_images=2)
+    assert metrics["flagged"] == 2
+    assert len(metrics["seeds"]) == 2
+    assert not Path(predictor.outputs.name).exists()
+    assert len(run(predictor, **TINY, num_images=2, disable_safety_checker=True)) == 2
+    assert metrics["flagged"] == 0
+
+
+# ---- setup ----
+
+
+def set_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Predictor:
+    monkeypatch.setenv("CASCADE_WEIGHTS", str(folder))
+    predictor = Predictor()
+    predictor.setup()
+    return predictor
+
+
+def test_setup_says_what_it_did(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        predictor = set_up(model_folder, monkeypatch)
+    assert re.search(
+        rf"Loaded Tiny from {model_folder}, 0\.00 GB, onto cpu as float32, all networks resident, in \d+\.\d s\.",
+        caplog.text,
+    )
+    assert re.search(r"Seconds to load: tokenizer \d+\.\d\d, .*prior \d+\.\d\d, .*decoder .*vqgan ", caplog.text)
+    assert caplog.text.count("no picture will be checked") == 1
+    caplog.clear()
+    run(predictor, **TINY)
+    assert "checked" not in caplog.text
+
+
+def test_setup_finds_the_safety_checker(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    checker = save_classifier(folder / "safety_checker", {"normal": 0.0, "nsfw": 50.0})
+    with caplog.at_level("INFO"):
+        predictor = set_up(folder, monkeypatch)
+    assert f"Loaded the safety checker from {checker} in " in caplog.text
+    with pytest.raises(ValueError, match="flagged every picture"):
+        run(predictor, **TINY)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "checker"])
+def test_setup_says_why_it_cannot(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    folder = tmp_path / "model"
+    if damage in ("truncated", "checker"):
+        shutil.copytree(model_folder, folder)
+    if damage == "truncated":
+        file = folder / "prior" / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    if damage in ("empty", "checker"):
+        (folder / ("" if damage == "empty" else "safety_checker")).mkdir()
+    part = {
+        "missing": f"^There is no model folder {folder}.$",
+        "empty": f"^{folder / 'model.json'} does not exist",
+        "truncated": f"^{folder / 'prior'}.* is truncated",
+        "checker": "safety_checker/config.json is missing",
+    }
+    with pytest.raises(WeightsError, match=part[damage]):
+        set_up(folder, monkeypatch)
 
 
 def test_which_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -142,3 +630,81 @@ def test_which_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert find_weights() == tmp_path / "stable-cascade"
     monkeypatch.setenv("CASCADE_WEIGHTS", "/elsewhere")
     assert find_weights() == Path("/elsewhere")
+
+
+# ---- what Cog reads without running it ----
+
+
+def test_the_old_container_s_inputs_keep_their_names_and_ranges() -> None:
+    ranges = {
+        "num_images": (1, 4),
+        "steps_prior": (1, 50),
+        "steps_decoder": (1, 50),
+        "guidance_scale_prior": (0, 20),
+        "guidance_scale_decoder": (0, 20),
+    }
+    for name, bounds in ranges.items():
+        assert (INPUTS[name].default.ge, INPUTS[name].default.le) == bounds
+    assert INPUTS["width"].default.le == INPUTS["height"].default.le == 2048
+    assert {"prompt", "negative_prompt", "width", "height", "seed", *ranges} <= set(INPUTS)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_input_is_described_with_its_range(name: str) -> None:
+    field = INPUTS[name].default
+    assert isinstance(field, FieldInfo)
+    assert 20 < len(field.description) < 120
+    for bound in (field.ge, field.le):
+        assert bound is None or re.search(rf"\b{bound}\b", field.description)
+    if field.default is not None and field.ge is not None:
+        assert field.ge <= field.default <= field.le
+    if field.choices is not None:
+        assert field.default in field.choices
+
+
+def test_cog_finds_the_predictor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "predict", sys.modules["predict"])  # which Cog replaces by a module of its own
+    config = yaml.safe_load((ROOT / "cog.yaml").read_text())
+    file, name = config["run"].split(":")
+    found = load_predictor_from_ref(f"{ROOT / file}:{name}")
+    assert isinstance(found, BaseRunner)
+    assert "weights" not in inspect.signature(found.setup).parameters
+
+
+def test_cog_yaml() -> None:
+    config = yaml.safe_load((ROOT / "cog.yaml").read_text())
+    assert config["run"] == "predict.py:Predictor"
+    assert set(config) == {"build", "environment", "run"}
+    build = config["build"]
+    pins = dict(
+        line.split("==") for line in (ROOT / build["python_requirements"]).read_text().splitlines() if "==" in line
+    )
+    assert build["sdk_version"] == pins["cog"]
+    assert build["gpu"] is True
+    assert build["python_version"] == "3.11"
+    assert isinstance(build["cuda"], str), "unquoted, 13.0 would be a number"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", pins["torch"])
+    assert set(build) == {"gpu", "cuda", "python_version", "python_requirements", "sdk_version"}
+
+
+def test_every_package_of_the_container_is_imported_there() -> None:
+    sources = [ROOT / "predict.py", *(ROOT / "cascade").rglob("*.py"), *(ROOT / "scripts").iterdir()]
+    imported = set()
+    for source in sources:
+        if source.is_file() and source.name not in ("test", "build-mini-data", "evaluate-mini", "train-mini"):
+            for node in ast.walk(ast.parse(source.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) else []
+                imported |= {name.split(".")[0] for name in names}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    packages = {line.split("==")[0] for line in lines if not line.startswith("#")}
+    modules = {"pillow": "PIL", "pyyaml": "yaml"}
+    assert {package for package in packages if modules.get(package, package) not in imported} == set()
+
+
+def test_the_container_gets_what_it_needs_and_little_else() -> None:
+    ignored = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    assert {".git", ".venv", "tests", "training", "docs", "__pycache__"} <= ignored
+    assert not {"predict.py", "cascade", "scripts", "weights", "requirements.txt", "weights/mini"} & ignored
+    assert ".cog" not in ignored, "where Cog puts the schema while it builds, for the container"
+    assert not list((ROOT / "weights" / "mini").rglob("*.py")), "--separate-weights wants folders without code"

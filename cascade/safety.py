@@ -1,0 +1,83 @@
+"""The safety checker: an image classifier that says which pictures not everyone should see.
+
+Its folder is what transformers saves: ``config.json``, whose ``id2label`` names the classes, ``model.safetensors`` and
+``preprocessor_config.json``. Whatever is wrong with a file is a ``WeightsError`` that names the folder.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from cascade.weights import WeightsError
+
+FOLDER = "safety_checker"
+UNSAFE_LABELS = frozenset({"nsfw", "unsafe", "porn", "hentai", "gore"})
+FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+
+
+def find_safety_checker(model_folder: Path) -> Path | None:
+    """The folder ``safety_checker`` inside of a model folder, else beside it, if there is one."""
+    candidates = (model_folder / FOLDER, model_folder.absolute().parent / FOLDER)
+    return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+class SafetyChecker:
+    """Flags pictures. Use :meth:`load`.
+
+    Args:
+        classifier: any image classifier of transformers, in evaluation mode.
+        processor: its image processor.
+        unsafe: the indices of the classes that are flagged.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, processor: Any, unsafe: list[int]) -> None:
+        self.classifier = classifier
+        self.processor = processor
+        self.unsafe = unsafe
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> "SafetyChecker":
+        """Read a classifier, in float32.
+
+        Args:
+            folder: see the module.
+            device: where it computes.
+
+        Raises:
+            WeightsError: a file is missing or damaged, weights are missing, or no class has one of `UNSAFE_LABELS`.
+        """
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise WeightsError(f"{folder / name} is missing.")
+        try:
+            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+            classifier, report = AutoModelForImageClassification.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+        except Exception as error:  # transformers raises nothing narrower
+            raise WeightsError(f"{folder} holds no readable image classifier: {error}") from error
+        # transformers would make them up.
+        if report["missing_keys"]:
+            raise WeightsError(f"{folder / 'model.safetensors'} lacks {sorted(report['missing_keys'])[0]}.")
+        labels = classifier.config.id2label
+        unsafe = [index for index, label in labels.items() if label.lower() in UNSAFE_LABELS]
+        if not unsafe:
+            raise WeightsError(
+                f"{folder / 'config.json'} has the classes {', '.join(labels.values())}; one of them must be called "
+                f"{', '.join(sorted(UNSAFE_LABELS))}."
+            )
+        return cls(classifier.to(device).eval(), processor, unsafe)
+
+    @torch.no_grad()
+    def flags(self, image: Image.Image) -> bool:
+        """Whether the unsafe classes are, together, more likely than the others.
+
+        Args:
+            image: RGB, of any size.
+        """
+        pixels = self.processor(image, return_tensors="pt").pixel_values.to(self.classifier.device)
+        chances = self.classifier(pixels).logits[0].softmax(-1)
+        return bool(chances[self.unsafe].sum() > 0.5)

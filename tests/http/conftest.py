@@ -1,0 +1,40 @@
+"""One server for most tests of its HTTP interface: starting one takes seconds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.http.serving import MINI, Receiver, Server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if (MINI / "model.json").is_file():
+        return
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.skip(reason="weights/mini is not there"))
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    try:
+        assert server.wait_until("READY", "SETUP_FAILED") == "READY", server.log.read_text()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Server:
+    """The shared server, idle, whatever the test before did to it."""
+    shared_server.wait_until("READY")
+    return shared_server
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.stop()

@@ -1,0 +1,126 @@
+"""Whatever fits the published schema works, whatever does not is refused, and nothing piles up."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import requests
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.http.serving import ANSWER, SMALL, Server, picture
+
+# The schema allows 2048 x 2048 in 100 steps; these keep a case under a second.
+CAPS = {"width": 128, "height": 128, "num_images": 2, "steps_prior": 2, "steps_decoder": 2}
+KINDS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
+COGS_FOLDER = Path("/tmp/coglet/predictions")
+
+anything = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+anything |= st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)
+
+
+def published_inputs(server: Server) -> dict[str, dict[str, Any]]:
+    """name -> schema, with the references of choices replaced by what they refer to."""
+    schemas = requests.get(f"{server.url}/openapi.json", timeout=ANSWER).json()["components"]["schemas"]
+    inputs = {}
+    for name, field in schemas["Input"]["properties"].items():
+        (reference,) = field.get("allOf", [{"$ref": "#/Input"}])
+        choices = schemas[name] if reference["$ref"] == f"#/components/schemas/{name}" else {}
+        inputs[name] = {**field, **choices, "maximum": CAPS.get(name, field.get("maximum"))}
+    return inputs
+
+
+def fits(value: Any, field: dict[str, Any]) -> bool:
+    """Whether JSON Schema lets a value through: 20.0 is an integer, True is none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    right_kind = {
+        "string": isinstance(value, str),
+        "boolean": isinstance(value, bool),
+        "number": number,
+        "integer": number and value == int(value),
+    }[field["type"]]
+    in_range = not number or field.get("minimum", value) <= value <= (field["maximum"] or value)
+    return right_kind and in_range and value in field.get("enum", [value])
+
+
+def values(field: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values that fit."""
+    if "enum" in field:
+        return st.sampled_from(field["enum"])
+    low, high = field.get("minimum"), field["maximum"]
+    if field["type"] == "integer":
+        return st.integers(low, high) | st.integers(low or 0, high or 2**53).map(float)
+    if field["type"] == "number":
+        return st.floats(low, high) | st.integers(low, high)
+    return {"boolean": st.booleans(), "string": st.text(st.characters(codec="utf-8"))}[field["type"]]
+
+
+def misfits(name: str, field: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values that do not fit, even where the caps above are ours."""
+    top = {"width": 2048, "height": 2048, "num_images": 4, "steps_prior": 50, "steps_decoder": 50}
+    published = {**field, "maximum": top.get(name, field["maximum"])}
+    return anything.filter(lambda value: not fits(value, published))
+
+
+def check_pictures(inputs: dict[str, Any], prediction: dict[str, Any]) -> None:
+    """A success has as many pictures as were asked for, whole, of the format and exactly the size asked for."""
+    assert prediction["status"] == "succeeded", prediction
+    pictures = [picture(output) for output in prediction["output"]]
+    assert len(pictures) == inputs.get("num_images", 1)
+    for image in pictures:
+        assert image.size == (inputs["width"], inputs["height"])
+        assert image.format == KINDS[inputs.get("output_format", "webp")]
+    if "seed" in inputs:
+        first = inputs["seed"] if -(2**63) <= inputs["seed"] < 2**64 else float(inputs["seed"])
+        assert prediction["metrics"]["seeds"] == [(int(first) + i) % 2**32 for i in range(len(pictures))]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_every_request_that_fits_the_schema_makes_pictures(shared_server: Server, data: st.DataObject) -> None:
+    fields = published_inputs(shared_server)
+    always = {"width", "height", "steps_prior", "steps_decoder"}
+    given_names = data.draw(st.sets(st.sampled_from(sorted(set(fields) - always)))) | always
+    inputs = {name: data.draw(values(fields[name]), label=name) for name in sorted(given_names)}
+    spoilt = data.draw(st.just(set()) | st.sets(st.sampled_from(sorted(fields)), max_size=3), label="spoilt")
+    inputs |= {name: data.draw(misfits(name, fields[name]), label=name) for name in sorted(spoilt)}
+    shared_server.wait_until("READY")
+    answer = shared_server.post(inputs)
+    if spoilt:
+        assert answer.status_code == 422, answer.text
+        assert {problem["loc"][-1] for problem in answer.json()["detail"]} == spoilt
+    else:
+        assert answer.status_code == 200, answer.text
+        check_pictures(inputs, answer.json())
+
+
+@settings(max_examples=50, deadline=None)
+@given(anything)
+def test_no_body_crashes_the_server(shared_server: Server, body: Any) -> None:
+    for whole in ([body], {"input": {"seed": "one"}, "webhook": body}, {"input": [body]}):
+        assert shared_server.send(whole).status_code in (400, 422)
+    assert shared_server.status() == "READY"
+
+
+def test_nothing_piles_up(server: Server) -> None:
+    """100 predictions of many sizes, with bad inputs, cancels and clients that go away in between."""
+    mine = f"soak-{os.getpid()}"
+    memory = []
+    for i in range(100):
+        inputs = {**SMALL, "width": 64 + 8 * (i % 13), "height": 64 + 8 * (i % 7), "num_images": 1 + i % 2}
+        server.wait_until("READY")
+        answer = server.put(f"{mine}-{i}", inputs)
+        check_pictures(inputs, answer.json())
+        if i % 10 == 2:
+            assert server.post({**inputs, "width": "wide"}).status_code == 422
+        if i % 10 == 4:
+            with server.busy(f"{mine}-{i}-cancelled"):
+                assert server.post(inputs).status_code == 409
+        if i % 10 == 6:
+            server.abandon()
+        if i % 10 == 9:
+            memory.append(server.memory())
+    assert memory[-1] - memory[0] < 50 * 2**20, [f"{size / 2**20:.0f} MB" for size in memory]
+    left = sorted(path.name for path in server.temporary.rglob("*") if path.is_file())
+    assert left == ["out-0.webp", "out-1.webp"]
+    assert [path for folder in COGS_FOLDER.glob(f"{mine}*") for path in folder.rglob("*") if path.is_file()] == []

@@ -1,0 +1,128 @@
+"""The server from its start to its end, with other weights, and with a place to put pictures."""
+
+import io
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+from PIL import Image
+
+from tests.http.serving import ANSWER, MINI, ROOT, SLOW, SMALL, Receiver, Server
+
+# Grace for the worker; a server that has to be killed takes for ever.
+END = 60
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    servers = []
+
+    def start_one(*options: str, **more: Path) -> Server:
+        servers.append(Server(tmp_path, *options, **more))
+        return servers[-1]
+
+    yield start_one
+    for server in servers:
+        server.stop()
+
+
+def test_from_start_to_sigterm(start: Callable[..., Server]) -> None:
+    server = start()
+    assert server.wait_until("STARTING", "READY") == "STARTING"
+    early = server.post(SMALL)
+    assert early.status_code == 503
+    assert server.wait_until("READY", "SETUP_FAILED") == "READY"
+    setup = server.health()["setup"]
+    assert setup["status"] == "succeeded"
+    assert set(setup) >= {"started_at", "completed_at", "logs"}
+    for said in (str(MINI), "cpu", "float32", "GB", " s."):
+        assert said in setup["logs"]
+    assert server.health()["version"]["coglet"] == "0.23.1"
+    (worker,) = server.process.children()
+    environment = yaml.safe_load((ROOT / "cog.yaml").read_text())["environment"]
+    assert {f"{name}={value}" for name, value in worker.environ().items()} >= set(environment)
+    assert Path(worker.cmdline()[0]).name == "python"
+    assert worker.environ()["PATH"].startswith(f"{Path(sys.executable).parent}:")
+    server.predict(**SMALL)
+    assert list(server.temporary.glob("cascade-*/*"))
+    server.process.terminate()
+    assert server.process.wait(END) == 0
+    assert [path for path in server.temporary.rglob("*") if path.is_file()] == []
+
+
+def test_setup_that_fails_says_why_and_the_server_stays(start: Callable[..., Server], tmp_path: Path) -> None:
+    weights = tmp_path / "damaged"
+    shutil.copytree(MINI, weights)
+    (damaged,) = (weights / "prior").glob("*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    server = start(weights=weights)
+    assert server.wait_until("READY", "SETUP_FAILED") == "SETUP_FAILED"
+    setup = server.health()["setup"]
+    assert setup["status"] == "failed"
+    assert damaged.name in setup["logs"]
+    assert server.post(SMALL).status_code == 503
+    assert server.status() == "SETUP_FAILED"
+    requests.post(f"{server.url}/shutdown", timeout=ANSWER)
+    server.process.wait(END)
+
+
+def test_a_worker_that_dies_is_noticed_and_only_shutdown_ends_the_server(
+    start: Callable[..., Server], receiver: Receiver
+) -> None:
+    """As when the machine's memory runs out, and the kernel kills it."""
+    server = start("--await-explicit-shutdown")
+    server.wait_until("READY")
+    server.process.terminate()
+    hook = {"webhook": f"{receiver.url}/hook", "webhook_events_filter": ["completed"]}
+    with server.beginning():
+        server.put("mine", SLOW, {"Prefer": "respond-async"}, **hook)
+    (worker,) = server.process.children()
+    worker.kill()
+    (end,) = receiver.webhooks("/hook")
+    assert (end["status"], end["error"]) == ("failed", "Worker crashed")
+    server.wait_until("UNHEALTHY", "DEFUNCT")
+    requests.post(f"{server.url}/shutdown", timeout=ANSWER)
+    assert server.process.wait(END) == 0
+
+
+def test_pictures_are_uploaded_until_shutdown(start: Callable[..., Server], receiver: Receiver) -> None:
+    server = start("--upload-url", f"{receiver.url}/bucket", "--host", "127.0.0.1")
+    server.wait_until("READY")
+    prediction = server.predict(**SMALL, num_images=2)
+    # Cog uploads several at once and lists them as they arrive: the name says which is which.
+    assert sorted(prediction["output"]) == [f"{receiver.url}/bucket/out-{i}.webp" for i in range(2)]
+    uploads = sorted(receiver.received.get(timeout=ANSWER) for _ in range(2))
+    for i, (method, path, kind, body) in enumerate(uploads):
+        assert (method, path, kind) == ("PUT", f"/bucket/out-{i}.webp", "image/webp")
+        assert Image.open(io.BytesIO(body)).size == (64, 64)
+    receiver.stop()
+    refused = server.post(SMALL).json()
+    assert refused["status"] == "failed"
+    assert "upload" in refused["error"]
+    assert requests.post(f"{server.url}/shutdown", timeout=ANSWER).status_code == 200
+    assert server.process.wait(END) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--port", "{taken}"], 1, "Cannot listen at 127.0.0.1, port {taken}: "),
+        (["--port", "65536"], 1, "Cannot listen at 127.0.0.1, port 65536: "),
+        (["--host", "no.such.host.invalid"], 1, "Cannot listen at no.such.host.invalid, port 5000: "),
+        (["--port", "http"], 2, "usage: scripts/serve "),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(options: list[str], code: int, message: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        command = [sys.executable, ROOT / "scripts" / "serve", *(option.format(taken=taken) for option in options)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=END)
+    assert ended.returncode == code
+    assert ended.stderr.startswith(message.format(taken=taken))
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,52 @@
+"""What scripts/serve does before the server runs; tests/http has the rest."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import server
+from scripts.openapi import SchemaError, make_schema
+from tests.http.serving import free_port
+
+SOURCE = "class Predictor:\n    def run(self, x: int = {}) -> str: ...\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of a predictor and a cog.yaml."""
+    monkeypatch.setattr(server, "ROOT", tmp_path)
+    monkeypatch.setattr(server, "SCHEMA", tmp_path / ".cog" / "openapi_schema.json")
+    (tmp_path / "predict.py").write_text(SOURCE.format(1))
+    (tmp_path / "cog.yaml").write_text("environment:\n  - A=b=c\n  - D=\nrun: predict.py:Predictor\n")
+    return tmp_path
+
+
+def test_cog_yaml_says_what_is_run_and_in_which_environment(root: Path) -> None:
+    assert server.read_config() == ("predict.py:Predictor", {"A": "b=c", "D": ""})
+
+
+def test_the_schema_follows_the_predictor(root: Path) -> None:
+    for default in (1, 2):
+        source = SOURCE.format(default)
+        (root / "predict.py").write_text(source)
+        server.write_schema("predict.py:Predictor")
+        (written,) = (root / ".cog").iterdir()
+        assert json.loads(written.read_text()) == make_schema(source)
+
+
+def test_a_predictor_that_cannot_be_read_leaves_the_schema_alone(root: Path) -> None:
+    server.write_schema("predict.py:Predictor")
+    before = server.SCHEMA.read_bytes()
+    (root / "predict.py").write_text(SOURCE.format("None"))
+    with pytest.raises(SchemaError, match="x has the default None"):
+        server.write_schema("predict.py:Predictor")
+    assert [(file.name, file.read_bytes()) for file in (root / ".cog").iterdir()] == [(server.SCHEMA.name, before)]
+
+
+def test_a_predictor_that_cannot_be_read_is_not_served(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "predict.py").write_text(SOURCE.format("None"))
+    assert server.main(["--port", str(free_port())]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("predict.py:Predictor has inputs that Cog cannot describe. Line 2: x has the default None")
+    assert said.count("\n") == 1
