@@ -6,7 +6,7 @@ transformers or diffusers form, ``config.json`` and one safetensors file. ``mode
     {"name": str, "license": str, "native_size": int,         # pixels, the edge of the square that the model draws best
      "sampler": {"prior":   {"steps": int, "guidance": float, "shift": float, "rescale": float},
                  "decoder": {"steps": int, "guidance": float, "shift": float, "rescale": float}},
-     "files": {"prior/config.json": "<sha256>", ...}}          # every file of every component
+     "files": {"prior/config.json": "<sha256>", ...}}          # every file of every component, and of ``EXTRAS``
 
 The two published repositories are read as a download leaves them, component by component:
 ``<folder>/stable-cascade-prior`` and ``<folder>/stable-cascade``, or the cache folders that huggingface_hub makes of
@@ -14,12 +14,13 @@ them. Only safetensors files are ever opened; nothing is unpickled. Whatever is 
 ``WeightsError`` that names it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -59,6 +60,8 @@ PROCESSOR_FILES = {
     "feature_extractor": (("preprocessor_config.json",),),
 }
 COMPONENTS = (*PROCESSORS, *NETWORKS)
+# Folders that other modules read; here their files are only listed and checked.
+EXTRAS = ("controlnet", "safety_checker")
 
 TRANSFORMERS_CONFIGS = {"text_encoder": CLIPTextConfig, "image_encoder": CLIPVisionConfig}
 WEIGHT_FILES = (
@@ -91,6 +94,8 @@ PUBLISHED_SAMPLER = {
     "prior": StageSettings(steps=20, guidance=4.0, shift=2.0, rescale=0.7),
     "decoder": StageSettings(steps=10, guidance=1.1, shift=1.0, rescale=0.7),
 }
+PUBLISHED_LICENSE = "Stability AI Non-Commercial Research Community License"
+PUBLISHED_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -216,23 +221,84 @@ def save_model_folder(
     unknown = set(components) - set(COMPONENTS)
     if unknown:
         raise ValueError(f"There is no component {sorted(unknown)[0]!r}; there are {', '.join(COMPONENTS)}.")
-    target = Path(folder)
+    with replacement(folder, without=components) as made:
+        for component, item in components.items():
+            save_component(made / component, item, dtype)
+        write_model_json(made, name=name, license=license, native_size=native_size, sampler=sampler)
+
+
+def empty_network(component: str, config_path: Path) -> nn.Module:
+    """The network that a ``config.json`` describes, its parameters on the meta device: they have no content.
+
+    Args:
+        component: a name in ``NETWORKS``.
+        config_path: the file.
+
+    Raises:
+        WeightsError: the file is missing or no JSON, or describes no such network.
+    """
+    config = _read_json(config_path)
+    # Buffers that no file holds, such as CLIP's position ids, are made for real.
+    with init_empty_weights(include_buffers=False):
+        try:
+            if component in TRANSFORMERS_CONFIGS:
+                return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
+            return NETWORKS[component].from_config(config)
+        except Exception as error:  # what networks make of wrong settings
+            raise WeightsError(f"{config_path} describes no {component}: {error}") from error
+
+
+@contextlib.contextmanager
+def replacement(
+    folder: str | os.PathLike[str],
+    *,
+    without: Collection[str] = (),
+    copy: Callable[[str, str], object] = shutil.copy2,
+) -> Iterator[Path]:
+    """A new folder, beside ``folder``, that takes its place when the block ends, and vanishes if the block raises.
+
+    Args:
+        folder: the directory; it need not exist.
+        without: of what it holds, the names that are left out. All else is in the new folder from the start.
+        copy: copies a file.
+    """
+    target = Path(folder).resolve()  # a link to a folder elsewhere stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         made = Path(scratch) / "new"
         if target.is_dir():
-            replaced = set(components)
             shutil.copytree(
                 target,
                 made,
-                ignore=lambda where, names: replaced.intersection(names) if Path(where) == target else (),
+                ignore=lambda where, names: set(names).intersection(without) if Path(where) == target else (),
+                copy_function=copy,
             )
-        for component, item in components.items():
-            _save_component(made / component, item, dtype)
-        write_model_json(made, name=name, license=license, native_size=native_size, sampler=sampler)
+        made.mkdir(exist_ok=True)
+        yield made
         if target.is_dir():
             target.rename(Path(scratch) / "old")
         made.rename(target)
+
+
+def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
+    """Write a network, its parameters in ``dtype``, a tokenizer or an image processor into a folder that is made."""
+    folder.mkdir(parents=True)
+    if not isinstance(item, nn.Module):
+        item.save_pretrained(folder)
+        return
+    parameters = {name for name, _ in item.named_parameters()}
+    tensors = {
+        key: tensor.detach().to("cpu", dtype if key in parameters else tensor.dtype).contiguous()
+        for key, tensor in item.state_dict().items()
+    }
+    transformers_made = isinstance(item, CLIPTextModelWithProjection | CLIPVisionModelWithProjection)
+    if transformers_made:
+        item.config.save_pretrained(folder)
+    else:
+        item.save_config(folder)
+    file = "model.safetensors" if transformers_made else "diffusion_pytorch_model.safetensors"
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody but the owner read it
 
 
 def write_model_json(
@@ -314,8 +380,8 @@ def _open_published(root: Path, lite: Collection[str]) -> ModelFolder:
     return ModelFolder(
         root=root,
         name="Stable Cascade",
-        license="Stability AI Non-Commercial Research Community License",
-        native_size=1024,
+        license=PUBLISHED_LICENSE,
+        native_size=PUBLISHED_SIZE,
         sampler=PUBLISHED_SAMPLER,
         parts=parts,
         checksums={},
@@ -385,13 +451,7 @@ def _load_processor(component: str, folder: Path) -> Any:
 def _load_network(
     component: str, config_path: Path, weights: Path, device: str | torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    config = _read_json(config_path)
-    # Parameters are made without memory, as they are replaced; buffers that no file holds are made for real.
-    with init_empty_weights(include_buffers=False):
-        if component in TRANSFORMERS_CONFIGS:
-            network = NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
-        else:
-            network = NETWORKS[component].from_config(config)
+    network = empty_network(component, config_path)
     tensors = _read_tensors(weights, device, dtype)
     try:
         result = network.load_state_dict(tensors, strict=False, assign=True)
@@ -415,28 +475,9 @@ def _load_single_file(component: str, path: Path, device: str | torch.device, dt
         raise WeightsError(f"{path} is not the published {component}: {error}") from error
 
 
-def _save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
-    folder.mkdir(parents=True)
-    if not isinstance(item, nn.Module):
-        item.save_pretrained(folder)
-        return
-    parameters = {name for name, _ in item.named_parameters()}
-    tensors = {
-        key: tensor.detach().to("cpu", dtype if key in parameters else tensor.dtype).contiguous()
-        for key, tensor in item.state_dict().items()
-    }
-    transformers_made = isinstance(item, CLIPTextModelWithProjection | CLIPVisionModelWithProjection)
-    if transformers_made:
-        item.config.save_pretrained(folder)
-    else:
-        item.save_config(folder)
-    file = "model.safetensors" if transformers_made else "diffusion_pytorch_model.safetensors"
-    save_file(tensors, folder / file, metadata={"format": "pt"})
-
-
 def _component_files(root: Path) -> list[str]:
-    """The files of all components, as paths relative to ``root``, sorted."""
-    files = (file for component in COMPONENTS for file in (root / component).rglob("*") if file.is_file())
+    """The files of all components and extras, as paths relative to ``root``, sorted."""
+    files = (file for component in (*COMPONENTS, *EXTRAS) for file in (root / component).rglob("*") if file.is_file())
     return sorted(file.relative_to(root).as_posix() for file in files)
 
 

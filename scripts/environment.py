@@ -1,8 +1,8 @@
 """The environment that the scripts run in: ``.venv`` beside them, made on first use. Needs Python and nothing else.
 
-A script begins with ``environment.enter("requirements.txt")``. That returns at once when the script already runs
-inside a ``.venv`` into which this file's packages were installed; otherwise it makes the environment, or brings it up
-to date, and starts the script again inside it. Scripts started at the same time wait for one another.
+A script begins with ``environment.enter("requirements.txt")``. That returns at once when this file's packages are
+there, as they are in a container or inside of a ``.venv`` that is up to date; otherwise it makes the environment, or
+brings it up to date, and starts the script again inside it. Scripts started at the same time wait for one another.
 """
 
 import fcntl
@@ -10,6 +10,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,14 +20,15 @@ OLDEST_PYTHON = (3, 11)
 
 
 def enter(requirements: str) -> None:
-    """Go on inside ``.venv`` with the packages of a requirements file, given relative to the repository's root.
+    """Go on with the packages of a requirements file, given relative to the repository's root.
 
     The repository's root becomes importable; the folder of the scripts does not stay so.
     """
     if sys.version_info < OLDEST_PYTHON:
         needed, found = (".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info))
         sys.exit(f"Python {needed} or newer is needed, and this is {found}: run it as python{needed} {sys.argv[0]}.")
-    if not is_installed(requirements):
+    here = has_packages(requirements)
+    if not here and not is_installed(requirements):
         with (ROOT / ".venv.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_installed(requirements):
@@ -34,7 +36,7 @@ def enter(requirements: str) -> None:
     # Threads that wait by spinning starve each other as soon as one core is busy with something else: a miniature's
     # picture then took 27 to 52 s on two cores, and takes 2 s so. The OpenMP library reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if Path(sys.prefix).resolve() != VENV.resolve():
+    if not here and Path(sys.prefix).resolve() != VENV.resolve():
         os.execv(PYTHON, [str(PYTHON), *sys.argv])
     sys.path[0] = str(ROOT)
 
@@ -44,6 +46,22 @@ def with_included(requirements: str) -> list[str]:
     lines = (ROOT / requirements).read_text(encoding="utf-8").splitlines()
     included = [line.split(maxsplit=1)[1] for line in lines if line.startswith("-r ")]
     return [requirements, *(name for file in included for name in with_included(file))]
+
+
+def has_packages(requirements: str) -> bool:
+    """Whether this very Python has all packages of a requirements file, in the versions that it names."""
+    lines = [line for name in with_included(requirements) for line in (ROOT / name).read_text("utf-8").splitlines()]
+    for line in lines:
+        requirement = line.partition("#")[0].strip()
+        if not requirement or requirement.startswith("-r "):
+            continue
+        name, pinned, version = requirement.partition("==")
+        try:
+            if not pinned or metadata.version(name).partition("+")[0] != version:
+                return False
+        except metadata.PackageNotFoundError:
+            return False
+    return True
 
 
 def stamp(requirements: str) -> tuple[Path, str]:

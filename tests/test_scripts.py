@@ -1,5 +1,6 @@
 """The environment that scripts make for themselves, with real virtual environments, and the command line of predict."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from cog import Path as CogPath
 from PIL import Image
 
 from scripts import environment
-from scripts.command_line import InputError, check_output, list_inputs, main, read_inputs, save
+from scripts.command_line import InputError, list_inputs, main, read_inputs, save
 
 SYSTEM_PYTHON = Path(sys.base_prefix) / "bin" / "python3"
 SCRIPT = """\
@@ -57,14 +58,14 @@ def make_wheel(folder: Path, version: str) -> Path:
     return wheel
 
 
-def start(root: Path) -> subprocess.Popen[str]:
+def start(root: Path, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [SYSTEM_PYTHON, "scripts/hello", "a", "b c"],
         cwd=root,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1"},
+        env={"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", **variables},
     )
 
 
@@ -104,6 +105,27 @@ def test_environment(tmp_path: Path) -> None:
     python.symlink_to("/nowhere/python")
     mended = start(tmp_path)
     assert mended.communicate()[0] == "2.0 root PASSIVE a b c\n"
+
+
+def test_a_python_that_has_the_packages_is_enough(tmp_path: Path) -> None:
+    """As in a container. Another version than the one that is named is not enough."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(environment.__file__, tmp_path / "scripts")
+    (tmp_path / "scripts" / "hello").write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text("NAME = 'root'\n")
+    (tmp_path / "requirements.txt").write_text("-r more.txt\n")
+    (tmp_path / "more.txt").write_text("# All there is.\ntiny==1.0\n")
+    with zipfile.ZipFile(make_wheel(tmp_path, "1.0+cu130")) as wheel:
+        wheel.extractall(tmp_path / "packages")
+
+    process = start(tmp_path, PYTHONPATH=str(tmp_path / "packages"))
+    assert process.communicate() == ("1.0+cu130 root PASSIVE a b c\n", "")
+    assert not (tmp_path / ".venv").exists()
+
+    (tmp_path / "more.txt").write_text("tiny==1.1\n")
+    process = start(tmp_path, PYTHONPATH=str(tmp_path / "packages"))
+    assert process.communicate()[1].splitlines()[-1].startswith("Installing requirements.txt failed")
+    assert (tmp_path / ".venv").exists()
 
 
 def test_old_python_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +193,16 @@ def test_missing_input() -> None:
 
 def test_list_of_inputs() -> None:
     lines = list_inputs(Example).splitlines()
-    assert len(lines) == 8
-    assert lines[2].split(maxsplit=1) == ["count", "How many. (default 2, from 1 to 4)"]
-    assert lines[3].split(maxsplit=1) == ["scale", "How much. (default 1.5, 0 or more)"]
+    assert [line.split(maxsplit=1) for line in lines] == [
+        ["prompt", "What to draw."],
+        ["title", "A title."],
+        ["count", "How many. (default 2, from 1 to 4)"],
+        ["scale", "How much. (default 1.5, 0 or more)"],
+        ["size", "How large. (64 or less)"],
+        ["fast", "A switch. (default false)"],
+        ["shape", "A shape. (default round, one of round, square)"],
+        ["image", "A picture."],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -181,8 +210,15 @@ def test_list_of_inputs() -> None:
     [
         (["-i", "promt=x"], "There is no input 'promt'; there are prompt, "),
         (["-i", "width=wide"], "width must be a whole number, not 'wide'.\n"),
-        (["-i", "seed=-1"], "seed must be from 0 to 4294967295, not -1.\n"),
-        (["-o", "apple.txt"], "-o must end in .png, .webp or .jpg, or name a folder with a / at its end, unlike apple"),
+        (["-i", "steps_prior=0"], "steps_prior must be from 1 to 50, not 0.\n"),
+        (["-i", "aspect_ratio=2:1"], "aspect_ratio must be one of 1:1, 16:9, "),
+        (["-i", "disable_safety_checker=1"], "disable_safety_checker must be true or false, not '1'.\n"),
+        (["-i", "output_format=gif"], "output_format must be one of webp, jpg, png, not 'gif'.\n"),
+        (["-i", "output_format=jpg"], "output_format is jpg, but -o is output.png.\n"),
+        (
+            ["-o", "apple.txt"],
+            "-o must end in .png, .webp, .jpg, .jpeg, or name a folder with a / at its end, unlike a",
+        ),
     ],
 )
 def test_bad_requests_are_one_sentence_and_exit_code_2(
@@ -230,9 +266,36 @@ def test_pictures_into_a_folder(made: list[Path], tmp_path: Path) -> None:
         assert all(target.is_file() for target in targets)
 
 
-@pytest.mark.parametrize(("ending", "kind"), [("webp", "WEBP"), ("jpg", "JPEG"), ("PNG", "PNG")])
-def test_the_ending_says_the_format(made: list[Path], tmp_path: Path, ending: str, kind: str) -> None:
-    output = str(tmp_path / f"apple.{ending}")
-    check_output(output)
-    (target,) = save(made[:1], output)
-    assert Image.open(target).format == kind
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.webp", "WEBP"), ("a.jpg", "JPEG"), ("a.jpeg", "JPEG"), ("a.PNG", "PNG"), ("new/", "WEBP")]
+)
+def test_a_picture_is_made_in_the_format_that_its_name_asks_for(
+    tmp_path: Path, name: str, kind: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CASCADE_WEIGHTS", str(model_folder))
+    inputs = ["prompt=a tree", "width=64", "height=72", "seed=3", "disable_safety_checker=true", "aspect_ratio=9:16"]
+    assert main([*(word for text in inputs for word in ("-i", text)), "-o", str(tmp_path) + f"/{name}"]) == 0
+    (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert file == tmp_path / ("new/out-0.webp" if name == "new/" else name)
+    with Image.open(file) as picture:
+        assert (picture.format, picture.size) == (kind, (64, 72))
+        record = picture.text["Description"] if kind == "PNG" else picture.getexif()[0x010E]
+    assert json.loads(record)["seed"] == 3
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CASCADE_WEIGHTS", str(model_folder))
+    (tmp_path / "file").touch()
+    assert main(["-i", "width=64", "-i", "height=64", "-o", f"{tmp_path}/file/apple.png"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path}/file" in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_takes_any_format(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASCADE_WEIGHTS", str(model_folder))
+    inputs = ["width=64", "height=64", "num_images=2", "output_format=jpg"]
+    assert main([*(word for text in inputs for word in ("-i", text)), "-o", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-0.jpg", "out-1.jpg"]

@@ -1,0 +1,93 @@
+"""The folder of a download: a sub-folder a repository, and ``download.json``. That says what is there::
+
+    {"parts": ["prior_lite", ...],                              # keys of ``scripts.published.PARTS``
+     "files": {"stable-cascade-prior/prior_lite/config.json": "<sha256>", ...}}
+
+What it lists is whole, and as the Hub has it. Files that it does not list may be on their way, or of an earlier time.
+"""
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from scripts.environment import ROOT
+from scripts.published import PARTS
+
+DOWNLOAD = ROOT / "weights" / ".download"  # hidden, so that neither git nor a container's image takes it
+INCOMPLETE = ".incomplete"
+LOCK = ".lock"
+
+
+class DownloadError(Exception):
+    """A folder of a download is not what it should be. One sentence says what is wrong and what can be done."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``download.json`` says.
+
+    Attributes:
+        parts: keys of ``PARTS``.
+        files: sha256 by path in the folder, of every file of these parts.
+    """
+
+    parts: list[str]
+    files: dict[str, str]
+
+    @staticmethod
+    def file(folder: Path) -> Path:
+        return folder / "download.json"
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Raises a DownloadError if it is not there or damaged."""
+        file = cls.file(folder)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            parts = [name for name in PARTS if name in content["parts"]]
+            if len(parts) != len(content["parts"]):
+                raise ValueError("an unknown part")
+            return cls(parts, {path: content["files"][path] for name in parts for path in PARTS[name].paths})
+        except FileNotFoundError:
+            raise DownloadError(f"{folder} holds no complete download: run scripts/download-weights first.") from None
+        except (ValueError, KeyError, TypeError):
+            raise DownloadError(f"{file} is damaged: delete it, and run scripts/download-weights again.") from None
+
+    def updated(self, newer: "Manifest") -> "Manifest":
+        """This one with the parts of a newer one, which take the place of those that make the same components."""
+        replaced = {PARTS[name].component for name in newer.parts}
+        parts = [*(name for name in self.parts if PARTS[name].component not in replaced), *newer.parts]
+        files = {**self.files, **newer.files}
+        return Manifest(parts, {path: files[path] for name in parts for path in PARTS[name].paths})
+
+    def write(self, folder: Path) -> None:
+        scratch = folder / ".download.json"
+        scratch.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        scratch.replace(self.file(folder))
+
+
+def remove_download(folder: Path) -> None:
+    """Delete every file that a download may have put into a folder, and what is empty then. Other files stay."""
+    Manifest.file(folder).unlink(missing_ok=True)
+    (folder / LOCK).unlink(missing_ok=True)
+    files = [folder / path for part in PARTS.values() for path in part.paths]
+    for file in files:
+        for found in (file, *file.parent.glob(f"{file.name}.*{INCOMPLETE}")):
+            found.unlink(missing_ok=True)
+    # The deepest first, and the folder itself last.
+    parents = {parent for file in files for parent in file.parents if parent.is_relative_to(folder)}
+    for parent in sorted(parents, key=lambda path: len(path.parts), reverse=True):
+        with contextlib.suppress(OSError):  # something else is in it, or it was never made
+            parent.rmdir()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def amount(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,101 @@
+"""Which files of the published repositories make which component of a model folder. Tables only.
+
+Repositories are pinned. Networks are taken as bfloat16 where they are published so; of the two text encoders and
+tokenizers, which are the same, one is taken. Sizes on disk: Stage C 7.2 GB (lite 2.1), Stage B 3.1 GB (lite 1.4), text
+encoder 1.4 GB, Stage A 37 MB; ControlNets 1.2 GB, image encoder 0.6 GB, semantic encoder 82 MB, previewer 16 MB, safety
+checker 0.3 GB.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the Hub at a commit."""
+
+    name: str
+    revision: str
+
+    @property
+    def folder(self) -> str:
+        """What it is called in the folder of a download."""
+        return self.name.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is downloaded together.
+
+    Attributes:
+        component: the sub-folder of the model folder that it becomes.
+        repository: where it is.
+        files: paths in the repository.
+        dtype: of a network's parameters, as safetensors names it; None: no network of this package says what they are.
+    """
+
+    component: str
+    repository: Repository
+    files: tuple[str, ...]
+    dtype: str | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files, as paths in the folder of a download."""
+        return tuple(f"{self.repository.folder}/{file}" for file in self.files)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a network as its authors stored it: a single file, with no configuration."""
+        return self.dtype is not None and len(self.files) == 1
+
+
+PRIOR = Repository("stabilityai/stable-cascade-prior", "7ca32c21c3b4d4e35bbb94fcfedfb4fa2259bd91")
+DECODER = Repository("stabilityai/stable-cascade", "a89f66d459ae653e3b4d4f992a7c3789d0dc4d16")
+SAFETY = Repository("Falconsai/nsfw_image_detection", "96cb0d0342c7afb80cab76ecc58b265fa44da256")
+
+
+def _network(component: str, repository: Repository, folder: str, weights: str) -> Part:
+    """A network in the standard form: a folder with a configuration and a safetensors file."""
+    return Part(component, repository, (f"{folder}/config.json", f"{folder}/{weights}"), "BF16")
+
+
+def _checkpoint(component: str, weights: str) -> Part:
+    """A network as its authors stored it: a single safetensors file, in float32, with no configuration."""
+    return Part(component, DECODER, (weights,), "F32")
+
+
+_DIFFUSERS = "diffusion_pytorch_model.bf16.safetensors"
+_TRANSFORMERS = "model.bf16.safetensors"
+
+PARTS = {
+    "tokenizer": Part("tokenizer", PRIOR, ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")),
+    "text_encoder": _network("text_encoder", PRIOR, "text_encoder", _TRANSFORMERS),
+    "prior": _network("prior", PRIOR, "prior", _DIFFUSERS),
+    "prior_lite": _network("prior", PRIOR, "prior_lite", _DIFFUSERS),
+    "decoder": _network("decoder", DECODER, "decoder", _DIFFUSERS),
+    "decoder_lite": _network("decoder", DECODER, "decoder_lite", _DIFFUSERS),
+    "vqgan": _network("vqgan", DECODER, "vqgan", _DIFFUSERS),
+    "image_encoder": _network("image_encoder", PRIOR, "image_encoder", _TRANSFORMERS),
+    "feature_extractor": Part("feature_extractor", PRIOR, ("feature_extractor/preprocessor_config.json",)),
+    "effnet": _checkpoint("effnet", "effnet_encoder.safetensors"),
+    "previewer": _checkpoint("previewer", "previewer.safetensors"),
+    "controlnet": Part(
+        "controlnet",
+        DECODER,
+        tuple(f"controlnet/{kind}.safetensors" for kind in ("canny", "inpainting", "super_resolution")),
+    ),
+    "safety_checker": Part("safety_checker", SAFETY, ("config.json", "model.safetensors", "preprocessor_config.json")),
+}
+
+# The parts that pictures from text need, by what the options --prior and --decoder say.
+ALWAYS = ("tokenizer", "text_encoder", "vqgan")
+PRIORS = {"full": "prior", "lite": "prior_lite"}
+DECODERS = {"full": "decoder", "lite": "decoder_lite"}
+# The parts that the option --with names.
+EXTRAS = {
+    "controlnet": ("controlnet",),
+    "effnet": ("effnet",),
+    "previewer": ("previewer",),
+    "image-encoder": ("image_encoder", "feature_extractor"),
+    "safety": ("safety_checker",),
+}
