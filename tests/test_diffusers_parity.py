@@ -4,13 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline, StableCascadePriorPipeline
-from diffusers.models import StableCascadeUNet as TheirUNet
-from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
-from torch import nn
 
 from cascade import cascade as cascade_module
 from cascade.cascade import Cascade, Request
+from tests.diffusers_pipelines import make_pipelines
 from tests.tiny import make_cascade
 
 PROMPT, NEGATIVE = "a cat, 7 pizzas.", "fog"
@@ -23,26 +20,7 @@ def ours(components: dict[str, Any]) -> Cascade:
 
 @pytest.fixture(scope="module")
 def theirs(components: dict[str, Any], ours: Cascade) -> tuple[Any, Any]:
-    text = {"tokenizer": components["tokenizer"], "text_encoder": components["text_encoder"]}
-    pipelines = (
-        StableCascadePriorPipeline(prior=twin(TheirUNet, ours.prior), scheduler=DDPMWuerstchenScheduler(), **text),
-        StableCascadeDecoderPipeline(
-            decoder=twin(TheirUNet, ours.decoder),
-            vqgan=twin(PaellaVQModel, ours.vqgan),
-            scheduler=DDPMWuerstchenScheduler(),
-            **text,
-        ),
-    )
-    for pipeline in pipelines:
-        pipeline.set_progress_bar_config(disable=True)
-    return pipelines
-
-
-def twin(kind: type[nn.Module], network: Any) -> nn.Module:
-    config = {name: value for name, value in network.config.items() if not name.startswith("_")}
-    other = kind(**config).eval()
-    other.load_state_dict(network.state_dict())
-    return other
+    return make_pipelines(ours.prior, ours.decoder, ours.vqgan, components["tokenizer"], components["text_encoder"])
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,16 @@ def for_previewer(pixels: Tensor) -> Tensor:
 
 
 def grid(rows: list[Tensor]) -> Image.Image:
-    """One sheet from rows of pictures, each (N, 3, H, W) in 0..1; rows are brought to the height of the first."""
+    """One sheet from rows of pictures, each (N, 3, H, W) in 0..1; rows are brought to the height of the first.
+
+    No row may have more pictures than the first. Those with fewer are filled up with black, and empty ones left out.
+    """
     height, width = rows[0].shape[-2:]
-    lines = []
-    for row in rows:
+    lines: list[Tensor] = []
+    for row in filter(len, rows):
         if row.shape[-2:] != (height, width):
             row = nn.functional.interpolate(row.float(), size=(height, width), mode="nearest")
-        lines.append(torch.cat(list(row.float().clamp(0, 1)), dim=-1))
+        line = torch.cat(list(row.float().clamp(0, 1)), dim=-1)
+        lines.append(nn.functional.pad(line, (0, len(rows[0]) * width - line.shape[-1])))
     sheet = torch.cat(lines, dim=-2).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(sheet)

@@ -180,6 +180,36 @@ def test_bfloat16_weights_keep_the_float32_timestep(config, channels):
     assert not torch.equal(half(sample, ratio + 1e-4, **conditions), out)
 
 
+@pytest.mark.parametrize("config", [STAGE_C, STAGE_B], ids=["C", "B"])
+@torch.no_grad()
+def test_bfloat16_weights_keep_the_residual_stream_in_float32(config):
+    """What diffusers' network loses over many layers, at the one time whose embedding bfloat16 has exactly: 0."""
+    layers = tuple(4 * count for count in config["down_num_layers_per_block"])
+    config = config | {"down_num_layers_per_block": layers, "up_num_layers_per_block": layers[::-1]}
+    exact = make(config, std=0.1).to(torch.bfloat16).float()
+    half = copy.deepcopy(exact).to(torch.bfloat16)
+    reference = Reference(**config).to(torch.bfloat16).eval()
+    reference.load_state_dict(half.state_dict())
+
+    streams = set()
+    for block in half.blocks():
+        block.register_forward_hook(lambda _, args, out: streams.update((args[0].dtype, out.dtype)))
+    branches = set()
+    for module in half.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, args, out: branches.update((args[0].dtype, out.dtype)))
+
+    channels = config.get("in_channels", 16)
+    given = {name: x.bfloat16() for name, x in inputs(config).items()}
+    sample, ratio = torch.randn(2, channels, 16, 16).bfloat16(), torch.zeros(2)
+    expected = exact(sample.float(), ratio, **{name: x.float() for name, x in given.items()})
+    ours = half(sample.float(), ratio, **given) - expected
+    theirs = reference(sample, ratio.bfloat16(), **given).sample - expected
+    assert streams == {torch.float32}
+    assert branches == {torch.bfloat16}
+    assert 1.5 * ours.norm() <= theirs.norm()
+
+
 def test_mixed_precision_training():
     network, sample, ratio = make(STAGE_B).train(), torch.randn(2, 4, 8, 8), torch.rand(2)
     with torch.autocast("cpu", torch.bfloat16):

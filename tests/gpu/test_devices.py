@@ -1,0 +1,115 @@
+"""A GPU makes the pictures that the CPU makes, in any batch."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cascade.cascade import Cascade, Request
+
+SMALL = {"width": 64, "height": 64, "steps_prior": 3, "steps_decoder": 2}
+
+pytestmark = pytest.mark.usefixtures("exact_float32")
+
+
+@pytest.fixture(scope="module")
+def on_cpu(model_folder: Path) -> Cascade:
+    return Cascade.load(model_folder, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def on_gpu(model_folder: Path) -> Cascade:
+    return Cascade.load(model_folder, "cuda", torch.float32)
+
+
+def difference(first: Image.Image, second: Image.Image) -> int:
+    """The largest, of 255. Both pictures show something."""
+    one, other = (np.asarray(image).astype(int) for image in (first, second))
+    assert one.shape == other.shape
+    assert min(one.std(), other.std()) > 5
+    return np.abs(one - other).max()
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm"])
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 75)])
+def test_a_seed_makes_the_same_picture_on_cpu_and_gpu(
+    on_cpu: Cascade, on_gpu: Cascade, sampler: str, width: int, height: int
+) -> None:
+    request = Request(
+        "a cat", "fog", seed=7, num_images=2, sampler=sampler, **{**SMALL, "width": width, "height": height}
+    )
+    for first, second in zip(on_cpu.generate(request), on_gpu.generate(request), strict=True):
+        assert difference(first, second) <= 1
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_picture_i_of_a_seed_is_picture_0_of_the_seed_i_higher(on_cpu: Cascade, model_folder: Path, batch: int) -> None:
+    cascade = Cascade.load(model_folder, "cuda", torch.float32, max_batch=batch)
+    together = cascade.generate(Request("a cat", seed=3, num_images=5, **SMALL))
+    assert len({image.tobytes() for image in together}) == 5
+    for i, image in enumerate(together):
+        request = Request("a cat", seed=3 + i, **SMALL)
+        for other in (cascade, on_cpu):
+            (alone,) = other.generate(request)
+            assert difference(image, alone) <= 1
+
+
+def test_pictures_are_read_alike(on_cpu: Cascade, on_gpu: Cascade) -> None:
+    (image,) = on_cpu.generate(Request("a cat", **SMALL))
+    torch.testing.assert_close(on_gpu.encode(image).cpu(), on_cpu.encode(image), rtol=1e-3, atol=1e-3)
+    first, second = (cascade.reconstruct(image, seed=5) for cascade in (on_cpu, on_gpu))
+    assert difference(first, second) <= 1
+
+
+def test_a_gpu_is_used_where_there_is_one_and_in_bfloat16(model_folder: Path) -> None:
+    cascade = Cascade.load(model_folder)
+    networks = (cascade.prior, cascade.decoder, cascade.vqgan, cascade.effnet, cascade.previewer)
+    encoders = (cascade.conditioner.text_encoder, cascade.conditioner.image_encoder)
+    for network in (*networks, *encoders):
+        assert {(one.device.type, one.dtype) for one in network.parameters()} == {("cuda", torch.bfloat16)}
+    for progress in cascade.steps(Request("a cat", num_images=2, **SMALL)):
+        if progress.latents is not None:
+            assert progress.latents.device.type == "cuda"
+            assert progress.latents.dtype == torch.float32
+            assert progress.latents.isfinite().all()
+    assert progress.image.size == (64, 64)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_checkpointing_trades_memory_for_the_same_gradients(components: dict[str, Any], stage: str) -> None:
+    network = copy.deepcopy(components[stage]).to("cuda").train()
+    config, side = network.config, 64
+    torch.manual_seed(0)
+    given = {
+        "sample": torch.randn(2, config.in_channels, side, side),
+        "timestep_ratio": torch.rand(2),
+        "clip_text_pooled": torch.randn(2, 1, config.clip_text_pooled_in_channels),
+    }
+    if stage == "prior":
+        given["clip_text"] = torch.randn(2, 77, config.clip_text_in_channels)
+        given["clip_img"] = torch.randn(2, 1, config.clip_image_in_channels)
+    else:
+        given["effnet"] = torch.randn(2, config.effnet_in_channels, 6, 6)
+        given["pixels"] = torch.randn(2, 3, 8, 8)
+    given = {name: x.to("cuda") for name, x in given.items()}
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        """And the bytes of memory that they took."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.manual_seed(1)  # of the dropout
+        found = torch.autograd.grad(network(**given).square().mean(), list(network.parameters()))
+        return found, torch.cuda.max_memory_allocated() - before
+
+    gradients()  # what libraries allocate once is not counted
+    plain, memory = gradients()
+    assert all(gradient.abs().sum() > 0 for gradient in plain)
+    network.enable_gradient_checkpointing()
+    checkpointed, less_memory = gradients()
+    for gradient, expected in zip(checkpointed, plain, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    assert less_memory < 0.8 * memory
