@@ -1,0 +1,62 @@
+"""The table of inputs in README.md, made of what Cog's schema says: ``python -m scripts.input_table`` brings it up to date."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from scripts.openapi import make_schema
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- Made by scripts/input_table.py -->\n", "<!-- End of the inputs -->"
+KINDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
+
+
+def input_table() -> str:
+    """A Markdown table: a row an input, in the order of ``Predictor.run``."""
+    schemas = make_schema((ROOT / "predict.py").read_text(encoding="utf-8"))["components"]["schemas"]
+    fields = sorted(schemas["Input"]["properties"].items(), key=lambda item: item[1]["x-order"])
+    rows = [f"| `{name}` | {kind(name, field, schemas)} | {default(field)} | {said(field)} |" for name, field in fields]
+    return "\n".join(["| Input | Kind | Default | What it does |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def kind(name: str, field: dict[str, Any], schemas: dict[str, Any]) -> str:
+    if "allOf" in field:
+        return " ".join(f"`{choice}`" for choice in schemas[name]["enum"])
+    return "file" if field.get("format") == "uri" else KINDS[field["type"]]
+
+
+def default(field: dict[str, Any]) -> str:
+    if "default" not in field:
+        return "required"
+    value = field["default"]
+    if value in (None, ""):
+        return ""
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def said(field: dict[str, Any]) -> str:
+    return field["description"].replace("|", "\\|")
+
+
+def with_table(text: str) -> str:
+    """The text of README.md with the table as it is now.
+
+    Raises:
+        ValueError: the text does not have the two comments between which the table stands.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md must hold the lines {BEGIN.strip()} and {END}.")
+    return before + begin + input_table() + end + after
+
+
+def main() -> None:
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.stdout.write(f"{README}\n")
+
+
+if __name__ == "__main__":
+    main()

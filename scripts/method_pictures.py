@@ -1,0 +1,168 @@
+"""Draws the pictures of README.md and docs/method.md: what the miniature makes, and what its stages see on the way.
+
+Everything here is made by the public functions of ``cascade``, from prompts and seeds that stand in this file.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from cascade.cascade import Cascade, Request, to_image, to_pixels
+from cascade.decoder import decode_pixels
+from scripts.environment import ROOT
+
+# The first seed of each; the prompts are chosen so that every kind of prompt that the miniature knows is shown.
+SEED = 0
+PROMPTS = (
+    "a red apple on a green background",
+    "an octopus in cartoon style on a turquoise background",
+    "a rocket above a full moon on a dark blue background",
+    "a large hamburger on a pink to purple gradient from left to right",
+    "a flat style mushroom on a dark green background",
+    "a glossy 3D mushroom on a dark green background",
+    "an astronaut on a black background",
+    "a lemon to the left of a watermelon on a blue background",
+    "a motor scooter in cartoon style on a yellow background",
+    "a parrot on a dark green background",
+    "a small strawberry at the bottom right on a turquoise background",
+    "a snowman in the center on a blue to white gradient",
+    "a penguin under an umbrella on a light blue background",
+    "a jack-o'-lantern on a black to purple gradient",
+    "a bullet train on an orange background",
+    "a butterfly above a sunflower on a light blue background",
+    "a tropical fish on a dark blue to turquoise gradient",
+    "a flat style robot on a beige background",
+)
+FOLLOWED = ("a parrot on a dark green background", "a butterfly above a sunflower on a light blue background")
+STEPS_PRIOR, STEPS_DECODER = 20, 10
+PRIOR_SHOWN, DECODER_SHOWN = (1, 5, 10, 20), (1, 3, 6, 10)
+# Prompts and seeds of the evaluation that guidance changes much, and one that leaves a choice to the negative prompt.
+GUIDED = (("a cat with a light blue background", 20200), ("an artist next to an angry face with horns", 20500))
+GUIDANCES = (1, 4, 8)
+CHOSEN_AGAINST, NEGATIVE = "a heart", ("", "red heart")
+SEMANTIC_TILES = 4  # 16 channels are shown as 4 x 4
+
+# README.md is shown some 830 pixels wide, which is half of the widest picture here.
+SIDE, GAP, FONT_SIZE, COLUMNS = 256, 20, 21, 6
+LINE = 25
+
+
+def sheet(pictures: list[Image.Image], captions: Iterable[str], columns: int) -> Image.Image:
+    """Pictures in rows, each enlarged to 256 pixels and with its caption below, on white."""
+    font = ImageFont.load_default(size=FONT_SIZE)
+    wrapped = [textwrap.wrap(caption, width=24) for caption in captions]
+    below = LINE * max(map(len, wrapped)) + GAP // 2
+    rows = -(-len(pictures) // columns)
+    page = Image.new("RGB", (columns * (SIDE + GAP) - GAP, rows * (SIDE + below + GAP) - GAP), "white")
+    pen = ImageDraw.Draw(page)
+    for index, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
+        row, column = divmod(index, columns)
+        left, top = column * (SIDE + GAP), row * (SIDE + below + GAP)
+        page.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
+        for number, line in enumerate(lines):
+            pen.text((left + SIDE / 2, top + SIDE + 6 + LINE * number), line, "black", font, anchor="ma")
+    return page
+
+
+def draw_examples(cascade: Cascade) -> Image.Image:
+    """A picture of every prompt."""
+    return sheet([cascade.generate(Request(prompt, seed=SEED))[0] for prompt in PROMPTS], PROMPTS, COLUMNS)
+
+
+def draw_prior(cascade: Cascade) -> Image.Image:
+    """What Stage C takes the semantic latents to be after some of its steps, by the previewer; the finished pictures."""
+    pictures, captions = [], []
+    for prompt in FOLLOWED:
+        for progress in cascade.steps(Request(prompt, seed=SEED, steps_prior=STEPS_PRIOR)):
+            if progress.stage == "prior" and progress.done in PRIOR_SHOWN:
+                pictures += cascade.preview(progress.latents)
+                captions.append(f"step {progress.done} of {STEPS_PRIOR}")
+            if progress.image is not None:
+                pictures.append(progress.image)
+                captions.append("after Stages B and A")
+    return sheet(pictures, captions, len(PRIOR_SHOWN) + 1)
+
+
+def draw_decoder(cascade: Cascade) -> Image.Image:
+    """What Stage B takes its latents to be after some of its steps, decoded by Stage A."""
+    pictures, captions = [], []
+    for prompt in FOLLOWED:
+        request = Request(prompt, seed=SEED, steps_prior=STEPS_PRIOR, steps_decoder=STEPS_DECODER)
+        for progress in cascade.steps(request):
+            if progress.stage == "decoder" and progress.done - STEPS_PRIOR in DECODER_SHOWN:
+                (pixels,) = decode_pixels(cascade.vqgan, progress.latents)
+                pictures.append(to_image(pixels))
+                captions.append(f"step {progress.done - STEPS_PRIOR} of {STEPS_DECODER}")
+    return sheet(pictures, captions, len(DECODER_SHOWN))
+
+
+def draw_compression(cascade: Cascade) -> Image.Image:
+    """Pictures, what Stage A keeps of them, their semantic latents, and what Stages B and A paint from those."""
+    pictures, captions = [], []
+    for prompt in FOLLOWED:
+        (original,) = cascade.generate(Request(prompt, seed=SEED))
+        with torch.no_grad():
+            latents = cascade.vqgan.encode(to_pixels(original).to(cascade.vqgan.device, cascade.vqgan.dtype))
+        (decoded,) = decode_pixels(cascade.vqgan, latents)
+        pictures += [original, to_image(decoded), draw_channels(cascade.encode(original)[0])]
+        captions += ["a picture", "Stage A, from 4×64×64", "16×6×6 semantic latents"]
+        for seed in (1, 2):
+            pictures.append(cascade.reconstruct(original, seed=seed, prompt=prompt))
+            captions.append(f"Stages B and A, from those, seed {seed}")
+    return sheet(pictures, captions, 5)
+
+
+def draw_guidance(cascade: Cascade) -> Image.Image:
+    """The same prompt and seed at several scales of Stage C's guidance; then seeds without and with a negative prompt."""
+    pictures, captions = [], []
+    for prompt, seed in GUIDED:
+        for scale in GUIDANCES:
+            pictures += cascade.generate(Request(prompt, seed=seed, guidance_scale_prior=scale))
+            captions.append(f"guidance {scale}: {prompt}")
+    for negative in NEGATIVE:
+        pictures += cascade.generate(Request(CHOSEN_AGAINST, negative_prompt=negative, num_images=3, seed=SEED))
+        captions += [f"{CHOSEN_AGAINST}, but not: {negative}" if negative else CHOSEN_AGAINST] * 3
+    return sheet(pictures, captions, COLUMNS)
+
+
+def draw_channels(latents: Tensor) -> Image.Image:
+    """The channels of (16, h, w) side by side, from their smallest value, black, to their largest, white."""
+    channels, height, width = latents.shape
+    low, high = latents.min(), latents.max()
+    rows = channels // SEMANTIC_TILES
+    tiles = torch.ones(rows, SEMANTIC_TILES, height + 1, width + 1)
+    tiles[..., :height, :width] = ((latents - low) / (high - low)).cpu().view(rows, SEMANTIC_TILES, height, width)
+    page = tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-1, :-1]
+    return to_image(page.expand(3, -1, -1))
+
+
+DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
+    "mini.webp": draw_examples,
+    "prior.webp": draw_prior,
+    "decoder.webp": draw_decoder,
+    "compression.webp": draw_compression,
+    "guidance.webp": draw_guidance,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``scripts/make-method-pictures``; ``arguments`` default to the process's. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/make-method-pictures", description="Draw the pictures of README.md and docs/method.md."
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    # float32, so that a GPU draws the same pictures as a CPU.
+    cascade = Cascade.load(ROOT / "weights" / "mini", dtype=torch.float32)
+    for name, draw in DRAWINGS.items():
+        file = options.output / name
+        draw(cascade).save(file, quality=82, method=6)
+        sys.stdout.write(f"{file}\n")
+    return 0

@@ -1,0 +1,56 @@
+"""The examples of README.md that call the server, run as they stand there, but for the port."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.http.serving import ROOT, Server
+from tests.readme import block
+
+README = ROOT / "README.md"
+
+
+def run(command: list[str], code: str, server: Server, folder: Path) -> None:
+    assert "http://localhost:5000" in code
+    # The first python3 is that of the tests, which has requests.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(
+        [*command, code.replace("http://localhost:5000", server.url)],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        check=True,
+        timeout=60,
+    )
+
+
+def is_picture(file: Path, kind: str, size: tuple[int, int]) -> bool:
+    with Image.open(file) as picture:
+        picture.load()
+        return (picture.format, picture.size) == (kind, size)
+
+
+def test_curl(server: Server, tmp_path: Path) -> None:
+    run(["sh", "-c"], block(README, "sh", "curl"), server, tmp_path)
+    assert is_picture(tmp_path / "apple.webp", "WEBP", (256, 256))
+
+
+def test_python(server: Server, tmp_path: Path) -> None:
+    run([sys.executable, "-c"], block(README, "python", "requests"), server, tmp_path)
+    first, second = sorted(tmp_path.glob("apple-*.png"))
+    assert is_picture(first, "PNG", (256, 256))
+    assert is_picture(second, "PNG", (256, 256))
+    assert first.read_bytes() != second.read_bytes()
+
+
+def test_javascript(server: Server, tmp_path: Path) -> None:
+    node = shutil.which("node")
+    if node is None and "CI" not in os.environ:  # there it must run; a contributor needs Python only
+        pytest.skip("node is not installed")
+    assert node, "node is not installed"
+    run([node, "--input-type=module", "--eval"], block(README, "js", "fetch"), server, tmp_path)
+    assert is_picture(tmp_path / "apple.webp", "WEBP", (312, 208))

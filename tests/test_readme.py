@@ -1,0 +1,129 @@
+"""README.md and docs are true: their table of inputs, commands, code, links and pictures."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade.cascade import Cascade
+from scripts import method_pictures
+from scripts.input_table import with_table
+from tests.readme import PAGES, ROOT, block, commands
+from training.data.scenes import COLOUR_NAMES, HeldOut
+
+README = ROOT / "README.md"
+IMAGES = ROOT / "docs" / "images"
+MINI = ROOT / "weights" / "mini"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+needs_mini = pytest.mark.skipif(not (MINI / "model.json").is_file(), reason="weights/mini is not there")
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def named_scripts() -> dict[str, set[str]]:
+    """The scripts of this repository that any page names as code, with the options that it gives them."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for page in PAGES:
+        quoted = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+        for line in (*commands(page), *quoted):
+            line = line.removeprefix("cog exec ")
+            if line.startswith("scripts/") and not line.endswith(".py"):
+                found[line.split()[0]] |= set(re.findall(r"(?<= )--?[a-z][a-z-]*", line))
+    return found
+
+
+def in_repository(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command as in the repository's root, but let it leave its files in another folder."""
+    for name in ("scripts", "weights"):
+        (folder / name).symlink_to(ROOT / name)
+    variables = {name: value for name, value in os.environ.items() if name != "CASCADE_WEIGHTS"}
+    variables |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def test_the_table_of_inputs_is_that_of_the_schema() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert with_table(text) == text, "run: .venv/bin/python -m scripts.input_table"
+
+
+@needs_mini
+def test_the_first_command_makes_the_picture(tmp_path: Path) -> None:
+    first = commands(README)[0]
+    done = in_repository(["sh", "-c", first], tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "apple.png") as picture:
+        assert picture.size == (256, 256)
+
+
+@needs_mini
+def test_the_code_makes_the_pictures(tmp_path: Path) -> None:
+    done = in_repository([sys.executable, "-c", block(README, "python", "Cascade.load")], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("apple-0.png", "apple-1.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size == (256, 256)
+
+
+def test_scripts_are_there() -> None:
+    assert named_scripts()
+    for script in named_scripts():
+        assert os.access(ROOT / script, os.X_OK), script
+
+
+# Those of scripts/test are pytest's.
+@pytest.mark.parametrize(
+    "script", sorted({name for name, options in named_scripts().items() if options} - {"scripts/test"})
+)
+def test_scripts_have_the_options_that_are_named(script: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not {option for option in named_scripts()[script] if not re.search(rf"{option}\b", done.stdout)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        if path.startswith("https://"):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def test_pictures_are_small_and_shown() -> None:
+    shown = {link for page in PAGES for link in LINK.findall(page.read_text(encoding="utf-8")) if link.endswith("webp")}
+    files = list(IMAGES.iterdir())
+    assert {file.name for file in files} == {Path(link).name for link in shown} == set(method_pictures.DRAWINGS)
+    assert sum(file.stat().st_size for file in files) < 500_000
+
+
+def test_what_training_never_showed() -> None:
+    names = [entry["name"] for entry in json.loads((ROOT / "training" / "mini" / "objects.json").read_text())]
+    held_out = HeldOut.of(names)
+    for name, colour in (("red apple", "green"), ("parrot", "dark green")):
+        assert held_out.colours[names.index(name), COLOUR_NAMES.index(colour)]
+    for first, second in (("rocket", "full moon"), ("penguin", "umbrella")):
+        assert held_out.pairs[names.index(first), names.index(second)]
+
+
+@needs_mini
+def test_pictures_are_what_the_weights_make() -> None:
+    """Whoever trains anew draws them anew. Colours change by some 3 of 255 through WebP's half as many colour samples."""
+    drawn = method_pictures.draw_prior(Cascade.load(MINI, "cpu"))
+    with Image.open(IMAGES / "prior.webp") as kept:
+        assert kept.size == drawn.size
+        difference = np.abs(np.asarray(kept.convert("RGB"), np.float32) - np.asarray(drawn, np.float32))
+    assert difference.mean() < 5, "run: scripts/make-method-pictures"
