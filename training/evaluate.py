@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cascade import sizes
-from cascade.cascade import Cascade, to_image
+from cascade.cascade import Cascade, to_image, to_pixels
 from cascade.decoder import decode_pixels, decoder_steps, encode_pixels
 from cascade.prior import prior_steps
 from cascade.sampling import Noise, finish
@@ -171,8 +171,7 @@ def evaluate(
         batch = prompts[first : first + batch_size]
         made = generate([prompt.text for prompt in batch], [prompt.seed for prompt in batch])
         for prompt, picture in zip(batch, made, strict=True):
-            pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).to(device)
-            verdicts.append(judge_picture(judge, pixels.permute(2, 0, 1).float() / 255, prompt))
+            verdicts.append(judge_picture(judge, to_pixels(picture)[0].to(device), prompt))
         pictures += made
     return verdicts, pictures
 
@@ -268,13 +267,6 @@ def stage_pictures(
         "A": [to_image(pixels) for pixels in decode_pixels(cascade.vqgan, latents)],
         "B + A": [to_image(pixels) for pixels in _paint(cascade, semantic, texts, Noise(seeds, cascade.device))],
     }
-
-
-def psnr(pictures: Sequence[Image.Image], scenes: Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB against true scenes, float (n, 3, S, S) in 0..1."""
-    made = torch.stack([torch.from_numpy(np.asarray(picture).copy()) for picture in pictures])
-    errors = (made.permute(0, 3, 1, 2).float() / 255 - scenes.cpu()).square().mean((1, 2, 3))
-    return (-10 * errors.clamp(min=1e-10).log10()).mean().item()
 
 
 def sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:

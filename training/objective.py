@@ -80,9 +80,19 @@ def loss_weight(kind: str, **arguments: Any) -> P2Weight | AdaptiveLossWeight:
     return WEIGHTS[kind](**arguments)
 
 
-def epsilon_errors(epsilon: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error (batch,), float32, of a predicted epsilon (batch, C, H, W)."""
-    return (epsilon.float() - noise).square().mean(dim=(1, 2, 3))
+def diffusion_losses(epsilon: Tensor, noise: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """What a step of a diffusion stage logs and minimises, float32.
+
+    Args:
+        epsilon: the prediction (batch, C, H, W).
+        noise: what was to be predicted, of the same shape.
+        weights: (batch,).
+
+    Returns:
+        ``loss``, the weighted mean of the squared errors; ``errors`` (batch,), those of each sample; ``epsilon``, their mean.
+    """
+    errors = (epsilon.float() - noise).square().mean(dim=(1, 2, 3))
+    return {"loss": (errors * weights).mean(), "errors": errors.detach(), "epsilon": errors.mean().detach()}
 
 
 def pyramid_noise(shape: tuple[int, ...], generator: torch.Generator, decay: float = 0.75, largest: int = 16) -> Tensor:

@@ -23,6 +23,12 @@ def for_previewer(pixels: Tensor) -> Tensor:
     return resize(pixels, (8 * rows, 8 * columns))
 
 
+def psnr(made: Tensor, true: Tensor) -> float:
+    """Mean over a batch of the peak signal-to-noise ratio in dB; both (B, 3, H, W) in 0..1. Equal pictures count 100 dB."""
+    errors = (made - true).square().mean(dim=(1, 2, 3))
+    return (-10 * errors.clamp(min=1e-10).log10()).mean().item()
+
+
 def grid(rows: list[Tensor]) -> Image.Image:
     """One sheet from rows of pictures, each (N, 3, H, W) in 0..1; rows are brought to the height of the first.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from training.dataset import Dataset
-from training.pictures import for_encoder, for_previewer, grid
+from training.pictures import for_encoder, for_previewer, grid, psnr
 from training.trainer import Task
 
 
@@ -42,8 +42,7 @@ class PreviewerTask(Task):
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         latents, target = self.pair(self.unseen.images(torch.arange(min(64, len(self.unseen)))))
         preview = self.previewer(latents).float().clamp(0, 1)
-        errors = (preview - target).square().mean(dim=(1, 2, 3))
-        return {"psnr": (-10 * errors.log10()).mean().item()}, grid([target[:8], preview[:8]])
+        return {"psnr": psnr(preview, target)}, grid([target[:8], preview[:8]])
 
     def save(self, folder: Path) -> None:
         self.previewer.save_pretrained(folder / "previewer")

@@ -200,7 +200,9 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = time.time() + 60 * options.minutes
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = tomllib.loads(options.config.read_text())
-    shop = Workshop(config, options.data, options.output, PartialState().device)
+    # Without a GPU, accelerate puts several processes together only where it is told that this is meant.
+    device = PartialState(cpu=not torch.cuda.is_available()).device
+    shop = Workshop(config, options.data, options.output, device)
     folder = options.output / options.stage
     if options.stage == "tokenizer":
         tokenizer = train_tokenizer(shop.captions(), config["tokenizer"]["vocabulary"], shop.model / "tokenizer")

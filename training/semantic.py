@@ -20,9 +20,9 @@ from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import diffuse
 from training.dataset import Dataset
-from training.objective import epsilon_errors, keep_mask, loss_weight, pyramid_noise, sample_timesteps
-from training.pictures import for_encoder, for_previewer, grid
-from training.stage_b import paint
+from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps
+from training.pictures import for_encoder, for_previewer, grid, psnr
+from training.stage_b import repaint
 from training.trainer import Task
 
 
@@ -48,7 +48,10 @@ class SemanticTask(Task):
     ) -> None:
         super().__init__()
         self.decoder, self.effnet, self.previewer = decoder, effnet, previewer
-        self.frozen = {"vqgan": vqgan.eval().requires_grad_(False), "text": text_encoder.eval().requires_grad_(False)}
+        self.frozen = {
+            "vqgan": vqgan.eval().requires_grad_(False),
+            "text_encoder": text_encoder.eval().requires_grad_(False),
+        }
         self.dataset, self.unseen = dataset, unseen
         self.weight = loss_weight(**weight)
         self.pyramid, self.semantic_noise, self.preview_weight = pyramid, semantic_noise, preview_weight
@@ -90,7 +93,7 @@ class SemanticTask(Task):
         """``pixels`` (B, 3, H, W) and ``small`` (B, 3, 3H/4, 3W/4) in 0..1; ``noise`` like Stage A's latents."""
         with torch.no_grad():
             latents = self.frozen["vqgan"].encode(pixels).float()
-            pooled = self.frozen["text"](input_ids=tokens, attention_mask=mask).text_embeds.unsqueeze(1)
+            pooled = self.frozen["text_encoder"](input_ids=tokens, attention_mask=mask).text_embeds.unsqueeze(1)
         semantic = self.effnet(small).float() + semantic_noise
         preview = (self.previewer(semantic).float() - target).square().mean()
         epsilon = self.decoder(
@@ -99,27 +102,15 @@ class SemanticTask(Task):
             clip_text_pooled=pooled,
             effnet=semantic * keep_semantic.view(-1, 1, 1, 1),
         )
-        errors = epsilon_errors(epsilon, noise)
-        weighted = (errors * self.weight(timesteps)).mean()
-        return {
-            "loss": weighted + self.preview_weight * preview,
-            "errors": errors.detach(),
-            "weighted": weighted.detach(),
-            "preview": preview.detach(),
-        }
+        losses = diffusion_losses(epsilon, noise, self.weight(timesteps))
+        return {**losses, "loss": losses["loss"] + self.preview_weight * preview, "preview": preview.detach()}
 
     def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         self.weight.update(batch["timesteps"], outputs["errors"])
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
-        indices = torch.arange(min(64, len(self.unseen)))
-        pixels = self.unseen.images(indices)
-        tokens, mask = self.unseen.tokens(indices)
-        pooled = self.frozen["text"](input_ids=tokens, attention_mask=mask).text_embeds.unsqueeze(1)
-        semantic = self.effnet(for_encoder(pixels)).float()
-        restored = paint(self.decoder, self.frozen["vqgan"], semantic, pooled, pixels.shape[-2:])
-        errors = (restored - pixels).square().mean(dim=(1, 2, 3))
-        figures = {"psnr": (-10 * errors.log10()).mean().item(), "latent_std": semantic.std().item()}
+        pixels, semantic, restored = repaint(self.decoder, effnet=self.effnet, unseen=self.unseen, **self.frozen)
+        figures = {"psnr": psnr(restored, pixels), "latent_std": semantic.std().item()}
         preview = nn.functional.interpolate(self.previewer(semantic[:8]).float(), size=pixels.shape[-2:])
         return figures, grid([pixels[:8], preview, restored[:8], pixels[8:16], restored[8:16]])
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cascade.networks.stage_a import StageA
 from training.dataset import Dataset
-from training.pictures import grid
+from training.pictures import grid, psnr
 from training.trainer import Task
 
 
@@ -58,8 +58,7 @@ class StageATask(Task):
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         pixels = self.unseen.images(torch.arange(min(64, len(self.unseen))))
         restored = self.vqgan.decode(self.vqgan.encode(pixels)).float().clamp(0, 1)
-        errors = (restored - pixels).square().mean(dim=(1, 2, 3))
-        return {"psnr": (-10 * errors.log10()).mean().item()}, grid([pixels[:8], restored[:8]])
+        return {"psnr": psnr(restored, pixels)}, grid([pixels[:8], restored[:8]])
 
     def save(self, folder: Path) -> None:
         self.vqgan.save_pretrained(folder / "vqgan")

@@ -18,8 +18,8 @@ from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import diffuse, finish, sample
 from training.dataset import Dataset
 from training.latents import Encoded, stage_b_encoder
-from training.objective import epsilon_errors, keep_mask, loss_weight, pyramid_noise, sample_timesteps
-from training.pictures import for_encoder, grid
+from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps
+from training.pictures import for_encoder, grid, psnr
 from training.shapes import Shapes
 from training.trainer import Task
 
@@ -37,6 +37,23 @@ def paint(
     conditions = decoder.condition(pooled, effnet=semantic, latent_size=shape[-2:])
     steps_made = sample(lambda x, t: decoder(x, t, conditions), draw(), steps=steps, shift=1.0, noise=draw)
     return vqgan.decode(finish(steps_made)).float().clamp(0, 1)
+
+
+def repaint(
+    decoder: StableCascadeUNet,
+    *,
+    effnet: SemanticEncoder,
+    vqgan: StageA,
+    text_encoder: CLIPTextModelWithProjection,
+    unseen: Dataset,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Held-out pictures (B, 3, H, W), at most 64, their semantic latents (B, 16, h, w), and what Stages B and A make of those."""
+    indices = torch.arange(min(64, len(unseen)))
+    pixels = unseen.images(indices)
+    tokens, mask = unseen.tokens(indices)
+    pooled = text_encoder(input_ids=tokens, attention_mask=mask).text_embeds.unsqueeze(1)
+    semantic = effnet(for_encoder(pixels)).float()
+    return pixels, semantic, paint(decoder, vqgan, semantic, pooled, pixels.shape[-2:])
 
 
 class StageBTask(Task):
@@ -64,7 +81,7 @@ class StageBTask(Task):
         self.pyramid, self.semantic_noise = pyramid, semantic_noise
         self.drop_semantic, self.drop_text = drop_semantic, drop_text
         self.data = Encoded(dataset, shapes, text_encoder, stage_b_encoder(vqgan, effnet))
-        self.frozen = {"vqgan": vqgan.eval(), "effnet": effnet.eval(), "text": text_encoder.eval()}
+        self.frozen = {"vqgan": vqgan.eval(), "effnet": effnet.eval(), "text_encoder": text_encoder.eval()}
         self.unseen = unseen
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -86,27 +103,14 @@ class StageBTask(Task):
     ) -> dict[str, Tensor]:
         """``latents`` and ``noise`` (B, 4, H/4, W/4), ``semantic`` (B, 16, h, w), ``pooled`` (B, 1, D)."""
         epsilon = self.decoder(diffuse(latents, noise, timesteps), timesteps, clip_text_pooled=pooled, effnet=semantic)
-        errors = epsilon_errors(epsilon, noise)
-        return {
-            "loss": (errors * self.weight(timesteps)).mean(),
-            "errors": errors.detach(),
-            "epsilon": errors.mean().detach(),
-        }
+        return diffusion_losses(epsilon, noise, self.weight(timesteps))
 
     def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         self.weight.update(batch["timesteps"], outputs["errors"])
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
-        indices = torch.arange(min(64, len(self.unseen)))
-        pixels = self.unseen.images(indices)
-        tokens, mask = self.unseen.tokens(indices)
-        pooled = self.frozen["text"](input_ids=tokens, attention_mask=mask).text_embeds.unsqueeze(1)
-        semantic = self.frozen["effnet"](for_encoder(pixels)).float()
-        restored = paint(self.decoder, self.frozen["vqgan"], semantic, pooled, pixels.shape[-2:])
-        errors = (restored - pixels).square().mean(dim=(1, 2, 3))
-        return {"psnr": (-10 * errors.log10()).mean().item()}, grid(
-            [pixels[:8], restored[:8], pixels[8:16], restored[8:16]]
-        )
+        pixels, _, restored = repaint(self.decoder, unseen=self.unseen, **self.frozen)
+        return {"psnr": psnr(restored, pixels)}, grid([pixels[:8], restored[:8], pixels[8:16], restored[8:16]])
 
     def save(self, folder: Path) -> None:
         self.decoder.save_pretrained(folder / "decoder")

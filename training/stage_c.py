@@ -19,7 +19,7 @@ from cascade.sampling import diffuse, finish, guide, sample
 from cascade.sizes import semantic_size
 from training.dataset import Dataset
 from training.latents import Encoded, stage_c_encoder
-from training.objective import epsilon_errors, keep_mask, loss_weight, sample_timesteps
+from training.objective import diffusion_losses, keep_mask, loss_weight, sample_timesteps
 from training.pictures import grid
 from training.shapes import Shapes
 from training.trainer import Task
@@ -72,12 +72,7 @@ class StageCTask(Task):
         epsilon = self.prior(
             diffuse(latents, noise, timesteps), timesteps, clip_text_pooled=pooled, clip_text=text, clip_img=image
         )
-        errors = epsilon_errors(epsilon, noise)
-        return {
-            "loss": (errors * self.weight(timesteps)).mean(),
-            "errors": errors.detach(),
-            "epsilon": errors.mean().detach(),
-        }
+        return diffusion_losses(epsilon, noise, self.weight(timesteps))
 
     def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         self.weight.update(batch["timesteps"], outputs["errors"])

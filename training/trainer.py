@@ -179,9 +179,13 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
         logger.info("%s: resumed at step %d", folder.name, progress.step)
 
     def checkpoint() -> None:
+        # Every process writes a part of it.
         fresh = folder / "state.new"
-        shutil.rmtree(fresh, ignore_errors=True)
+        if accelerator.is_main_process:
+            shutil.rmtree(fresh, ignore_errors=True)
+        accelerator.wait_for_everyone()
         accelerator.save_state(str(fresh), safe_serialization=True)
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(state, ignore_errors=True)
             fresh.rename(state)

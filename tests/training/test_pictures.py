@@ -1,9 +1,10 @@
-"""Sheets of samples, also of data that has fewer held-out pictures than a sheet has room for."""
+"""Sheets of samples, also of data that has fewer held-out pictures than a sheet has room for; how near pictures are."""
 
 import numpy as np
+import pytest
 import torch
 
-from training.pictures import grid
+from training.pictures import grid, psnr
 
 
 def test_grid() -> None:
@@ -16,3 +17,10 @@ def test_grid() -> None:
     assert (pixels[8:16, 16:] == 0).all()
     assert (pixels[16:, :8] == (0, 0, 255)).all()
     assert (pixels[16:, 8:] == 0).all()
+
+
+def test_psnr_is_the_mean_over_pictures_of_decibels() -> None:
+    true = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    errors = torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    assert psnr(true + errors, true) == pytest.approx((20 + 40) / 2, abs=1e-3)
+    assert psnr(true, true) == pytest.approx(100)
