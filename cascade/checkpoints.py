@@ -7,6 +7,7 @@ are renamed, all else is the same. Only safetensors files are opened.
 """
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cascade.networks.controlnet import PUBLISHED_BLOCKS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -47,6 +49,7 @@ SIGNATURES = {
     "in_block.1.weight": "vqgan",
     "mapper.0.weight": "effnet",
     "blocks.24.weight": "previewer",
+    "projections.0.0.weight": "controlnet",
     "text_model.final_layer_norm.weight": "text_encoder",
     "vision_model.post_layernorm.weight": "image_encoder",
 }
@@ -144,8 +147,9 @@ VARIANTS = (
 def read(path: Path | str) -> dict[str, StateDict]:
     """Reads a safetensors file into {component: state dict}, tensors as stored, on the CPU.
 
-    Components: prior, decoder, vqgan, effnet, previewer; of combined files also text_encoder and image_encoder, in
-    transformers' key names. Raises ValueError for another kind of file and for tensors of no known component.
+    Components: prior, decoder, vqgan, effnet, previewer, controlnet; of combined files also text_encoder and
+    image_encoder, in transformers' key names. Raises ValueError for another kind of file and for tensors of no known
+    component.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -206,7 +210,7 @@ def variant_of(state_dict: StateDict) -> Variant:
     component = component_of(state_dict)
     variants = [variant for variant in VARIANTS if variant.component == component]
     if not variants:
-        raise ValueError(f"{component} is no network of this package; it has no variants.")
+        raise ValueError(f"{component} has no variants that its width would tell apart.")
     key = variants[0].width_key
     if key not in state_dict:
         raise ValueError(f"{component} has no tensor {key}; its variant cannot be told.")
@@ -218,15 +222,46 @@ def variant_of(state_dict: StateDict) -> Variant:
     raise ValueError(f"{component} has width {width}; published: {published}.")
 
 
+def controlnet_config(
+    shapes: Mapping[str, Sequence[int]], proj_blocks: Sequence[int] = PUBLISHED_BLOCKS
+) -> dict[str, Any]:
+    """`ControlNet`'s configuration, from the shapes of a file's tensors by key.
+
+    proj_blocks: which ResBlocks get the residuals. No file says so; the default is that of the published networks.
+    Raises ValueError for tensors of no ControlNet, and if the number of projections is not that of `proj_blocks`.
+    """
+    if "backbone.0.0.weight" in shapes:
+        mode, stem = "effnet", "backbone.0.0.weight"
+    elif "backbone.0.weight" in shapes:
+        mode, stem = "large" if "backbone.10.blocks.0.weight" in shapes else "simple", "backbone.0.weight"
+    else:
+        raise ValueError("The tensors are no ControlNet's: neither backbone.0.0.weight nor backbone.0.weight is there.")
+    projections = [key for key in shapes if key.startswith("projections.") and key.endswith(".2.weight")]
+    if len(projections) != len(proj_blocks):
+        raise ValueError(f"The ControlNet has {len(projections)} projections, for ResBlocks {tuple(proj_blocks)}.")
+    for key in (stem, projections[0]):
+        if len(shapes[key]) != 4:
+            raise ValueError(f"The ControlNet's {key} has the shape {tuple(shapes[key])}; it must have 4 dimensions.")
+    return {
+        "in_channels": shapes[stem][1],
+        "out_channels": shapes[projections[0]][0],
+        "proj_blocks": tuple(proj_blocks),
+        "bottleneck_mode": mode,
+    }
+
+
 def build(
     state_dict: StateDict, network: type[ModelMixin] | None = None, config: dict[str, Any] | None = None
 ) -> ModelMixin:
     """The network of a converted state dict, in eval mode, around the very tensors given (their dtype and device).
 
-    network, config: class and configuration; None finds the published variant.
+    network, config: class and configuration; None finds the published variant, or what kind of ControlNet it is.
     Raises ValueError for missing or surplus keys and for shapes that do not fit.
     """
-    if network is None:
+    if network is None and component_of(state_dict) == "controlnet":
+        network = ControlNet
+        config = controlnet_config({key: tensor.shape for key, tensor in state_dict.items()})
+    elif network is None:
         variant = variant_of(state_dict)
         network, config = variant.network, variant.config
     with torch.device("meta"):

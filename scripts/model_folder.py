@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from cascade.checkpoints import controlnet_config
+from cascade.networks.controlnet import ControlNet
 from cascade.safety import FOLDER as SAFETY_CHECKER
 from cascade.safety import SafetyChecker
 from cascade.weights import (
@@ -111,7 +113,7 @@ def check_content(download: Path, part: Part) -> None:
         SafetyChecker.load(files[0].parent)
     elif part.component == "controlnet":
         for file in files:
-            read_header(file)
+            check_tensors(file, controlnet_of(file), part.dtype)
     elif part.dtype is None:
         ModelFolder.open(download).load_component(part.component)
     elif part.is_checkpoint:
@@ -120,6 +122,20 @@ def check_content(download: Path, part: Part) -> None:
     else:
         config, weights = files
         check_tensors(weights, empty_network(part.component, config), part.dtype)
+
+
+def controlnet_of(file: Path) -> ControlNet:
+    """The ControlNet that a file holds, on the meta device.
+
+    Raises:
+        WeightsError: it holds none.
+    """
+    try:
+        config = controlnet_config({name: shape for name, (shape, _) in read_header(file).items()})
+    except ValueError as error:
+        raise WeightsError(f"{file} holds no published ControlNet. {error}") from error
+    with torch.device("meta"):
+        return ControlNet(**config)
 
 
 def check_tensors(weights: Path, network: nn.Module, dtype: str) -> None:

@@ -45,7 +45,7 @@ class Part:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is a network as its authors stored it: a single file, with no configuration."""
+        """Whether it is one network as its authors stored it: a single file, with no configuration."""
         return self.dtype is not None and len(self.files) == 1
 
 
@@ -83,6 +83,7 @@ PARTS = {
         "controlnet",
         DECODER,
         tuple(f"controlnet/{kind}.safetensors" for kind in ("canny", "inpainting", "super_resolution")),
+        "F32",
     ),
     "safety_checker": Part("safety_checker", SAFETY, ("config.json", "model.safetensors", "preprocessor_config.json")),
 }

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from cascade import checkpoints
+from cascade.networks.controlnet import ControlNet
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from tests import fixture_data
@@ -108,3 +109,45 @@ def test_tensors_that_do_not_fit():
     del weights["blocks.0.bias"]
     with pytest.raises(ValueError, match=r"do not fit Previewer(.|\n)*blocks\.0\.bias"):
         checkpoints.build(weights)
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "mode"), [(1, "effnet"), (3, "effnet"), (4, "effnet"), (16, "large"), (512, "simple")]
+)
+def test_controlnets_are_told_apart(in_channels, mode):
+    with torch.device("meta"):
+        network = ControlNet(in_channels=in_channels, out_channels=1536, bottleneck_mode=mode)
+    state_dict = network.state_dict()
+    assert list(checkpoints.split(state_dict)) == ["controlnet"]
+    config = checkpoints.controlnet_config({key: tensor.shape for key, tensor in state_dict.items()})
+    assert config == {
+        key: network.config[key] for key in ("in_channels", "out_channels", "proj_blocks", "bottleneck_mode")
+    }
+
+
+def test_controlnet_of_a_file(tmp_path):
+    source = ControlNet(in_channels=2, out_channels=6, bottleneck_mode="simple")
+    save_file(source.state_dict(), tmp_path / "control.safetensors")
+    weights = checkpoints.read(tmp_path / "control.safetensors")["controlnet"]
+    built = checkpoints.build(weights)
+    assert isinstance(built, ControlNet)
+    assert not built.training
+    assert all(torch.equal(tensor, built.state_dict()[key]) for key, tensor in source.state_dict().items())
+
+    del weights["projections.7.0.weight"]
+    with pytest.raises(ValueError, match=r"do not fit ControlNet(.|\n)*projections\.7\.0\.weight"):
+        checkpoints.build(weights)
+    with pytest.raises(ValueError, match="controlnet has no variants that its width would tell apart"):
+        checkpoints.variant_of(weights)
+
+
+def test_controlnet_that_says_too_little():
+    network = ControlNet(in_channels=2, out_channels=6, proj_blocks=tuple(range(64)), bottleneck_mode="simple")
+    shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    with pytest.raises(ValueError, match=r"has 64 projections, for ResBlocks \(0, 4, 8, 12, 51, 55, 59, 63\)"):
+        checkpoints.controlnet_config(shapes)
+    assert checkpoints.controlnet_config(shapes, range(64))["proj_blocks"] == tuple(range(64))
+    with pytest.raises(ValueError, match=r"no ControlNet's: neither backbone\.0\.0\.weight nor"):
+        checkpoints.controlnet_config({"projections.0.2.weight": (6, 2, 1, 1)})
+    with pytest.raises(ValueError, match=r"backbone\.0\.weight has the shape \(2,\); it must have 4 dimensions"):
+        checkpoints.controlnet_config({**shapes, "backbone.0.weight": (2,)}, range(64))

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cascade.networks.controlnet import ControlNet
 from cascade.weights import NETWORKS, TRANSFORMERS_CONFIGS
 from scripts.download_folder import Manifest, sha256
 from scripts.published import PARTS
@@ -329,8 +330,10 @@ def _write_part(name: str, repository: Path, configs: Mapping[str, Config], devi
     elif name == "feature_extractor":
         _write_json(repository / part.files[0], CLIP_PROCESSOR)
     elif name == "controlnet":
-        for path in part.files:
-            save_file({"backbone.0.0.weight": torch.randn(24, 3, 3, 3)}, repository / path)
+        for path in part.files:  # with the smallest of the backbones
+            with torch.device("meta"):
+                network = ControlNet(in_channels=2, out_channels=8, bottleneck_mode="simple")
+            save_file(random_tensors(network, _DTYPES[part.dtype]), repository / path)
     else:
         _write_network(name, repository / part.files[-1], configs, _DTYPES[part.dtype], device)
 

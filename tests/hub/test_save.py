@@ -41,6 +41,7 @@ PRIOR = "stable-cascade-prior/prior/diffusion_pytorch_model.bf16.safetensors"
 VQGAN = "stable-cascade/vqgan/diffusion_pytorch_model.bf16.safetensors"
 TEXT_ENCODER = "stable-cascade-prior/text_encoder/model.bf16.safetensors"
 PREVIEWER = "stable-cascade/previewer.safetensors"
+CANNY = "stable-cascade/controlnet/canny.safetensors"
 
 
 @pytest.fixture(scope="session")
@@ -267,6 +268,18 @@ def narrow_statistics(tensors: dict[str, Tensor]) -> None:
     tensors["down_blocks.3.1.running_mean"] = tensors["down_blocks.3.1.running_mean"].half()
 
 
+def transpose(tensors: dict[str, Tensor]) -> None:
+    tensors["projections.3.2.weight"] = tensors["projections.3.2.weight"].transpose(0, 1).contiguous()
+
+
+def narrow_controlnet(tensors: dict[str, Tensor]) -> None:
+    tensors["projections.0.0.weight"] = tensors["projections.0.0.weight"].bfloat16()
+
+
+def cut_projection(tensors: dict[str, Tensor]) -> None:
+    del tensors["projections.7.2.weight"]
+
+
 @pytest.mark.parametrize(
     ("path", "change", "problem"),
     [
@@ -278,6 +291,13 @@ def narrow_statistics(tensors: dict[str, Tensor]) -> None:
         (VQGAN, narrow_statistics, ": down_blocks.3.1.running_mean has the dtype F16 instead of BF16."),
         (PREVIEWER, halve, ": blocks.0.bias has the dtype F16 instead of F32."),
         (PREVIEWER, forget_counter, " has no tensor blocks.2.num_batches_tracked."),
+        (CANNY, transpose, ": projections.3.2.weight has the shape (2, 8, 1, 1) instead of (8, 2, 1, 1)."),
+        (CANNY, narrow_controlnet, ": projections.0.0.weight has the dtype BF16 instead of F32."),
+        (
+            CANNY,
+            cut_projection,
+            " holds no published ControlNet. The ControlNet has 7 projections, for ResBlocks (0, 4, 8, 12, 51, 55, 59, 63).",
+        ),
     ],
 )
 def test_wrong_tensors(
@@ -310,7 +330,7 @@ def test_harmless_differences(lite: Path, target: Path) -> None:
     ("path", "content", "sentence"),
     [
         (PRIOR, b"pickle", "{file} is truncated or no safetensors file: "),
-        ("stable-cascade/controlnet/canny.safetensors", b"8" * 100, "{file} is truncated or no safetensors file: "),
+        (CANNY, b"8" * 100, "{file} is truncated or no safetensors file: "),
         ("stable-cascade-prior/prior/config.json", b"{", "{file} is not valid JSON: "),
         (
             "stable-cascade-prior/prior/config.json",

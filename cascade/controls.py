@@ -1,0 +1,56 @@
+"""What ControlNets are told: pictures -> control tensors, as Stability-AI/StableCascade `modules/controlnet.py` makes them.
+
+Pictures are (B, 3, H, W) in 0..1, RGB; controls come back as float32 on the pictures' device.
+"""
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cascade.networks.effnet import SemanticEncoder
+
+CANNY_SIDE = 224
+CANNY_THRESHOLDS = (100, 200)
+
+
+def canny(pixels: Tensor, side: int | None = CANNY_SIDE) -> Tensor:
+    """Edges, (B, 1, H, W) in 0..1.
+
+    side: edges are looked for in a picture of side x side pixels and then resized to H x W. The published network was
+        trained on edges of 224 x 224. None looks for them at full size: thin lines, all of them 0 or 1.
+    Raises ValueError for other than three channels.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels has the shape {tuple(pixels.shape)}; canny takes (batch, 3, height, width).")
+    resized = pixels.float()
+    if side is not None:
+        resized = F.interpolate(resized, size=(side, side), mode="bilinear")
+    images = resized.mul(255).permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+    edges = np.stack([cv2.Canny(image, *CANNY_THRESHOLDS) for image in images])
+    control = torch.from_numpy(edges)[:, None].to(pixels.device).float() / 255
+    return control if side is None else F.interpolate(control, size=pixels.shape[-2:], mode="bilinear")
+
+
+def inpainting(pixels: Tensor, mask: Tensor) -> Tensor:
+    """What is to be kept, on white, and where it is not: (B, 4, H, W).
+
+    mask: bool (B, 1, H, W), true where the picture is to be made anew.
+    Raises ValueError for a mask of another shape or dtype.
+    """
+    expected = (pixels.shape[0], 1, *pixels.shape[-2:])
+    if mask.dtype != torch.bool or tuple(mask.shape) != expected:
+        raise ValueError(f"mask is {mask.dtype} of the shape {tuple(mask.shape)}; it must be torch.bool of {expected}.")
+    pixels = pixels.float()
+    return torch.cat([pixels.masked_fill(mask, 1), mask.to(pixels.dtype)], dim=1)
+
+
+@torch.no_grad()
+def super_resolution(effnet: SemanticEncoder, pixels: Tensor) -> Tensor:
+    """Semantic latents of the picture at half its size, each in four places: (B, 16, H / 32, W / 32), about.
+
+    effnet: the semantic encoder, on the pictures' device.
+    """
+    half = F.interpolate(pixels.float(), scale_factor=0.5, mode="nearest")
+    return F.interpolate(effnet(half.to(effnet.dtype)).float(), scale_factor=2, mode="nearest")
