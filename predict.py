@@ -9,6 +9,7 @@ import inspect
 import logging
 import math
 import os
+import reprlib
 import resource
 import secrets
 import shutil
@@ -25,11 +26,13 @@ from typing import Any
 
 import torch
 from cog import BaseRunner, Input, Path
+from PIL import Image
 from tqdm import tqdm
 
 from cascade import sizes
-from cascade.cascade import Cascade, Progress, Request
+from cascade.cascade import MOST_IMAGE_PROMPTS, Cascade, Progress, Request
 from cascade.metadata import VERSION, save_picture
+from cascade.pictures import read_picture
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
 
@@ -44,7 +47,7 @@ DISK_NEEDED = 200_000_000
 
 
 class Predictor(BaseRunner):
-    """Text to images."""
+    """Text and images to images."""
 
     cascade: Cascade | None = None
 
@@ -72,6 +75,9 @@ class Predictor(BaseRunner):
         self.model_name = opened.name
         self.watch = Stopwatch(cascade.device)
         cascade.conditioner.text_encoder.register_forward_hook(lambda *_: self.watch.lap("text"))
+        for network in (cascade.conditioner.image_encoder, cascade.effnet):
+            if network is not None:
+                network.register_forward_hook(lambda *_: self.watch.lap("input_images"))
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         self.model_thread = ThreadPoolExecutor(1, "model")
         self.cascade = cascade
@@ -139,7 +145,7 @@ class Predictor(BaseRunner):
             default=None,
         ),
         aspect_ratio: str = Input(
-            description="Width to height, in the area that the model draws best; width and height override it.",
+            description="Width to height, in the area that the model draws best; width, height or image override it.",
             default="1:1",
             choices=RATIOS,
         ),
@@ -155,21 +161,47 @@ class Predictor(BaseRunner):
         disable_safety_checker: bool = Input(
             description="true: return pictures that the safety checker flags; false: drop them.", default=False
         ),
+        image_prompts: list[Path] | None = Input(
+            description="1 to 4 images that say, beside the prompt, what the picture shows; left out: the prompt alone.",
+            default=None,
+        ),
+        image_prompt_strength: float = Input(
+            description="How much the image prompts say, 0 (nothing) to 2; 1 is what the model learned.",
+            default=1.0,
+            ge=0,
+            le=2,
+        ),
+        image: Path | None = Input(
+            description="An image to begin with, which is painted over; left out: the picture begins with noise.",
+            default=None,
+        ),
+        prompt_strength: float = Input(
+            description="How much of image is painted over, 0 (only redrawn) to 1 (all of it); of no matter without image.",
+            default=0.8,
+            ge=0,
+            le=1,
+        ),
     ) -> list[Path]:
         """Make the pictures. They are deleted when the next run starts: Cog has sent them by then.
 
         Raises:
-            ValueError: an input is out of range, the GPU's memory does not suffice, or every picture was flagged.
+            ValueError: an input is out of range or no picture, the model lacks what reads pictures, the GPU's memory
+                does not suffice, or every picture was flagged.
         """
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
-        ratio_width, ratio_height = ratio_size(checked("aspect_ratio", aspect_ratio), self.cascade.native_size)
-        defaults = self.cascade.defaults
+        native, defaults = self.cascade.native_size, self.cascade.defaults
+        ratio_width, ratio_height = ratio_size(checked("aspect_ratio", aspect_ratio), native)
+        width, height = checked("width", width), checked("height", height)
+        source = None if image is None else read_file("image", image)
+        if source is not None:
+            height, width = sizes.fitted_size(source.height, source.width, native, height, width)
+        prompts = read_files("image_prompts", image_prompts)
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            width=either(checked("width", width), ratio_width),
-            height=either(checked("height", height), ratio_height),
+            width=either(width, ratio_width),
+            height=either(height, ratio_height),
             num_images=checked("num_images", num_images),
             seed=either(checked("seed", seed), secrets.randbelow(SEEDS)) % SEEDS,
             steps_prior=either(checked("steps_prior", steps_prior), defaults["prior"].steps),
@@ -180,6 +212,10 @@ class Predictor(BaseRunner):
             guidance_scale_decoder=either(
                 checked("guidance_scale_decoder", guidance_scale_decoder), defaults["decoder"].guidance
             ),
+            image_prompts=prompts,
+            image_prompt_strengths=(checked("image_prompt_strength", image_prompt_strength),) * len(prompts),
+            image=source,
+            prompt_strength=checked("prompt_strength", prompt_strength),
         )
         ending = checked("output_format", output_format)
         quality = checked("output_quality", output_quality)
@@ -206,7 +242,7 @@ class Predictor(BaseRunner):
         self.watch.restart()
         reset_peak_memory(self.cascade.device)
 
-        made_by = {name: value for name, value in vars(request).items() if name not in ("seed", "num_images")}
+        made_by = settings_of(request)
         kept: dict[int, Path] = {}
         images = (progress.image for progress in self._steps(request) if progress.image is not None)
         for index, image in enumerate(images):
@@ -317,6 +353,33 @@ def checked(name: str, value: Any) -> Any:
     return kind(value)
 
 
+def read_file(name: str, file: Any) -> Image.Image:
+    """The picture of a file input.
+
+    Cog downloads http(s) and data URLs, and hands on every other text as it is: it could name a file of this machine.
+
+    Raises:
+        ValueError: it is no downloaded file, or no picture.
+    """
+    if not isinstance(file, Path):
+        raise ValueError(f"{name} is {reprlib.repr(file)}; it must be an http, https or data URL of a picture.")
+    return read_picture(file, name)
+
+
+def read_files(name: str, files: Any) -> tuple[Image.Image, ...]:
+    """The pictures of an input of several files.
+
+    Raises:
+        ValueError: there are too many, or one is no downloaded file or no picture.
+    """
+    files = files or []
+    if len(files) > MOST_IMAGE_PROMPTS:
+        raise ValueError(f"{name} has {len(files)} pictures; {MOST_IMAGE_PROMPTS} are the limit.")
+    # Beside a text that is no URL, Cog downloads none of the others; what is wrong is the text.
+    texts = [file for file in files if isinstance(file, str)]
+    return tuple(read_file(name, file) for file in texts or files)
+
+
 def either(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -343,6 +406,18 @@ def parts_of(request: Request) -> list[Request]:
 def seeds_of(request: Request) -> list[int]:
     """The seed of each picture."""
     return [part.seed + i for part in parts_of(request) for i in range(part.num_images)]
+
+
+def settings_of(request: Request) -> dict[str, Any]:
+    """What every file says of the request: all but seed and number; of input images, how many and how strong."""
+    without = {"seed", "num_images", "image", "image_prompts", "image_prompt_strengths", "prompt_strength"}
+    settings = {name: value for name, value in vars(request).items() if name not in without}
+    if request.image_prompts:
+        settings["image_prompts"] = len(request.image_prompts)
+        settings["image_prompt_strength"] = request.image_prompt_strengths[0]
+    if request.image is not None:
+        settings["prompt_strength"] = request.prompt_strength
+    return settings
 
 
 def smaller_requests(request: Request) -> Iterator[Request]:

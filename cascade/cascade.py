@@ -12,7 +12,7 @@ from os import PathLike
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cascade import sizes
@@ -22,7 +22,8 @@ from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.prior import prior_steps
+from cascade.pictures import to_rgb
+from cascade.prior import prior_steps, steps_taken
 from cascade.sampling import DIFFUSERS_SAMPLER, SAMPLERS, Noise, finish
 from cascade.weights import ModelFolder, StageSettings
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 1000
+MOST_IMAGE_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,22 @@ class Request:
 
     Attributes:
         prompt, negative_prompt: what the pictures show, and what not. The latter acts through guidance only.
-        width, height: pixels, 64 to 2048; None: the size that the model draws best.
+        width, height: pixels, 64 to 2048; None: the size that the model draws best, or with an `image` the one of its
+            shape and that area (`sizes.fitted_size`).
         num_images: how many pictures, at least 1.
         seed: 0 to 2**63 - 1. Picture i is picture 0 of the seed i higher.
         steps_prior, steps_decoder: of Stages C and B, 1 to 1000; None: as the model folder says.
         guidance_scale_prior, guidance_scale_decoder: at least 0; 1 or less is no guidance, in half the time; None: as
             the model folder says.
         sampler: of both stages: "ddpm", "ddim" or "lcm".
+        image_prompts: up to 4 images of any size and mode that say, beside the prompt, what the pictures show.
+        image_prompt_strengths: what their embeddings are multiplied with, at least 0, one an image; empty: 1. The
+            network normalises what it makes of them, so that half the strength is not half the effect.
+        image: what to begin with instead of noise, of any size and mode: image-to-image. It is scaled to the pictures'
+            size, and what exceeds their shape cut off evenly.
+        prompt_strength: 0 to 1, how much of `image` is painted anew: the time to which Stage C's latents are noised,
+            and the share of `steps_prior` that is taken from there, at least one step. 1 begins with noise, as
+            without an image; at 0, there is no Stage C, and Stages B and A paint what the image's latents say.
 
     Raises:
         TypeError, ValueError: an attribute of the wrong kind or outside of its range.
@@ -61,6 +72,10 @@ class Request:
     guidance_scale_prior: float | None = None
     guidance_scale_decoder: float | None = None
     sampler: str = "ddpm"
+    image_prompts: tuple[Image.Image, ...] = ()
+    image_prompt_strengths: tuple[float, ...] = ()
+    image: Image.Image | None = None
+    prompt_strength: float = 0.8
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -80,6 +95,26 @@ class Request:
                 raise ValueError(f"{name} is {value!r}; it must be a number of at least 0.")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler is {self.sampler!r}; it must be one of {', '.join(SAMPLERS)}.")
+        self._check_images()
+
+    def _check_images(self) -> None:
+        if not isinstance(self.image, Image.Image | None):
+            raise TypeError(f"image is {self.image!r}; it must be an image.")
+        if not isinstance(self.prompt_strength, int | float) or not 0 <= self.prompt_strength <= 1:
+            raise ValueError(f"prompt_strength is {self.prompt_strength!r}; it must be a number from 0 to 1.")
+        count = len(self.image_prompts)
+        if count > MOST_IMAGE_PROMPTS:
+            raise ValueError(f"image_prompts has {count} images; {MOST_IMAGE_PROMPTS} are the limit.")
+        for image in self.image_prompts:
+            if not isinstance(image, Image.Image):
+                raise TypeError(f"image_prompts has {image!r} in it; it must have images only.")
+        if self.image_prompt_strengths and len(self.image_prompt_strengths) != count:
+            raise ValueError(
+                f"image_prompt_strengths has {len(self.image_prompt_strengths)} numbers; image_prompts has {count} images."
+            )
+        for strength in self.image_prompt_strengths:
+            if not isinstance(strength, int | float) or not 0 <= strength < math.inf:
+                raise ValueError(f"image_prompt_strengths has {strength!r} in it; it must have numbers of at least 0.")
 
     def _check_integer(self, name: str, low: int, high: int | None = None) -> None:
         value = getattr(self, name)
@@ -255,33 +290,45 @@ class Cascade:
         """`generate`, step by step. Whoever iterates may stop whenever he wants.
 
         Raises:
-            ValueError: diffusers' numerics do not have this size or sampler.
+            ValueError: the model has no component that reads the request's images; diffusers' numerics do not have
+                this size or sampler, or image-to-image.
         """
         settings = self._settings(request)
         sampler = self._sampler(request.sampler)
-        height, width = request.height or self.native_size, request.width or self.native_size
+        height, width = self._size(request)
         # diffusers takes the size as it is asked for, and then makes a picture of another.
         base = (height, width) if self.numerics.size_from_semantic else sizes.native_size(height, width)
         semantic_size = sizes.semantic_size(*base)
         decoder_size, picture_size = self._decoder_size(semantic_size, height, width)
+        image_prompts = self._encode_image_prompts(request)
+        start = None if request.image is None else self._encode_start(request.image, height, width)
+        strength = 1.0 if start is None else request.prompt_strength
         guided = any(stage.guidance > 1 for stage in settings.values())
         text, negative = self._encode(request.prompt, request.negative_prompt if guided else None)
 
         batches = range(0, request.num_images, self.max_batch)
-        total = len(batches) * sum(stage.steps for stage in settings.values()) + request.num_images
+        prior_work = 0 if strength == 0 else steps_taken(settings["prior"].steps, strength)
+        total = len(batches) * (prior_work + settings["decoder"].steps) + request.num_images
         done = 0
         for first in batches:
             last = min(first + self.max_batch, request.num_images)
             noise = Noise(range(request.seed + first, request.seed + last), self.device)
-            for step in prior_steps(
-                self.prior,
-                text,
-                negative,
-                size=semantic_size,
-                noise=noise,
-                sampler=sampler,
-                **vars(settings["prior"]),
-            ):
+            if strength == 0:
+                semantic, work = start.expand(len(noise), -1, -1, -1), iter(())
+            else:
+                work = prior_steps(
+                    self.prior,
+                    text,
+                    negative,
+                    size=semantic_size,
+                    noise=noise,
+                    sampler=sampler,
+                    image=image_prompts,
+                    start=start,
+                    strength=strength,
+                    **vars(settings["prior"]),
+                )
+            for step in work:
                 semantic = step.x
                 done += 1
                 yield Progress("prior", done, total, latents=step.x0)
@@ -321,7 +368,10 @@ class Cascade:
             ValueError: the picture is too small or too large, or this model has no semantic encoder.
         """
         if self.effnet is None:
-            raise ValueError("This model has no semantic encoder, so it reads no images.")
+            raise ValueError(
+                "This model has no semantic encoder, which reads images; "
+                "scripts/download-weights --only --with effnet, then scripts/save-weights, add it."
+            )
         return encode_pixels(self.effnet, to_pixels(image).to(self.effnet.device))
 
     def reconstruct(self, image: Image.Image, seed: int = 0, prompt: str = "") -> Image.Image:
@@ -359,6 +409,26 @@ class Cascade:
         both = self.conditioner.encode_text([prompt] if negative is None else [prompt, negative])
         first, *rest = (TextEmbeddings(*one) for one in zip(both.tokens.split(1), both.pooled.split(1), strict=True))
         return first, rest[0] if rest else None
+
+    def _encode_image_prompts(self, request: Request) -> Tensor | None:
+        """(1, N, D), times their strengths."""
+        if not request.image_prompts:
+            return None
+        embeddings = self.conditioner.encode_images([to_rgb(image) for image in request.image_prompts])
+        strengths = request.image_prompt_strengths or (1.0,) * len(request.image_prompts)
+        return embeddings.transpose(0, 1) * embeddings.new_tensor(strengths).view(1, -1, 1)
+
+    def _encode_start(self, image: Image.Image, height: int, width: int) -> Tensor:
+        """The semantic latents (1, 16, h, w) of an image in the size of the pictures."""
+        if self.numerics.size_from_semantic:
+            raise ValueError("There is an image to begin with; diffusers' numerics have no image-to-image.")
+        return self.encode(ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS))
+
+    def _size(self, request: Request) -> sizes.Size:
+        if request.image is None:
+            return request.height or self.native_size, request.width or self.native_size
+        image = request.image
+        return sizes.fitted_size(image.height, image.width, self.native_size, request.height, request.width)
 
     def _settings(self, request: Request) -> dict[str, StageSettings]:
         """How the stages are sampled: what the request says, else the numerics, else the model folder."""
@@ -402,7 +472,5 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 def to_pixels(image: Image.Image) -> Tensor:
     """A picture of any mode -> float32 (1, 3, H, W) in 0..1. What is transparent is laid on white."""
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    pixels = torch.from_numpy(np.array(to_rgb(image)))
     return pixels.permute(2, 0, 1)[None].float() / 255

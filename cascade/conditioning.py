@@ -95,7 +95,10 @@ class Conditioner:
             ValueError: this model has no image encoder.
         """
         if self.image_encoder is None or self.image_processor is None:
-            raise ValueError("This model has no image encoder, so it takes no image prompts.")
+            raise ValueError(
+                "This model has no image encoder, which image prompts need; "
+                "scripts/download-weights --only --with image-encoder, then scripts/save-weights, add it."
+            )
         pixels = self.image_processor(list(images), return_tensors="pt").pixel_values
         pixels = pixels.to(self.image_encoder.device, self.image_encoder.dtype)
         return self.image_encoder(pixels).image_embeds.unsqueeze(1)

@@ -3,7 +3,6 @@
 Latents, noise and times are float32 whatever the network's dtype. What does not depend on the step is computed once.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -44,7 +43,7 @@ def prior_steps(
         image: image embeddings (B or 1, N, D), for N image prompts. The unconditional half has zeros.
         start: semantic latents (B or 1, 16, h, w) of a picture to begin with instead of noise: image-to-image.
         strength: in (0, 1], how much of `start` is overpainted: the time to which it is noised. As many of the steps
-            are taken as belong to that time.
+            are taken as belong to that time: see `steps_taken`.
 
     Raises:
         ValueError: an argument does not fit the others or lies outside of its range.
@@ -78,13 +77,17 @@ def prior_steps(
     return sample(
         model if guidance <= 1 else with_guidance(model, guidance, rescale),
         x,
-        # Rounded first: 20 * 0.55 is a little more than 11.
-        steps=math.ceil(round(steps * strength, 6)),
+        steps=steps_taken(steps, strength),
         shift=shift,
         sampler=sampler,
         t_start=strength,
         noise=lambda _: noise(*shape),
     )
+
+
+def steps_taken(steps: int, strength: float) -> int:
+    """How many of a schedule's steps lie below the time `strength`, in (0, 1]: at least one, if there are any."""
+    return min(steps, max(int(round(steps * strength, 6)), 1))  # rounded first: 100 * 0.29 is a little less than 29
 
 
 def _image_halves(image: Tensor, halves: int) -> Tensor:

@@ -33,6 +33,29 @@ def native_size(height: int, width: int) -> Size:
     return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
 
 
+def fitted_size(
+    height: int, width: int, native: int, to_height: int | None = None, to_width: int | None = None
+) -> Size:
+    """The size at which a picture like one of `height` x `width` is made: of its shape, in about the native area.
+
+    Args:
+        height, width: at least 1 pixel.
+        native: pixels, the edge of the square with that area.
+        to_height, to_width: a side that is settled; the other one follows it.
+
+    Returns:
+        Two sides from 64 to 2048; those that were not settled are multiples of 8.
+    """
+    if to_height is not None:
+        scale = to_height / height
+    elif to_width is not None:
+        scale = to_width / width
+    else:
+        scale = min(native / math.sqrt(height * width), LARGEST / max(height, width))
+    rows, columns = (min(max(round(side * scale / MULTIPLE) * MULTIPLE, SMALLEST), LARGEST) for side in (height, width))
+    return rows if to_height is None else to_height, columns if to_width is None else to_width
+
+
 def semantic_size(height: int, width: int) -> Size:
     """Stage C's latents for a picture of this many pixels: ceil(side / 42.67), as the authors have it."""
     return math.ceil(height / SEMANTIC_PIXELS), math.ceil(width / SEMANTIC_PIXELS)

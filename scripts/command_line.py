@@ -29,6 +29,8 @@ class InputError(ValueError):
 def read_inputs(runner: type[BaseRunner], assignments: list[str]) -> dict[str, Any]:
     """Turn ``name=value`` texts into the arguments of ``runner.run``, with its types, ranges and defaults.
 
+    A list is given once an element, as to ``cog predict``.
+
     Raises:
         InputError: an unknown or missing name, or a value of the wrong kind or out of range.
     """
@@ -41,7 +43,12 @@ def read_inputs(runner: type[BaseRunner], assignments: list[str]) -> dict[str, A
             raise InputError(f"-i {assignment} is not of the form name=value.")
         if name not in fields:
             raise InputError(f"There is no input {name!r}; there are {', '.join(fields)}.")
-        inputs[name] = read_value(name, text, kinds[name], fields[name])
+        kind = without_none(kinds[name])
+        if typing.get_origin(kind) is list:
+            (element,) = typing.get_args(kind)
+            inputs.setdefault(name, []).append(read_value(name, text, element, fields[name]))
+        else:
+            inputs[name] = read_value(name, text, kind, fields[name])
     for name, field in fields.items():
         if name not in inputs:
             if field.default is None and type(None) not in typing.get_args(kinds[name]):
@@ -50,9 +57,14 @@ def read_inputs(runner: type[BaseRunner], assignments: list[str]) -> dict[str, A
     return inputs
 
 
+def without_none(kind: Any) -> Any:
+    """X of ``X | None``; any other type as it is."""
+    kinds = typing.get_args(kind)
+    return next(k for k in kinds if k is not type(None)) if type(None) in kinds else kind
+
+
 def read_value(name: str, text: str, kind: Any, field: Any) -> Any:
     """One input's value from its text, checked against what the signature says of it."""
-    kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
     if text.startswith("@"):
         file = Path(text[1:]).expanduser()
         if not file.is_file():
@@ -148,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an input; NAME=@FILE takes it from a file; 'help' lists what there is",
+        help="an input; NAME=@FILE takes it from a file; a list is given once an element; 'help' lists what there is",
     )
     parser.add_argument(
         "-o",

@@ -24,6 +24,8 @@ def input_table() -> str:
 def kind(name: str, field: dict[str, Any], schemas: dict[str, Any]) -> str:
     if "allOf" in field:
         return " ".join(f"`{choice}`" for choice in schemas[name]["enum"])
+    if field["type"] == "array":
+        return f"list of {kind(name, field['items'], schemas)}s"
     return "file" if field.get("format") == "uri" else KINDS[field["type"]]
 
 

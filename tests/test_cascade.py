@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,12 @@ def test_optional_components_may_be_missing(model_folder: Path, tmp_path: Path) 
     assert len(cascade.generate(Request("a cat", **SMALL))) == 1
     with pytest.raises(ValueError, match="no previewer"):
         cascade.preview(torch.zeros(1, 16, 2, 2))
-    with pytest.raises(ValueError, match="no semantic encoder"):
-        cascade.encode(photo(64, 64))
+    with pytest.raises(ValueError, match=r"no semantic encoder.*--with effnet, then scripts/save-weights, add it\."):
+        cascade.generate(Request("a cat", image=photo(64, 64), **SMALL))
+    with pytest.raises(
+        ValueError, match=r"no image encoder.*--with image-encoder, then scripts/save-weights, add it\."
+    ):
+        cascade.generate(Request("a cat", image_prompts=(photo(64, 64),), **SMALL))
 
 
 def test_a_needed_component_may_not(model_folder: Path, tmp_path: Path) -> None:
@@ -140,6 +145,111 @@ def test_every_input_changes_the_picture(cascade: Cascade) -> None:
         Request("a cat", **{**SMALL, "steps_decoder": 3}),
     ]
     assert len({cascade.generate(request)[0].tobytes() for request in requests}) == len(requests)
+
+
+def test_every_image_input_changes_the_picture(cascade: Cascade) -> None:
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    several = {**SMALL, "steps_prior": 6}
+    requests = [
+        Request("a cat", **several),
+        Request("a cat", image_prompts=(red,), **several),
+        Request("a cat", image_prompts=(blue,), **several),
+        Request("a cat", image_prompts=(red, blue), **several),
+        Request("a cat", image_prompts=(red, blue), image_prompt_strengths=(1.0, 0.5), **several),
+        Request("a cat", image_prompts=(red,), image_prompt_strengths=(2.0,), **several),
+        *(Request("a cat", image=red, prompt_strength=strength, **several) for strength in (0.0, 0.3, 0.7, 0.9)),
+        Request("a cat", image=blue, prompt_strength=0.3, **several),
+        Request("a cat", image=blue, image_prompts=(red,), prompt_strength=0.3, **several),
+    ]
+    assert len({cascade.generate(request)[0].tobytes() for request in requests}) == len(requests)
+
+
+def test_an_image_prompt_of_no_strength_says_nothing(cascade: Cascade) -> None:
+    silent = Request("a cat", image_prompts=(photo(64, 64),), image_prompt_strengths=(0.0,), **SMALL)
+    (first,), (second,) = cascade.generate(silent), cascade.generate(Request("a cat", **SMALL))
+    assert first.tobytes() == second.tobytes()
+
+
+def test_images_are_encoded_once_a_request(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = count_calls(cascade.conditioner.image_encoder, monkeypatch)
+    sources = count_calls(cascade.effnet, monkeypatch)
+    cascade.generate(
+        Request("a cat", num_images=6, image=photo(64, 64), image_prompts=(photo(64, 64), photo(90, 40)), **SMALL)
+    )
+    assert (prompts, sources) == ([2], [1])
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps"), [(1.0, 10), (0.8, 8), (0.55, 5), (0.1, 1), (0.01, 1), (5e-324, 1), (0.0, 0)]
+)
+def test_as_many_steps_as_belong_to_the_strength(
+    cascade: Cascade, monkeypatch: pytest.MonkeyPatch, strength: float, steps: int
+) -> None:
+    forwards = count_calls(cascade.prior, monkeypatch)
+    request = Request("a cat", image=photo(64, 64), prompt_strength=strength, **{**SMALL, "steps_prior": 10})
+    progress = list(cascade.steps(request))
+    assert len(forwards) == sum(one.stage == "prior" for one in progress) == steps
+    assert [one.done for one in progress] == list(range(1, len(progress) + 1))
+    assert {one.total for one in progress} == {steps + 2 + 1}
+
+
+def test_strength_0_is_a_reconstruction(cascade: Cascade) -> None:
+    request = Request("a cat", image=photo(128, 64), width=128, height=64, prompt_strength=0.0, seed=3)
+    (image,) = cascade.generate(request)
+    assert image.tobytes() == cascade.reconstruct(photo(128, 64), seed=3, prompt="a cat").tobytes()
+
+
+def test_strength_1_begins_with_noise(cascade: Cascade) -> None:
+    """But for the 1% of the image that the schedule leaves."""
+    with_image = Request("a cat", image=photo(64, 64), prompt_strength=1.0, **SMALL)
+    (first,), (second,) = cascade.generate(with_image), cascade.generate(Request("a cat", **SMALL))
+    (other,) = cascade.generate(Request("a cat", seed=1, **SMALL))
+    assert np.abs(read(first) - read(second)).mean() < 0.2 * np.abs(read(other) - read(second)).mean()
+
+
+@pytest.mark.parametrize(
+    ("image", "asked", "expected"),
+    [
+        ((300, 300), {}, (128, 128)),
+        ((40, 80), {}, (88, 184)),
+        ((1, 1), {}, (128, 128)),
+        ((400, 200), {"width": 100}, (100, 64)),
+        ((200, 400), {"width": 72}, (72, 144)),
+        ((200, 400), {"width": 90, "height": 65}, (90, 65)),
+    ],
+)
+def test_pictures_have_the_shape_of_the_image(
+    cascade: Cascade, image: tuple[int, int], asked: dict[str, int], expected: tuple[int, int]
+) -> None:
+    (made,) = cascade.generate(Request("a cat", image=photo(*image), steps_prior=1, steps_decoder=1, **asked))
+    assert made.size == expected
+
+
+def test_of_an_image_of_another_shape_the_middle_is_used(cascade: Cascade) -> None:
+    long = Image.new("RGB", (192, 64), "black")
+    long.paste(photo(64, 64), (64, 0))
+    squeezed = long.resize((64, 64))
+    first, second, third = (
+        cascade.generate(Request("a cat", image=image, prompt_strength=0.2, **SMALL))[0]
+        for image in (long, photo(64, 64), squeezed)
+    )
+    assert first.tobytes() == second.tobytes() != third.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_images_of_any_mode(cascade: Cascade, mode: str) -> None:
+    image = Image.new("L", (64, 64), 200).convert(mode)
+    made = cascade.generate(Request("a cat", image=image, image_prompts=(image,), **SMALL))
+    assert made[0].size == (64, 64)
+
+
+def test_images_do_not_break_the_seeds(components: dict[str, Any]) -> None:
+    request = Request("a cat", num_images=3, seed=3, image=photo(64, 64), image_prompts=(photo(64, 64),), **SMALL)
+    first, second = (make_cascade(components, max_batch=batch).generate(request) for batch in (1, 3))
+    alone = make_cascade(components).generate(replace(request, num_images=1, seed=5))
+    assert len({image.tobytes() for image in second}) == 3
+    for one, other in zip([*first, *alone], [*second, second[2]], strict=True):
+        assert np.abs(read(one) - read(other)).max() <= 1
 
 
 def test_negative_prompt_needs_guidance(cascade: Cascade) -> None:
@@ -236,6 +346,15 @@ def test_published_scale_of_stage_a_is_corrected_and_any_other_left(
         ({"guidance_scale_decoder": float("inf")}, "guidance_scale_decoder is inf; it must be"),
         ({"guidance_scale_prior": "4"}, "guidance_scale_prior is '4'; it must be a number of at least 0."),
         ({"sampler": "euler"}, "sampler is 'euler'; it must be one of ddpm, ddim, lcm."),
+        ({"prompt_strength": -0.1}, "prompt_strength is -0.1; it must be a number from 0 to 1."),
+        ({"prompt_strength": 1.1}, "prompt_strength is 1.1; it must be a number from 0 to 1."),
+        ({"prompt_strength": float("nan")}, "prompt_strength is nan; it must be a number from 0 to 1."),
+        ({"image_prompts": (Image.new("L", (1, 1)),) * 5}, "image_prompts has 5 images; 4 are the limit."),
+        ({"image_prompt_strengths": (1.0,)}, "image_prompt_strengths has 1 numbers; image_prompts has 0 images."),
+        (
+            {"image_prompts": (Image.new("L", (1, 1)),), "image_prompt_strengths": (-1.0,)},
+            "image_prompt_strengths has -1.0 in it; it must have numbers of at least 0.",
+        ),
     ],
 )
 def test_wrong_requests_are_refused_in_one_sentence(wrong: dict[str, Any], message: str) -> None:
@@ -248,6 +367,12 @@ def test_wrong_requests_are_refused_in_one_sentence(wrong: dict[str, Any], messa
 def test_texts_must_be_texts(wrong: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=r"prompt is .*; it must be a text"):
         Request(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"image": "a.png"}, {"image_prompts": ("a.png",)}])
+def test_images_must_be_images(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"^image.* 'a\.png'.*; it must "):
+        Request("a cat", **wrong)
 
 
 def test_wrong_options_are_refused(components: dict[str, Any]) -> None:

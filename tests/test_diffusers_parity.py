@@ -1,12 +1,14 @@
 """With `numerics="diffusers"`, pictures are those of the two pipelines that diffusers has frozen, chained."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from cascade import cascade as cascade_module
-from cascade.cascade import Cascade, Request
+from cascade.cascade import Cascade, Request, to_image
 from tests.diffusers_pipelines import make_pipelines
 from tests.tiny import make_cascade
 
@@ -20,16 +22,29 @@ def ours(components: dict[str, Any]) -> Cascade:
 
 @pytest.fixture(scope="module")
 def theirs(components: dict[str, Any], ours: Cascade) -> tuple[Any, Any]:
-    return make_pipelines(ours.prior, ours.decoder, ours.vqgan, components["tokenizer"], components["text_encoder"])
+    pipelines = make_pipelines(
+        ours.prior, ours.decoder, ours.vqgan, components["tokenizer"], components["text_encoder"]
+    )
+    images = {name: components[name] for name in ("feature_extractor", "image_encoder")}
+    pipelines[0].register_modules(**images)
+    return pipelines
+
+
+def photo(seed: int, width: int, height: int) -> Image.Image:
+    noise = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(seed))
+    return to_image(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "num_images", "guidance_prior", "guidance_decoder"),
+    ("height", "width", "num_images", "guidance_prior", "guidance_decoder", "image_prompts"),
     [
-        (128, 128, 1, 4.0, None),
-        (128, 256, 2, 4.0, 2.0),
-        (256, 128, 1, 1.0, 0.0),
-        (100, 120, 1, 3.0, 1.0),
+        (128, 128, 1, 4.0, None, 0),
+        (128, 256, 2, 4.0, 2.0, 0),
+        (256, 128, 1, 1.0, 0.0, 0),
+        (100, 120, 1, 3.0, 1.0, 0),
+        (128, 128, 1, 4.0, None, 1),
+        (128, 256, 2, 4.0, 2.0, 3),
+        (256, 128, 1, 1.0, 0.0, 4),
     ],
 )
 def test_pictures_are_those_of_diffusers(
@@ -41,11 +56,14 @@ def test_pictures_are_those_of_diffusers(
     num_images: int,
     guidance_prior: float,
     guidance_decoder: float | None,
+    image_prompts: int,
 ) -> None:
     prior, decoder = theirs
     generators = [torch.Generator().manual_seed(5 + i) for i in range(num_images)]
+    photos = tuple(photo(seed, 60 + seed, 40) for seed in range(image_prompts))
     semantic = prior(
         PROMPT,
+        images=list(photos) or None,
         negative_prompt=NEGATIVE,
         height=height,
         width=width,
@@ -77,12 +95,21 @@ def test_pictures_are_those_of_diffusers(
         steps_decoder=3,
         guidance_scale_prior=guidance_prior,
         guidance_scale_decoder=guidance_decoder,
+        image_prompts=photos,
     )
     actual = torch.stack(ours.generate(request))
 
     assert actual.shape == expected.shape
     assert ((expected > 0) & (expected < 1)).float().mean() > 0.2
     assert (actual - expected).abs().max() <= 1e-4
+    if photos:
+        without = torch.stack(ours.generate(replace(request, image_prompts=())))
+        assert (without - expected).abs().max() > 1e-3
+
+
+def test_image_to_image_is_refused(ours: Cascade) -> None:
+    with pytest.raises(ValueError, match="diffusers' numerics have no image-to-image"):
+        ours.generate(Request(PROMPT, image=photo(0, 64, 64)))
 
 
 def test_the_authors_numerics_differ(ours: Cascade, components: dict[str, Any]) -> None:

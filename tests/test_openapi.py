@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cog import Path as CogPath
 
 from predict import INPUTS
 from scripts.openapi import SchemaError, make_schema
@@ -41,7 +42,8 @@ def test_what_is_read_of_predict_py_is_what_python_makes_of_it() -> None:
     properties = schemas["Input"]["properties"]
     assert "required" not in schemas["Input"]
     assert list(properties) == [name for name in INPUTS if name != "self"]
-    kinds = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    kinds = {str: "string", int: "integer", float: "number", bool: "boolean", CogPath: "string"}
+    kinds |= {list[CogPath]: "array"}
     for order, (name, said) in enumerate(properties.items()):
         parameter, declared = INPUTS[name], INPUTS[name].default
         kind, *rest = typing.get_args(parameter.annotation) or [parameter.annotation]

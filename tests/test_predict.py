@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from cog import BaseRunner, CancelationException
+from cog import Path as CogPath
 from cog.input import FieldInfo
 from cog.predictor import load_predictor_from_ref
 from hypothesis import given, settings
@@ -40,7 +41,7 @@ PROGRESS = re.compile(r"^\s*(\d+)%\s*\|.+?\|\s*(\d+)/(\d+)")
 DEFAULTS = {name: parameter.default.default for name, parameter in INPUTS.items() if name != "self"}
 TINY = {"width": 64, "height": 64, "steps_prior": 2, "steps_decoder": 1, "output_format": "png"}
 WHOLE = ("width", "height", "num_images", "steps_prior", "steps_decoder", "output_quality")
-NUMBERS = ("guidance_scale_prior", "guidance_scale_decoder")
+NUMBERS = ("guidance_scale_prior", "guidance_scale_decoder", "image_prompt_strength", "prompt_strength")
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +197,73 @@ def test_what_a_file_says_makes_the_same_picture_again(predictor: Predictor) -> 
     assert abs(read(again) - picture).max() <= 1
 
 
+# ---- images ----
+
+
+@pytest.fixture(scope="module")
+def apple(predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a red apple on yellow, as a client's would be."""
+    (file,) = run(predictor, prompt="a red apple on a yellow background", seed=1, output_format="png")
+    return Path(shutil.copy(file, tmp_path_factory.mktemp("apple")))
+
+
+def colours(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The mean colours of the middle and of the corners."""
+    pixels = read(file)
+    corners = [
+        pixels[rows, columns] for rows in (slice(24), slice(-24, None)) for columns in (slice(24), slice(-24, None))
+    ]
+    return pixels[88:168, 88:168].mean((0, 1)), np.mean(corners, (0, 1, 2))
+
+
+def test_variation(predictor: Predictor, apple: Path) -> None:
+    """Without a word: what the image shows, in other pixels."""
+    for seed in range(3):
+        (file,) = run(predictor, prompt="", image_prompts=[CogPath(apple)], seed=seed, output_format="png")
+        middle, corners = colours(file)
+        assert middle[0] > middle[1:].max() + 40
+        assert corners[:2].min() > corners[2] + 40
+        assert np.abs(read(file) - read(apple)).mean() > 3
+
+
+def test_image_to_image_leaves_the_less_the_stronger_it_is(predictor: Predictor, apple: Path) -> None:
+    """Without a word, so that nothing but the image decides."""
+    inputs = {"prompt": "", "image": CogPath(apple), "steps_decoder": 3, "output_format": "png", "num_images": 4}
+    distances = []
+    for strength in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        files = run(predictor, **inputs, prompt_strength=strength, seed=0)
+        distances.append(np.mean([np.abs(read(file) - read(apple)).mean() for file in files]))
+        if strength == 0.2:
+            assert all(colours(file)[0][0] > colours(file)[0][1:].max() + 40 for file in files)
+    assert distances == sorted(set(distances))
+    assert distances[1] < 0.1 * distances[-1]
+
+
+def test_what_a_file_says_of_images(predictor: Predictor, apple: Path) -> None:
+    (file,) = run(predictor, **TINY, image=CogPath(apple), prompt_strength=0.5)
+    record = read_record(file)
+    assert record["prompt_strength"] == 0.5
+    assert "image_prompt_strength" not in record
+    (file,) = run(predictor, **TINY, image_prompts=[CogPath(apple)] * 2, image_prompt_strength=1.5)
+    record = read_record(file)
+    assert (record["image_prompts"], record["image_prompt_strength"]) == (2, 1.5)
+    assert "prompt_strength" not in record
+
+
+def test_time_for_images_is_told(predictor: Predictor, metrics: dict[str, Any], apple: Path) -> None:
+    run(predictor, **TINY, image=CogPath(apple), image_prompts=[CogPath(apple)])
+    assert metrics["seconds.input_images"] > 0
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", "file:///etc/passwd", "", "hello", 5])
+def test_only_what_cog_downloaded_is_opened(predictor: Predictor, place: Any) -> None:
+    for inputs in ({"image": place}, {"image_prompts": [place]}):
+        (name,) = inputs
+        with pytest.raises(ValueError, match=name) as caught:
+            run(predictor, **TINY, **inputs)
+        assert str(caught.value) == f"{name} is {place!r}; it must be an http, https or data URL of a picture."
+
+
 # ---- seeds ----
 
 
@@ -276,7 +344,8 @@ def test_whole_numbers(name: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", NUMBERS)
 @given(data=st.data())
 def test_numbers(name: str, data: st.DataObject) -> None:
-    value = data.draw(st.floats(0, 20) | st.integers(0, 20))
+    field = INPUTS[name].default
+    value = data.draw(st.floats(field.ge, field.le) | st.integers(field.ge, field.le))
     found = checked(name, value)
     assert (found, type(found)) == (value, float)
 
@@ -698,7 +767,7 @@ def test_every_package_of_the_container_is_imported_there() -> None:
                 imported |= {name.split(".")[0] for name in names}
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     packages = {line.split("==")[0] for line in lines if not line.startswith("#")}
-    modules = {"pillow": "PIL", "pyyaml": "yaml"}
+    modules = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
     assert {package for package in packages if modules.get(package, package) not in imported} == set()
 
 

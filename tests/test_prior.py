@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cascade.conditioning import Conditioner, TextEmbeddings
 from cascade.networks.unet import StableCascadeUNet
-from cascade.prior import prior_steps
+from cascade.prior import prior_steps, steps_taken
 from cascade.sampling import Noise, diffuse, finish
 from tests.tiny import count_calls
 
@@ -153,6 +153,15 @@ def test_start_is_noised_at_the_shift_of_sampling(
     assert len(steps) == 16
     expected = diffuse(start, Noise([1])(16, *SIZE), torch.tensor(0.8), shift=2.0)
     torch.testing.assert_close(seen[0][:1], expected)
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "taken"),
+    [(20, 1.0, 20), (20, 0.8, 16), (20, 0.55, 11), (100, 0.29, 29), (10, 0.79, 7), (20, 0.01, 1), (1, 0.5, 1)],
+)
+def test_steps_taken(steps: int, strength: float, taken: int) -> None:
+    """int(20 * 0.8) = 16 is the authors'; 100 * 0.29 is a little less than 29."""
+    assert steps_taken(steps, strength) == taken
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ class Example(BaseRunner):
         fast: bool = Input(description="A switch.", default=False),
         shape: str = Input(description="A shape.", default="round", choices=["round", "square"]),
         image: CogPath | None = Input(description="A picture.", default=None),
+        images: list[CogPath] | None = Input(description="Pictures.", default=None),
     ) -> list[CogPath]:
         return []
 
@@ -141,6 +142,7 @@ def test_inputs_of_every_kind(tmp_path: Path) -> None:
     text.write_text("two words = three\n")
     image.touch()
     given = ["title=a=b", "count=3", "scale=2", "size=64", "fast=true", "shape=square", f"image=@{image}"]
+    given += [f"images=@{image}", f"images=@{text}"]
     inputs = read_inputs(Example, [f"prompt=@{text}", *given])
     assert inputs == {
         "prompt": "two words = three",
@@ -151,6 +153,7 @@ def test_inputs_of_every_kind(tmp_path: Path) -> None:
         "fast": True,
         "shape": "square",
         "image": CogPath(image),
+        "images": [CogPath(image), CogPath(text)],
     }
     assert isinstance(inputs["scale"], float)
 
@@ -158,14 +161,17 @@ def test_inputs_of_every_kind(tmp_path: Path) -> None:
 def test_defaults() -> None:
     inputs = read_inputs(Example, ["title="])
     expected = {"prompt": "", "title": "", "count": 2, "scale": 1.5, "size": None, "fast": False, "shape": "round"}
-    assert inputs == {**expected, "image": None}
+    assert inputs == {**expected, "image": None, "images": None}
 
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
         ("prompt", "-i prompt is not of the form name=value."),
-        ("promt=x", "There is no input 'promt'; there are prompt, title, count, scale, size, fast, shape, image."),
+        (
+            "promt=x",
+            "There is no input 'promt'; there are prompt, title, count, scale, size, fast, shape, image, images.",
+        ),
         ("count=two", "count must be a whole number, not 'two'."),
         ("count=2.5", "count must be a whole number, not '2.5'."),
         ("count=5", "count must be from 1 to 4, not 5."),
@@ -176,6 +182,7 @@ def test_defaults() -> None:
         ("shape=flat", "shape must be one of round, square, not 'flat'."),
         ("image=a.png", "image is a file: write image=@a.png."),
         ("image=@/no/such.png", "image=@/no/such.png: there is no file /no/such.png."),
+        ("images=a.png", "images is a file: write images=@a.png."),
         ("prompt=@/no/such.txt", "prompt=@/no/such.txt: there is no file /no/such.txt."),
         (f"prompt=@{sys.executable}", f"prompt is a text, and {sys.executable} holds none."),
     ],
@@ -202,6 +209,7 @@ def test_list_of_inputs() -> None:
         ["fast", "A switch. (default false)"],
         ["shape", "A shape. (default round, one of round, square)"],
         ["image", "A picture."],
+        ["images", "Pictures."],
     ]
 
 

@@ -29,6 +29,32 @@ def test_latents_fit_every_size(height: int, width: int) -> None:
     assert sizes.encoder_size(*native) == tuple(32 * side for side in sizes.semantic_size(*native))
 
 
+@given(height=st.integers(1, 20_000), width=st.integers(1, 20_000), native=st.sampled_from([256, 1024, 1536]))
+def test_fitted_sizes_have_the_shape_and_the_native_area(height: int, width: int, native: int) -> None:
+    rows, columns = sizes.fitted_size(height, width, native)
+    assert sizes.native_size(rows, columns) == (rows, columns)
+    if min(rows, columns) > sizes.SMALLEST and max(rows, columns) < sizes.LARGEST:
+        assert abs(math.log(rows / columns) - math.log(height / width)) < 5 / rows + 5 / columns
+        assert abs(math.log(rows * columns / native**2)) < 5 / rows + 5 / columns
+
+
+@pytest.mark.parametrize(
+    ("image", "asked", "expected"),
+    [
+        ((3000, 4000), (None, None), (888, 1184)),
+        ((768, 768), (None, None), (1024, 1024)),
+        ((1, 1), (None, None), (1024, 1024)),
+        ((2000, 1000), (None, 100), (200, 100)),
+        ((2000, 1000), (100, None), (100, 64)),
+        ((1000, 3000), (2048, None), (2048, 2048)),
+        ((3000, 4000), (77, 99), (77, 99)),
+        ((100, 3200), (None, None), (64, 2048)),
+    ],
+)
+def test_fitted_size(image: tuple[int, int], asked: tuple[int | None, int | None], expected: tuple[int, int]) -> None:
+    assert sizes.fitted_size(*image, 1024, *asked) == expected
+
+
 @pytest.mark.parametrize(
     ("pixels", "semantic", "decoder"),
     [(1024, 24, 256), (768, 18, 192), (1536, 36, 384), (2048, 48, 512), (1280, 30, 320), (832, 20, 208), (256, 6, 64)],

@@ -187,6 +187,15 @@ class Receiver:
         return found
 
 
+def data_url(content: Image.Image | bytes, kind: str = "PNG", **options: Any) -> str:
+    """A picture, stored in a format with options of Pillow, or what claims to be one, as a client sends it."""
+    if isinstance(content, Image.Image):
+        file = io.BytesIO()
+        content.save(file, kind, **options)
+        content = file.getvalue()
+    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(content).decode()}"
+
+
 def picture(output: str) -> Image.Image:
     """The picture of a data URL, decoded whole."""
     header, _, data = output.partition(",")

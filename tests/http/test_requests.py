@@ -12,7 +12,7 @@ from scripts.openapi import make_schema
 from tests.http.serving import ANSWER, ROOT, SMALL, Server, picture
 
 INPUTS = make_schema((ROOT / "predict.py").read_text())["components"]["schemas"]["Input"]["properties"]
-WRONG_KINDS = {"string": 5, "integer": "20", "number": "4", "boolean": "true", None: 5}
+WRONG_KINDS = {"string": 5, "integer": "20", "number": "4", "boolean": "true", "array": 5, None: 5}
 
 
 def bad_values() -> list[tuple[str, Any]]:
@@ -109,7 +109,7 @@ def test_bodies_that_are_no_request(server: Server, body: str, status: int) -> N
 
 
 def test_an_unknown_input_is_ignored(server: Server) -> None:
-    server.predict(**SMALL, prompt_strength=0.5)
+    server.predict(**SMALL, num_outputs=2)
 
 
 def test_whole_floats_are_whole_numbers_and_whole_numbers_floats(server: Server) -> None:
