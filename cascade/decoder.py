@@ -88,6 +88,12 @@ def decode_pixels(vqgan: StageA, latents: Tensor, scale: float | None = None) ->
         yield vqgan.decode(one, scale=scale)[0].float().clamp(0, 1)
 
 
+def for_encoder(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) at the size, some three quarters, at which the semantic encoder makes of them what Stage C makes."""
+    size = sizes.encoder_size(*pixels.shape[-2:])
+    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+
+
 @torch.no_grad()
 def encode_pixels(effnet: SemanticEncoder, pixels: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in 0..1 -> semantic latents, float32 (B, 16, h, w), such as Stage C makes for H x W pixels.
@@ -99,5 +105,4 @@ def encode_pixels(effnet: SemanticEncoder, pixels: Tensor) -> Tensor:
     """
     height, width = sizes.native_size(*pixels.shape[-2:])
     pixels = sizes.pad(pixels.float(), height, width)
-    small = F.interpolate(pixels, size=sizes.encoder_size(height, width), mode="bilinear", antialias=True)
-    return effnet(small.to(effnet.dtype)).float()
+    return effnet(for_encoder(pixels).to(effnet.dtype)).float()

@@ -2,12 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
+from scripts.environment import ROOT
 from scripts.openapi import make_schema
 
-ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- Made by scripts/input_table.py -->\n", "<!-- End of the inputs -->"
 KINDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}

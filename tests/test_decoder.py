@@ -121,6 +121,7 @@ def test_encoded_pictures_have_the_size_that_stage_c_makes(components: dict[str,
     effnet = copy.deepcopy(components["effnet"])
     pixels = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     latents = encode_pixels(effnet, pixels)
+    assert not latents.requires_grad
     assert latents.shape == (2, 16, *sizes.semantic_size(*sizes.native_size(*size)))
     assert latents.dtype == torch.float32
     torch.testing.assert_close(latents[1:], encode_pixels(effnet, pixels[1:]), rtol=1e-4, atol=1e-4)

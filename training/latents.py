@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
 from cascade.sizes import Size
 from training.clip import normalise
 from training.dataset import Dataset
-from training.pictures import for_encoder
 from training.shapes import Shapes
 
 BATCH = 256

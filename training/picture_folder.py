@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from cascade.pictures import to_rgb
 from cascade.sizes import Size
 from training.dataset import Dataset
 
@@ -63,7 +64,7 @@ class PictureFolder(Dataset):
 
         def read(index: int) -> np.ndarray:
             with Image.open(self.files[index % len(self.files)]) as picture:
-                whole = ImageOps.exif_transpose(picture).convert("RGB")
+                whole = to_rgb(ImageOps.exif_transpose(picture))
             return np.asarray(ImageOps.fit(whole, (width, height), Image.Resampling.LANCZOS))
 
         with ThreadPoolExecutor() as pool:

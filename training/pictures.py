@@ -4,17 +4,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cascade.sizes import encoder_size, semantic_size
+from cascade.sizes import semantic_size
 
 
 def resize(pixels: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Pixels (B, 3, H, W) in 0..1 to ``size``, bilinear with antialiasing."""
     return nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-
-
-def for_encoder(pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) at the size, some three quarters, at which the semantic encoder makes of them what Stage C makes."""
-    return resize(pixels, encoder_size(*pixels.shape[-2:]))
 
 
 def for_previewer(pixels: Tensor) -> Tensor:

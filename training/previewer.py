@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from training.dataset import Dataset
-from training.pictures import for_encoder, for_previewer, grid, psnr
+from training.pictures import for_previewer, grid, psnr
 from training.trainer import Task
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
+from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -21,7 +22,7 @@ from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import diffuse
 from training.dataset import Dataset
 from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps
-from training.pictures import for_encoder, for_previewer, grid, psnr
+from training.pictures import for_previewer, grid, psnr
 from training.stage_b import repaint
 from training.trainer import Task
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
+from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -19,7 +20,7 @@ from cascade.sampling import diffuse, finish, sample
 from training.dataset import Dataset
 from training.latents import Encoded, stage_b_encoder
 from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps
-from training.pictures import for_encoder, grid, psnr
+from training.pictures import grid, psnr
 from training.shapes import Shapes
 from training.trainer import Task
 
