@@ -8,8 +8,8 @@ Rounded to bfloat16 after each of its hundreds of additions, the stream made pre
 (Stages B and C at full depth and reduced width, random weights, on a CPU).
 
 Work that does not depend on the step is `StableCascadeUNet.condition`; its result, `Conditions`, serves every step.
-Activations are (batch, channels, height, width) tensors laid out channels last: LayerNorm and Linear then read
-contiguous memory.
+Activations are (batch, height, width, channels): LayerNorm and Linear then read contiguous memory. What blocks do beside
+matrix products is in `ops`, plainly and as kernels for a GPU.
 """
 
 import math
@@ -22,7 +22,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-EPS = 1e-6
+from cascade.networks import ops
+from cascade.networks.joined import Joined, join
+from cascade.networks.ops import EPS, Stream, layer_norm
+
 TIMESTEP_CONDITIONS = ("sca", "crp")
 
 
@@ -30,7 +33,7 @@ class Conditions(NamedTuple):
     """What the conditions contribute to every step.
 
     keys, values: one tensor an attention block (order: down then up), (B, heads, tokens, channels per head).
-    feature_map: Stage B's semantic and pixel maps, summed, float32 (B, channels, h / patch, w / patch); None in
+    feature_map: Stage B's semantic and pixel maps, summed, float32 (B, h / patch, w / patch, channels); None in
         Stage C.
     """
 
@@ -68,31 +71,43 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x.float(), size=tuple(size), mode="bilinear", align_corners=True).to(x.dtype)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C), contiguous."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W), in the same memory."""
+    return x.permute(0, 3, 1, 2)
+
+
 class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of (B, C, H, W), without learned scale or shift. Returns float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return channels_norm(x.float()).permute(0, 3, 1, 2)
+        return channels_first(layer_norm(channels_last(x.float())))
 
 
-def channels_norm(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W, C), normalised over C."""
-    return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=EPS)
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution of (B, H, W, C)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
-class GlobalResponseNorm(nn.Module):
-    """ConvNeXt V2's response normalisation of (B, H, W, C); the norm is over H and W jointly."""
+class GeluResponse(nn.Module):
+    """GELU and response normalisation, see `ops.gelu_response`, of (B, H, W, C)."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-        response = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
-        # gamma * (x * response) + beta + x, with the per-channel factors joined so that x is read once.
-        return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * response).to(x.dtype))
+    def forward(self, hidden: Tensor) -> Tensor:
+        return ops.gelu_response(hidden, self.gamma, self.beta)
 
 
 class ResBlock(nn.Module):
@@ -103,17 +118,18 @@ class ResBlock(nn.Module):
         self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
         self.channelwise = nn.Sequential(
             nn.Linear(channels + skip_channels, channels * 4),
-            nn.GELU(),
-            GlobalResponseNorm(channels * 4),
+            nn.Identity(),  # published names: the response norm is 2
+            GeluResponse(channels * 4),
             nn.Dropout(dropout),
             nn.Linear(channels * 4, channels),
         )
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        hidden = channels_norm(self.depthwise(x.to(self.depthwise.weight.dtype)))
-        if skip is not None:
-            hidden = torch.cat([hidden, skip.permute(0, 2, 3, 1).to(hidden.dtype)], dim=-1)
-        return x + self.channelwise(hidden).permute(0, 3, 1, 2)
+    def forward(self, stream: Stream, skip: Tensor | None = None) -> Stream:
+        stream, normed = ops.depthwise_norm(stream, self.depthwise, skip)
+        *before, last = self.channelwise
+        for layer in before:
+            normed = layer(normed)
+        return ops.add_linear(stream, normed, last)
 
 
 class TimestepBlock(nn.Module):
@@ -124,13 +140,22 @@ class TimestepBlock(nn.Module):
         self.mapper = nn.Linear(embedding_dim, channels * 2)
         for name in conditions:
             setattr(self, f"mapper_{name}", nn.Linear(embedding_dim, channels * 2))
-        self.mappers = ("mapper", *(f"mapper_{name}" for name in conditions))
+        self.names = ("mapper", *(f"mapper_{name}" for name in conditions))
 
-    def forward(self, x: Tensor, *embeddings: Tensor) -> Tensor:
-        # In the stream's dtype: this sum in bfloat16 made the error of the whole prediction half as large again.
-        mapped = [getattr(self, name)(value).to(x.dtype) for name, value in zip(self.mappers, embeddings, strict=True)]
-        scale, shift = sum(mapped[1:], mapped[0])[:, :, None, None].chunk(2, dim=1)
-        return torch.addcmul(shift, x, 1 + scale)
+    @property
+    def mappers(self) -> list[nn.Linear]:
+        return [getattr(self, name) for name in self.names]
+
+    def map(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """One embedding (B, E) a condition -> scale and shift, float32 (B, 2 C)."""
+        # In float32: this sum in bfloat16 made the error of the whole prediction half as large again.
+        return sum(
+            mapper(embedding.to(mapper.weight.dtype)).float()
+            for mapper, embedding in zip(self.mappers, embeddings, strict=True)
+        )
+
+    def forward(self, stream: Stream, scale: Tensor, shift: Tensor) -> Stream:
+        return stream.modulate(scale, shift)
 
 
 class Attention(nn.Module):
@@ -144,18 +169,23 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def split(self, x: Tensor) -> Tensor:
-        """(B, tokens, C) -> (B, heads, tokens, C / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        self.joined: Joined | None = None
 
     def key_value(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.to_k(tokens)), self.split(self.to_v(tokens))
+        """(B, tokens, C) -> (B, heads, tokens, C / heads), twice."""
+        key, value = self.to_k(tokens), self.to_v(tokens)
+        return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (key, value))
 
-    def forward(self, tokens: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, key: Tensor, value: Tensor, own: bool) -> Tensor:
+        """Of tokens (B, T, C), before `to_out`. own: whether they attend to each other too."""
+        if own and self.joined is not None and self.joined.holds(self.to_q):
+            query, own_key, own_value = F.linear(tokens, *self.joined).chunk(3, dim=-1)
+        elif own:
+            query, own_key, own_value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        else:
+            query, own_key, own_value = self.to_q(tokens), None, None
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(self.split(self.to_q(tokens)), key, value, dropout_p=dropout)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        return ops.attention(query, own_key, own_value, key, value, dropout)
 
 
 class AttnBlock(nn.Module):
@@ -171,13 +201,11 @@ class AttnBlock(nn.Module):
         """Condition tokens (B, T, condition_dim) -> keys and values, each (B, heads, T, channels / heads)."""
         return self.attention.key_value(self.kv_mapper(tokens))
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        normed = channels_norm(x).to(key.dtype)
-        tokens = normed.flatten(1, 2)
-        if self.self_attn:
-            own_key, own_value = self.attention.key_value(tokens)
-            key, value = torch.cat([own_key, key], dim=2), torch.cat([own_value, value], dim=2)
-        return x + self.attention(tokens, key, value).view(normed.shape).permute(0, 3, 1, 2)
+    def forward(self, stream: Stream, key: Tensor, value: Tensor) -> Stream:
+        (out,) = self.attention.to_out
+        stream, normed = ops.norm(stream, self.attention.to_q.weight, ahead=out)
+        attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn)
+        return ops.add_linear(stream, attended.view(normed.shape), out, was_ahead=True)
 
 
 class Rescale(nn.Module):
@@ -309,7 +337,7 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
         )
         self.embedding = nn.Sequential(
             nn.PixelUnshuffle(patch_size),
-            nn.Conv2d(in_channels * patch_size**2, widths[0], kernel_size=1),
+            Pointwise(in_channels * patch_size**2, widths[0]),
             LayerNorm2d(),
         )
 
@@ -334,7 +362,7 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
             )
 
         def make_repeats(level: int, times: int) -> nn.ModuleList:
-            return nn.ModuleList(nn.Conv2d(widths[level], widths[level], kernel_size=1) for _ in range(times - 1))
+            return nn.ModuleList(Pointwise(widths[level], widths[level]) for _ in range(times - 1))
 
         def make_downscaler(level: int) -> nn.Module:
             if level == 0:
@@ -364,10 +392,11 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
 
         self.clf = nn.Sequential(
             LayerNorm2d(),
-            nn.Conv2d(widths[0], out_channels * patch_size**2, kernel_size=1),
+            Pointwise(widths[0], out_channels * patch_size**2),
             nn.PixelShuffle(patch_size),
         )
         self.gradient_checkpointing = False
+        self.joined: list[tuple[list[TimestepBlock], Joined]] = []
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -394,12 +423,31 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
             if isinstance(block, ResBlock):
                 nn.init.xavier_uniform_(block.channelwise[-1].weight, gain=depth**-0.5)
             elif isinstance(block, TimestepBlock):
-                for name in block.mappers:
-                    nn.init.zeros_(getattr(block, name).weight)
+                for mapper in block.mappers:
+                    nn.init.zeros_(mapper.weight)
             else:
                 # The authors initialise q, k and v as one (3 C, C) matrix, whose xavier bound is smaller by sqrt(2).
                 for linear in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
                     nn.init.xavier_uniform_(linear.weight, gain=2**-0.5)
+
+    def join_weights(self) -> None:
+        """For inference on a GPU: lays together what one kernel can then run, q, k and v and the timestep mappers; and the
+        taps of a depthwise convolution so that those of neighbouring channels are neighbours.
+
+        To be called where the network will run; after a move to another device it has to be called again.
+        """
+        of_width: dict[int, list[TimestepBlock]] = {}
+        for block in self.blocks():
+            if isinstance(block, AttnBlock) and block.self_attn:
+                block.attention.joined = join([block.attention.to_q, block.attention.to_k, block.attention.to_v])
+            elif isinstance(block, ResBlock):
+                weight = block.depthwise.weight
+                weight.data = weight.data.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+            elif isinstance(block, TimestepBlock):
+                of_width.setdefault(block.mapper.out_features, []).append(block)
+        self.joined = [
+            (blocks, join([mapper for block in blocks for mapper in block.mappers])) for blocks in of_width.values()
+        ]
 
     def blocks(self) -> list[nn.Module]:
         """Every block, down then up: the order in which ResBlocks are numbered and `Conditions` are listed."""
@@ -440,6 +488,8 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
             if mapped.shape[-2:] != (1, 1):
                 mapped = resize(mapped, feature_map.shape[-2:])
             feature_map = feature_map + mapped
+        if feature_map is not None:
+            feature_map = channels_last(feature_map)
         return Conditions(tuple(key for key, _ in pairs), tuple(value for _, value in pairs), feature_map)
 
     @property
@@ -498,79 +548,93 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
         extra = {"sca": sca, "crp": crp}
         ratios = [timestep_ratio, *(extra[name] for name in self.config.timestep_conditioning_type)]
         dim = self.config.timestep_ratio_embedding_dim
-        times = tuple(
-            timestep_embedding(torch.zeros_like(timestep_ratio) if r is None else r, dim).to(self._weight_dtype)
-            for r in ratios
+        times = torch.stack(
+            [timestep_embedding(torch.zeros_like(timestep_ratio) if r is None else r, dim) for r in ratios]
         )
+        per_block = self._scales_and_shifts(times)
+        attention = [block for block in self.blocks() if isinstance(block, AttnBlock)]
+        per_block |= dict(zip(attention, zip(conditions.keys, conditions.values, strict=True), strict=True))
 
-        x = self.embedding(sample.to(self._weight_dtype))
+        unshuffle, projection, _ = self.embedding
+        x = channels_last(unshuffle(sample).to(self._weight_dtype))
+        x = layer_norm(projection(x).float())
         if conditions.feature_map is not None:
             x = x + conditions.feature_map
 
+        stream = Stream(x)
         residuals = controlnet_residuals or {}
-        pairs = list(zip(conditions.keys, conditions.values, strict=True))
         executed = 0  # ResBlocks run so far
-        attended = 0  # attention blocks passed so far, repeats of a level not counted
         skips: list[Tensor] = []
         for blocks, downscaler, repeats in zip(
             self.down_blocks, self.down_downscalers, self.down_repeat_mappers, strict=True
         ):
-            x = self._change_level(downscaler, x)
-            attention = sum(isinstance(block, AttnBlock) for block in blocks)
-            level_pairs = pairs[attended : attended + attention]
-            x, executed = self._run_level(blocks, repeats, x, None, times, level_pairs, residuals, executed)
-            attended += attention
-            skips.append(x)
+            stream = self._change_level(downscaler, stream)
+            stream, executed = self._run_level(blocks, repeats, stream, None, per_block, residuals, executed)
+            stream = Stream(stream.settle())
+            skips.append(stream.x)
         for i, (blocks, upscaler, repeats) in enumerate(
             zip(self.up_blocks, self.up_upscalers, self.up_repeat_mappers, strict=True)
         ):
             skip = skips[-1 - i] if i > 0 else None
-            attention = sum(isinstance(block, AttnBlock) for block in blocks)
-            level_pairs = pairs[attended : attended + attention]
-            x, executed = self._run_level(blocks, repeats, x, skip, times, level_pairs, residuals, executed)
-            attended += attention
-            x = self._change_level(upscaler, x)
-        norm, projection, shuffle = self.clf
-        return shuffle(projection(norm(x).to(self._weight_dtype))).to(sample.dtype)
+            stream, executed = self._run_level(blocks, repeats, stream, skip, per_block, residuals, executed)
+            stream = self._change_level(upscaler, stream)
+        _, projection, shuffle = self.clf
+        _, normed = ops.norm(stream, projection.weight)
+        return shuffle(channels_first(projection(normed))).to(sample.dtype)
 
-    def _change_level(self, scaler: nn.Module, x: Tensor) -> Tensor:
+    def _scales_and_shifts(self, times: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """What every TimestepBlock makes of the embeddings (conditions, B, E): two float32 (B, C) each."""
+        together = ops.fused(self.embedding[1].weight) and all(
+            joined.holds(blocks[0].mapper) for blocks, joined in self.joined
+        )
+        if not together or not self.joined:
+            blocks = [block for block in self.blocks() if isinstance(block, TimestepBlock)]
+            return {block: block.map(times).chunk(2, dim=1) for block in blocks}
+        mapped = {}
+        for blocks, joined in self.joined:
+            maps = ops.joined_maps(joined, times, len(blocks))
+            mapped |= {block: one.chunk(2, dim=1) for block, one in zip(blocks, maps, strict=True)}
+        return mapped
+
+    def _change_level(self, scaler: nn.Module, stream: Stream) -> Stream:
         if isinstance(scaler, nn.Identity):  # at the finest level
-            return x
-        norm, mapping = scaler
-        return mapping(norm(x).to(self._weight_dtype)).float()
+            return stream
+        _, mapping = scaler
+        _, normed = ops.norm(stream, self.embedding[1].weight)
+        return Stream(channels_last(mapping(channels_first(normed))).float())
 
     def _run_level(
         self,
         blocks: nn.ModuleList,
         repeats: nn.ModuleList,
-        x: Tensor,
+        stream: Stream,
         skip: Tensor | None,
-        times: tuple[Tensor, ...],
-        pairs: list[tuple[Tensor, Tensor]],
+        per_block: Mapping[nn.Module, tuple[Tensor, Tensor]],
         residuals: Mapping[int, Tensor],
         executed: int,
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Stream, int]:
         """One level, run len(repeats) + 1 times. Returns its output and the number of ResBlocks executed so far."""
         for repeat in range(len(repeats) + 1):
-            remaining = iter(pairs)
             for i, block in enumerate(blocks):
                 if isinstance(block, ResBlock):
                     block_skip = skip if i == 0 else None
-                    if block_skip is not None:
-                        x = resize(x, block_skip.shape[-2:])  # odd sides lost a row or column on the way down
+                    if block_skip is not None and stream.x.shape[1:3] != block_skip.shape[1:3]:
+                        # Odd sides lost a row or column on the way down.
+                        grown = resize(channels_first(stream.settle()), block_skip.shape[1:3])
+                        stream = Stream(channels_last(grown))
                     if executed in residuals:
-                        x = x + resize(residuals[executed].to(x.dtype), x.shape[-2:])
-                    x = self._run(block, x, block_skip)
+                        residual = resize(residuals[executed].float(), stream.x.shape[1:3])
+                        stream = Stream(stream.settle() + channels_last(residual))
+                    stream = self._run(block, stream, block_skip)
                     executed += 1
-                elif isinstance(block, AttnBlock):
-                    x = self._run(block, x, *next(remaining))
                 else:
-                    x = self._run(block, x, *times)
+                    stream = self._run(block, stream, *per_block[block])
             if repeat < len(repeats):
-                x = repeats[repeat](x.to(self._weight_dtype)).float()
-        return x, executed
+                x = stream.settle().to(self._weight_dtype)
+                stream = Stream(repeats[repeat](x).float())
+        return stream, executed
 
-    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, *args: Stream | Tensor | None) -> Stream:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)

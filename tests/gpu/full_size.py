@@ -72,8 +72,8 @@ def make_unet(
         if isinstance(block, TimestepBlock):
             # The squares of an embedding's sines and cosines add up to half of its length.
             length = network.config.timestep_ratio_embedding_dim / 2 * len(block.mappers)
-            for name in block.mappers:
-                nn.init.normal_(getattr(block, name).weight, std=TIMESTEP_DEVIATION / math.sqrt(length))
+            for mapper in block.mappers:
+                nn.init.normal_(mapper.weight, std=TIMESTEP_DEVIATION / math.sqrt(length))
         elif isinstance(block, ResBlock):
             first, _, response, _, last = block.channelwise
             nn.init.normal_(response.gamma, std=RESPONSE_DEVIATION)
@@ -106,7 +106,7 @@ def fit_last_layer(
         conditions = {name: x.to(device) for name, x in random_conditions(config, semantic_size, batch).items()}
         network(noise, torch.ones(batch, device=device), **conditions)
         # (pixels, channels)
-        features = nn.functional.pad(seen.pop().permute(0, 2, 3, 1).flatten(0, 2), (0, 1), value=1.0).double()
+        features = nn.functional.pad(seen.pop().flatten(0, 2), (0, 1), value=1.0).double()
         wanted = network.embedding[0](noise).permute(0, 2, 3, 1).flatten(0, 2).double()
         gram += features.T @ features
         moments += features.T @ wanted

@@ -10,6 +10,7 @@ from torch import Tensor
 from cascade import checkpoints
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.ops import Stream
 from cascade.networks.unet import ResBlock
 from tests import fixture_data
 from tests.networks.test_encoders import SMALL
@@ -148,7 +149,7 @@ def test_residuals_are_what_hooks_would_add():
 
     def adder(residual: Tensor):
         resized = F.interpolate(residual, size=(6, 5), mode="bilinear", align_corners=True)
-        return lambda _, args: (args[0] + resized, *args[1:])
+        return lambda _, args: (Stream(args[0].settle() + resized.permute(0, 2, 3, 1)), *args[1:])
 
     blocks = [block for block in stage_c.blocks() if isinstance(block, ResBlock)]
     for k, residual in residuals.items():

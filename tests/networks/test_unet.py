@@ -142,7 +142,7 @@ def test_controlnet_residual_goes_before_its_resblock():
     seen: list[torch.Tensor] = []
     for block in network.blocks():
         if isinstance(block, ResBlock):
-            block.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+            block.register_forward_pre_hook(lambda _, args: seen.append(args[0].settle().permute(0, 3, 1, 2)))
     network(sample, ratio, conditions)
     plain, runs = list(seen), len(seen)
     assert runs == 1 + 2 + 2 * 1 + 3 * 2 + 2 * 1 + 1 * 2
@@ -193,7 +193,7 @@ def test_bfloat16_weights_keep_the_residual_stream_in_float32(config):
 
     streams = set()
     for block in half.blocks():
-        block.register_forward_hook(lambda _, args, out: streams.update((args[0].dtype, out.dtype)))
+        block.register_forward_hook(lambda _, args, out: streams.update((args[0].x.dtype, out.settle().dtype)))
     branches = set()
     for module in half.modules():
         if isinstance(module, torch.nn.Linear):
@@ -270,8 +270,7 @@ def test_initialisation():
             bound = (6 / (4 * block.attention.to_q.weight.shape[0])) ** 0.5
             assert 0.9 * bound < block.attention.to_q.weight.abs().max() <= bound
         else:
-            x = torch.randn(1, block.mapper.weight.shape[0] // 2, 2, 2)
-            assert torch.equal(block(x, torch.rand(1, 64), torch.rand(1, 64)), x)
+            assert not block.map([torch.rand(1, 64), torch.rand(1, 64)]).any()
     assert network.clip_txt_pooled_mapper.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 

@@ -1,0 +1,414 @@
+"""Triton kernels for what is bound by memory traffic and launches in the blocks of Stages A, B and C.
+
+Each computes what the function of the same name in `ops` says, in one pass over its data and in float32 inside. Matrix
+products are left to cuBLAS: for these shapes it was 1.0 to 1.9 times as fast as the best of 20 Triton variants (H100).
+Kernels are specialised by widths and dtypes only, never by a picture's size: a new size compiles nothing.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+EPS = tl.constexpr(1e-6)
+# Into how many programs, at least, a reduction is cut: some for each multiprocessor of the largest GPUs.
+PROGRAMS = 512
+LOG2E = 1.4426950408889634
+
+
+def _power(value: int) -> int:
+    return triton.next_power_of_2(value)
+
+
+@triton.jit
+def _settled(x, bias, scale, shift, HAS_BIAS: tl.constexpr, HAS_AFFINE: tl.constexpr):
+    if HAS_BIAS:
+        x += bias
+    if HAS_AFFINE:
+        x = x * (1 + scale) + shift
+    return x
+
+
+@triton.jit
+def _norm(
+    x_ptr, bias_ptr, scale_ptr, shift_ptr, ahead_ptr, settled_ptr, normed_ptr,
+    rows_per_sample, C, affine_row,
+    HAS_BIAS: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_AHEAD: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, CB)
+    inside = column < C
+    x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0)
+    bias = x
+    scale = x
+    shift = x
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_AFFINE:
+        of_sample = (row // rows_per_sample) * affine_row + column
+        scale = tl.load(scale_ptr + of_sample, mask=inside, other=0.0)
+        shift = tl.load(shift_ptr + of_sample, mask=inside, other=0.0)
+    x = _settled(x, bias, scale, shift, HAS_BIAS, HAS_AFFINE)
+    centred = tl.where(inside, x - tl.sum(tl.where(inside, x, 0.0)) / C, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred) / C + EPS)
+    tl.store(normed_ptr + row * C + column, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+    if HAS_AHEAD:
+        x += tl.load(ahead_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS or HAS_AFFINE or HAS_AHEAD:
+        tl.store(settled_ptr + row * C + column, x, mask=inside)
+
+
+def norm(
+    x: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    ahead: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    batch, height, width, channels = x.shape
+    changes = any(change is not None for change in (bias, scale, ahead))
+    settled = torch.empty_like(x) if changes else x
+    normed = torch.empty_like(x, dtype=dtype)
+    _norm[(batch * height * width,)](
+        x, bias, scale, shift, ahead, settled, normed,
+        height * width, channels, 0 if scale is None else scale.stride(0),
+        HAS_BIAS=bias is not None, HAS_AFFINE=scale is not None, HAS_AHEAD=ahead is not None,
+        CB=_power(channels), num_warps=4 if channels > 256 else 1,
+    )  # fmt: skip
+    return settled, normed
+
+
+@triton.jit
+def _spread(value, j: tl.constexpr, left, middle, right, first, second, third, fourth):
+    """Adds column j of a line of six pixels to the four convolutions that see it, by one row of the kernel."""
+    if j < 3:
+        first += value * (left if j == 0 else (middle if j == 1 else right))
+    if j >= 1 and j < 4:
+        second += value * (left if j == 1 else (middle if j == 2 else right))
+    if j >= 2 and j < 5:
+        third += value * (left if j == 2 else (middle if j == 3 else right))
+    if j >= 3:
+        fourth += value * (left if j == 3 else (middle if j == 4 else right))
+    return first, second, third, fourth
+
+
+@triton.jit
+def _normed_four(first, second, third, fourth, inside, C):
+    """LayerNorm of four (CB,), in one reduction."""
+    four = tl.join(tl.join(first, second), tl.join(third, fourth))
+    mean = tl.sum(tl.where(inside[:, None, None], four, 0.0), axis=0) / C
+    four = tl.where(inside[:, None, None], four - mean[None, :, :], 0.0)
+    four = four * tl.rsqrt(tl.sum(four * four, axis=0) / C + EPS)[None, :, :]
+    low, high = tl.split(four)
+    first, second = tl.split(low)
+    third, fourth = tl.split(high)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _depthwise_norm(
+    x_ptr, before_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr, skip_ptr, settled_ptr, normed_ptr,
+    H, W, C, columns, affine_row, weight_channel, weight_tap,
+    HAS_BEFORE: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_SKIP: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    """Four neighbouring pixels of a line: each of the 18 that they see is read once, by a program that has all channels."""
+    block = tl.program_id(0)
+    sample = block // (H * columns)
+    y = block // columns % H
+    left = block % columns * 4
+    column = tl.arange(0, CB)
+    in_channels = column < C
+    before = tl.zeros((CB,), tl.float32)
+    scale = before
+    shift = before
+    if HAS_BEFORE:
+        before = tl.load(before_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
+    if HAS_AFFINE:
+        scale = tl.load(scale_ptr + sample * affine_row + column, mask=in_channels, other=0.0)
+        shift = tl.load(shift_ptr + sample * affine_row + column, mask=in_channels, other=0.0)
+    a = tl.load(bias_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
+    b, c, d = a, a, a
+    line = sample.to(tl.int64) * H + y
+    for i in tl.static_range(3):
+        taps = weight_ptr + column * weight_channel + 3 * i * weight_tap
+        w0 = tl.load(taps, mask=in_channels, other=0.0).to(tl.float32)
+        w1 = tl.load(taps + weight_tap, mask=in_channels, other=0.0).to(tl.float32)
+        w2 = tl.load(taps + 2 * weight_tap, mask=in_channels, other=0.0).to(tl.float32)
+        in_line = in_channels & (y + i >= 1) & (y + i <= H)
+        pixel = (line + i - 1) * W + left - 1
+        for j in tl.static_range(6):
+            inside = in_line & (left + j >= 1) & (left + j <= W)
+            place = (pixel + j) * C + column
+            value = tl.load(x_ptr + place, mask=inside, other=0.0)
+            value = _settled(value, before, scale, shift, HAS_BEFORE, HAS_AFFINE)
+            if HAS_BEFORE or HAS_AFFINE:
+                value = tl.where(inside, value, 0.0)
+                if i == 1 and j >= 1 and j <= 4:
+                    tl.store(settled_ptr + place, value, mask=inside)
+            a, b, c, d = _spread(value, j, w0, w1, w2, a, b, c, d)
+    a, b, c, d = _normed_four(a, b, c, d, in_channels, C)
+    row = 2 * C if HAS_SKIP else C
+    pixel = line * W + left
+    for j in tl.static_range(4):
+        inside = in_channels & (left + j < W)
+        value = a if j == 0 else (b if j == 1 else (c if j == 2 else d))
+        out = normed_ptr + (pixel + j) * row + column
+        tl.store(out, value.to(normed_ptr.dtype.element_ty), mask=inside)
+        if HAS_SKIP:
+            skip = tl.load(skip_ptr + (pixel + j) * C + column, mask=inside, other=0.0)
+            tl.store(out + C, skip.to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+def depthwise_norm(
+    x: Tensor,
+    before: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    skip: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, height, width, channels = x.shape
+    changes = before is not None or scale is not None
+    settled = torch.empty_like(x) if changes else x
+    normed = x.new_empty(batch, height, width, channels * (1 if skip is None else 2), dtype=weight.dtype)
+    columns = triton.cdiv(width, 4)
+    _depthwise_norm[(batch * height * columns,)](
+        x, before, scale, shift, weight, bias, skip, settled, normed,
+        height, width, channels, columns,
+        0 if scale is None else scale.stride(0), weight.stride(0), weight.stride(3),
+        HAS_BEFORE=before is not None, HAS_AFFINE=scale is not None, HAS_SKIP=skip is not None,
+        CB=_power(channels), num_warps=8 if channels > 512 else 4, maxnreg=128,
+    )  # fmt: skip
+    return settled, normed
+
+
+@triton.jit
+def _tanh(x):
+    """By the GPU's own instruction, within 2**-11 of the exact value: a quarter of bfloat16's rounding."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _gelu(x):
+    """x * Phi(x), as x / 2 * (1 + tanh(x * p(x**2))): p, of degree 2, is fitted to within 2.7e-5. With libdevice's erf, or a
+    polynomial for it, arithmetic would be the limit, not memory."""
+    s = tl.minimum(x * x, 25.0)
+    inner = x * (0.79749725 + s * (0.037015257 - s * 0.00035307545))
+    half = 0.5 * x
+    return half * _tanh(inner) + half
+
+
+@triton.jit
+def _response_sizes(
+    hidden_ptr, squares_ptr, sizes_ptr, sums_ptr, counters_ptr,
+    tokens, N, per_part,
+    RB: tl.constexpr, CB: tl.constexpr,
+):  # fmt: skip
+    """The norm of each channel over a sample's pixels; and, for the mean, the sum of these of each block of channels."""
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    sample = tl.program_id(2)
+    parts = tl.num_programs(1)
+    blocks = tl.num_programs(0)
+    column = block * CB + tl.arange(0, CB)
+    valid = column < N
+    last = min(part * per_part + per_part, tokens)
+    rows = part * per_part + tl.arange(0, RB)
+    at = hidden_ptr + (sample.to(tl.int64) * tokens + rows)[:, None] * N + column[None, :]
+    acc = tl.zeros((RB, CB), tl.float32)
+    value = tl.load(at, mask=(rows < last)[:, None] & valid[None, :], other=0.0)
+    for _ in tl.range(0, per_part, RB):
+        rows += RB
+        at += RB * N
+        # The next rows are on their way while these are worked on.
+        coming = tl.load(at, mask=(rows < last)[:, None] & valid[None, :], other=0.0)
+        value = _gelu(value.to(tl.float32))
+        acc += value * value
+        value = coming
+    squares = tl.sum(acc, axis=0)
+    is_last = True
+    if parts > 1:
+        tl.store(squares_ptr + (sample * parts + part) * N + column, squares, mask=valid)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters_ptr + sample * blocks + block, 1, sem="acq_rel", scope="gpu")
+        is_last = arrived == parts - 1
+        if is_last:
+            tl.store(counters_ptr + sample * blocks + block, 0)
+            # In a fixed order, so that a picture is the same each time.
+            squares = tl.zeros((CB,), tl.float32)
+            for i in range(parts):
+                place = squares_ptr + (sample * parts + i) * N + column
+                squares += tl.load(place, mask=valid, other=0.0, cache_modifier=".cg")
+    if is_last:
+        sizes = tl.sqrt(squares)
+        tl.store(sizes_ptr + sample * N + column, sizes, mask=valid)
+        tl.store(sums_ptr + sample * blocks + block, tl.sum(sizes))
+
+
+@triton.jit
+def _respond(
+    hidden_ptr, sizes_ptr, sums_ptr, gamma_ptr, beta_ptr,
+    tokens, N, sums,
+    RB: tl.constexpr, CB: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(2)
+    column = tl.program_id(0) * CB + tl.arange(0, CB)
+    valid = column < N
+    rows = tl.program_id(1) * RB + tl.arange(0, RB)
+    inside = (rows < tokens)[:, None] & valid[None, :]
+    at = hidden_ptr + (sample.to(tl.int64) * tokens + rows)[:, None] * N + column[None, :]
+    value = tl.load(at, mask=inside, other=0.0)
+    every = tl.arange(0, SUMS)
+    mean = tl.sum(tl.load(sums_ptr + sample * sums + every, mask=every < sums, other=0.0)) / N
+    own = tl.load(sizes_ptr + sample * N + column, mask=valid, other=0.0)
+    gamma = tl.load(gamma_ptr + column, mask=valid, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + column, mask=valid, other=0.0).to(tl.float32)
+    factor = 1 + gamma * (own / (mean + EPS))
+    value = _gelu(value.to(tl.float32)) * factor[None, :] + beta[None, :]
+    tl.store(at, value.to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@functools.cache
+def _counters(device: torch.device, stream: torch.cuda.Stream) -> Tensor:
+    """Where the programs of `_response_sizes` count who is the last: what runs on one stream runs one after the other."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """In place."""
+    batch, height, width, channels = hidden.shape
+    tokens, block, rows = height * width, 64, 64
+    blocks = triton.cdiv(channels, block)
+    parts = max(1, min(triton.cdiv(PROGRAMS, blocks * batch), triton.cdiv(tokens, 2 * rows)))
+    squares = hidden.new_empty(batch, parts, channels, dtype=torch.float32)
+    sizes = hidden.new_empty(batch, channels, dtype=torch.float32)
+    sums = hidden.new_empty(batch, blocks, dtype=torch.float32)
+    counters = _counters(hidden.device, torch.cuda.current_stream(hidden.device))
+    _response_sizes[(blocks, parts, batch)](
+        hidden, squares, sizes, sums, counters, tokens, channels, triton.cdiv(tokens, parts),
+        RB=rows, CB=block, num_warps=4,
+    )  # fmt: skip
+    _respond[(triton.cdiv(channels, 128), triton.cdiv(tokens, 32), batch)](
+        hidden, sizes, sums, gamma, beta, tokens, channels, blocks, RB=32, CB=128, SUMS=_power(blocks), num_warps=4
+    )
+    return hidden
+
+
+@triton.jit
+def _attend(
+    q, acc, norm, top, key_ptr, value_ptr, row, tokens,
+    D: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """More keys and values for the running softmax of a block of queries: whole blocks, or (TAIL) what is left of them."""
+    d = tl.arange(0, DB)
+    whole = tokens // BN * BN
+    for first in tl.range(whole if TAIL else 0, tokens if TAIL else whole, BN, num_stages=1 if TAIL else STAGES):
+        n = first + tl.arange(0, BN)
+        inside = (d < D)[None, :]
+        if TAIL:
+            inside = inside & (n < tokens)[:, None]
+        place = n[:, None] * row + d[None, :]
+        score = tl.dot(q, tl.load(key_ptr + place, mask=inside, other=0.0).T)
+        if TAIL:
+            score = tl.where((n < tokens)[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(top - higher)
+        norm = norm * fade + tl.sum(weight, axis=1)
+        value = tl.load(value_ptr + place, mask=inside, other=0.0)
+        acc = tl.dot(weight.to(value.dtype), value, acc * fade[:, None])
+        top = higher
+    return acc, norm, top
+
+
+@triton.jit
+def _attention(
+    q_ptr, k_ptr, v_ptr, key_ptr, value_ptr, out_ptr,
+    own, queries, context, factor,
+    q_row, own_row, key_batch, key_head, key_row, out_row,
+    D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    d = tl.arange(0, DB)
+    inside = (m < queries)[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + (sample * queries + m)[:, None] * q_row + head * D + d[None, :], mask=inside, other=0.0)
+    q = (q.to(tl.float32) * factor).to(q.dtype)
+    acc = tl.zeros((BM, DB), tl.float32)
+    norm = tl.zeros((BM,), tl.float32)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    at = sample * own * own_row + head * D
+    acc, norm, top = _attend(q, acc, norm, top, k_ptr + at, v_ptr + at, own_row, own, D, DB, BN, False, STAGES)
+    acc, norm, top = _attend(q, acc, norm, top, k_ptr + at, v_ptr + at, own_row, own, D, DB, BN, True, STAGES)
+    at = sample * key_batch + head * key_head
+    acc, norm, top = _attend(
+        q, acc, norm, top, key_ptr + at, value_ptr + at, key_row, context, D, DB, BN, False, STAGES
+    )
+    acc, norm, top = _attend(q, acc, norm, top, key_ptr + at, value_ptr + at, key_row, context, D, DB, BN, True, STAGES)
+    acc = acc / norm[:, None]
+    out = (sample * queries + m)[:, None] * out_row + head * D + d[None, :]
+    tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def attention(
+    query: Tensor,
+    own_key: Tensor | None,
+    own_value: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    batch, queries, channels = query.shape
+    _, heads, context, size = key.shape
+    out = query.new_empty(batch, queries, channels)
+    own = 0 if own_key is None else own_key.shape[1]
+    own_row = 0 if own_key is None else own_key.stride(1)
+    if own_key is None:
+        own_key = own_value = query  # is not read
+    # A query is scaled once, for exp2 instead of exp.
+    factor = size**-0.5 * LOG2E
+    # On an H100 the fastest of eleven shapes, at 576 and at 1024 queries; cuDNN's kernel takes 15 to 30% longer.
+    block = 64
+    _attention[(triton.cdiv(queries, block), heads, batch)](
+        query, own_key, own_value, key, value, out,
+        own, queries, context, factor,
+        query.stride(1), own_row, key.stride(0), key.stride(1), key.stride(2), out.stride(1),
+        D=size, DB=max(16, _power(size)), BM=block, BN=64, STAGES=3, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _joined_maps(
+    weight_ptr, bias_ptr, times_ptr, out_ptr,
+    N, E,
+    CONDITIONS: tl.constexpr, CB: tl.constexpr, EB: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(1)
+    sample = tl.program_id(2)
+    samples = tl.num_programs(2)
+    n = tl.program_id(0) * CB + tl.arange(0, CB)
+    e = tl.arange(0, EB)
+    acc = tl.zeros((CB,), tl.float32)
+    for i in tl.range(CONDITIONS):
+        row = (block * CONDITIONS + i).to(tl.int64) * N + n
+        acc += tl.load(bias_ptr + row, mask=n < N, other=0.0).to(tl.float32)
+        embedding = tl.load(times_ptr + (i * samples + sample) * E + e, mask=e < E, other=0.0)
+        inside = (n < N)[:, None] & (e < E)[None, :]
+        weight = tl.load(weight_ptr + row[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
+        acc += tl.sum(weight * embedding[None, :], axis=1)
+    tl.store(out_ptr + (block * samples + sample) * N + n, acc, mask=n < N)
+
+
+def joined_maps(weight: Tensor, bias: Tensor, times: Tensor) -> Tensor:
+    blocks, conditions, channels, length = weight.shape
+    samples = times.shape[1]
+    out = times.new_empty(blocks, samples, channels)
+    _joined_maps[(triton.cdiv(channels, 64), blocks, samples)](
+        weight, bias, times, out, channels, length, CONDITIONS=conditions, CB=64, EB=_power(length), num_warps=4
+    )
+    return out
