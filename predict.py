@@ -30,9 +30,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from cascade import sizes
-from cascade.cascade import MOST_IMAGE_PROMPTS, Cascade, Progress, Request
+from cascade.cascade import Cascade, Progress
 from cascade.metadata import VERSION, save_picture
 from cascade.pictures import read_picture
+from cascade.request import MOST_IMAGE_PROMPTS, Request
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
 

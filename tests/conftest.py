@@ -15,6 +15,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -122,6 +123,13 @@ def make_semantic_encoder() -> SemanticEncoder:
     return encoder.eval()
 
 
+def make_controlnet(channels: int, **options: Any) -> ControlNet:
+    """For the first and the last ResBlock of `make_prior`, and one between."""
+    effnet = {"stem_channels": 4, "channels": (4, 8, 8), "repeats": (1, 1, 1), "expansions": (1, 2, 2)}
+    effnet |= {"strides": (2, 2, 4), "head_channels": 16}
+    return ControlNet(channels, out_channels=16, proj_blocks=(0, 2, 3), effnet=effnet, **options)
+
+
 def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
     """Give every parameter a random value: as initialised, many branches are closed and conditions say nothing."""
     generator = torch.Generator().manual_seed(seed)
@@ -149,6 +157,9 @@ def components() -> dict[str, Any]:
         "vqgan": vqgan,
         "effnet": make_semantic_encoder(),
         "previewer": shuffle(Previewer(hidden=16), 5),
+        "controlnet_canny": shuffle(make_controlnet(1), 6),
+        "controlnet_inpainting": shuffle(make_controlnet(4), 7),
+        "controlnet_super_resolution": shuffle(make_controlnet(16, bottleneck_mode="simple"), 8),
     }
 
 
