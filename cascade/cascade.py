@@ -295,7 +295,10 @@ class Cascade:
             ValueError: this model has no previewer.
         """
         if self.previewer is None:
-            raise ValueError("This model has no previewer.")
+            raise ValueError(
+                "This model has no previewer, which previews need; "
+                "scripts/download-weights --only --with previewer, then scripts/save-weights, add it."
+            )
         with torch.no_grad():
             pixels = self.previewer(latents.to(self.previewer.dtype)).float().clamp(0, 1)
         return [to_image(one) for one in pixels]

@@ -18,17 +18,26 @@ WHITE = 128
 SEAM = 8
 
 
-def check_mask(mask: Image.Image, width: int, height: int) -> None:
-    """Make sure that `read_mask` can read a mask of an image of `width` x `height`, and that something is made anew.
+def check_shape(mask: Image.Image, width: int, height: int) -> None:
+    """Make sure that a mask is one of an image of `width` x `height`: of its shape.
 
     Raises:
-        ValueError: the mask has another shape, no white, or 32 bits a channel.
+        ValueError: it is not.
     """
-    # Of the same shape: one is the other, resized, but for the rounding of sides to whole pixels.
+    # One is the other, resized, but for the rounding of sides to whole pixels.
     if abs(mask.width * height - mask.height * width) > max(*mask.size, width, height):
         raise ValueError(
             f"mask has {mask.width}x{mask.height} pixels, and image {width}x{height}; it must have the image's shape."
         )
+
+
+def check_mask(mask: Image.Image, width: int, height: int) -> None:
+    """Make sure that a mask is one of an image of `width` x `height`, and that something is made anew.
+
+    Raises:
+        ValueError: the mask has another shape, no white, or 32 bits a channel.
+    """
+    check_shape(mask, width, height)
     if not read_mask(mask, width, height).any():
         raise ValueError("mask has no white, so that nothing of image would be made anew.")
 
@@ -77,17 +86,25 @@ def extend(
     Args:
         image: of any size and mode.
         mask: what of the image is made anew besides; None: nothing.
-        left, above, right, below: pixels to add, at least 0.
+        left, above, right, below: pixels to add, at least 0, and at one side some.
 
     Returns:
         The canvas, RGB, which repeats the image's border pixels, and its mask.
 
     Raises:
-        ValueError: a number is negative, or the mask has another shape than the image.
+        ValueError: a number is negative, all are 0, the canvas exceeds 2048 pixels, or the mask has another shape than the image.
     """
-    added = (left, above, right, below)
-    if min(added) < 0:
-        raise ValueError(f"outpaint is {', '.join(map(str, added))}; it must be four numbers of at least 0.")
+    added = f"{left}, {above}, {right}, {below}"
+    if min(left, above, right, below) < 0 or not max(left, above, right, below):
+        raise ValueError(f"outpaint is {added}; it must be four numbers of at least 0, one of them above it.")
+    width, height = left + image.width + right, above + image.height + below
+    if max(width, height) > sizes.LARGEST:
+        raise ValueError(
+            f"outpaint is {added}, which makes {width}x{height} pixels of image's {image.width}x{image.height}; "
+            f"each side may have {sizes.LARGEST}."
+        )
+    if mask is not None:
+        check_shape(mask, *image.size)
     old = np.zeros((image.height, image.width), bool) if mask is None else read_mask(mask, *image.size)
     border = ((above, below), (left, right))
     canvas = np.pad(np.asarray(to_rgb(image)), (*border, (0, 0)), mode="edge")

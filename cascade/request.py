@@ -12,8 +12,7 @@ from cascade.sampling import SAMPLERS
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 1000
-MOST_IMAGE_PROMPTS = 4
-MOST_CONTROLS = 4
+MOST_IMAGES = 4  # image prompts, and controls
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class Request:
         if not isinstance(self.prompt_strength, int | float) or not 0 <= self.prompt_strength <= 1:
             raise ValueError(f"prompt_strength is {self.prompt_strength!r}; it must be a number from 0 to 1.")
         count = len(self.image_prompts)
-        if count > MOST_IMAGE_PROMPTS:
-            raise ValueError(f"image_prompts has {count} images; {MOST_IMAGE_PROMPTS} are the limit.")
+        if count > MOST_IMAGES:
+            raise ValueError(f"image_prompts has {count} images; {MOST_IMAGES} are the limit.")
         for image in self.image_prompts:
             if not isinstance(image, Image.Image):
                 raise TypeError(f"image_prompts has {image!r} in it; it must have images only.")
@@ -125,8 +124,8 @@ class Request:
         check_mask(self.mask, *self.image.size)
 
     def _check_controls(self) -> None:
-        if len(self.controls) > MOST_CONTROLS:
-            raise ValueError(f"controls has {len(self.controls)} controls; {MOST_CONTROLS} are the limit.")
+        if len(self.controls) > MOST_IMAGES:
+            raise ValueError(f"controls has {len(self.controls)} controls; {MOST_IMAGES} are the limit.")
         for control in self.controls:
             if not isinstance(control, Control):
                 raise TypeError(f"controls has {control!r} in it; it must have controls only.")

@@ -237,6 +237,21 @@ def test_a_canvas_with_a_mask_besides() -> None:
     assert not new[5:75, 25:85].any()
 
 
-def test_nothing_can_be_taken_away() -> None:
-    with pytest.raises(ValueError, match=r"^outpaint is 0, -1, 0, 0; it must be four numbers of at least 0\.$"):
-        extend(photo(80, 70), None, 0, -1, 0, 0)
+def test_a_canvas_that_is_too_large() -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below, without escapes
+        extend(photo(80, 70), None, 10**9, 0, 0, 0)
+    assert str(caught.value) == (
+        "outpaint is 1000000000, 0, 0, 0, which makes 1000000080x70 pixels of image's 80x70; each side may have 2048."
+    )
+
+
+def test_a_mask_of_another_shape_is_no_mask_of_the_image() -> None:
+    with pytest.raises(ValueError, match=r"^mask has 80x30 pixels, and image 80x70; it must have the image's shape\.$"):
+        extend(photo(80, 70), Image.new("L", (80, 30)), 5, 5, 5, 5)
+
+
+@pytest.mark.parametrize("added", [(0, -1, 0, 0), (0, 0, 0, 0)])
+def test_nothing_can_be_taken_away_and_something_must_be_added(added: tuple[int, ...]) -> None:
+    text = ", ".join(map(str, added))
+    with pytest.raises(ValueError, match=rf"^outpaint is {text}; it must be four numbers of at least 0, one of them "):
+        extend(photo(80, 70), None, *added)
