@@ -239,23 +239,20 @@ class Predictor(BaseRunner):
         defaults = self.cascade.defaults
         ratio_width, ratio_height = ratio_size(checked("aspect_ratio", aspect_ratio), self.cascade.native_size)
         width, height = checked("width", width), checked("height", height)
-        source = None if image is None else read_file("image", image)
-        hidden = None if mask is None else read_file("mask", mask, background="black")
         for name, value in {"mask": mask, "outpaint": outpaint, "upscale": upscale}.items():
-            if value and source is None:
+            if value and image is None:
                 raise ValueError(f"{name} needs an image; there is none.")
         if upscale and not all(one is None for one in (mask, outpaint, width, height)):
             raise ValueError(
                 "upscale makes all of image anew in twice its size: leave mask, outpaint, width, height out."
             )
+        source = None if image is None else read_file("image", image)
+        hidden = None if mask is None else read_file("mask", mask, background="black")
         if outpaint is not None:
             source, hidden = extend(source, hidden, *numbers("outpaint", outpaint, 4, int))
         prompts = read_files("image_prompts", image_prompts)
         strength = checked("image_prompt_strength", image_prompt_strength)
-        if image_prompt_strengths is None:
-            strengths = [strength] * len(prompts)
-        else:
-            strengths = numbers("image_prompt_strengths", image_prompt_strengths, len(prompts), float, 0, 2)
+        strengths = either(image_prompt_strengths, [strength] * len(prompts))
         asked = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
@@ -270,7 +267,7 @@ class Predictor(BaseRunner):
                 checked("guidance_scale_decoder", guidance_scale_decoder), defaults["decoder"].guidance
             ),
             "image_prompts": prompts,
-            "image_prompt_strengths": tuple(strengths),
+            "image_prompt_strengths": tuple(numbers("image_prompt_strengths", strengths, len(prompts), float, 0, 2)),
             "prompt_strength": checked("prompt_strength", prompt_strength),
             "controls": read_controls(
                 control_images, control_types, control_scales, control_starts, control_ends, masked=hidden is not None
@@ -313,13 +310,9 @@ class Predictor(BaseRunner):
 
         made_by = settings_of(request)
         kept: dict[int, Path] = {}
-        index = -1
-        for progress in self._steps(request):
-            if previews and progress.stage == "prior":
-                self._show(progress.latents, safety)
-            if progress.image is None:
-                continue
-            index, image = index + 1, progress.image
+        steps = self._with_previews(self._steps(request), safety) if previews else self._steps(request)
+        images = (progress.image for progress in steps if progress.image is not None)
+        for index, image in enumerate(images):
             if safety is not None:
                 flagged = self.model_thread.submit(safety.flags, image).result()
                 self.watch.lap("safety")
@@ -331,8 +324,6 @@ class Predictor(BaseRunner):
             save_picture(image, kept[index], record, quality)
             self.watch.lap("encoding")
 
-        if previews:
-            self.record_metric("previews", [])  # the pictures have taken their place
         self.record_metric("flagged", request.num_images - len(kept))
         if not kept:
             raise ValueError(
@@ -359,30 +350,36 @@ class Predictor(BaseRunner):
                     bar.update()
                     yield progress
 
-    def _show(self, latents: torch.Tensor, safety: SafetyChecker | None) -> None:
-        """Put small pictures of Stage C's latents, a JPEG file each as a data URL, into the metric ``previews``.
+    def _with_previews(self, steps: Iterator[Progress], safety: SafetyChecker | None) -> Iterator[Progress]:
+        """The work; after each step of Stage C the metric ``previews`` has small pictures of it, as data URLs.
 
-        A metric, as whoever asks for the prediction while it runs, and every webhook, gets the latest value alone; of
-        the log, they get all that has been written. Cog streams events of predictors only whose output is an iterator.
+        A metric, because whoever asks for the prediction while it runs, and every webhook, gets the latest value alone;
+        of the log, they would get all that was ever written. Server-sent events Cog has for iterators of outputs only.
         """
-        shown = self.model_thread.submit(self.cascade.preview, latents).result()
-        if safety is not None:
-            shown = [image for image in shown if not self.model_thread.submit(safety.flags, image).result()]
-        self.record_metric("previews", [as_data_url(image) for image in shown])
-        self.watch.lap("previews")
+        for progress in steps:
+            if progress.stage == "prior":
+                shown = self.model_thread.submit(self.cascade.preview, progress.latents).result()
+                if safety is not None:
+                    shown = [image for image in shown if not self.model_thread.submit(safety.flags, image).result()]
+                self.record_metric("previews", [as_data_url(image) for image in shown])
+                self.watch.lap("previews")
+            yield progress
+        self.record_metric("previews", [])  # the pictures have taken their place
 
     def _what_would_fit(self, request: Request) -> str:
         """One sentence about a request that exceeded the GPU's memory. What it says would fit has been tried."""
         asked = (
             f"num_images={request.num_images} at {request.width}x{request.height} needs more memory than the GPU has"
         )
+        smaller = request
         for smaller in smaller_requests(request):
             with contextlib.suppress(torch.OutOfMemoryError):
                 steps = self.cascade.steps(replace(smaller, steps_prior=1, steps_decoder=1))
                 for _ in iterate_on(self.model_thread, steps):
                     pass
                 return f"{asked} left; num_images={smaller.num_images} at {smaller.width}x{smaller.height} would fit."
-        return f"{asked} left, and so does one of 64x64: something else must be using it."
+        size = f"{smaller.width}x{smaller.height}"
+        return f"{asked} left, and so does one of {size}: something else must be using it."
 
 
 # Taken here because Cog's server puts the bare defaults into the signature before it calls `run`.

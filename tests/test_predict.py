@@ -372,10 +372,9 @@ def test_time_for_images_is_told(predictor: Predictor, metrics: dict[str, Any], 
 
 
 @pytest.mark.parametrize("place", ["/etc/passwd", "file:///etc/passwd", "", "hello", 5])
-def test_only_what_cog_downloaded_is_opened(predictor: Predictor, place: Any) -> None:
-    names = ("image", "image_prompts", "mask", "control_images")
-    for inputs in ({name: [place] if name.endswith("s") else place} for name in names):
-        (name,) = inputs
+def test_only_what_cog_downloaded_is_opened(predictor: Predictor, apple: Path, place: Any) -> None:
+    for name in ("image", "image_prompts", "mask", "control_images"):
+        inputs = {"image": CogPath(apple), name: [place] if name.endswith("s") else place}
         with pytest.raises(ValueError, match=name) as caught:
             run(predictor, **TINY, **inputs)
         assert str(caught.value) == f"{name} is {place!r}; it must be an http, https or data URL of a picture."
