@@ -258,7 +258,8 @@ class Cascade:
             for step in work:
                 semantic = step.x
                 done += 1
-                yield Progress("prior", done, total, latents=step.x0)
+                expected = step.x0 if free is None else torch.where(free, step.x0, start)
+                yield Progress("prior", done, total, latents=expected)
             for step in decoder_steps(
                 self.decoder,
                 semantic,

@@ -80,6 +80,8 @@ def test_latents_of_untouched_pixels_are_held(components: dict[str, Any]) -> Non
         request = Request("a cat", image=image, mask=box_mask((128, 128), box), steps_prior=4, steps_decoder=1)
         *_, last = (progress for progress in cascade.steps(request) if progress.stage == "prior")
         made[box] = last.latents
+        free = latents_of(np.asarray(request.mask) > 0, (3, 3)).expand(1, 16, 3, 3)
+        assert torch.equal(last.latents[~free], cascade.encode(image)[~free])
     corner, pixel, two, everything = made.values()
     assert torch.equal(corner, pixel)
     assert not torch.equal(corner, two)
