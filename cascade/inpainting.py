@@ -92,7 +92,7 @@ def extend(
         The canvas, RGB, which repeats the image's border pixels, and its mask.
 
     Raises:
-        ValueError: a number is negative, all are 0, the canvas exceeds 2048 pixels, or the mask has another shape than the image.
+        ValueError: a number is negative, or all are 0; the canvas exceeds 2048 pixels; the mask has another shape.
     """
     added = f"{left}, {above}, {right}, {below}"
     if min(left, above, right, below) < 0 or not max(left, above, right, below):

@@ -170,7 +170,7 @@ def test_previews_while_it_runs(controlled: Server, receiver: Receiver) -> None:
     controlled.put("shown", {**inputs, "height": 512}, {"Prefer": "respond-async"}, **hook)
     # Asked again under its name, it is not run again: the answer is how far it is.
     state = wait_for(
-        lambda: state if (state := controlled.put("shown", inputs).json())["metrics"].get("previews") else None,
+        lambda: state if (state := controlled.put("shown", inputs).json()).get("metrics", {}).get("previews") else None,
         30,
         "a preview",
     )
