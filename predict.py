@@ -4,8 +4,10 @@ Cog's schema generator reads this file without running it: what stands in an ``I
 this file, a description is one literal, and an input that may be left out is ``| None`` with the default None.
 """
 
+import base64
 import contextlib
 import inspect
+import io
 import logging
 import math
 import os
@@ -30,9 +32,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from cascade import sizes
-from cascade.cascade import MOST_IMAGE_PROMPTS, Cascade, Progress, Request
+from cascade.cascade import Cascade, Progress
+from cascade.controls import Control
+from cascade.inpainting import extend
 from cascade.metadata import VERSION, save_picture
+from cascade.networks.controlnet import KINDS
 from cascade.pictures import read_picture
+from cascade.request import MOST_IMAGES, Request, upscaling
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
 
@@ -44,6 +50,7 @@ FORMATS = ["webp", "jpg", "png"]
 SEEDS = 2**32
 # Four pictures of the largest size, as PNG, and some.
 DISK_NEEDED = 200_000_000
+PREVIEW_QUALITY = 80
 
 
 class Predictor(BaseRunner):
@@ -75,7 +82,7 @@ class Predictor(BaseRunner):
         self.model_name = opened.name
         self.watch = Stopwatch(cascade.device)
         cascade.conditioner.text_encoder.register_forward_hook(lambda *_: self.watch.lap("text"))
-        for network in (cascade.conditioner.image_encoder, cascade.effnet):
+        for network in (cascade.conditioner.image_encoder, cascade.effnet, *cascade.controlnets.values()):
             if network is not None:
                 network.register_forward_hook(lambda *_: self.watch.lap("input_images"))
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
@@ -171,6 +178,10 @@ class Predictor(BaseRunner):
             ge=0,
             le=2,
         ),
+        image_prompt_strengths: list[float] | None = Input(
+            description="The same, a number for each of image_prompts; left out: image_prompt_strength for all.",
+            default=None,
+        ),
         image: Path | None = Input(
             description="An image to begin with, which is painted over; left out: the picture begins with noise.",
             default=None,
@@ -181,6 +192,41 @@ class Predictor(BaseRunner):
             ge=0,
             le=1,
         ),
+        mask: Path | None = Input(
+            description="An image of image's shape: where it is white, image is repainted; the rest stays to the pixel.",
+            default=None,
+        ),
+        outpaint: list[int] | None = Input(
+            description="Pixels to add to image and to paint: four numbers, to the left, above, to the right, below.",
+            default=None,
+        ),
+        upscale: bool = Input(
+            description="true: make image anew in twice its size, which may be up to 2048; needs its ControlNet.",
+            default=False,
+        ),
+        control_images: list[Path] | None = Input(
+            description="1 to 4 images for ControlNets; each is fitted to the picture's size.", default=None
+        ),
+        control_types: list[str] | None = Input(
+            description="canny, inpainting or super_resolution: one for all control_images or one each; left out: canny.",
+            default=None,
+        ),
+        control_scales: list[float] | None = Input(
+            description="How much they count, 0 (not at all) to 2: one for all control_images or one each; left out: 1.",
+            default=None,
+        ),
+        control_starts: list[float] | None = Input(
+            description="From which part of Stage C's steps on, 0 to 1: one for all or one each; left out: 0.",
+            default=None,
+        ),
+        control_ends: list[float] | None = Input(
+            description="Up to which part of Stage C's steps, 0 to 1: one for all or one each; left out: 1.",
+            default=None,
+        ),
+        previews: bool = Input(
+            description="true: the metric previews shows, after each step of Stage C, small pictures of what it has.",
+            default=False,
+        ),
     ) -> list[Path]:
         """Make the pictures. They are deleted when the next run starts: Cog has sent them by then.
 
@@ -190,40 +236,58 @@ class Predictor(BaseRunner):
         """
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
-        native, defaults = self.cascade.native_size, self.cascade.defaults
-        ratio_width, ratio_height = ratio_size(checked("aspect_ratio", aspect_ratio), native)
+        defaults = self.cascade.defaults
+        ratio_width, ratio_height = ratio_size(checked("aspect_ratio", aspect_ratio), self.cascade.native_size)
         width, height = checked("width", width), checked("height", height)
+        for name, value in {"mask": mask, "outpaint": outpaint, "upscale": upscale}.items():
+            if value and image is None:
+                raise ValueError(f"{name} needs an image; there is none.")
+        if upscale and not all(one is None for one in (mask, outpaint, width, height)):
+            raise ValueError(
+                "upscale makes all of image anew in twice its size: leave mask, outpaint, width, height out."
+            )
         source = None if image is None else read_file("image", image)
-        if source is not None:
-            height, width = sizes.fitted_size(source.height, source.width, native, height, width)
+        hidden = None if mask is None else read_file("mask", mask, background="black")
+        if outpaint is not None:
+            source, hidden = extend(source, hidden, *numbers("outpaint", outpaint, 4, int))
         prompts = read_files("image_prompts", image_prompts)
-        request = Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            width=either(width, ratio_width),
-            height=either(height, ratio_height),
-            num_images=checked("num_images", num_images),
-            seed=either(checked("seed", seed), secrets.randbelow(SEEDS)) % SEEDS,
-            steps_prior=either(checked("steps_prior", steps_prior), defaults["prior"].steps),
-            steps_decoder=either(checked("steps_decoder", steps_decoder), defaults["decoder"].steps),
-            guidance_scale_prior=either(
-                checked("guidance_scale_prior", guidance_scale_prior), defaults["prior"].guidance
+        strength = checked("image_prompt_strength", image_prompt_strength)
+        strengths = either(image_prompt_strengths, [strength] * len(prompts))
+        asked = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "num_images": checked("num_images", num_images),
+            "seed": either(checked("seed", seed), secrets.randbelow(SEEDS)) % SEEDS,
+            "steps_prior": either(checked("steps_prior", steps_prior), defaults["prior"].steps),
+            "steps_decoder": either(checked("steps_decoder", steps_decoder), defaults["decoder"].steps),
+            "guidance_scale_prior": either(
+                checked("guidance_scale_prior", guidance_scale_prior), 1.0 if upscale else defaults["prior"].guidance
             ),
-            guidance_scale_decoder=either(
+            "guidance_scale_decoder": either(
                 checked("guidance_scale_decoder", guidance_scale_decoder), defaults["decoder"].guidance
             ),
-            image_prompts=prompts,
-            image_prompt_strengths=(checked("image_prompt_strength", image_prompt_strength),) * len(prompts),
-            image=source,
-            prompt_strength=checked("prompt_strength", prompt_strength),
-        )
+            "image_prompts": prompts,
+            "image_prompt_strengths": tuple(numbers("image_prompt_strengths", strengths, len(prompts), float, 0, 2)),
+            "prompt_strength": checked("prompt_strength", prompt_strength),
+            "controls": read_controls(
+                control_images, control_types, control_scales, control_starts, control_ends, masked=hidden is not None
+            ),
+        }
+        if upscale:
+            request = upscaling(source, **asked)
+        elif source is not None:
+            request = Request(image=source, mask=hidden, width=width, height=height, **asked)
+            height, width = self.cascade.picture_size(request)
+            request = replace(request, width=width, height=height)
+        else:
+            request = Request(width=either(width, ratio_width), height=either(height, ratio_height), **asked)
         ending = checked("output_format", output_format)
         quality = checked("output_quality", output_quality)
         safety = None if disable_safety_checker else self.safety
 
         try:
             with contextlib.suppress(torch.OutOfMemoryError):
-                return self._make(request, ending, quality, safety)
+                return self._make(request, ending, quality, safety, previews)
             # Only here are the error, and all that its traceback kept in memory, gone.
             raise ValueError(self._what_would_fit(request))
         except BaseException as error:  # Cog cancels by one that is no Exception
@@ -235,7 +299,9 @@ class Predictor(BaseRunner):
                 torch.cuda.empty_cache()
             raise
 
-    def _make(self, request: Request, ending: str, quality: int, safety: SafetyChecker | None) -> list[Path]:
+    def _make(
+        self, request: Request, ending: str, quality: int, safety: SafetyChecker | None, previews: bool
+    ) -> list[Path]:
         seeds = seeds_of(request)
         logger.info("Seeds: %s", ", ".join(map(str, seeds)))
         self.record_metric("seeds", seeds)
@@ -244,7 +310,8 @@ class Predictor(BaseRunner):
 
         made_by = settings_of(request)
         kept: dict[int, Path] = {}
-        images = (progress.image for progress in self._steps(request) if progress.image is not None)
+        steps = self._with_previews(self._steps(request), safety) if previews else self._steps(request)
+        images = (progress.image for progress in steps if progress.image is not None)
         for index, image in enumerate(images):
             if safety is not None:
                 flagged = self.model_thread.submit(safety.flags, image).result()
@@ -283,18 +350,36 @@ class Predictor(BaseRunner):
                     bar.update()
                     yield progress
 
+    def _with_previews(self, steps: Iterator[Progress], safety: SafetyChecker | None) -> Iterator[Progress]:
+        """The work; after each step of Stage C the metric ``previews`` has small pictures of it, as data URLs.
+
+        A metric, because whoever asks for the prediction while it runs, and every webhook, gets the latest value alone;
+        of the log, they would get all that was ever written. Server-sent events Cog has for iterators of outputs only.
+        """
+        for progress in steps:
+            if progress.stage == "prior":
+                shown = self.model_thread.submit(self.cascade.preview, progress.latents).result()
+                if safety is not None:
+                    shown = [image for image in shown if not self.model_thread.submit(safety.flags, image).result()]
+                self.record_metric("previews", [as_data_url(image) for image in shown])
+                self.watch.lap("previews")
+            yield progress
+        self.record_metric("previews", [])  # the pictures have taken their place
+
     def _what_would_fit(self, request: Request) -> str:
         """One sentence about a request that exceeded the GPU's memory. What it says would fit has been tried."""
         asked = (
             f"num_images={request.num_images} at {request.width}x{request.height} needs more memory than the GPU has"
         )
+        smaller = request
         for smaller in smaller_requests(request):
             with contextlib.suppress(torch.OutOfMemoryError):
                 steps = self.cascade.steps(replace(smaller, steps_prior=1, steps_decoder=1))
                 for _ in iterate_on(self.model_thread, steps):
                     pass
                 return f"{asked} left; num_images={smaller.num_images} at {smaller.width}x{smaller.height} would fit."
-        return f"{asked} left, and so does one of 64x64: something else must be using it."
+        size = f"{smaller.width}x{smaller.height}"
+        return f"{asked} left, and so does one of {size}: something else must be using it."
 
 
 # Taken here because Cog's server puts the bare defaults into the signature before it calls `run`.
@@ -353,8 +438,75 @@ def checked(name: str, value: Any) -> Any:
     return kind(value)
 
 
-def read_file(name: str, file: Any) -> Image.Image:
-    """The picture of a file input.
+def numbers(name: str, values: Any, count: int, kind: type, low: float | None = None, high: float | None = None) -> Any:
+    """The values of an input that is a list of so many numbers, int or float, from `low` to `high`.
+
+    Raises:
+        ValueError: there are more or fewer, or one is something else.
+    """
+    word = "whole numbers" if kind is int else "numbers"
+    limits = "" if low is None else f" from {low} to {high}"
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} values; it must have {count}.")
+    for value in values:
+        is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+        if not is_number or kind(value) != value or not either(low, value) <= value <= either(high, value):
+            raise ValueError(f"{name} has {reprlib.repr(value)} in it; it must have {word}{limits} only.")
+    return [kind(value) for value in values]
+
+
+def one_each(name: str, values: Any, default: Any, count: int) -> list[Any]:
+    """A value for each of so many control_images: of an input with one value, the same for all.
+
+    Raises:
+        ValueError: the number of values is neither.
+    """
+    if not values:
+        return [default] * count
+    if count == 0:
+        raise ValueError(f"{name} needs control_images; there are none.")
+    if len(values) not in (1, count):
+        raise ValueError(f"{name} has {len(values)} values; it must have 1, or one for each of {count} control_images.")
+    return values * count if len(values) == 1 else values
+
+
+def read_controls(images: Any, types: Any, scales: Any, starts: Any, ends: Any, *, masked: bool) -> tuple[Control, ...]:
+    """The controls that five inputs describe.
+
+    Args:
+        masked: whether there is a mask, which the type "inpainting" needs.
+
+    Raises:
+        ValueError: an input has a value that is not allowed, or their numbers do not fit.
+    """
+    pictures = read_files("control_images", images)
+    count = len(pictures)
+    types = one_each("control_types", types, "canny", count)
+    for kind in types:
+        if kind not in KINDS:
+            raise ValueError(f"control_types has {reprlib.repr(kind)} in it; it must have {', '.join(KINDS)} only.")
+    if "inpainting" in types and not masked:
+        raise ValueError("control_types has 'inpainting' in it, which needs mask or outpaint; there is none.")
+    columns = [
+        numbers(name, one_each(name, values, default, count), count, float, 0, high)
+        for name, values, default, high in (
+            ("control_scales", scales, 1.0, 2),
+            ("control_starts", starts, 0.0, 1),
+            ("control_ends", ends, 1.0, 1),
+        )
+    ]
+    return tuple(Control(*control) for control in zip(types, pictures, *columns, strict=True))
+
+
+def as_data_url(image: Image.Image) -> str:
+    """A picture as the data URL of a JPEG file."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=PREVIEW_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def read_file(name: str, file: Any, background: str = "white") -> Image.Image:
+    """The picture of a file input; what is transparent in it is laid on the background.
 
     Cog downloads http(s) and data URLs, and hands on every other text as it is: it could name a file of this machine.
 
@@ -363,7 +515,7 @@ def read_file(name: str, file: Any) -> Image.Image:
     """
     if not isinstance(file, Path):
         raise ValueError(f"{name} is {reprlib.repr(file)}; it must be an http, https or data URL of a picture.")
-    return read_picture(file, name)
+    return read_picture(file, name, background)
 
 
 def read_files(name: str, files: Any) -> tuple[Image.Image, ...]:
@@ -373,8 +525,8 @@ def read_files(name: str, files: Any) -> tuple[Image.Image, ...]:
         ValueError: there are too many, or one is no downloaded file or no picture.
     """
     files = files or []
-    if len(files) > MOST_IMAGE_PROMPTS:
-        raise ValueError(f"{name} has {len(files)} pictures; {MOST_IMAGE_PROMPTS} are the limit.")
+    if len(files) > MOST_IMAGES:
+        raise ValueError(f"{name} has {len(files)} pictures; {MOST_IMAGES} are the limit.")
     # Beside a text that is no URL, Cog downloads none of the others; what is wrong is the text.
     texts = [file for file in files if isinstance(file, str)]
     return tuple(read_file(name, file) for file in texts or files)
@@ -409,14 +561,19 @@ def seeds_of(request: Request) -> list[int]:
 
 
 def settings_of(request: Request) -> dict[str, Any]:
-    """What every file says of the request: all but seed and number; of input images, how many and how strong."""
+    """What every file says of the request: all but seed and number; of input images, how many and how they were used."""
     without = {"seed", "num_images", "image", "image_prompts", "image_prompt_strengths", "prompt_strength"}
+    without |= {"mask", "controls"}
     settings = {name: value for name, value in vars(request).items() if name not in without}
     if request.image_prompts:
         settings["image_prompts"] = len(request.image_prompts)
-        settings["image_prompt_strength"] = request.image_prompt_strengths[0]
+        settings["image_prompt_strengths"] = list(request.image_prompt_strengths)
     if request.image is not None:
         settings["prompt_strength"] = request.prompt_strength
+        settings["inpainted"] = request.mask is not None
+    for name, attribute in (("types", "kind"), ("scales", "scale"), ("starts", "start"), ("ends", "end")):
+        if request.controls:
+            settings[f"control_{name}"] = [getattr(control, attribute) for control in request.controls]
     return settings
 
 
@@ -424,12 +581,17 @@ def smaller_requests(request: Request) -> Iterator[Request]:
     """Fewer pictures of the size that was asked for, then one of half the area, of a quarter ..., of the same shape."""
     for number in range(request.num_images - 1, 0, -1):
         yield replace(request, num_images=number)
+    enlarged = any(control.kind == "super_resolution" for control in request.controls)
+    smallest = 2 * sizes.SMALLEST if enlarged else sizes.SMALLEST
     width, height = request.width, request.height
-    while max(width, height) > sizes.SMALLEST:
+    while max(width, height) > smallest:
         width, height = (
-            max(int(side / math.sqrt(2)) // sizes.MULTIPLE * sizes.MULTIPLE, sizes.SMALLEST) for side in (width, height)
+            max(int(side / math.sqrt(2)) // sizes.MULTIPLE * sizes.MULTIPLE, smallest) for side in (width, height)
         )
-        yield replace(request, num_images=1, width=width, height=height)
+        # With a mask, pictures have the image's size.
+        image = request.image if request.mask is None else request.image.resize((width, height))
+        mask = None if request.mask is None else Image.new("L", (width, height), "white")
+        yield replace(request, num_images=1, width=width, height=height, image=image, mask=mask)
 
 
 def iterate_on(thread: ThreadPoolExecutor, steps: Generator[Progress, None, None]) -> Iterator[Progress]:

@@ -4,123 +4,35 @@ Knows which stage follows which, with which settings; not how a stage works, whe
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from cascade import sizes
 from cascade.conditioning import Conditioner, TextEmbeddings
-from cascade.decoder import decode_pixels, decoder_steps, encode_pixels
+from cascade.controls import Control, canny, inpainting
+from cascade.decoder import decode_pixels, decoder_steps, encode_pixels, for_encoder
+from cascade.inpainting import latents_of, read_mask, set_into
+from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.pictures import to_rgb
-from cascade.prior import prior_steps, steps_taken
-from cascade.sampling import DIFFUSERS_SAMPLER, SAMPLERS, Noise, finish
-from cascade.weights import ModelFolder, StageSettings
+from cascade.prior import Residuals, prior_steps, steps_taken
+from cascade.request import Request
+from cascade.sampling import DIFFUSERS_SAMPLER, Noise, finish
+from cascade.weights import CONTROLNETS, ModelFolder, StageSettings
 
 logger = logging.getLogger(__name__)
-
-LARGEST_SEED = 2**63 - 1
-MOST_STEPS = 1000
-MOST_IMAGE_PROMPTS = 4
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to make.
-
-    Attributes:
-        prompt, negative_prompt: what the pictures show, and what not. The latter acts through guidance only.
-        width, height: pixels, 64 to 2048; None: the size that the model draws best, or with an `image` the one of its
-            shape and that area (`sizes.fitted_size`).
-        num_images: how many pictures, at least 1.
-        seed: 0 to 2**63 - 1. Picture i is picture 0 of the seed i higher.
-        steps_prior, steps_decoder: of Stages C and B, 1 to 1000; None: as the model folder says.
-        guidance_scale_prior, guidance_scale_decoder: at least 0; 1 or less is no guidance, in half the time; None: as
-            the model folder says.
-        sampler: of both stages: "ddpm", "ddim" or "lcm".
-        image_prompts: up to 4 images of any size and mode that say, beside the prompt, what the pictures show.
-        image_prompt_strengths: what their embeddings are multiplied with, at least 0, one an image; empty: 1. The
-            network normalises what it makes of them, so that half the strength is not half the effect.
-        image: what to begin with instead of noise, of any size and mode: image-to-image. It is scaled to the pictures'
-            size, and what exceeds their shape cut off evenly.
-        prompt_strength: 0 to 1, how much of `image` is painted anew: the time to which Stage C's latents are noised,
-            and the share of `steps_prior` that is taken from there, at least one step. 1 begins with noise, as
-            without an image; at 0, there is no Stage C, and Stages B and A paint what the image's latents say.
-
-    Raises:
-        TypeError, ValueError: an attribute of the wrong kind or outside of its range.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    width: int | None = None
-    height: int | None = None
-    num_images: int = 1
-    seed: int = 0
-    steps_prior: int | None = None
-    steps_decoder: int | None = None
-    guidance_scale_prior: float | None = None
-    guidance_scale_decoder: float | None = None
-    sampler: str = "ddpm"
-    image_prompts: tuple[Image.Image, ...] = ()
-    image_prompt_strengths: tuple[float, ...] = ()
-    image: Image.Image | None = None
-    prompt_strength: float = 0.8
-
-    def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be a text.")
-        self._check_integer("num_images", 1)
-        self._check_integer("seed", 0, LARGEST_SEED)
-        for name in ("width", "height"):
-            if getattr(self, name) is not None:
-                self._check_integer(name, sizes.SMALLEST, sizes.LARGEST)
-        for name in ("steps_prior", "steps_decoder"):
-            if getattr(self, name) is not None:
-                self._check_integer(name, 1, MOST_STEPS)
-        for name in ("guidance_scale_prior", "guidance_scale_decoder"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
-                raise ValueError(f"{name} is {value!r}; it must be a number of at least 0.")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {self.sampler!r}; it must be one of {', '.join(SAMPLERS)}.")
-        self._check_images()
-
-    def _check_images(self) -> None:
-        if not isinstance(self.image, Image.Image | None):
-            raise TypeError(f"image is {self.image!r}; it must be an image.")
-        if not isinstance(self.prompt_strength, int | float) or not 0 <= self.prompt_strength <= 1:
-            raise ValueError(f"prompt_strength is {self.prompt_strength!r}; it must be a number from 0 to 1.")
-        count = len(self.image_prompts)
-        if count > MOST_IMAGE_PROMPTS:
-            raise ValueError(f"image_prompts has {count} images; {MOST_IMAGE_PROMPTS} are the limit.")
-        for image in self.image_prompts:
-            if not isinstance(image, Image.Image):
-                raise TypeError(f"image_prompts has {image!r} in it; it must have images only.")
-        if self.image_prompt_strengths and len(self.image_prompt_strengths) != count:
-            raise ValueError(
-                f"image_prompt_strengths has {len(self.image_prompt_strengths)} numbers; image_prompts has {count} images."
-            )
-        for strength in self.image_prompt_strengths:
-            if not isinstance(strength, int | float) or not 0 <= strength < math.inf:
-                raise ValueError(f"image_prompt_strengths has {strength!r} in it; it must have numbers of at least 0.")
-
-    def _check_integer(self, name: str, low: int, high: int | None = None) -> None:
-        value = getattr(self, name)
-        if type(value) is not int or value < low or (high is not None and value > high):
-            allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{name} is {value!r}; it must be a whole number {allowed}.")
 
 
 @dataclass(frozen=True)
@@ -134,6 +46,7 @@ class Numerics:
         stage_a_scales: what Stage A's scale becomes, by what its configuration says.
         size_from_semantic: Stage B's latents are 10.67 times the semantic ones, and pictures as large as that makes
             them. Otherwise they are a quarter of the picture, and pictures as large as asked.
+        start_shift: at which an image to begin with is noised; None: the shift of Stage C.
     """
 
     shift: float | None = None
@@ -142,11 +55,15 @@ class Numerics:
     sampler: str | None = None
     stage_a_scales: tuple[tuple[float, float], ...] = ()
     size_from_semantic: bool = False
+    start_shift: float | None = None
 
 
+# The diffusers configuration of the published Stage A says 0.3764, where the authors train and decode with 0.43.
+_OFFICIAL = Numerics(stage_a_scales=((0.3764, 0.43),))
 NUMERICS = {
-    # The diffusers configuration of the published Stage A says 0.3764, where the authors train and decode with 0.43.
-    "official": Numerics(stage_a_scales=((0.3764, 0.43),)),
+    "official": _OFFICIAL,
+    # The authors' notebook for image-to-image noises at shift 1 what it samples at 2.
+    "notebook": replace(_OFFICIAL, start_shift=1.0),
     "diffusers": Numerics(
         shift=1.0, rescale=0.0, decoder_guidance=0.0, sampler=DIFFUSERS_SAMPLER, size_from_semantic=True
     ),
@@ -179,9 +96,10 @@ class Cascade:
         conditioner: text, and images if it has an image encoder, to embeddings.
         prior, decoder, vqgan: Stages C, B and A.
         effnet, previewer: the semantic encoder and the previewer; without them `encode` and `preview` fail.
+        controlnets: by the kind of the controls that they read; a request with another fails.
         defaults: the settings of the stages "prior" and "decoder" where the request leaves them open.
         native_size: pixels, the edge of the square that is made when the request names no size.
-        numerics: "official" or "diffusers".
+        numerics: "official", "notebook" or "diffusers".
         max_batch: how many pictures are made at a time. It does not change the pictures.
     """
 
@@ -193,6 +111,7 @@ class Cascade:
         vqgan: StageA,
         effnet: SemanticEncoder | None = None,
         previewer: Previewer | None = None,
+        controlnets: Mapping[str, ControlNet] = MappingProxyType({}),
         *,
         defaults: Mapping[str, StageSettings],
         native_size: int,
@@ -209,6 +128,7 @@ class Cascade:
         self.vqgan = vqgan
         self.effnet = effnet
         self.previewer = previewer
+        self.controlnets = controlnets
         self.defaults = defaults
         self.native_size = native_size
         self.numerics = NUMERICS[numerics]
@@ -241,7 +161,7 @@ class Cascade:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         opened = ModelFolder.open(folder, lite=lite)
         needed = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
-        optional = ("feature_extractor", "image_encoder", "effnet", "previewer")
+        optional = ("feature_extractor", "image_encoder", "effnet", "previewer", *CONTROLNETS)
         parts, seconds = {}, {}
         for name in (*needed, *(name for name in optional if name in opened)):
             start = time.perf_counter()
@@ -257,6 +177,7 @@ class Cascade:
             parts["vqgan"],
             parts.get("effnet"),
             parts.get("previewer"),
+            {name.removeprefix("controlnet_"): parts[name] for name in CONTROLNETS if name in parts},
             defaults=opened.sampler,
             native_size=opened.native_size,
             numerics=numerics,
@@ -291,11 +212,11 @@ class Cascade:
 
         Raises:
             ValueError: the model has no component that reads the request's images; diffusers' numerics do not have
-                this size or sampler, or image-to-image.
+                this size or sampler, image-to-image or controls.
         """
         settings = self._settings(request)
         sampler = self._sampler(request.sampler)
-        height, width = self._size(request)
+        height, width = self.picture_size(request)
         # diffusers takes the size as it is asked for, and then makes a picture of another.
         base = (height, width) if self.numerics.size_from_semantic else sizes.native_size(height, width)
         semantic_size = sizes.semantic_size(*base)
@@ -303,6 +224,9 @@ class Cascade:
         image_prompts = self._encode_image_prompts(request)
         start = None if request.image is None else self._encode_start(request.image, height, width)
         strength = 1.0 if start is None else request.prompt_strength
+        mask = None if request.mask is None else read_mask(request.mask, width, height)
+        free = None if mask is None else latents_of(mask, semantic_size).to(self.device)
+        controls = self._residuals(request, mask, height, width)
         guided = any(stage.guidance > 1 for stage in settings.values())
         text, negative = self._encode(request.prompt, request.negative_prompt if guided else None)
 
@@ -326,12 +250,16 @@ class Cascade:
                     image=image_prompts,
                     start=start,
                     strength=strength,
+                    start_shift=self.numerics.start_shift,
+                    free=free,
+                    controls=controls,
                     **vars(settings["prior"]),
                 )
             for step in work:
                 semantic = step.x
                 done += 1
-                yield Progress("prior", done, total, latents=step.x0)
+                expected = step.x0 if free is None else torch.where(free, step.x0, start)
+                yield Progress("prior", done, total, latents=expected)
             for step in decoder_steps(
                 self.decoder,
                 semantic,
@@ -346,8 +274,20 @@ class Cascade:
                 done += 1
                 yield Progress("decoder", done, total, latents=step.x0)
             for pixels in decode_pixels(self.vqgan, latents, self._stage_a_scale()):
+                image = to_image(sizes.crop(pixels, *picture_size))
+                if mask is not None:
+                    image = set_into(to_rgb(request.image), image, mask)
                 done += 1
-                yield Progress("image", done, total, image=to_image(sizes.crop(pixels, *picture_size)))
+                yield Progress("image", done, total, image=image)
+
+    def picture_size(self, request: Request) -> sizes.Size:
+        """(height, width) of the pictures of a request."""
+        if request.image is None:
+            return request.height or self.native_size, request.width or self.native_size
+        image = request.image
+        if request.mask is not None:
+            return image.height, image.width
+        return sizes.fitted_size(image.height, image.width, self.native_size, request.height, request.width)
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
         """Small pictures, 8 pixels a semantic latent, of semantic latents (B, 16, h, w).
@@ -356,7 +296,10 @@ class Cascade:
             ValueError: this model has no previewer.
         """
         if self.previewer is None:
-            raise ValueError("This model has no previewer.")
+            raise ValueError(
+                "This model has no previewer, which previews need; "
+                "scripts/download-weights --only --with previewer, then scripts/save-weights, add it."
+            )
         with torch.no_grad():
             pixels = self.previewer(latents.to(self.previewer.dtype)).float().clamp(0, 1)
         return [to_image(one) for one in pixels]
@@ -422,13 +365,59 @@ class Cascade:
         """The semantic latents (1, 16, h, w) of an image in the size of the pictures."""
         if self.numerics.size_from_semantic:
             raise ValueError("There is an image to begin with; diffusers' numerics have no image-to-image.")
-        return self.encode(ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS))
+        return self.encode(fitted(image, height, width))
 
-    def _size(self, request: Request) -> sizes.Size:
-        if request.image is None:
-            return request.height or self.native_size, request.width or self.native_size
-        image = request.image
-        return sizes.fitted_size(image.height, image.width, self.native_size, request.height, request.width)
+    @torch.no_grad()
+    def _residuals(self, request: Request, mask: np.ndarray | None, height: int, width: int) -> list[Residuals]:
+        """What the ControlNets add for pictures of this size: one forward a control."""
+        controls = list(request.controls)
+        if mask is not None and self._fits("inpainting") and all(one.kind != "inpainting" for one in controls):
+            controls.append(Control("inpainting", request.image))
+        if controls and self.numerics.size_from_semantic:
+            raise ValueError("There are controls; diffusers' numerics have no ControlNet.")
+        return [
+            Residuals(
+                self._controlnet(one.kind)(self._read_control(one, mask, height, width)), one.scale, one.start, one.end
+            )
+            for one in controls
+        ]
+
+    def _controlnet(self, kind: str) -> ControlNet:
+        if kind not in self.controlnets:
+            raise ValueError(
+                f"This model has no controlnet_{kind}, which a control of this kind needs; "
+                "scripts/download-weights --only --with controlnet, then scripts/save-weights, add it."
+            )
+        if not self._fits(kind):
+            raise ValueError(
+                f"controlnet_{kind} was trained with a Stage C of width {self.controlnets[kind].config.out_channels}; "
+                f"this model's has {self.prior.config.block_out_channels[0]}."
+            )
+        return self.controlnets[kind]
+
+    def _fits(self, kind: str) -> bool:
+        """Whether there is such a ControlNet, for this Stage C: the published ones are not for the lite one."""
+        network = self.controlnets.get(kind)
+        return network is not None and network.config.out_channels == self.prior.config.block_out_channels[0]
+
+    def _read_control(self, control: Control, mask: np.ndarray | None, height: int, width: int) -> Tensor:
+        """What a ControlNet is given for pictures of this size."""
+        if control.kind == "super_resolution":
+            half = -(-height // 2), -(-width // 2)
+            if min(half) < sizes.SMALLEST:
+                smallest = 2 * sizes.SMALLEST
+                raise ValueError(
+                    f"The picture has {width}x{height} pixels; with a control of the kind {control.kind!r}, it must "
+                    f"have at least {smallest}x{smallest}."
+                )
+            # controls.super_resolution halves a picture of full size, to train with; this one is of half the size.
+            return F.interpolate(self.encode(fitted(control.image, *half)), scale_factor=2, mode="nearest")
+        native = sizes.native_size(height, width)
+        pixels = sizes.pad(to_pixels(fitted(control.image, height, width)).to(self.device), *native)
+        if control.kind == "canny":
+            return canny(for_encoder(pixels), control.canny_side)
+        masked = sizes.pad(torch.from_numpy(mask).to(pixels)[None, None], *native)
+        return inpainting(for_encoder(pixels), for_encoder(masked) > 0)
 
     def _settings(self, request: Request) -> dict[str, StageSettings]:
         """How the stages are sampled: what the request says, else the numerics, else the model folder."""
@@ -463,6 +452,11 @@ class Cascade:
     def _stage_a_scale(self) -> float:
         said = self.vqgan.config.scale_factor
         return dict(self.numerics.stage_a_scales).get(said, said)
+
+
+def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+    """A picture of any mode in RGB and in this size; what exceeds the shape is cut off evenly."""
+    return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -3,16 +3,61 @@
 Pictures are (B, 3, H, W) in 0..1, RGB; controls come back as float32 on the pictures' device.
 """
 
+import math
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from cascade.networks.controlnet import KINDS
 from cascade.networks.effnet import SemanticEncoder
 
 CANNY_SIDE = 224
 CANNY_THRESHOLDS = (100, 200)
+
+
+@dataclass(frozen=True)
+class Control:
+    """An image that a ControlNet turns into what guides Stage C.
+
+    Attributes:
+        kind: "canny": pictures get the image's edges; "inpainting": they continue it where there is a mask;
+            "super_resolution": they show it, in twice its size.
+        image: of any size and mode. It is scaled to the pictures' size, for "super_resolution" to half of that, and
+            what exceeds their shape is cut off evenly.
+        scale: at least 0; what the ControlNet adds to Stage C is multiplied with it.
+        start, end: which of Stage C's steps it guides: step i of n, from 0, if start <= i / n < end; 0 <= start < end
+            <= 1.
+        canny_side: see `canny`; None finds finer edges than those that the published network has learned from.
+
+    Raises:
+        TypeError, ValueError: an attribute of the wrong kind or outside of its range.
+    """
+
+    kind: str
+    image: Image.Image
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    canny_side: int | None = CANNY_SIDE
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"The kind of a control is {self.kind!r}; it must be one of {', '.join(KINDS)}.")
+        if not isinstance(self.image, Image.Image):
+            raise TypeError(f"The image of a control is {self.image!r}; it must be an image.")
+        if not isinstance(self.scale, int | float) or not 0 <= self.scale < math.inf:
+            raise ValueError(f"The scale of a control is {self.scale!r}; it must be a number of at least 0.")
+        ends = (self.start, self.end)
+        if not all(isinstance(end, int | float) for end in ends) or not 0 <= self.start < self.end <= 1:
+            raise ValueError(
+                f"A control starts at {self.start!r} and ends at {self.end!r}; these must be numbers from 0 to 1, the "
+                "first one less than the second."
+            )
 
 
 def canny(pixels: Tensor, side: int | None = CANNY_SIDE) -> Tensor:

@@ -16,12 +16,13 @@ MOST_PIXELS = 64_000_000
 LONGEST_SHAPE = 32
 
 
-def read_picture(path: Path, name: str) -> Image.Image:
+def read_picture(path: Path, name: str, background: str = "white") -> Image.Image:
     """Read a picture of any usual format, depth and colour mode.
 
     Args:
         path: the file. Its ending does not matter.
         name: what the errors call it.
+        background: what is transparent is laid on this colour.
 
     Returns:
         RGB, of any size from 1x1.
@@ -47,11 +48,11 @@ def read_picture(path: Path, name: str) -> Image.Image:
             turned = ImageOps.exif_transpose(image)
         except Exception as error:
             raise ValueError(f"{name} is a damaged {image.format} file.") from error
-    return to_rgb(turned, name)
+    return to_rgb(turned, name, background)
 
 
-def to_rgb(image: Image.Image, name: str = "The image") -> Image.Image:
-    """A picture of any mode in RGB. What is transparent is laid on white; 16 bits become 8.
+def to_rgb(image: Image.Image, name: str = "The image", background: str = "white") -> Image.Image:
+    """A picture of any mode in RGB. What is transparent is laid on the background's colour; 16 bits become 8.
 
     Raises:
         ValueError: it has 32 bits a channel, of which nothing says what is white. `name` is what the error calls it.
@@ -61,5 +62,5 @@ def to_rgb(image: Image.Image, name: str = "The image") -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))  # Pillow would clip at 255
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
     return image.convert("RGB")

@@ -153,6 +153,7 @@ def sample(
     sampler: str = "ddpm",
     t_start: float = 1.0,
     noise: Callable[[int], Tensor],
+    hold: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
     """Turn noise into data, step by step. Whoever iterates may stop whenever he wants.
 
@@ -167,6 +168,7 @@ def sample(
         t_start: in (0, 1].
         noise: the index of a step -> white noise in the shape of `x`; called once a step, in order, unless the sampler
             is "ddim".
+        hold: (the latents after a step, their logSNR) -> what goes on in their place: latents of which a part is known.
 
     Raises:
         ValueError: an argument outside of its range.
@@ -179,7 +181,7 @@ def sample(
         raise ValueError(f"shift is {shift}; it must lie above 0.")
     if sampler not in (*SAMPLERS, DIFFUSERS_SAMPLER):
         raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join((*SAMPLERS, DIFFUSERS_SAMPLER))}.")
-    return _sample(model, x.float(), steps, shift, sampler, t_start, noise)
+    return _sample(model, x.float(), steps, shift, sampler, t_start, noise, hold)
 
 
 def _sample(
@@ -190,6 +192,7 @@ def _sample(
     sampler: str,
     t_start: float,
     noise: Callable[[int], Tensor],
+    hold: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Iterator[Step]:
     like_diffusers = sampler == DIFFUSERS_SAMPLER
     take_step = posterior_step if like_diffusers else SAMPLERS[sampler]
@@ -206,6 +209,8 @@ def _sample(
         if like_diffusers and index == steps - 1:
             fresh = torch.zeros_like(x)
         x = take_step(x, x0, eps, log_snrs[index], log_snrs[index + 1], fresh)
+        if hold is not None:
+            x = hold(x, log_snrs[index + 1])
         yield Step(index, steps, x, x0, told[index].item())
 
 

@@ -40,11 +40,14 @@ from transformers import (
 )
 
 from cascade import checkpoints
+from cascade.networks.controlnet import KINDS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 
+# How many channels each reads.
+CONTROLNETS = {f"controlnet_{kind}": channels for kind, channels in KINDS.items()}
 NETWORKS = {
     "text_encoder": CLIPTextModelWithProjection,
     "image_encoder": CLIPVisionModelWithProjection,
@@ -53,6 +56,7 @@ NETWORKS = {
     "vqgan": StageA,
     "effnet": SemanticEncoder,
     "previewer": Previewer,
+    **dict.fromkeys(CONTROLNETS, ControlNet),
 }
 PROCESSORS = {"tokenizer": CLIPTokenizer, "feature_extractor": CLIPImageProcessorPil}
 PROCESSOR_FILES = {
@@ -61,7 +65,7 @@ PROCESSOR_FILES = {
 }
 COMPONENTS = (*PROCESSORS, *NETWORKS)
 # Folders that other modules read; here their files are only listed and checked.
-EXTRAS = ("controlnet", "safety_checker")
+EXTRAS = ("safety_checker",)
 
 TRANSFORMERS_CONFIGS = {"text_encoder": CLIPTextConfig, "image_encoder": CLIPVisionConfig}
 WEIGHT_FILES = (
@@ -171,12 +175,16 @@ class ModelFolder:
         part = self.parts[component]
         if component in PROCESSORS:
             return _load_processor(component, part)
-        if part.is_file():
-            return _load_single_file(component, part, device, dtype)
-        weights = _find_weights(part)
+        weights = part if part.is_file() else _find_weights(part)
         if weights is None:
             raise _no_weights(part)
-        return _load_network(component, part / "config.json", weights, device, dtype)
+        if part.is_file():
+            network = _load_single_file(component, part, device, dtype)
+        else:
+            network = _load_network(component, part / "config.json", weights, device, dtype)
+        if component in CONTROLNETS:
+            check_channels(weights, component, network.config.in_channels)
+        return network
 
     def verify(self) -> None:
         """Compare the sha256 of every file with ``model.json``. Reads the whole folder.
@@ -225,6 +233,16 @@ def save_model_folder(
         for component, item in components.items():
             save_component(made / component, item, dtype)
         write_model_json(made, name=name, license=license, native_size=native_size, sampler=sampler)
+
+
+def check_channels(weights: Path, component: str, channels: int) -> None:
+    """Make sure that a ControlNet reads as many channels as it is given.
+
+    Raises:
+        WeightsError: it does not; one of another kind has been put in its place.
+    """
+    if channels != CONTROLNETS[component]:
+        raise WeightsError(f"{weights} is no {component}: it reads {channels} channels, not {CONTROLNETS[component]}.")
 
 
 def empty_network(component: str, config_path: Path) -> nn.Module:
@@ -365,6 +383,7 @@ def _open_published(root: Path, lite: Collection[str]) -> ModelFolder:
         "vqgan": [decoder_repository / "vqgan"],
         "effnet": [decoder_repository / "effnet_encoder.safetensors"],
         "previewer": [decoder_repository / "previewer.safetensors"],
+        **{f"controlnet_{kind}": [decoder_repository / "controlnet" / f"{kind}.safetensors"] for kind in KINDS},
     }
     for stage in lite:
         if stage not in ("prior", "decoder"):
@@ -469,8 +488,11 @@ def _load_network(
 def _load_single_file(component: str, path: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     """A network of the published size from the authors' own file, which has no configuration."""
     tensors = checkpoints.convert(_read_tensors(path, device, dtype))
+    network, config = NETWORKS[component], None
     try:
-        return checkpoints.build(tensors, NETWORKS[component]).to(device)
+        if network is ControlNet:  # of which several kinds were published
+            config = checkpoints.controlnet_config({key: tensor.shape for key, tensor in tensors.items()})
+        return checkpoints.build(tensors, network, config).to(device)
     except ValueError as error:
         raise WeightsError(f"{path} is not the published {component}: {error}") from error
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cascade.cascade import Cascade, Request, to_image, to_pixels
 from cascade.decoder import decode_pixels
+from cascade.inpainting import extend
 from scripts.environment import ROOT
 
 # The first seed of each; the prompts are chosen so that every kind of prompt that the miniature knows is shown.
@@ -46,6 +47,13 @@ PRIOR_SHOWN, DECODER_SHOWN = (1, 5, 10, 20), (1, 3, 6, 10)
 GUIDED = (("a cat with a light blue background", 20200), ("an artist next to an angry face with horns", 20500))
 GUIDANCES = (1, 4, 8)
 CHOSEN_AGAINST, NEGATIVE = "a heart", ("", "red heart")
+VARIED = (PROMPTS[0], "a motor scooter in cartoon style on a yellow background")
+REPLACED = "a lemon on a green background"
+STRENGTHS = (0.1, 0.2, 0.4, 0.8, 1.0)
+# What is made in place of the butterfly, and below it.
+MASKED = (60, 0, 200, 120)
+ABOVE = tuple(f"{thing} above a sunflower on a light blue background" for thing in ("a rocket", "a full moon"))
+BELOW = "a butterfly above a tulip on a light blue background"
 SEMANTIC_TILES = 4  # 16 channels are shown as 4 x 4
 
 # README.md is shown some 830 pixels wide, which is half of the widest picture here.
@@ -131,6 +139,49 @@ def draw_guidance(cascade: Cascade) -> Image.Image:
     return sheet(pictures, captions, COLUMNS)
 
 
+def draw_variation(cascade: Cascade) -> Image.Image:
+    """Pictures, and what they make as image prompts without a word."""
+    pictures, captions = [], []
+    for prompt in VARIED:
+        (source,) = cascade.generate(Request(prompt, seed=SEED))
+        pictures += [source, *cascade.generate(Request("", image_prompts=(source,), num_images=2, seed=1))]
+        captions += ["an image", *["from its embedding"] * 2]
+    return sheet(pictures, captions, COLUMNS)
+
+
+def draw_image_to_image(cascade: Cascade) -> Image.Image:
+    """A picture, and what a prompt makes of it the stronger it is."""
+    (source,) = cascade.generate(Request(PROMPTS[0], seed=SEED))
+    pictures, captions = [source], ["an image"]
+    for strength in STRENGTHS:
+        # Without guidance, which would have the prompt win at once.
+        request = Request(REPLACED, image=source, prompt_strength=strength, guidance_scale_prior=1, seed=SEED)
+        pictures += cascade.generate(request)
+        captions.append(f"strength {strength:g}")
+    return sheet(pictures, captions, COLUMNS)
+
+
+def draw_inpainting(cascade: Cascade) -> Image.Image:
+    """A picture, a mask, and what prompts put there; halves of pictures, and what prompts put beside them."""
+    parrot, pair = (cascade.generate(Request(prompt, seed=SEED))[0] for prompt in FOLLOWED)
+    mask = Image.new("L", pair.size)
+    mask.paste("white", MASKED)
+    pictures, captions = [pair, mask], ["an image", "a mask"]
+    for prompt in ABOVE:
+        pictures += cascade.generate(Request(prompt, image=pair, mask=mask, num_images=2, seed=SEED))
+        captions += [prompt] * 2
+    side = parrot.width
+    for image, prompt in ((parrot, FOLLOWED[0]), (pair, BELOW)):
+        half = image.crop((0, 0, side, side // 2))
+        canvas, new = extend(half, None, 0, 0, 0, side - side // 2)
+        pictures.append(Image.composite(Image.new("RGB", canvas.size, "lightgrey"), canvas, new))
+        pictures += cascade.generate(
+            Request(prompt, image=canvas, mask=new, prompt_strength=1, num_images=2, seed=SEED)
+        )
+        captions += ["half an image", *[prompt] * 2]
+    return sheet(pictures, captions, COLUMNS)
+
+
 def draw_channels(latents: Tensor) -> Image.Image:
     """The channels of (16, h, w) side by side, from their smallest value, black, to their largest, white."""
     channels, height, width = latents.shape
@@ -148,6 +199,9 @@ DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
     "decoder.webp": draw_decoder,
     "compression.webp": draw_compression,
     "guidance.webp": draw_guidance,
+    "variation.webp": draw_variation,
+    "image-to-image.webp": draw_image_to_image,
+    "inpainting.webp": draw_inpainting,
 }
 
 

@@ -22,6 +22,7 @@ from cascade.networks.controlnet import ControlNet
 from cascade.safety import FOLDER as SAFETY_CHECKER
 from cascade.safety import SafetyChecker
 from cascade.weights import (
+    CONTROLNETS,
     IGNORED_KEYS,
     NETWORKS,
     PUBLISHED_LICENSE,
@@ -29,6 +30,7 @@ from cascade.weights import (
     PUBLISHED_SIZE,
     ModelFolder,
     WeightsError,
+    check_channels,
     empty_network,
     replacement,
     save_component,
@@ -111,9 +113,8 @@ def check_content(download: Path, part: Part) -> None:
     files = [download / path for path in part.paths]
     if part.component == SAFETY_CHECKER:
         SafetyChecker.load(files[0].parent)
-    elif part.component == "controlnet":
-        for file in files:
-            check_tensors(file, controlnet_of(file), part.dtype)
+    elif part.component in CONTROLNETS:
+        check_tensors(files[0], controlnet_of(files[0], part.component), part.dtype)
     elif part.dtype is None:
         ModelFolder.open(download).load_component(part.component)
     elif part.is_checkpoint:
@@ -124,16 +125,17 @@ def check_content(download: Path, part: Part) -> None:
         check_tensors(weights, empty_network(part.component, config), part.dtype)
 
 
-def controlnet_of(file: Path) -> ControlNet:
+def controlnet_of(file: Path, component: str) -> ControlNet:
     """The ControlNet that a file holds, on the meta device.
 
     Raises:
-        WeightsError: it holds none.
+        WeightsError: it holds none, or one that reads other controls than the component's.
     """
     try:
         config = controlnet_config({name: shape for name, (shape, _) in read_header(file).items()})
     except ValueError as error:
         raise WeightsError(f"{file} holds no published ControlNet. {error}") from error
+    check_channels(file, component, config["in_channels"])
     with torch.device("meta"):
         return ControlNet(**config)
 

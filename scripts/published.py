@@ -79,11 +79,10 @@ PARTS = {
     "feature_extractor": Part("feature_extractor", PRIOR, ("feature_extractor/preprocessor_config.json",)),
     "effnet": _checkpoint("effnet", "effnet_encoder.safetensors"),
     "previewer": _checkpoint("previewer", "previewer.safetensors"),
-    "controlnet": Part(
-        "controlnet",
-        DECODER,
-        tuple(f"controlnet/{kind}.safetensors" for kind in ("canny", "inpainting", "super_resolution")),
-        "F32",
+    "controlnet_canny": _checkpoint("controlnet_canny", "controlnet/canny.safetensors"),
+    "controlnet_inpainting": _checkpoint("controlnet_inpainting", "controlnet/inpainting.safetensors"),
+    "controlnet_super_resolution": _checkpoint(
+        "controlnet_super_resolution", "controlnet/super_resolution.safetensors"
     ),
     "safety_checker": Part("safety_checker", SAFETY, ("config.json", "model.safetensors", "preprocessor_config.json")),
 }
@@ -94,7 +93,7 @@ PRIORS = {"full": "prior", "lite": "prior_lite"}
 DECODERS = {"full": "decoder", "lite": "decoder_lite"}
 # The parts that the option --with names.
 EXTRAS = {
-    "controlnet": ("controlnet",),
+    "controlnet": ("controlnet_canny", "controlnet_inpainting", "controlnet_super_resolution"),
     "effnet": ("effnet",),
     "previewer": ("previewer",),
     "image-encoder": ("image_encoder", "feature_extractor"),

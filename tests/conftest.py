@@ -1,5 +1,7 @@
 """A whole Cascade of tiny networks with random weights, and the model folder that holds it."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,27 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.weights import StageSettings, save_model_folder
+from cascade.weights import CONTROLNETS, ModelFolder, StageSettings, save_model_folder
 
 SAMPLER = {
     "prior": StageSettings(steps=3, guidance=4.0, shift=2.0, rescale=0.7),
     "decoder": StageSettings(steps=2, guidance=1.1, shift=1.0, rescale=0.7),
+}
+
+
+MINI = Path(__file__).parent.parent / "weights" / "mini"
+SMALL_EFFNET = {
+    "stem_channels": 4,
+    "channels": (4, 8, 8),
+    "repeats": (1, 1, 1),
+    "expansions": (1, 2, 2),
+    "strides": (2, 2, 4),
+    "head_channels": 16,
 }
 
 
@@ -122,6 +136,11 @@ def make_semantic_encoder() -> SemanticEncoder:
     return encoder.eval()
 
 
+def make_controlnet(channels: int, **options: Any) -> ControlNet:
+    """For the first and the last ResBlock of `make_prior`, and one between."""
+    return ControlNet(channels, out_channels=16, proj_blocks=(0, 2, 3), effnet=SMALL_EFFNET, **options)
+
+
 def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
     """Give every parameter a random value: as initialised, many branches are closed and conditions say nothing."""
     generator = torch.Generator().manual_seed(seed)
@@ -129,6 +148,25 @@ def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
         for parameter in network.parameters():
             parameter.normal_(0, 0.2, generator=generator)
     return network.eval()
+
+
+@pytest.fixture(scope="session")
+def mini_with_controlnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature with ControlNets that have learned nothing, but add something. Not to be changed."""
+    folder = tmp_path_factory.mktemp("weights") / "mini"
+    opened = ModelFolder.open(shutil.copytree(MINI, folder))
+    width = json.loads((MINI / "prior" / "config.json").read_text())["block_out_channels"][0]
+    controlnets = {}
+    for seed, (name, channels) in enumerate(CONTROLNETS.items()):
+        torch.manual_seed(seed)
+        mode = "simple" if name == "controlnet_super_resolution" else "effnet"
+        network = ControlNet(channels, width, (0, 3, 7), mode, SMALL_EFFNET)
+        for projection in network.projections:
+            torch.nn.init.normal_(projection[-1].weight, std=3.0)
+        controlnets[name] = network.eval()
+    about = {"name": opened.name, "license": opened.license, "native_size": opened.native_size}
+    save_model_folder(folder, controlnets, sampler=opened.sampler, **about)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +187,9 @@ def components() -> dict[str, Any]:
         "vqgan": vqgan,
         "effnet": make_semantic_encoder(),
         "previewer": shuffle(Previewer(hidden=16), 5),
+        "controlnet_canny": shuffle(make_controlnet(1), 6),
+        "controlnet_inpainting": shuffle(make_controlnet(4), 7),
+        "controlnet_super_resolution": shuffle(make_controlnet(16, bottleneck_mode="simple"), 8),
     }
 
 

@@ -16,7 +16,9 @@ from PIL import Image
 
 from cascade import sizes
 from cascade.cascade import Cascade, Progress, Request, to_image, to_pixels
-from cascade.weights import WeightsError
+from cascade.controls import Control
+from cascade.sampling import Noise, diffuse
+from cascade.weights import CONTROLNETS, WeightsError
 from tests.tiny import count_calls, make_cascade
 
 SMALL = {"width": 64, "height": 64, "steps_prior": 2, "steps_decoder": 2}
@@ -60,7 +62,7 @@ def test_optional_components_may_be_missing(model_folder: Path, tmp_path: Path) 
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     content = json.loads((folder / "model.json").read_text())
-    for name in ("effnet", "previewer", "image_encoder", "feature_extractor"):
+    for name in ("effnet", "previewer", "image_encoder", "feature_extractor", *CONTROLNETS):
         shutil.rmtree(folder / name)
         content["files"] = {path: value for path, value in content["files"].items() if not path.startswith(f"{name}/")}
     (folder / "model.json").write_text(json.dumps(content))
@@ -74,6 +76,10 @@ def test_optional_components_may_be_missing(model_folder: Path, tmp_path: Path) 
         ValueError, match=r"no image encoder.*--with image-encoder, then scripts/save-weights, add it\."
     ):
         cascade.generate(Request("a cat", image_prompts=(photo(64, 64),), **SMALL))
+    with pytest.raises(
+        ValueError, match=r"no controlnet_canny, .*--with controlnet, then scripts/save-weights, add it\."
+    ):
+        cascade.generate(Request("a cat", controls=(Control("canny", photo(64, 64)),), **SMALL))
 
 
 def test_a_needed_component_may_not(model_folder: Path, tmp_path: Path) -> None:
@@ -197,6 +203,23 @@ def test_strength_0_is_a_reconstruction(cascade: Cascade) -> None:
     request = Request("a cat", image=photo(128, 64), width=128, height=64, prompt_strength=0.0, seed=3)
     (image,) = cascade.generate(request)
     assert image.tobytes() == cascade.reconstruct(photo(128, 64), seed=3, prompt="a cat").tobytes()
+
+
+def test_the_notebook_noises_at_shift_1_what_it_samples_at_2(components: dict[str, Any]) -> None:
+    """Image-to-image only; and there, what Stage C begins with is all that differs."""
+    starts, pictures = {}, {}
+    for numerics in ("official", "notebook"):
+        cascade, seen = make_cascade(components, numerics=numerics), []
+        cascade.prior.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0][:1]))
+        cascade.generate(Request("a cat", image=photo(64, 64), prompt_strength=0.8, **SMALL))
+        starts[numerics] = seen[0]
+        pictures[numerics] = cascade.generate(Request("a cat", **SMALL))[0].tobytes()
+    source = cascade.encode(photo(64, 64))
+    noise = Noise([0])(16, 2, 2)
+    for numerics, shift in (("official", 2.0), ("notebook", 1.0)):
+        expected = diffuse(source, noise, torch.tensor(0.8), shift)
+        torch.testing.assert_close(starts[numerics], expected)
+    assert pictures["official"] == pictures["notebook"]
 
 
 def test_strength_1_begins_with_noise(cascade: Cascade) -> None:
@@ -376,7 +399,7 @@ def test_images_must_be_images(wrong: dict[str, Any]) -> None:
 
 
 def test_wrong_options_are_refused(components: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="numerics is 'comfy'; it must be one of official, diffusers"):
+    with pytest.raises(ValueError, match="numerics is 'comfy'; it must be one of official, notebook, diffusers"):
         make_cascade(components, numerics="comfy")
     with pytest.raises(ValueError, match="max_batch is 0; it must be at least 1"):
         make_cascade(components, max_batch=0)

@@ -43,7 +43,7 @@ def test_what_is_read_of_predict_py_is_what_python_makes_of_it() -> None:
     assert "required" not in schemas["Input"]
     assert list(properties) == [name for name in INPUTS if name != "self"]
     kinds = {str: "string", int: "integer", float: "number", bool: "boolean", CogPath: "string"}
-    kinds |= {list[CogPath]: "array"}
+    kinds |= dict.fromkeys((list[CogPath], list[str], list[int], list[float]), "array")
     for order, (name, said) in enumerate(properties.items()):
         parameter, declared = INPUTS[name], INPUTS[name].default
         kind, *rest = typing.get_args(parameter.annotation) or [parameter.annotation]

@@ -1,10 +1,12 @@
 """The Predictor, as Cog calls it, on the miniature; and what Cog reads without running it: signature and cog.yaml."""
 
 import ast
+import base64
 import contextlib
 import ctypes
 import gc
 import inspect
+import io
 import json
 import math
 import random
@@ -243,11 +245,125 @@ def test_what_a_file_says_of_images(predictor: Predictor, apple: Path) -> None:
     (file,) = run(predictor, **TINY, image=CogPath(apple), prompt_strength=0.5)
     record = read_record(file)
     assert record["prompt_strength"] == 0.5
-    assert "image_prompt_strength" not in record
+    assert record["inpainted"] is False
+    assert not {"image_prompt_strengths", "control_types"} & set(record)
     (file,) = run(predictor, **TINY, image_prompts=[CogPath(apple)] * 2, image_prompt_strength=1.5)
     record = read_record(file)
-    assert (record["image_prompts"], record["image_prompt_strength"]) == (2, 1.5)
-    assert "prompt_strength" not in record
+    assert (record["image_prompts"], record["image_prompt_strengths"]) == (2, [1.5, 1.5])
+    assert not {"prompt_strength", "inpainted"} & set(record)
+
+
+def test_a_strength_for_each_image_prompt(predictor: Predictor, apple: Path) -> None:
+    images = {"image_prompts": [CogPath(apple)] * 2, "seed": 1}
+    (both,) = run(predictor, **TINY, **images, image_prompt_strengths=[1, 0.5])
+    assert read_record(both)["image_prompt_strengths"] == [1, 0.5]
+    weighed = read(both)
+    (swapped,) = run(predictor, **TINY, **images, image_prompt_strengths=[0.5, 1])
+    assert np.abs(read(swapped) - weighed).max() <= 1  # it is the same image, in another order
+    (one,) = run(predictor, **TINY, **images, image_prompt_strength=1)
+    assert (read(one) != weighed).any()
+
+
+def test_inpainting(predictor: Predictor, apple: Path, tmp_path: Path) -> None:
+    """Another apple in the middle; around it, not a pixel of another colour."""
+    mask = Image.new("L", (256, 256))
+    mask.paste(255, (64, 64, 192, 192))
+    mask.save(tmp_path / "mask.png")
+    inputs = {"image": CogPath(apple), "mask": CogPath(tmp_path / "mask.png"), "output_format": "png"}
+    (file,) = run(predictor, prompt="a blue butterfly on a yellow background", seed=0, **inputs)
+    outside = np.asarray(mask) == 0
+    assert (read(file)[outside] == read(apple)[outside]).all()
+    assert read_record(file)["inpainted"] is True
+    red = lambda file: read(file)[88:168, 88:168, 0].mean() - read(file)[88:168, 88:168, 2].mean()  # noqa: E731
+    assert red(file) < red(apple) - 60
+
+
+def test_outpainting(predictor: Predictor, apple: Path) -> None:
+    """The background goes on."""
+    prompt = "a red apple on a yellow background"
+    (file,) = run(predictor, prompt=prompt, image=CogPath(apple), outpaint=[0, 0, 64, 40], seed=0, output_format="png")
+    picture = read(file)
+    assert picture.shape == (296, 320, 3)
+    assert (picture[:256, :256] == read(apple)).all()
+    assert (picture[-20:].mean((0, 1))[:2] > picture[-20:].mean((0, 1))[2] + 40).all()
+
+
+@pytest.fixture(scope="module")
+def controlled(mini_with_controlnets: Path) -> Predictor:
+    with pytest.MonkeyPatch.context() as patch:
+        return set_up(mini_with_controlnets, patch)
+
+
+def test_controls(controlled: Predictor, apple: Path) -> None:
+    """Each input counts, and is recorded; one value serves for all images."""
+    images = {"control_images": [CogPath(apple)] * 2, "seed": 1, "steps_prior": 4}
+    base = {**TINY, "prompt": "a red apple", "width": 128, "height": 128, **images}
+    pictures = []
+    for inputs in (
+        {},
+        {"control_types": ["super_resolution"]},
+        {"control_types": ["canny", "super_resolution"]},
+        {"control_scales": [0.5]},
+        {"control_scales": [0.5, 1.25]},
+        {"control_starts": [0.5]},
+        {"control_ends": [0.25, 0.75]},
+        {"control_scales": [0]},
+    ):
+        (file,) = run(controlled, **{**base, **inputs})
+        pictures.append(read(file).tobytes())
+    assert len(set(pictures)) == len(pictures)
+    record = read_record(file)
+    assert (record["control_types"], record["control_scales"]) == (["canny"] * 2, [0, 0])
+    assert (record["control_starts"], record["control_ends"]) == ([0, 0], [1, 1])
+    (file,) = run(controlled, **{**base, "control_images": None})
+    assert read(file).tobytes() == pictures[-1]
+
+
+def test_upscaling(controlled: Predictor, metrics: dict[str, Any], apple: Path, tmp_path: Path) -> None:
+    Image.open(apple).crop((0, 0, 100, 75)).save(tmp_path / "small.png")
+    inputs = {"steps_prior": 2, "steps_decoder": 1, "output_format": "png", "upscale": True}
+    (file,) = run(controlled, **inputs, image=CogPath(tmp_path / "small.png"))
+    assert Image.open(file).size == (200, 150)
+    record = read_record(file)
+    assert (record["guidance_scale_prior"], record["control_types"]) == (1, ["super_resolution"])
+    (file,) = run(controlled, **inputs, image=CogPath(tmp_path / "small.png"), guidance_scale_prior=3)
+    assert read_record(file)["guidance_scale_prior"] == 3
+
+
+def test_time_for_controls_is_told(controlled: Predictor, monkeypatch: pytest.MonkeyPatch, apple: Path) -> None:
+    recorded: dict[str, Any] = {}
+    monkeypatch.setattr(controlled, "record_metric", recorded.__setitem__)
+    run(controlled, **TINY, control_images=[CogPath(apple)])
+    assert recorded["seconds.input_images"] > 0
+
+
+def test_previews(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, checker: SafetyChecker) -> None:
+    """One after every step of Stage C, of every picture; none that the safety checker flags; none in the end."""
+    seen: list[list[str]] = []
+
+    def record(name: str, value: Any) -> None:
+        if name == "previews":
+            seen.append(value)
+
+    monkeypatch.setattr(predictor, "record_metric", record)
+    asked = {**TINY, "width": 128, "height": 64, "steps_prior": 3, "num_images": 2}
+    run(predictor, **asked)
+    assert not seen
+    run(predictor, **asked, previews=True)
+    *shown, last = seen
+    assert [len(previews) for previews in shown] == [2, 2, 2]
+    assert last == []
+    assert len({preview for previews in shown for preview in previews}) == 6
+    for preview in shown[-1]:
+        header, data = preview.split(",")
+        assert header == "data:image/jpeg;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert (image.format, image.size) == ("JPEG", (24, 16))
+    seen.clear()
+    checker.classifier.classifier.bias.data[1] = 100
+    with pytest.raises(ValueError, match="flagged every picture"):
+        run(predictor, **asked, previews=True)
+    assert seen == [[]] * 4
 
 
 def test_time_for_images_is_told(predictor: Predictor, metrics: dict[str, Any], apple: Path) -> None:
@@ -256,9 +372,9 @@ def test_time_for_images_is_told(predictor: Predictor, metrics: dict[str, Any], 
 
 
 @pytest.mark.parametrize("place", ["/etc/passwd", "file:///etc/passwd", "", "hello", 5])
-def test_only_what_cog_downloaded_is_opened(predictor: Predictor, place: Any) -> None:
-    for inputs in ({"image": place}, {"image_prompts": [place]}):
-        (name,) = inputs
+def test_only_what_cog_downloaded_is_opened(predictor: Predictor, apple: Path, place: Any) -> None:
+    for name in ("image", "image_prompts", "mask", "control_images"):
+        inputs = {"image": CogPath(apple), name: [place] if name.endswith("s") else place}
         with pytest.raises(ValueError, match=name) as caught:
             run(predictor, **TINY, **inputs)
         assert str(caught.value) == f"{name} is {place!r}; it must be an http, https or data URL of a picture."
@@ -572,6 +688,18 @@ def test_memory_that_does_not_suffice(predictor: Predictor, small_memory: list[i
     if smaller := re.search(r"num_images=(\d) at (\d+)x(\d+) would", str(caught.value)):
         number, width, height = map(int, smaller.groups())
         assert len(run(predictor, **{**asked, "width": width, "height": height}, num_images=number)) == number
+
+
+def test_memory_that_does_not_suffice_for_a_mask(predictor: Predictor, small_memory: list[int], tmp_path: Path) -> None:
+    """With which pictures have the image's size, so that a smaller image would fit."""
+    small_memory[0] = int(0.6 * 32 * 24)
+    for name, mode in (("image", "RGB"), ("mask", "L")):
+        Image.new(mode, (128, 96), "white").save(tmp_path / f"{name}.png")
+    inputs = {name: CogPath(tmp_path / f"{name}.png") for name in ("image", "mask")}
+    with pytest.raises(
+        ValueError, match="at 128x96 needs more memory than the GPU has left; num_images=1 at 88x64 would"
+    ):
+        run(predictor, steps_prior=2, steps_decoder=1, guidance_scale_decoder=0, **inputs)
 
 
 def test_healthcheck(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cascade.conditioning import Conditioner, TextEmbeddings
 from cascade.networks.unet import StableCascadeUNet
-from cascade.prior import prior_steps, steps_taken
+from cascade.prior import Residuals, prior_steps, residuals_by_step, steps_taken
 from cascade.sampling import Noise, diffuse, finish
 from tests.tiny import count_calls
 
@@ -114,9 +114,9 @@ def test_latents_and_times_are_float32_in_a_bfloat16_network(
     seen = []
     forward = half.forward
 
-    def watched(x: Tensor, t: Tensor, conditions: Any) -> Tensor:
+    def watched(x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append((x.dtype, t.dtype))
-        return forward(x, t, conditions)
+        return forward(x, t, *args, **kwargs)
 
     monkeypatch.setattr(half, "forward", watched)
     assert make(half, *texts).dtype == torch.float32
@@ -142,9 +142,9 @@ def test_start_is_noised_at_the_shift_of_sampling(
     seen = []
     forward = prior.forward
 
-    def watched(x: Tensor, *args: Any) -> Tensor:
+    def watched(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append(x)
-        return forward(x, *args)
+        return forward(x, *args, **kwargs)
 
     monkeypatch.setattr(prior, "forward", watched)
     steps = list(
@@ -153,6 +153,83 @@ def test_start_is_noised_at_the_shift_of_sampling(
     assert len(steps) == 16
     expected = diffuse(start, Noise([1])(16, *SIZE), torch.tensor(0.8), shift=2.0)
     torch.testing.assert_close(seen[0][:1], expected)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm"])
+def test_latents_that_are_not_free_are_the_start_s_at_every_step(
+    prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings], sampler: str
+) -> None:
+    start = torch.randn(1, 16, *SIZE, generator=torch.Generator().manual_seed(9))
+    free = torch.zeros(1, 1, *SIZE, dtype=torch.bool)
+    free[..., 1, 2:] = True
+    options = {"size": SIZE, "steps": 10, "start": start, "strength": 0.7, "sampler": sampler}
+    steps = list(prior_steps(prior, *texts, noise=Noise([1, 2]), free=free, **options))
+    noise = Noise([1, 2])(16, *SIZE)
+    times = torch.linspace(0.7, 0, 8)[1:]
+    for step, t in zip(steps, times, strict=True):
+        known = diffuse(start.expand(2, -1, -1, -1), noise, t, shift=2.0)
+        torch.testing.assert_close(torch.where(free, 0, step.x), torch.where(free, 0, known))
+        assert (torch.where(free, step.x, known) != known).any()
+    assert (steps[-1].x - start)[~free.expand(2, 16, -1, -1)].std() < 0.03  # the noise that the schedule leaves
+    everything = finish(prior_steps(prior, *texts, noise=Noise([1, 2]), free=torch.ones_like(free), **options))
+    assert torch.equal(everything, finish(prior_steps(prior, *texts, noise=Noise([1, 2]), **options)))
+
+
+@pytest.mark.parametrize(
+    ("span", "steps", "active"),
+    [
+        ((0.0, 1.0), 5, [0, 1, 2, 3, 4]),
+        ((0.0, 0.5), 3, [0, 1]),
+        ((0.5, 1.0), 3, [2]),
+        ((0.2, 0.6), 10, [2, 3, 4, 5]),
+        ((0.0, 0.01), 10, [0]),
+        ((0.95, 1.0), 10, []),
+    ],
+)
+def test_residuals_are_added_in_their_steps(span: tuple[float, float], steps: int, active: list[int]) -> None:
+    """Keys and shapes stay the same, with zeros in other steps."""
+    blocks = {0: torch.rand(1, 2, *SIZE), 3: torch.rand(1, 2, *SIZE)}
+    by_step = residuals_by_step([Residuals(blocks, 0.5, *span)], steps, SIZE, 4)
+    for step, added in enumerate(by_step):
+        assert list(added) == [0, 3]
+        for k, one in added.items():
+            assert one.shape == (4, 2, *SIZE)
+            expected = 0.5 * blocks[k] if step in active else torch.zeros_like(blocks[k])
+            torch.testing.assert_close(one, expected.expand(4, -1, -1, -1))
+
+
+def test_residuals_of_several_controls_are_summed() -> None:
+    """In the latents' size, whatever size each has, and wherever only one has any."""
+    fine, coarse = torch.rand(1, 2, 6, 10), torch.rand(1, 2, 2, 2)
+    controls = [Residuals({0: fine, 1: fine}, 0.5), Residuals({1: coarse, 2: coarse}, 2.0, start=0.5)]
+    first, second = residuals_by_step(controls, 2, SIZE, 1)
+    small, large = (
+        torch.nn.functional.interpolate(one, SIZE, mode="bilinear", align_corners=True) for one in (fine, coarse)
+    )
+    for added, share in ((first, 0.0), (second, 2.0)):
+        torch.testing.assert_close(added, {0: 0.5 * small, 1: 0.5 * small + share * large, 2: share * large})
+
+
+def test_residuals_reach_both_halves_and_every_image(
+    prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    forward = prior.forward
+
+    def watched(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((x.shape[0], kwargs["controlnet_residuals"]))
+        return forward(x, *args, **kwargs)
+
+    monkeypatch.setattr(prior, "forward", watched)
+    blocks = {0: torch.rand(1, 16, *SIZE), 2: torch.rand(1, 16, *SIZE)}
+    with_control = make(prior, *texts, seeds=(1, 2), controls=[Residuals(blocks, 1.0, 0.0, 0.5)])
+    assert len(seen) == 3
+    for step, (batch, added) in enumerate(seen):
+        assert batch == 4
+        for k, residual in blocks.items():
+            expected = residual if step < 2 else torch.zeros_like(residual)
+            assert torch.equal(added[k], expected.expand(4, -1, -1, -1))
+    assert not torch.allclose(with_control, make(prior, *texts, seeds=(1, 2)), rtol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +248,7 @@ def test_steps_taken(steps: int, strength: float, taken: int) -> None:
         ({"start": torch.zeros(1, 16, *SIZE), "strength": 0.0}, "strength is 0.0; it must lie above 0"),
         ({"start": torch.zeros(1, 16, 4, 4)}, r"start has the shape \(1, 16, 4, 4\); it must be \(1 or 1, 16, 3, 5\)"),
         ({"steps": 0}, "steps is 0"),
+        ({"free": torch.ones(1, 1, *SIZE).bool()}, "free says which latents are made anew, but there is no start"),
     ],
 )
 def test_wrong_arguments_are_refused(

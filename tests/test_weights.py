@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cascade.networks.controlnet import KINDS, PUBLISHED_BLOCKS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.weights import (
@@ -74,6 +75,10 @@ def published(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     torch.manual_seed(0)
     save_file(SemanticEncoder().half().state_dict(), decoder / "effnet_encoder.safetensors")
     save_file(Previewer().half().state_dict(), decoder / "previewer.safetensors")
+    (decoder / "controlnet").mkdir()
+    for kind, channels in KINDS.items():
+        network = ControlNet(channels, out_channels=8, bottleneck_mode="simple")
+        save_file(network.state_dict(), decoder / "controlnet" / f"{kind}.safetensors")
     return root
 
 
@@ -353,6 +358,17 @@ def test_published_single_files(published: Path) -> None:
     assert effnet(torch.rand(1, 3, 64, 64)).shape == (1, 16, 2, 2)
     assert previewer(torch.rand(1, 16, 2, 2)).shape == (1, 3, 16, 16)
     assert effnet.dtype == torch.float32
+    for kind, channels in KINDS.items():
+        residuals = folder.load_component(f"controlnet_{kind}")(torch.rand(1, channels, 4, 4))
+        assert {k: tuple(one.shape) for k, one in residuals.items()} == dict.fromkeys(PUBLISHED_BLOCKS, (1, 8, 4, 4))
+
+
+def test_a_controlnet_in_the_place_of_another(copy: Path) -> None:
+    for file in (copy / "controlnet_inpainting").iterdir():
+        shutil.copy(file, copy / "controlnet_canny")
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(WeightsError, match=r"controlnet_canny/.* is no controlnet_canny: it reads 4 channels, not 1\."):
+        ModelFolder.open(copy).load_component("controlnet_canny")
 
 
 def test_published_single_file_of_another_network(published: Path, tmp_path: Path) -> None:

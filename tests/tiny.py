@@ -7,7 +7,7 @@ from torch import nn
 
 from cascade.cascade import Cascade
 from cascade.conditioning import Conditioner
-from cascade.weights import StageSettings
+from cascade.weights import CONTROLNETS, StageSettings
 
 DEFAULTS = {
     "prior": StageSettings(steps=3, guidance=4.0, shift=2.0, rescale=0.7),
@@ -18,8 +18,11 @@ DEFAULTS = {
 def make_cascade(components: dict[str, object], **options: object) -> Cascade:
     """A Cascade of copies, which may be changed."""
     parts = {name: copy.deepcopy(part) for name, part in components.items()}
+    parts["controlnets"] = {
+        name.removeprefix("controlnet_"): parts.pop(name) for name in CONTROLNETS if name in components
+    }
     encoders = (parts.pop(name) for name in ("tokenizer", "text_encoder", "feature_extractor", "image_encoder"))
-    return Cascade(Conditioner(*encoders), **parts, **{"defaults": DEFAULTS, "native_size": 128, **options})
+    return Cascade(Conditioner(*encoders), **{**parts, "defaults": DEFAULTS, "native_size": 128, **options})
 
 
 def count_calls(network: nn.Module, monkeypatch: pytest.MonkeyPatch, method: str = "forward") -> list[int]:

@@ -11,17 +11,21 @@ from typing import Any
 
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-from cascade.weights import NETWORKS, StageSettings, save_model_folder
+from cascade.weights import CONTROLNETS, NETWORKS, StageSettings, save_model_folder
 
 
 def assemble(config: dict[str, Any], trained: Path, folder: Path) -> None:
     """Writes the model folder ``folder`` from the components below ``trained``.
 
     Raises:
-        OSError: a component is missing.
+        OSError: a component other than a ControlNet is missing.
     """
     size = config["image_encoder"]["image_size"]
-    components: dict[str, Any] = {name: network.from_pretrained(trained / name) for name, network in NETWORKS.items()}
+    components: dict[str, Any] = {
+        name: network.from_pretrained(trained / name)
+        for name, network in NETWORKS.items()
+        if name not in CONTROLNETS or (trained / name).is_dir()
+    }
     components["tokenizer"] = AutoTokenizer.from_pretrained(trained / "tokenizer")
     components["feature_extractor"] = CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}

@@ -67,9 +67,9 @@ def redrawn(server: Server, url: str, **inputs: Any) -> np.ndarray:
 
 
 def refusal(server: Server, **inputs: Any) -> str:
-    """What the failure of a request says; the next one works."""
+    """What the failure of a request says; the next one works. An input that is None is left out."""
     server.wait_until("READY")
-    answer = server.post({**SMALL, **inputs})
+    answer = server.post({name: value for name, value in {**SMALL, **inputs}.items() if value is not None})
     assert answer.status_code == 200, answer.text
     assert answer.json()["status"] == "failed", answer.text
     server.predict(**SMALL)
@@ -150,11 +150,12 @@ def test_image_prompts(server: Server) -> None:
             {"image_prompts": [red], "image_prompt_strength": 2},
             {"image_prompts": [red, blue]},
             {"image_prompts": [red, blue, red, blue]},
+            {"image_prompts": [red, blue], "image_prompt_strengths": [0.5, 2]},
         )
     ]
     plain, *same = pictures[:3]
     assert all((one == plain).all() for one in same)
-    assert len({one.tobytes() for one in pictures[2:]}) == 5
+    assert len({one.tobytes() for one in pictures[2:]}) == 6
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,8 @@ def test_image_prompts(server: Server) -> None:
 def test_what_is_no_picture_gets_one_sentence(server: Server, url: str, message: str) -> None:
     assert refusal(server, image=url).startswith(message)
     assert refusal(server, image_prompts=[url]).startswith(message.replace("image ", "image_prompts "))
+    assert refusal(server, image=data_url(halves()), mask=url).startswith(message.replace("image ", "mask "))
+    assert refusal(server, control_images=[url]).startswith(message.replace("image ", "control_images "))
 
 
 @pytest.mark.parametrize("place", ["", "hello", "/etc/passwd", "PICTURE", "file://PICTURE", "../halves.png"])
@@ -181,15 +184,18 @@ def test_nothing_on_the_server_is_opened(server: Server, tmp_path: Path, place: 
     place = place.replace("PICTURE", str(tmp_path / "halves.png"))
     sentence = "it must be an http, https or data URL of a picture."
     assert refusal(server, image=place) == f"image is {reprlib.repr(place)}; {sentence}"
-    mixed = refusal(server, image_prompts=[data_url(halves()), place])
-    assert mixed.startswith("image_prompts is '")
-    assert mixed.endswith(f"; {sentence}")
-    assert len(mixed) < 120
+    assert refusal(server, image=data_url(halves()), mask=place) == f"mask is {reprlib.repr(place)}; {sentence}"
+    for name in ("image_prompts", "control_images"):
+        mixed = refusal(server, **{name: [data_url(halves()), place]})
+        assert mixed.startswith(f"{name} is '")
+        assert mixed.endswith(f"; {sentence}")
+        assert len(mixed) < 120
 
 
-def test_too_many_image_prompts(server: Server) -> None:
+def test_too_many_images(server: Server) -> None:
     five = [data_url(Image.new("RGB", (8, 8), RED))] * 5
     assert refusal(server, image_prompts=five) == "image_prompts has 5 pictures; 4 are the limit."
+    assert refusal(server, control_images=five) == "control_images has 5 pictures; 4 are the limit."
 
 
 def test_downloaded_inputs_are_deleted(server: Server) -> None:

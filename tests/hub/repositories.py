@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.networks.controlnet import ControlNet
-from cascade.weights import NETWORKS, TRANSFORMERS_CONFIGS
+from cascade.weights import CONTROLNETS, NETWORKS, TRANSFORMERS_CONFIGS
 from scripts.download_folder import Manifest, sha256
 from scripts.published import PARTS
 from tests.test_safety import save_classifier
@@ -329,11 +329,10 @@ def _write_part(name: str, repository: Path, configs: Mapping[str, Config], devi
             _write_json(repository / path, content)
     elif name == "feature_extractor":
         _write_json(repository / part.files[0], CLIP_PROCESSOR)
-    elif name == "controlnet":
-        for path in part.files:  # with the smallest of the backbones
-            with torch.device("meta"):
-                network = ControlNet(in_channels=2, out_channels=8, bottleneck_mode="simple")
-            save_file(random_tensors(network, _DTYPES[part.dtype]), repository / path)
+    elif name in CONTROLNETS:  # with the smallest of the backbones, for the small Stage C
+        with torch.device("meta"):
+            network = ControlNet(CONTROLNETS[name], SMALL["prior"]["block_out_channels"][0], bottleneck_mode="simple")
+        save_file(random_tensors(network, _DTYPES[part.dtype]), repository / part.files[0])
     else:
         _write_network(name, repository / part.files[-1], configs, _DTYPES[part.dtype], device)
 

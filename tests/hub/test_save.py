@@ -11,14 +11,17 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cascade.cascade import Cascade, Request
+from cascade.controls import Control
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -113,9 +116,9 @@ def change_tensors(download: Path, path: str, change: Callable[[dict[str, Tensor
     replace(download, path, save(tensors, metadata={"format": "pt"}))
 
 
-def make_picture(folder: Path) -> np.ndarray:
+def make_picture(folder: Path, **inputs: Any) -> np.ndarray:
     (image,) = Cascade.load(folder).generate(
-        Request("A thin thing", width=136, height=72, steps_prior=2, steps_decoder=1)
+        Request("A thin thing", width=136, height=72, steps_prior=2, steps_decoder=1, **inputs)
     )
     assert image.size == (136, 72)
     return np.asarray(image)
@@ -153,7 +156,10 @@ def test_from_the_hub_to_a_picture(tmp_path: Path, hub: Hub, succeed: Run) -> No
             assert (target / part.component / Path(path).name.replace(".bf16.", ".")).samefile(download / path)
     assert (download / "download.json").is_file()  # as nobody was asked
 
-    assert make_picture(target).std() > 1
+    plain = make_picture(target)
+    assert plain.std() > 1
+    controlled = make_picture(target, controls=(Control("canny", Image.linear_gradient("L")),))
+    assert (controlled != plain).any()
     SafetyChecker.load(target / "safety_checker")
 
 
@@ -291,7 +297,7 @@ def cut_projection(tensors: dict[str, Tensor]) -> None:
         (VQGAN, narrow_statistics, ": down_blocks.3.1.running_mean has the dtype F16 instead of BF16."),
         (PREVIEWER, halve, ": blocks.0.bias has the dtype F16 instead of F32."),
         (PREVIEWER, forget_counter, " has no tensor blocks.2.num_batches_tracked."),
-        (CANNY, transpose, ": projections.3.2.weight has the shape (2, 8, 1, 1) instead of (8, 2, 1, 1)."),
+        (CANNY, transpose, ": projections.3.2.weight has the shape (1, 16, 1, 1) instead of (16, 1, 1, 1)."),
         (CANNY, narrow_controlnet, ": projections.0.0.weight has the dtype BF16 instead of F32."),
         (
             CANNY,
@@ -309,6 +315,11 @@ def test_wrong_tensors(
 ) -> None:
     change_tensors(full, path, change)
     assert fails(full) == f"{full / path}{problem}"
+
+
+def test_controlnets_that_were_mixed_up(full: Path, fails: Callable[[Path], str]) -> None:
+    replace(full, CANNY, (full / "stable-cascade/controlnet/inpainting.safetensors").read_bytes())
+    assert fails(full) == f"{full / CANNY} is no controlnet_canny: it reads 4 channels, not 1."
 
 
 def test_harmless_differences(lite: Path, target: Path) -> None:

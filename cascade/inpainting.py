@@ -1,0 +1,111 @@
+"""Masks: which pixels and which semantic latents are made anew, and how what is made is set into the image.
+
+A mask of pixels is a bool array (H, W), true where the picture is made anew.
+"""
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from cascade import sizes
+from cascade.pictures import to_rgb
+
+WHITE = 128
+# Pixels from the mask's edge, inwards, over which the image fades into what is made.
+SEAM = 8
+
+
+def check_shape(mask: Image.Image, width: int, height: int) -> None:
+    """Make sure that a mask is one of an image of `width` x `height`: of its shape.
+
+    Raises:
+        ValueError: it is not.
+    """
+    # One is the other, resized, but for the rounding of sides to whole pixels.
+    if abs(mask.width * height - mask.height * width) > max(*mask.size, width, height):
+        raise ValueError(
+            f"mask has {mask.width}x{mask.height} pixels, and image {width}x{height}; it must have the image's shape."
+        )
+
+
+def check_mask(mask: Image.Image, width: int, height: int) -> None:
+    """Make sure that a mask is one of an image of `width` x `height`, and that something is made anew.
+
+    Raises:
+        ValueError: the mask has another shape, no white, or 32 bits a channel.
+    """
+    check_shape(mask, width, height)
+    if not read_mask(mask, width, height).any():
+        raise ValueError("mask has no white, so that nothing of image would be made anew.")
+
+
+def read_mask(mask: Image.Image, width: int, height: int) -> np.ndarray:
+    """A mask of any size and mode as bool (height, width). White and what is nearer to it than to black is true.
+
+    What is transparent counts as black, so that white strokes on a transparent ground do what they show.
+
+    Raises:
+        ValueError: it has 32 bits a channel.
+    """
+    grey = to_rgb(mask, "mask", background="black").convert("L")
+    return np.asarray(grey.resize((width, height), Image.Resampling.BOX)) >= WHITE
+
+
+def latents_of(mask: np.ndarray, size: sizes.Size) -> Tensor:
+    """The semantic latents, (h, w) = `size`, of which any pixel is in the mask: bool (1, 1, h, w).
+
+    A mask whose size is no multiple of 8 is padded as the image is, see `decoder.encode_pixels`.
+    """
+    pixels = torch.from_numpy(mask).float()[None, None]
+    return F.adaptive_max_pool2d(sizes.pad(pixels, *sizes.native_size(*mask.shape)), size).bool()
+
+
+def set_into(image: Image.Image, made: Image.Image, mask: np.ndarray) -> Image.Image:
+    """What was made where the mask is, the image everywhere else, exactly; the seam lies inside of the mask.
+
+    Args:
+        image, made: RGB, of the same size.
+        mask: in that size.
+    """
+    # A border of the picture is no edge of the mask: distances are to pixels that are there.
+    inside = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    # A mask that is nowhere as deep as the seam, a thin stroke, still shows in full what was made.
+    share = np.minimum(inside / min(SEAM, inside.max()), 1)[..., None]
+    old, new = np.asarray(image, np.float32), np.asarray(made, np.float32)
+    return Image.fromarray((old + share * (new - old)).round().astype(np.uint8))
+
+
+def extend(
+    image: Image.Image, mask: Image.Image | None, left: int, above: int, right: int, below: int
+) -> tuple[Image.Image, Image.Image]:
+    """An image on a larger canvas, and the mask of what is new there: outpainting is inpainting of that.
+
+    Args:
+        image: of any size and mode.
+        mask: what of the image is made anew besides; None: nothing.
+        left, above, right, below: pixels to add, at least 0, and at one side some.
+
+    Returns:
+        The canvas, RGB, which repeats the image's border pixels, and its mask.
+
+    Raises:
+        ValueError: a number is negative, or all are 0; the canvas exceeds 2048 pixels; the mask has another shape.
+    """
+    added = f"{left}, {above}, {right}, {below}"
+    if min(left, above, right, below) < 0 or not max(left, above, right, below):
+        raise ValueError(f"outpaint is {added}; it must be four numbers of at least 0, one of them above it.")
+    width, height = left + image.width + right, above + image.height + below
+    if max(width, height) > sizes.LARGEST:
+        raise ValueError(
+            f"outpaint is {added}, which makes {width}x{height} pixels of image's {image.width}x{image.height}; "
+            f"each side may have {sizes.LARGEST}."
+        )
+    if mask is not None:
+        check_shape(mask, *image.size)
+    old = np.zeros((image.height, image.width), bool) if mask is None else read_mask(mask, *image.size)
+    border = ((above, below), (left, right))
+    canvas = np.pad(np.asarray(to_rgb(image)), (*border, (0, 0)), mode="edge")
+    return Image.fromarray(canvas), Image.fromarray(np.pad(old, border, constant_values=True))

@@ -1,0 +1,70 @@
+"""The command line of ``scripts/reconstruct``: a picture's semantic latents, and what Stages B and A paint from them.
+
+What cannot be done is answered with one sentence and exit code 1.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from cascade.cascade import Cascade
+from cascade.metadata import VERSION, save_picture
+from cascade.pictures import read_picture
+from cascade.request import LARGEST_SEED
+from cascade.weights import ModelFolder, WeightsError
+from predict import find_weights
+
+logger = logging.getLogger(__name__)
+
+ENDINGS = (".png", ".webp", ".jpg")
+
+
+def reconstruct(weights: Path, source: Path, target: Path, prompt: str, seed: int) -> None:
+    """Read a picture, and write what becomes of it.
+
+    Raises:
+        WeightsError: the weights are missing or damaged.
+        ValueError: the source is no picture, or one with a side outside of 64 to 2048 pixels; or the model has no
+            semantic encoder.
+        OSError: a file cannot be read or written.
+    """
+    if not source.is_file():
+        raise FileNotFoundError(f"There is no file {source}.")
+    image = read_picture(source, str(source))
+    cascade = Cascade.load(weights)
+    channels, rows, columns = cascade.encode(image).shape[1:]
+    logger.info("%dx%d pixels become %d x %d x %d semantic latents.", *image.size, channels, rows, columns)
+    made = cascade.reconstruct(image, seed, prompt)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record = {"prompt": prompt, "seed": seed, "model": ModelFolder.open(weights).name, "version": VERSION}
+    save_picture(made, target, record)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``scripts/reconstruct``; ``arguments`` default to the process's. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/reconstruct", description="Paint a picture anew from its semantic latents."
+    )
+    parser.add_argument("picture", type=Path, help="a file with 64 to 2048 pixels a side")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("reconstruction.png"), metavar="PATH", help="default: %(default)s"
+    )
+    parser.add_argument("--prompt", default="", help="what the picture shows (default: no word)")
+    parser.add_argument("--seed", type=int, default=0, help="of Stage B's noise (default: %(default)s)")
+    parser.add_argument(
+        "--weights", type=Path, metavar="DIR", help="the model folder (default: that of scripts/predict)"
+    )
+    options = parser.parse_args(arguments)
+    if options.output.suffix not in ENDINGS:
+        parser.error(f"-o must end in {', '.join(ENDINGS)}, unlike {options.output}")
+    if not 0 <= options.seed <= LARGEST_SEED:
+        parser.error(f"--seed must be from 0 to {LARGEST_SEED}, not {options.seed}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        reconstruct(options.weights or find_weights(), options.picture, options.output, options.prompt, options.seed)
+    except (WeightsError, ValueError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{options.output}\n")
+    return 0

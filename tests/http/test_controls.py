@@ -1,0 +1,190 @@
+"""ControlNets, enlarging and previews over HTTP, on the miniature with ControlNets that have learned nothing."""
+
+import base64
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.http.serving import MINI, Receiver, Server, data_url, picture, wait_for
+from tests.http.test_images import BLUE, QUICK, RED, halves, refusal
+
+CONTROL = data_url(halves())
+ENLARGED = {"prompt": "", "steps_prior": 2, "steps_decoder": 1, "output_format": "png"}
+
+
+@pytest.fixture(scope="module")
+def controlled(mini_with_controlnets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"), weights=mini_with_controlnets)
+    try:
+        assert server.wait_until("READY", "SETUP_FAILED") == "READY", server.log.read_text()
+        yield server
+    finally:
+        server.stop()
+
+
+def made(server: Server, **inputs: Any) -> bytes:
+    return picture(server.predict(**{**QUICK, **inputs})["output"][0]).tobytes()
+
+
+def test_controls(controlled: Server) -> None:
+    """Each input counts; several at once; lists of whole numbers will do."""
+    two = [CONTROL, data_url(Image.new("RGB", (64, 64), RED))]
+    different = [
+        {},
+        {"control_images": [CONTROL]},
+        {"control_images": [CONTROL], "control_scales": [0.5]},
+        {"control_images": [CONTROL], "control_starts": [0.5]},
+        {"control_images": [CONTROL], "control_ends": [0.5]},
+        {"control_images": [CONTROL], "control_types": ["super_resolution"]},
+        {"control_images": two, "control_types": ["canny", "super_resolution"]},
+        {"control_images": two, "control_types": ["canny", "super_resolution"], "control_scales": [2, 1]},
+        {"image": CONTROL, "mask": data_url(Image.new("L", (128, 128), 255))},
+    ]
+    inpainting = {**different[-1], "control_images": [CONTROL], "control_types": ["inpainting"]}
+    inpainting["image"] = data_url(halves().resize((128, 128)))
+    different[-1]["image"] = inpainting["image"]
+    different.append({**inpainting, "control_scales": [0.25]})
+    assert len({made(controlled, **inputs) for inputs in different}) == len(different)
+    assert made(controlled, control_images=[CONTROL], control_scales=[0]) == made(controlled)
+    assert made(controlled, control_images=[CONTROL], control_types=[]) == made(controlled, **different[1])
+
+
+def test_enlarging(controlled: Server) -> None:
+    image = halves().resize((75, 101))
+    prediction = controlled.predict(**ENLARGED, image=data_url(image), upscale=True)
+    assert picture(prediction["output"][0]).size == (150, 202)
+    assert prediction["metrics"]["pixels"] == 150 * 202
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"control_scales": [1]}, "control_scales needs control_images; there are none."),
+        (
+            {"control_images": [CONTROL], "control_types": ["depth"]},
+            "control_types has 'depth' in it; it must have canny, inpainting, super_resolution only.",
+        ),
+        (
+            {"control_images": [CONTROL], "control_types": ["inpainting"]},
+            "control_types has 'inpainting' in it, which needs mask or outpaint; there is none.",
+        ),
+        (
+            {"control_images": [CONTROL] * 3, "control_scales": [1, 1]},
+            "control_scales has 2 values; it must have 1, or one for each of 3 control_images.",
+        ),
+        (
+            {"control_images": [CONTROL], "control_scales": [2.5]},
+            "control_scales has 2.5 in it; it must have numbers from 0 to 2 only.",
+        ),
+        (
+            {"control_images": [CONTROL], "control_ends": [-1]},
+            "control_ends has -1 in it; it must have numbers from 0 to 1 only.",
+        ),
+        (
+            {"control_images": [CONTROL], "control_starts": [0.5], "control_ends": [0.2]},
+            "A control starts at 0.5 and ends at 0.2; these must be numbers from 0 to 1, the first one less than the",
+        ),
+        (
+            {"control_images": [CONTROL], "control_types": ["super_resolution"]},
+            "The picture has 64x64 pixels; with a control of the kind 'super_resolution', it must have at least 128x128.",
+        ),
+        ({"upscale": True}, "upscale needs an image; there is none."),
+        (
+            {"upscale": True, "image": CONTROL},
+            "upscale makes all of image anew in twice its size: leave mask, outpaint, width, height out.",
+        ),
+        (
+            {"image_prompts": [CONTROL], "image_prompt_strengths": [1, 1]},
+            "image_prompt_strengths has 2 values; it must have 1.",
+        ),
+        (
+            {"image_prompts": [CONTROL], "image_prompt_strengths": [3]},
+            "image_prompt_strengths has 3 in it; it must have numbers from 0 to 2 only.",
+        ),
+    ],
+)
+def test_bad_controls_get_one_sentence(controlled: Server, inputs: dict[str, Any], sentence: str) -> None:
+    assert refusal(controlled, **inputs).startswith(sentence)
+
+
+@pytest.mark.parametrize("size", [(63, 80), (80, 1025)])
+def test_what_cannot_be_enlarged_gets_one_sentence(controlled: Server, size: tuple[int, int]) -> None:
+    said = refusal(controlled, image=data_url(Image.new("RGB", size, BLUE)), upscale=True, width=None, height=None)
+    assert (
+        said
+        == f"image has {size[0]}x{size[1]} pixels; to be enlarged to twice its size, each side must have 64 to 1024."
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"control_scales": 1}, {"control_types": "canny"}, {"control_ends": ["1"]}, {"upscale": 1}]
+)
+def test_values_of_the_wrong_kind_are_422(controlled: Server, wrong: dict[str, Any]) -> None:
+    controlled.wait_until("READY")
+    answer = controlled.post({"control_images": [CONTROL], **wrong})
+    assert answer.status_code == 422
+    (problem,) = answer.json()["detail"]
+    assert problem["loc"][2].startswith(next(iter(wrong)))
+
+
+def test_a_model_without_controlnets_says_what_fetches_them(tmp_path: Path) -> None:
+    folder = shutil.copytree(MINI, tmp_path / "mini")
+    content = json.loads((folder / "model.json").read_text())
+    content["files"] = {path: value for path, value in content["files"].items() if not path.startswith("controlnet")}
+    (folder / "model.json").write_text(json.dumps(content))
+    for part in folder.glob("controlnet_*"):
+        shutil.rmtree(part)
+    server = Server(tmp_path, weights=folder)
+    try:
+        command = "; scripts/download-weights --only --with controlnet, then scripts/save-weights, add it."
+        assert refusal(server, control_images=[CONTROL]) == (
+            f"This model has no controlnet_canny, which a control of this kind needs{command}"
+        )
+        assert refusal(server, image=CONTROL, upscale=True, width=None, height=None) == (
+            f"This model has no controlnet_super_resolution, which a control of this kind needs{command}"
+        )
+    finally:
+        server.stop()
+
+
+def preview_of(metrics: dict[str, Any]) -> Image.Image:
+    (url,) = metrics["previews"]
+    header, data = url.split(",")
+    assert header == "data:image/jpeg;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    image.load()
+    return image
+
+
+def test_previews_while_it_runs(controlled: Server, receiver: Receiver) -> None:
+    """For whoever asks again, and in webhooks; the list of pictures is what it always is."""
+    inputs = {"prompt": "a red apple", "steps_prior": 50, "steps_decoder": 1, "previews": True, "width": 512}
+    controlled.wait_until("READY")
+    hook = {"webhook": f"{receiver.url}/done"}
+    controlled.put("shown", {**inputs, "height": 512}, {"Prefer": "respond-async"}, **hook)
+    # Asked again under its name, it is not run again: the answer is how far it is.
+    state = wait_for(
+        lambda: state if (state := controlled.put("shown", inputs).json()).get("metrics", {}).get("previews") else None,
+        30,
+        "a preview",
+    )
+    assert state["status"] == "processing"
+    assert preview_of(state["metrics"]).size == (96, 96)
+    updates = receiver.webhooks("/done")
+    shown = [update["metrics"] for update in updates if update["metrics"].get("previews")]
+    assert shown
+    assert preview_of(shown[-1]).size == (96, 96)
+    last = updates[-1]
+    assert (last["status"], last["metrics"]["previews"]) == ("succeeded", [])
+    assert len(last["output"]) == 1
+    assert "data:image/jpeg" not in last["logs"]
+
+
+def test_there_are_no_previews_unless_asked_for(controlled: Server) -> None:
+    assert "previews" not in controlled.predict(**QUICK)["metrics"]

@@ -1,0 +1,95 @@
+"""scripts/reconstruct: a picture in, the picture that its semantic latents make out; and sentences."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cascade.cascade import Cascade, Request
+from cascade.pictures import read_picture
+from scripts.reconstruction import main
+from tests.test_cascade import photo, read
+
+ROOT = Path(__file__).parent.parent
+MINI = ROOT / "weights" / "mini"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("new/a.webp", "WEBP"), ("a.jpg", "JPEG")])
+def test_it_does_what_the_engine_does(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    photo(100, 75).save(tmp_path / "photo.png")
+    asked = [str(tmp_path / "photo.png"), "-o", str(tmp_path / name), "--prompt", "a cat", "--seed", "3"]
+    assert main([*asked, "--weights", str(model_folder)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / name}\n"
+    with Image.open(tmp_path / name) as made:
+        assert (made.format, made.size) == (kind, (100, 75))
+        record = json.loads(made.text["Description"] if kind == "PNG" else made.getexif()[0x010E])
+        if kind == "PNG":
+            expected = Cascade.load(model_folder).reconstruct(photo(100, 75), seed=3, prompt="a cat")
+            assert made.tobytes() == expected.tobytes()
+    assert (record["prompt"], record["seed"], record["model"]) == ("a cat", 3, "Tiny")
+
+
+@pytest.mark.skipif(not (MINI / "model.json").is_file(), reason="weights/mini is not there")
+def test_the_script_keeps_what_the_latents_say(tmp_path: Path) -> None:
+    """As it is run, on the miniature: the same apple, in other pixels."""
+    (apple,) = Cascade.load(MINI).generate(Request("a red apple on a green background"))
+    apple.save(tmp_path / "apple.png")
+    command = [sys.executable, ROOT / "scripts" / "reconstruct", tmp_path / "apple.png", "-o", tmp_path / "again.png"]
+    done = subprocess.run([*command, "--weights", MINI], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "256x256 pixels become 16 x 6 x 6 semantic latents.\n" in done.stderr
+    again = read_picture(tmp_path / "again.png", "again")
+    # 2.9 of 255; a parrot on this ground differs by 27.
+    assert 0 < np.abs(read(again) - read(apple)).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "There is no file {file}.\n"),
+        (b"no picture", "{file} is no picture of one of the formats JPEG, PNG, "),
+        (Image.new("RGB", (63, 80)), "width is 63; it must lie between 64 and 2048 pixels.\n"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes | Image.Image | None,
+    sentence: str,
+) -> None:
+    file = tmp_path / "photo.png"
+    if isinstance(content, Image.Image):
+        content.save(file)
+    elif content is not None:
+        file.write_bytes(content)
+    assert main([str(file), "-o", str(tmp_path / "made.png"), "--weights", str(model_folder)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines(keepends=True)[-1].startswith(sentence.format(file=file))
+    assert not (tmp_path / "made.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "a.gif"], "error: -o must end in .png, .webp, .jpg, unlike a.gif\n"),
+        (["--seed", "-1"], "error: --seed must be from 0 to 9223372036854775807, not -1\n"),
+    ],
+)
+def test_wrong_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["photo.png", *arguments])
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_missing_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo(64, 64).save(tmp_path / "photo.png")
+    assert main([str(tmp_path / "photo.png"), "--weights", "/no/such/folder"]) == 1
+    assert capsys.readouterr().err == "There is no model folder /no/such/folder.\n"
