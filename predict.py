@@ -6,8 +6,10 @@ this file, a description is one literal, and an input that may be left out is ``
 
 import base64
 import contextlib
+import functools
 import inspect
 import io
+import itertools
 import logging
 import math
 import os
@@ -81,7 +83,8 @@ class Predictor(BaseRunner):
         self.safety = load_safety_checker(folder, cascade.device)
         self.model_name = opened.name
         self.watch = Stopwatch(cascade.device)
-        cascade.conditioner.text_encoder.register_forward_hook(lambda *_: self.watch.lap("text"))
+        conditioner = cascade.conditioner
+        conditioner.encode_text = self.watch.after(conditioner.encode_text, "text")
         for network in (cascade.conditioner.image_encoder, cascade.effnet, *cascade.controlnets.values()):
             if network is not None:
                 network.register_forward_hook(lambda *_: self.watch.lap("input_images"))
@@ -608,7 +611,7 @@ def iterate_on(thread: ThreadPoolExecutor, steps: Generator[Progress, None, None
 
 
 class Stopwatch:
-    """Adds up seconds by name. What was started on a GPU is waited for, so that it is counted where it belongs.
+    """Adds up seconds by name. Work on a GPU is timed there: waiting for each step would leave the GPU idle after it.
 
     Args:
         device: where the work is done.
@@ -619,16 +622,43 @@ class Stopwatch:
         self.restart()
 
     def restart(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.last = time.perf_counter()
+        self.laps: list[tuple[str, Any]] = [("", self._now())]
 
     def lap(self, name: str) -> None:
-        """Add the time since the last lap, or the start, to a name."""
+        """Add the time since the last lap, or the start, to a name. Returns when the GPU has finished the lap before."""
+        self.laps.append((name, self._now()))
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[name] += now - self.last
-        self.last = now
+            self.laps[-2][1].synchronize()
+
+    def after(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The function, with a lap after each call."""
+
+        @functools.wraps(function)
+        def timed(*args: Any, **options: Any) -> Any:
+            result = function(*args, **options)
+            self.lap(name)
+            return result
+
+        return timed
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By name, in the order in which they first occurred."""
+        sums: dict[str, float] = defaultdict(float)
+        for (_, before), (name, after) in itertools.pairwise(self.laps):
+            if self.device.type == "cuda":
+                after.synchronize()
+                sums[name] += before.elapsed_time(after) / 1000
+            else:
+                sums[name] += after - before
+        return sums
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
 
 class ProgressLines(tqdm):

@@ -20,6 +20,7 @@ from cascade import sizes
 from cascade.conditioning import Conditioner, TextEmbeddings
 from cascade.controls import Control, canny, inpainting
 from cascade.decoder import decode_pixels, decoder_steps, encode_pixels, for_encoder
+from cascade.graphs import graphed
 from cascade.inpainting import latents_of, read_mask, set_into
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
@@ -133,6 +134,7 @@ class Cascade:
         self.native_size = native_size
         self.numerics = NUMERICS[numerics]
         self.max_batch = max_batch
+        self._run_prior, self._run_decoder = graphed(prior), graphed(decoder)
 
     @classmethod
     def load(
@@ -166,6 +168,8 @@ class Cascade:
         for name in (*needed, *(name for name in optional if name in opened)):
             start = time.perf_counter()
             parts[name] = opened.load_component(name, device=device, dtype=dtype)
+            if device.type == "cuda" and name in ("prior", "decoder"):
+                parts[name].join_weights()
             seconds[name] = time.perf_counter() - start
         logger.info("Seconds to load: %s.", ", ".join(f"{name} {taken:.2f}" for name, taken in seconds.items()))
         return cls(
@@ -241,7 +245,7 @@ class Cascade:
                 semantic, work = start.expand(len(noise), -1, -1, -1), iter(())
             else:
                 work = prior_steps(
-                    self.prior,
+                    self._run_prior,
                     text,
                     negative,
                     size=semantic_size,
@@ -261,7 +265,7 @@ class Cascade:
                 expected = step.x0 if free is None else torch.where(free, step.x0, start)
                 yield Progress("prior", done, total, latents=expected)
             for step in decoder_steps(
-                self.decoder,
+                self._run_decoder,
                 semantic,
                 text.pooled,
                 None if negative is None else negative.pooled,
@@ -334,7 +338,7 @@ class Cascade:
         text, negative = self._encode(prompt, "" if settings.guidance > 1 else None)
         latents = finish(
             decoder_steps(
-                self.decoder,
+                self._run_decoder,
                 semantic,
                 text.pooled,
                 None if negative is None else negative.pooled,

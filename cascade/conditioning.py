@@ -19,6 +19,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cascade.graphs import Recorder
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,6 +57,7 @@ class Conditioner:
         self.text_encoder = text_encoder
         self.image_processor = image_processor
         self.image_encoder = image_encoder
+        self._recorder = Recorder()
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> TextEmbeddings:
@@ -78,10 +81,15 @@ class Conditioner:
             return_tensors="pt",
         )
         device = self.text_encoder.device
-        output = self.text_encoder(
-            batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), output_hidden_states=True
-        )
-        return TextEmbeddings(output.hidden_states[-1], output.text_embeds.unsqueeze(1))
+        tensors = batch.input_ids.to(device), batch.attention_mask.to(device)
+        if device.type != "cuda":
+            return TextEmbeddings(*self._encode_tokens(*tensors))
+        # bigG's 32 layers are 13 ms of launches and 3 ms of work (two prompts, H100).
+        return TextEmbeddings(*(one.clone() for one in self._recorder.run("text", self._encode_tokens, *tensors)))
+
+    def _encode_tokens(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.text_encoder(ids, attention_mask=attention_mask, output_hidden_states=True)
+        return output.hidden_states[-1], output.text_embeds.unsqueeze(1)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cascade import sizes
+from cascade.graphs import GraphedUNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -18,7 +19,7 @@ from cascade.sampling import Noise, Step, sample, with_guidance
 
 
 def decoder_steps(
-    decoder: StableCascadeUNet,
+    decoder: StableCascadeUNet | GraphedUNet,
     semantic: Tensor,
     pooled: Tensor,
     negative_pooled: Tensor | None = None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import TextEmbeddings
+from cascade.graphs import GraphedUNet
 from cascade.networks.unet import StableCascadeUNet, resize
 from cascade.sampling import Noise, Step, alpha_sigma, diffuse, sample, with_guidance
 
@@ -30,7 +31,7 @@ class Residuals(NamedTuple):
 
 
 def prior_steps(
-    prior: StableCascadeUNet,
+    prior: StableCascadeUNet | GraphedUNet,
     text: TextEmbeddings,
     negative: TextEmbeddings | None = None,
     *,

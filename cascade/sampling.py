@@ -233,11 +233,13 @@ class Noise:
 
     def __init__(self, seeds: Sequence[int], device: str | torch.device = "cpu") -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.device = device
+        self.device = torch.device(device)
 
     def __len__(self) -> int:
         return len(self.generators)
 
     def __call__(self, *shape: int) -> Tensor:
         """Draw the next float32 (B, *shape)."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+        drawn = torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+        # From pinned memory the copy waits its turn on the GPU, instead of this thread waiting for the GPU.
+        return drawn.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else drawn

@@ -412,3 +412,88 @@ def joined_maps(weight: Tensor, bias: Tensor, times: Tensor) -> Tensor:
         weight, bias, times, out, channels, length, CONDITIONS=conditions, CB=64, EB=_power(length), num_warps=4
     )
     return out
+
+
+@triton.jit
+def _row_statistics(x_ptr, statistics_ptr, rows, C, P: tl.constexpr, CB: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+    column = tl.arange(0, CB)
+    inside = (row < rows)[:, None] & (column < C)[None, :]
+    x = tl.load(x_ptr + row[:, None] * C + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1) / C
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    tl.store(statistics_ptr + 2 * row, mean, mask=row < rows)
+    tl.store(statistics_ptr + 2 * row + 1, tl.rsqrt(tl.sum(centred * centred, axis=1) / C + EPS), mask=row < rows)
+
+
+@triton.jit
+def _mix(
+    x_ptr, statistics_ptr, gammas_ptr, weight_ptr, bias_ptr, ahead_ptr, mixed_ptr, normed_ptr,
+    H, W, C, columns, weight_channel, weight_tap,
+    CB: tl.constexpr,
+):  # fmt: skip
+    """Four neighbouring pixels of a line, with what lies outside of the picture replaced by its edge."""
+    block = tl.program_id(0)
+    sample = block // (H * columns)
+    y = block // columns % H
+    left = block % columns * 4
+    column = tl.arange(0, CB)
+    in_channels = column < C
+    a = tl.zeros((CB,), tl.float32)
+    b, c, d = a, a, a
+    xa, xb, xc, xd = a, a, a, a
+    total = a
+    for i in tl.static_range(3):
+        taps = weight_ptr + column * weight_channel + 3 * i * weight_tap
+        w0 = tl.load(taps, mask=in_channels, other=0.0).to(tl.float32)
+        w1 = tl.load(taps + weight_tap, mask=in_channels, other=0.0).to(tl.float32)
+        w2 = tl.load(taps + 2 * weight_tap, mask=in_channels, other=0.0).to(tl.float32)
+        total += w0 + w1 + w2
+        line = (sample * H + min(max(y + i - 1, 0), H - 1)).to(tl.int64) * W
+        for j in tl.static_range(6):
+            pixel = line + min(max(left + j - 1, 0), W - 1)
+            value = tl.load(x_ptr + pixel * C + column, mask=in_channels, other=0.0).to(tl.float32)
+            if i == 1:
+                xa = value if j == 1 else xa
+                xb = value if j == 2 else xb
+                xc = value if j == 3 else xc
+                xd = value if j == 4 else xd
+            value = (value - tl.load(statistics_ptr + 2 * pixel)) * tl.load(statistics_ptr + 2 * pixel + 1)
+            a, b, c, d = _spread(value, j, w0, w1, w2, a, b, c, d)
+    scale1 = 1 + tl.load(gammas_ptr).to(tl.float32)
+    shift1 = tl.load(gammas_ptr + 1).to(tl.float32)
+    gate1 = tl.load(gammas_ptr + 2).to(tl.float32)
+    scale2 = 1 + tl.load(gammas_ptr + 3).to(tl.float32)
+    shift2 = tl.load(gammas_ptr + 4).to(tl.float32)
+    gate2 = tl.load(gammas_ptr + 5).to(tl.float32)
+    # The norm's scale and shift are the same for all pixels and channels, so they can be applied after the convolution.
+    constant = shift1 * total + tl.load(bias_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
+    xa += gate1 * (scale1 * a + constant)
+    xb += gate1 * (scale1 * b + constant)
+    xc += gate1 * (scale1 * c + constant)
+    xd += gate1 * (scale1 * d + constant)
+    a, b, c, d = _normed_four(xa, xb, xc, xd, in_channels, C)
+    ahead = gate2 * tl.load(ahead_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
+    pixel = (sample * H + y).to(tl.int64) * W + left
+    for j in tl.static_range(4):
+        inside = in_channels & (left + j < W)
+        normed = a if j == 0 else (b if j == 1 else (c if j == 2 else d))
+        mixed = xa if j == 0 else (xb if j == 1 else (xc if j == 2 else xd))
+        place = (pixel + j) * C + column
+        tl.store(normed_ptr + place, (normed * scale2 + shift2).to(normed_ptr.dtype.element_ty), mask=inside)
+        tl.store(mixed_ptr + place, (mixed + ahead).to(mixed_ptr.dtype.element_ty), mask=inside)
+
+
+def mix(x: Tensor, gammas: Tensor, weight: Tensor, bias: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
+    batch, height, width, channels = x.shape
+    rows = batch * height * width
+    statistics = x.new_empty(rows, 2, dtype=torch.float32)
+    _row_statistics[(triton.cdiv(rows, 4),)](x, statistics, rows, channels, P=4, CB=_power(channels), num_warps=4)
+    mixed, normed = torch.empty_like(x), torch.empty_like(x)
+    columns = triton.cdiv(width, 4)
+    _mix[(batch * height * columns,)](
+        x, statistics, gammas, weight, bias, ahead, mixed, normed,
+        height, width, channels, columns, weight.stride(0), weight.stride(3),
+        CB=_power(channels), num_warps=4, maxnreg=128,
+    )  # fmt: skip
+    return mixed, normed

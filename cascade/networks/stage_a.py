@@ -13,6 +13,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cascade.networks import ops
+
 
 class MixingBlock(nn.Module):
     """A depthwise convolution and a channel MLP, both residual, steered by six learned scalars."""
@@ -28,6 +30,8 @@ class MixingBlock(nn.Module):
         self.gammas = nn.Parameter(torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
+        if ops.fused(self.gammas):
+            return ops.mixing_block(x, self.gammas, self.depthwise[1], self.channelwise[0], self.channelwise[2])
         scale1, shift1, gate1, scale2, shift2, gate2 = self.gammas.unbind()
         spatial = (self._norm(x) * (1 + scale1) + shift1).permute(0, 3, 1, 2)
         x = x + self.depthwise(spatial) * gate1
@@ -131,7 +135,8 @@ class StageA(ModelMixin, ConfigMixin):
 
         The pixels are about 0..1 and not clamped.
         """
-        return self.out_block(self.up_blocks(latents * self._scale(scale)))
+        scaled = (latents * self._scale(scale)).contiguous(memory_format=torch.channels_last)
+        return self.out_block(self.up_blocks(scaled))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Reconstruction: `decode(encode(pixels))`."""
