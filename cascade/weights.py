@@ -316,7 +316,15 @@ def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
         item.save_config(folder)
     file = "model.safetensors" if transformers_made else "diffusion_pytorch_model.safetensors"
     save_file(tensors, folder / file, metadata={"format": "pt"})
+    _forget_origin(folder / "config.json")
     shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody but the owner read it
+
+
+def _forget_origin(config_path: Path) -> None:
+    """Take out of a ``config.json`` where on its maker's disk the network was read from, which diffusers notes there."""
+    config = _read_json(config_path)
+    if config.pop("_name_or_path", None) is not None:
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_model_json(

@@ -76,6 +76,7 @@ def test_folder_is_whole_and_small() -> None:
     folder = ModelFolder.open(MINI)
     folder.verify()
     assert folder.native_size == 256
+    assert not any("_name_or_path" in file.read_text() for file in MINI.rglob("*.json"))
     assert sum(file.stat().st_size for file in MINI.rglob("*") if file.is_file()) <= 32 * 2**20
 
 

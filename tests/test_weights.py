@@ -17,6 +17,7 @@ from cascade.networks.previewer import Previewer
 from cascade.weights import (
     COMPONENTS,
     NETWORKS,
+    PROCESSORS,
     PUBLISHED_SAMPLER,
     ModelFolder,
     StageSettings,
@@ -143,6 +144,18 @@ def test_saving_again_keeps_what_is_not_replaced(copy: Path, components: dict[st
     folder.verify()
     assert folder.license == "MIT"
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_a_saved_folder_does_not_tell_where_its_parts_came_from(copy: Path, tmp_path: Path) -> None:
+    parts = {component: {**NETWORKS, **PROCESSORS}[component].from_pretrained(copy / component) for component in COMPONENTS}
+    assert parts["prior"].config["_name_or_path"] == copy / "prior"
+    save_model_folder(tmp_path / "saved", parts, **ABOUT)
+    texts = {file: file.read_text() for file in (tmp_path / "saved").rglob("*.json")}
+    assert len(texts) > len(COMPONENTS)
+    for file, text in texts.items():
+        assert str(tmp_path) not in text, file
+        assert '"_name_or_path"' not in text, file
+    assert ModelFolder.open(tmp_path / "saved").load_component("prior").config.conditioning_dim == 16
 
 
 def test_a_failed_save_leaves_the_old_folder(copy: Path, components: dict[str, Any]) -> None:

@@ -23,12 +23,16 @@ BATCH = 256
 def encode_pictures(
     dataset: Dataset, indices: range, size: Size, encode: Callable[[Tensor], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    """What ``encode`` makes of the pictures ``indices`` (N) at ``size``, a batch at a time: tensors (N, ...), float16."""
+    """What ``encode`` makes of the pictures ``indices`` (N) at ``size``, a batch at a time: tensors (N, ...).
+
+    They are float16; those of bytes stay bytes.
+    """
     batch = max(1, BATCH * dataset.size[0] * dataset.size[1] // (size[0] * size[1]))
     parts = []
     for first in range(indices.start, indices.stop, batch):
         chosen = torch.arange(first, min(first + batch, indices.stop))
-        parts.append([value.half() for value in encode(dataset.images(chosen, size))])
+        encoded = encode(dataset.images(chosen, size))
+        parts.append([value if value.dtype == torch.uint8 else value.half() for value in encoded])
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
@@ -70,7 +74,7 @@ class Encoded:
     """A dataset for the diffusion stages: for every size of ``shapes``, tensors by the networks ``encode`` calls.
 
     Attributes:
-        parts: by size, the indices of its pictures and their float16 tensors.
+        parts: by size, the indices of its pictures and their tensors, of float16 or bytes.
         text: the captions' embeddings.
     """
 

@@ -3,8 +3,8 @@
 DATA is a folder of pictures, each with its caption in a text file of the same name, or the miniature's drawings. FOLDER gets
 one sub-folder a stage (checkpoints, samples, TensorBoard logs, and at the end a file ``finished``) and ``model``, the model
 folder that grows with every stage. Stages need what earlier ones made: tokenizer, then stage_a and clip in any order,
-semantic, stage_b, stage_c and previewer. A component that ``model`` already has is trained further. Every figure comes from
-the configuration; under ``accelerate launch -m training.run ...`` the same call runs on several processes.
+semantic, stage_b, stage_c, previewer and the ControlNets. A component that ``model`` already has is trained further. Every
+figure comes from the configuration; under ``accelerate launch -m training.run ...`` the same call runs on several processes.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +28,13 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from training.clip import ClipTask
+from training.controlnet import CONTROL_KINDS, ControlNetTask, new_controlnet
 from training.dataset import Dataset
 from training.picture_folder import PictureFolder, captioned_pictures
 from training.previewer import PreviewerTask
@@ -69,20 +72,32 @@ class Workshop:
             return [caption for _, caption in captioned_pictures(self.data)]
         return scene_captions(self.data, CAPTIONS_FOR_TOKENIZER, seed=self.config["data"]["seed"])
 
-    def dataset(self, split: Literal["train", "heldout"]) -> Dataset:
-        """What is trained on (``train``), and what is only looked at (``heldout``: of scenes, unseen combinations)."""
-        options = self.config["data"]
+    def dataset(self, split: Literal["train", "heldout"], stage: str) -> Dataset:
+        """What is trained on (``train``), and what is only looked at (``heldout``: of scenes, unseen combinations).
+
+        The configuration's table ``[stage.data]`` says in what a stage's data differ from ``[data]``.
+        """
+        options = self.config["data"] | self.config[stage].get("data", {})
         tokenizer = AutoTokenizer.from_pretrained(self.model / "tokenizer")
         if self.data.is_dir():
             return PictureFolder(self.data, tokenizer, size=self.shapes.native, split=split, device=self.device)
         count = options["scenes"] if split == "train" else options["unseen"]
-        seed = options["seed"]
-        return Scenes(self.data, count, tokenizer, size=self.shapes.native, seed=seed, split=split, device=self.device)
+        return Scenes(
+            self.data,
+            count,
+            tokenizer,
+            size=self.shapes.native,
+            seed=options["seed"],
+            split=split,
+            device=self.device,
+            unsaid=options.get("unsaid", 0.0),
+        )
 
     def task(self, task: type[Task], stage: str, *networks: Any, **frozen: Any) -> Task:
         """``task`` with the datasets, and the arguments of the configuration's table ``[stage.task]``."""
         arguments = self.config[stage].get("task", {})
-        return task(*networks, **frozen, dataset=self.dataset("train"), unseen=self.dataset("heldout"), **arguments)
+        data = {"dataset": self.dataset("train", stage), "unseen": self.dataset("heldout", stage)}
+        return task(*networks, **frozen, **data, **arguments)
 
     def new(self, network: type, name: str) -> Any:
         """A diffusers-style network with the arguments of the configuration's table ``name``."""
@@ -168,6 +183,31 @@ def previewer(shop: Workshop) -> Task:
     )
 
 
+def controlnet(kind: str, shop: Workshop) -> Task:
+    """A ControlNet of Stage C; starts from the semantic encoder's backbone."""
+    name = f"controlnet_{kind}"
+    prior = shop.finished(StableCascadeUNet, "prior")
+    effnet = shop.finished(SemanticEncoder, "effnet")
+    control = CONTROL_KINDS[kind](**shop.config[name].get("control", {}))
+    if (shop.model / name).exists():
+        network = ControlNet.from_pretrained(shop.model / name).float().train()
+    else:
+        network = new_controlnet(prior, effnet, control.channels, **shop.config["controlnet"])
+    return shop.task(
+        ControlNetTask,
+        name,
+        network,
+        control=control,
+        name=name,
+        prior=prior,
+        effnet=effnet,
+        previewer=shop.finished(Previewer, "previewer"),
+        text_encoder=shop.finished(CLIPTextModelWithProjection, "text_encoder"),
+        image_encoder=shop.finished(CLIPVisionModelWithProjection, "image_encoder"),
+        shapes=shop.shapes,
+    )
+
+
 STAGES: dict[str, Callable[[Workshop], Task]] = {
     "stage_a": stage_a,
     "clip": clip,
@@ -175,6 +215,7 @@ STAGES: dict[str, Callable[[Workshop], Task]] = {
     "stage_b": stage_b,
     "stage_c": stage_c,
     "previewer": previewer,
+    **{f"controlnet_{kind}": partial(controlnet, kind) for kind in CONTROL_KINDS},
 }
 
 ORDER = ("tokenizer", *STAGES)

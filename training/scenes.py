@@ -5,8 +5,10 @@ different scenes costs next to nothing to keep.
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +17,7 @@ from cascade.sizes import Size
 from training.data.captions import Captioner
 from training.data.compose import compose
 from training.data.icons import load_drawings, load_objects
-from training.data.scenes import Split, sample_plans
+from training.data.scenes import Plans, Split, sample_plans
 from training.dataset import Dataset
 
 
@@ -30,6 +32,17 @@ def scene_captions(data: Path, count: int, *, seed: int) -> list[str]:
     return captioner(names, styles).captions(sample_plans(count, names, seed), random.Random(seed))
 
 
+def say_less(plans: Plans, share: float, seed: int) -> Plans:
+    """Plans of which a random ``share`` names neither place, size nor style; for captions only, nothing else is changed."""
+    silent = np.random.default_rng(seed).random(len(plans)) < share
+    return replace(
+        plans,
+        places=np.where(silent, 0, plans.places),
+        size_names=np.where(silent, -1, plans.size_names),
+        says_style=plans.says_style & ~silent,
+    )
+
+
 class Scenes(Dataset):
     """``count`` scenes of one split.
 
@@ -39,6 +52,7 @@ class Scenes(Dataset):
         tokenizer, size, device: as :class:`Dataset` has them.
         seed: decides every scene and every caption.
         split: ``train``, or ``heldout`` for combinations that training never shows.
+        unsaid: share of the scenes whose captions name neither place, size nor style, wherever and however they are.
     """
 
     def __init__(
@@ -51,13 +65,13 @@ class Scenes(Dataset):
         seed: int,
         split: Split,
         device: torch.device,
+        unsaid: float = 0.0,
     ) -> None:
         drawings, names, self.styles = load_drawings(data)
         self.drawings = drawings.to(device)
         self.plans = sample_plans(count, names, seed, split, len(self.styles))
-        super().__init__(
-            captioner(names, self.styles).captions(self.plans, random.Random(seed)), tokenizer, size, device
-        )
+        captions = captioner(names, self.styles).captions(say_less(self.plans, unsaid, seed), random.Random(seed))
+        super().__init__(captions, tokenizer, size, device)
 
     def images(self, indices: Tensor, size: Size | None = None) -> Tensor:
         return compose(self.drawings, self.plans[indices.numpy()], len(self.styles), size or self.size)

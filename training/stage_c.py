@@ -25,6 +25,65 @@ from training.shapes import Shapes
 from training.trainer import Task
 
 
+def prior_batch(
+    data: Encoded, index: int, size: int, generator: torch.Generator, *, drop_text: float, keep_image: float
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """Micro-batch ``index`` as Stage C takes it, and what else ``data`` has of its pictures.
+
+    Args:
+        data: semantic latents and CLIP image embeddings first.
+        drop_text: share of the captions that are replaced by the empty one.
+        keep_image: share of the image embeddings that are there; the others are zeros.
+
+    Returns:
+        ``latents`` and ``noise`` (B, 16, h, w), ``image`` and ``pooled`` (B, 1, D), ``text`` (B, 77, D), ``timesteps`` (B,).
+    """
+    indices, (latents, image, *rest) = data.draw(index, size, generator)
+    count = len(indices)
+    rows = data.text.rows(indices, keep_mask(count, 1 - drop_text, generator))
+    batch = {
+        "latents": latents,
+        "image": image * keep_mask(count, keep_image, generator).view(-1, 1, 1),
+        "text": data.text.tokens[rows].float(),
+        "pooled": data.text.pooled[rows].float(),
+        "timesteps": sample_timesteps(count, generator),
+        "noise": torch.randn(latents.shape, generator=generator, device=latents.device),
+    }
+    return batch, tuple(rest)
+
+
+def dream(
+    prior: StableCascadeUNet,
+    text_encoder: CLIPTextModelWithProjection,
+    dataset: Dataset,
+    indices: Tensor,
+    *,
+    residuals: Mapping[int, Tensor] | None = None,
+    guidance: float = 4.0,
+    steps: int = 20,
+) -> Tensor:
+    """Semantic latents (B, 16, h, w) for the captions ``indices`` (B,), with the authors' sampler settings.
+
+    Args:
+        residuals: of a ControlNet, (B, C, h, w) each; they act with and without the caption.
+    """
+    tokens, mask = (torch.cat(pair) for pair in zip(dataset.tokens(indices), dataset.empty(len(indices)), strict=True))
+    output = text_encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
+    conditions = prior.condition(output.text_embeds.unsqueeze(1), clip_text=output.hidden_states[-1])
+    both = {k: torch.cat([residual, residual]) for k, residual in (residuals or {}).items()}
+    generator = torch.Generator(tokens.device).manual_seed(0)
+    shape = (len(indices), prior.config.in_channels, *semantic_size(*dataset.size))
+
+    def draw(_: int = 0) -> Tensor:
+        return torch.randn(shape, generator=generator, device=tokens.device)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        epsilon = prior(torch.cat([x, x]), torch.cat([t, t]), conditions, controlnet_residuals=both)
+        return guide(*epsilon.float().chunk(2), guidance, 0.7)
+
+    return finish(sample(model, draw(), steps=steps, shift=2.0, noise=draw))
+
+
 class StageCTask(Task):
     """Weighted epsilon error; the caption is dropped at times, the image embedding present only at times."""
 
@@ -53,17 +112,8 @@ class StageCTask(Task):
         self.unseen = unseen
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        indices, (latents, image) = self.data.draw(index, size, generator)
-        count = len(indices)
-        rows = self.data.text.rows(indices, keep_mask(count, 1 - self.drop_text, generator))
-        return {
-            "latents": latents,
-            "image": image * keep_mask(count, self.keep_image, generator).view(-1, 1, 1),
-            "text": self.data.text.tokens[rows].float(),
-            "pooled": self.data.text.pooled[rows].float(),
-            "timesteps": sample_timesteps(count, generator),
-            "noise": torch.randn(latents.shape, generator=generator, device=latents.device),
-        }
+        batch, _ = prior_batch(self.data, index, size, generator, drop_text=self.drop_text, keep_image=self.keep_image)
+        return batch
 
     def forward(
         self, latents: Tensor, image: Tensor, text: Tensor, pooled: Tensor, timesteps: Tensor, noise: Tensor
@@ -77,32 +127,9 @@ class StageCTask(Task):
     def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         self.weight.update(batch["timesteps"], outputs["errors"])
 
-    def embed(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, 77, D) before the final LayerNorm and pooled projection (B, 1, D), as Stage C takes them."""
-        output = self.frozen["text"](input_ids=tokens, attention_mask=mask, output_hidden_states=True)
-        return output.hidden_states[-1], output.text_embeds.unsqueeze(1)
-
-    def dream(self, tokens: Tensor, mask: Tensor, guidance: float = 4.0, steps: int = 20) -> Tensor:
-        """Semantic latents (B, 16, h, w) for tokenised captions (B, 77), with the authors' sampler settings."""
-        empty = self.unseen.empty(len(tokens))
-        text, pooled = self.embed(torch.cat([tokens, empty[0]]), torch.cat([mask, empty[1]]))
-        image = torch.zeros(len(text), 1, self.prior.config.clip_image_in_channels, device=text.device)
-        conditions = self.prior.condition(pooled, clip_text=text, clip_img=image)
-        generator = torch.Generator(text.device).manual_seed(0)
-        shape = (len(tokens), self.prior.config.in_channels, *semantic_size(*self.unseen.size))
-
-        def draw(_: int = 0) -> Tensor:
-            return torch.randn(shape, generator=generator, device=text.device)
-
-        def model(x: Tensor, t: Tensor) -> Tensor:
-            cond, uncond = self.prior(torch.cat([x, x]), torch.cat([t, t]), conditions).float().chunk(2)
-            return guide(cond, uncond, guidance, 0.7)
-
-        return finish(sample(model, draw(), steps=steps, shift=2.0, noise=draw))
-
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         indices = torch.arange(min(16, len(self.unseen)))
-        latents = self.dream(*self.unseen.tokens(indices))
+        latents = dream(self.prior, self.frozen["text"], self.unseen, indices)
         preview = self.frozen["previewer"](latents).float()
         pixels = self.unseen.images(indices)
         return {"latent_std": latents.std().item()}, grid([pixels[:8], preview[:8], pixels[8:], preview[8:]])

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from cascade.cascade import Cascade, Request
+from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -124,6 +125,24 @@ keep_image = 0.1
 [previewer]
 options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
 task = { semantic_noise = 0.1 }
+[controlnet]
+proj_blocks = [0, 3]
+[controlnet_canny]
+options = { steps = 8, batch_size = 2, learning_rate = 1e-3, compile = false }
+data = { scenes = 32, unsaid = 0.5 }
+[controlnet_canny.task]
+weight = { kind = "p2" }
+drop_text = 0.1
+keep_image = 0.1
+offset_noise = 0.0
+[controlnet_inpainting]
+options = { steps = 8, batch_size = 2, learning_rate = 1e-3, compile = false }
+control = { inverted = 0.25 }
+[controlnet_inpainting.task]
+weight = { kind = "adaptive" }
+drop_text = 0.1
+keep_image = 0.1
+offset_noise = 0.1
 """
 
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">
@@ -135,6 +154,8 @@ NETWORKS = {
     "previewer": Previewer,
     "decoder": StableCascadeUNet,
     "prior": StableCascadeUNet,
+    "controlnet_canny": ControlNet,
+    "controlnet_inpainting": ControlNet,
 }
 
 
