@@ -31,6 +31,7 @@ from cascade.pictures import to_rgb
 from cascade.prior import Residuals, prior_steps, steps_taken
 from cascade.request import Request
 from cascade.sampling import DIFFUSERS_SAMPLER, Noise, finish
+from cascade.warm_up import warm_up
 from cascade.weights import CONTROLNETS, ModelFolder, StageSettings
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,8 @@ class Cascade:
             if device.type == "cuda" and name in ("prior", "decoder"):
                 parts[name].join_weights()
             seconds[name] = time.perf_counter() - start
+        if device.type == "cuda":
+            warm_up([parts["prior"], parts["decoder"]], parts["vqgan"])
         logger.info("Seconds to load: %s.", ", ".join(f"{name} {taken:.2f}" for name, taken in seconds.items()))
         return cls(
             Conditioner(
@@ -465,7 +468,7 @@ def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """(3, H, W) in 0..1 -> an RGB picture."""
-    return Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def to_pixels(image: Image.Image) -> Tensor:

@@ -2,7 +2,8 @@
 
 Each computes what the function of the same name in `ops` says, in one pass over its data and in float32 inside. Matrix
 products are left to cuBLAS: for these shapes it was 1.0 to 1.9 times as fast as the best of 20 Triton variants (H100).
-Kernels are specialised by widths and dtypes only, never by a picture's size: a new size compiles nothing.
+Kernels are specialised by widths and dtypes only, never by a picture's size: a new size compiles nothing. Launching them
+before the kernel before them has ended (programmatic dependent launch) gained 0.6%, and is not done.
 """
 
 import functools
@@ -31,7 +32,7 @@ def _settled(x, bias, scale, shift, HAS_BIAS: tl.constexpr, HAS_AFFINE: tl.const
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_sample"])
 def _norm(
     x_ptr, bias_ptr, scale_ptr, shift_ptr, ahead_ptr, settled_ptr, normed_ptr,
     rows_per_sample, C, affine_row,
@@ -108,7 +109,7 @@ def _normed_four(first, second, third, fourth, inside, C):
     return first, second, third, fourth
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "columns"])
 def _depthwise_norm(
     x_ptr, before_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr, skip_ptr, settled_ptr, normed_ptr,
     H, W, C, columns, affine_row, weight_channel, weight_tap,
@@ -202,7 +203,7 @@ def _gelu(x):
     return half * _tanh(inner) + half
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "per_part"])
 def _response_sizes(
     hidden_ptr, squares_ptr, sizes_ptr, sums_ptr, counters_ptr,
     tokens, N, per_part,
@@ -249,7 +250,7 @@ def _response_sizes(
         tl.store(sums_ptr + sample * blocks + block, tl.sum(sizes))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "sums"])
 def _respond(
     hidden_ptr, sizes_ptr, sums_ptr, gamma_ptr, beta_ptr,
     tokens, N, sums,
@@ -325,7 +326,7 @@ def _attend(
     return acc, norm, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["own", "queries", "context"])
 def _attention(
     q_ptr, k_ptr, v_ptr, key_ptr, value_ptr, out_ptr,
     own, queries, context, factor,
@@ -414,7 +415,7 @@ def joined_maps(weight: Tensor, bias: Tensor, times: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _row_statistics(x_ptr, statistics_ptr, rows, C, P: tl.constexpr, CB: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     column = tl.arange(0, CB)
@@ -426,7 +427,7 @@ def _row_statistics(x_ptr, statistics_ptr, rows, C, P: tl.constexpr, CB: tl.cons
     tl.store(statistics_ptr + 2 * row + 1, tl.rsqrt(tl.sum(centred * centred, axis=1) / C + EPS), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "columns"])
 def _mix(
     x_ptr, statistics_ptr, gammas_ptr, weight_ptr, bias_ptr, ahead_ptr, mixed_ptr, normed_ptr,
     H, W, C, columns, weight_channel, weight_tap,

@@ -110,6 +110,8 @@ def test_checkpointing_trades_memory_for_the_same_gradients(components: dict[str
     assert all(gradient.abs().sum() > 0 for gradient in plain)
     network.enable_gradient_checkpointing()
     checkpointed, less_memory = gradients()
+    # Of all gradients: that of a key's bias, which changes no softmax, consists of rounding alone.
+    largest = max(expected.abs().max().item() for expected in plain)
     for gradient, expected in zip(checkpointed, plain, strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6 * largest)
     assert less_memory < 0.8 * memory

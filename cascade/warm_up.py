@@ -1,0 +1,97 @@
+"""Has the GPU's kernels compiled before the first picture, many at a time.
+
+A kernel takes about half a second, and a model has some twenty; what was compiled once is kept in Triton's cache
+(TRITON_CACHE_DIR, else ~/.triton/cache).
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from cascade.networks import ops
+from cascade.networks.ops import Stream
+from cascade.networks.stage_a import MixingBlock, StageA
+from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
+
+logger = logging.getLogger(__name__)
+SIDE = 8  # pixels of what the blocks are tried on
+
+
+def warm_up(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
+    """Runs a block of every kind and width once, if kernels are used at all."""
+    with torch.no_grad():
+        if not ops.fused(vqgan.up_blocks[1].gammas):
+            return
+    start = time.perf_counter()
+    jobs = [job for unet in unets for job in _jobs(unet)] + _stage_a_jobs(vqgan)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        list(threads.map(_run, jobs))
+    torch.cuda.synchronize(vqgan.device)
+    logger.info("Made %d blocks' kernels ready in %.1f s.", len(jobs), time.perf_counter() - start)
+
+
+def _run(job: Callable[[], object]) -> None:
+    with torch.no_grad():
+        job()
+
+
+def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
+    jobs: dict[tuple, Callable[[], object]] = {}
+    for block in unet.blocks():
+        if isinstance(block, ResBlock):
+            channels = block.depthwise.out_channels
+            skip = block.channelwise[0].in_features > channels
+            for pending in (False, True):
+                jobs[ResBlock, channels, skip, pending] = _res_block(block, channels, skip, pending, unet.device)
+        elif isinstance(block, AttnBlock):
+            channels = block.attention.to_q.out_features
+            for pending in (False, True):
+                jobs[AttnBlock, channels, pending] = _attention_block(block, channels, pending, unet)
+    for channels in unet.config.block_out_channels:
+        weight = torch.empty(0, dtype=unet.dtype, device=unet.device)
+        for pending in (False, True):
+            jobs["norm", channels, pending] = _norm(channels, pending, weight)
+    return list(jobs.values())
+
+
+def _stream(channels: int, pending: bool, device: torch.device, dtype: torch.dtype) -> Stream:
+    x = torch.zeros(1, SIDE, SIDE, channels, device=device)
+    if not pending:
+        return Stream(x)
+    # Halves of one tensor, as the timestep mappers give them.
+    scale, shift = torch.zeros(1, 2 * channels, device=device).chunk(2, dim=1)
+    return Stream(x, torch.zeros(channels, device=device, dtype=dtype), scale, shift)
+
+
+def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device: torch.device) -> Callable[[], object]:
+    def job() -> object:
+        stream = _stream(channels, pending, device, block.depthwise.weight.dtype)
+        return block(stream, torch.zeros_like(stream.x) if skip else None)
+
+    return job
+
+
+def _attention_block(block: AttnBlock, channels: int, pending: bool, unet: StableCascadeUNet) -> Callable[[], object]:
+    def job() -> object:
+        tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
+        return block(_stream(channels, pending, unet.device, unet.dtype), *block.condition(tokens))
+
+    return job
+
+
+def _norm(channels: int, pending: bool, weight: torch.Tensor) -> Callable[[], object]:
+    return lambda: ops.norm(_stream(channels, pending, weight.device, weight.dtype), weight)
+
+
+def _stage_a_jobs(vqgan: StageA) -> list[Callable[[], object]]:
+    def job(block: nn.Module, channels: int) -> Callable[[], object]:
+        x = torch.zeros(1, channels, SIDE, SIDE, device=vqgan.device, dtype=vqgan.dtype)
+        return lambda: block(x.contiguous(memory_format=torch.channels_last))
+
+    blocks = {block.channelwise[0].in_features: block for block in vqgan.up_blocks if isinstance(block, MixingBlock)}
+    return [job(block, channels) for channels, block in blocks.items()]

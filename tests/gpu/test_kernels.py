@@ -1,0 +1,180 @@
+"""The fast path changes nothing: kernels are the plain functions, graphs are the network, pictures are the same."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade.cascade import Cascade
+from cascade.graphs import MOST, GraphedUNet
+from cascade.networks import ops
+from cascade.networks.ops import Stream
+from cascade.networks.stage_a import MixingBlock
+from cascade.networks.unet import StableCascadeUNet
+from cascade.request import Request
+from tests.gpu.full_size import make_unet, published_config, random_conditions
+
+ROOT = Path(__file__).parents[2]
+SHAPES = [(1, 1, 1, 64), (2, 5, 7, 48), (3, 24, 24, 2048), (1, 33, 18, 640), (2, 130, 4, 320)]
+ROUNDING = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+pytestmark = [pytest.mark.usefixtures("exact_float32"), pytest.mark.usefixtures("no_grad")]
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def streams(batch: int, height: int, width: int, channels: int, dtype: torch.dtype) -> list[Stream]:
+    x, bias = draw(batch, height, width, channels), draw(channels, dtype=dtype)
+    scale, shift = draw(batch, 2 * channels).chunk(2, dim=1)
+    return [Stream(x), Stream(x, bias), Stream(x, None, scale, shift), Stream(x, bias, scale, shift)]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    channels = shape[-1]
+    convolution = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, device="cuda", dtype=dtype)
+    exact = copy.deepcopy(convolution).float()
+    out, skip = nn.Linear(channels, channels, device="cuda", dtype=dtype), draw(*shape)
+    for stream in streams(*shape, dtype):
+        expected = stream.settle()
+        for given in (None, skip):
+            settled, normed = ops.depthwise_norm(stream, convolution, given)
+            _, wanted = ops.depthwise_norm(Stream(expected), exact, given)
+            assert normed.dtype == dtype
+            torch.testing.assert_close(settled.x, expected)
+            assert error(normed, wanted) < ROUNDING[dtype]
+        settled, normed = ops.norm(stream, out.weight)
+        torch.testing.assert_close(settled.x, expected)
+        assert error(normed, ops.layer_norm(expected)) < ROUNDING[dtype]
+        ahead, _ = ops.norm(stream, out.weight, ahead=out)
+        torch.testing.assert_close(ahead.x, expected + out.bias)
+        hidden = draw(*shape, dtype=dtype)
+        wanted = expected + F.linear(hidden.float(), out.weight.float(), out.bias.float())
+        for last in (ops.add_linear(ahead, hidden, out, was_ahead=True), ops.add_linear(settled, hidden, out)):
+            assert error(last.settle(), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gelu_and_response(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    hidden = 2 * draw(*shape, dtype=dtype)
+    hidden.view(-1)[0] = 40.0  # far outside of what GELU was fitted to
+    gamma, beta = (draw(1, 1, 1, shape[-1], dtype=dtype) for _ in range(2))
+    expected = ops.gelu_response(hidden.float(), gamma.float(), beta.float())
+    for _ in range(3):  # its counters go back to zero
+        assert error(ops.gelu_response(hidden.clone(), gamma, beta), expected) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("head", [32, 48, 64])
+@pytest.mark.parametrize(("batch", "tokens", "context"), [(1, 1, 1), (2, 576, 85), (1, 1024, 4), (2, 77, 97)])
+def test_attention(batch: int, tokens: int, context: int, head: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    heads = 3
+    query, own_key, own_value = draw(batch, tokens, 3 * heads * head, dtype=dtype).chunk(3, dim=-1)
+    key, value = (draw(batch, context, heads * head, dtype=dtype) for _ in range(2))
+    key, value = (x.unflatten(-1, (heads, head)).transpose(1, 2) for x in (key, value))
+    for given in ((query, own_key, own_value, key, value), (query, None, None, key, value)):
+        expected = ops.attention(*(None if x is None else x.float() for x in given))
+        assert error(ops.attention(*given), expected) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(384, 33, 18), (192, 5, 7), (64, 1, 1)])
+def test_stage_a_block(channels: int, height: int, width: int) -> None:
+    torch.manual_seed(3)
+    block = MixingBlock(channels).cuda().bfloat16()
+    nn.init.normal_(block.gammas, std=0.5)
+    x = draw(2, channels, height, width, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    expected = copy.deepcopy(block).float()(x.float())
+    with ops.plain():
+        plain = block(x)
+    assert error(block(x), expected) <= 1.1 * error(plain, expected)
+
+
+@pytest.fixture(scope="module", params=["prior", "decoder"])
+def full_size(request: pytest.FixtureRequest) -> tuple[StableCascadeUNet, tuple[int, int]]:
+    latent_size = (24, 24) if request.param == "prior" else (256, 256)
+    config = published_config(request.param)
+    return make_unet(config, latent_size=latent_size, semantic_size=(24, 24), seed=0, device="cuda"), latent_size
+
+
+def test_no_less_exact_than_plain_torch(full_size: tuple[StableCascadeUNet, tuple[int, int]]) -> None:
+    exact, latent_size = full_size
+    half = copy.deepcopy(exact).bfloat16()
+    half.join_weights()
+    torch.manual_seed(4)
+    conditions = {name: x.cuda() for name, x in random_conditions(exact.config, (24, 24), 2).items()}
+    for time in (0.99, 0.5, 0.1):
+        sample, ratio = draw(2, exact.config.in_channels, *latent_size), torch.full((2,), time, device="cuda")
+        expected = exact(sample, ratio, **conditions)
+        with ops.plain():
+            plain = error(half(sample, ratio, **conditions), expected)
+        fast = error(half(sample, ratio, **conditions), expected)
+        print(f"{exact.config.in_channels} channels, t {time}: plain {plain:.3e}, fast {fast:.3e}")
+        assert fast <= plain
+
+
+def test_graphs_do_what_the_network_does(model_folder: Path) -> None:
+    cascade = Cascade.load(model_folder, "cuda")
+    for network, channels in ((cascade.prior, 16), (cascade.decoder, 4)):
+        run = GraphedUNet(network)
+        torch.manual_seed(5)
+        given = {name: x.cuda() for name, x in random_conditions(dict(network.config), (6, 6), 2).items()}
+        for side in (8, 12, *range(14, 16 + 2 * MOST, 2), 8):  # more sizes than are remembered, then the first again
+            sample, ratio = draw(2, channels, side, side), torch.rand(2, device="cuda")
+            expected = network.condition(**given, latent_size=(side, side))
+            conditions = run.condition(**given, latent_size=(side, side))
+            width = network.config.block_out_channels[0]
+            for residuals in (None, {0: draw(2, width, side, side)} if channels == 16 else None):
+                out = run(sample, ratio, conditions, controlnet_residuals=residuals).clone()
+                assert torch.equal(out, network(sample, ratio, expected, controlnet_residuals=residuals))
+            other = run(sample + 1, ratio, conditions)
+            assert torch.equal(other, network(sample + 1, ratio, expected))
+        assert len(run.recorder.recordings) <= MOST
+
+
+def test_the_text_encoders_graph_minds_the_mask(model_folder: Path) -> None:
+    conditioner = Cascade.load(model_folder, "cuda").conditioner
+    for prompt in ("", "a red apple", "a " * 90):
+        ids = conditioner.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").to("cuda")
+        output = conditioner.text_encoder(**ids, output_hidden_states=True)
+        embeddings = conditioner.encode_text([prompt])
+        torch.testing.assert_close(embeddings.tokens, output.hidden_states[-1])
+        torch.testing.assert_close(embeddings.pooled[:, 0], output.text_embeds)
+
+
+def test_pictures_are_those_of_plain_float32() -> None:
+    """On the miniature, 64 prompts: by kernels and graphs in bfloat16, and by torch in float32."""
+    folder = ROOT / "weights" / "mini"
+    prompts = json.loads((ROOT / "training" / "mini" / "prompts.json").read_text())[::9][:64]
+    fast, exact = Cascade.load(folder, "cuda"), Cascade.load(folder, "cuda", torch.float32)
+    differences = []
+    for prompt in prompts:
+        request = Request(prompt["text"], seed=prompt["seed"])
+        (one,) = fast.generate(request)
+        with ops.plain():
+            (other,) = exact.generate(request)
+        differences.append(np.abs(np.asarray(one).astype(float) - np.asarray(other)).mean())
+    print(f"mean difference of 255: {np.mean(differences):.3f}, of the worst picture {max(differences):.3f}")
+    assert len(differences) == 64
+    assert np.mean(differences) <= 2
