@@ -1,0 +1,181 @@
+"""The benchmark: contenders side by side on this GPU, a table and a plot. See scripts/benchmark."""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.contenders import CONTENDERS, STEPS_DECODER, STEPS_PRIOR
+from scripts.environment import ROOT
+from scripts.stand_ins import write_stand_ins
+
+# 10**12 operations of a forward of one sample at 1024x1024, counted in matrix products and convolutions.
+WORK = {False: (4.08, 6.17), True: (1.17, 2.22)}
+WORK_STAGE_A = 2.17
+
+
+def case(name: str, size: int = 1024, batch: int = 1, decoder_guidance: float = 0.0, lite: bool = False) -> dict:
+    return {"name": name, "size": size, "batch": batch, "decoder_guidance": decoder_guidance, "lite": lite}
+
+
+CASES = [
+    case("batch 1"),
+    case("batch 4", batch=4),
+    case("authors' guidance", decoder_guidance=1.1),
+    case("lite + lite", lite=True),
+]
+GROWTH = [
+    *(case(f"{size} pixels", size=size) for size in (512, 768, 1280, 1536, 2048)),
+    *(case(f"batch {batch}", batch=batch) for batch in (2, 8)),
+]
+# Compiling takes minutes: what it does is measured for one case.
+BY_CONTENDER = {
+    "diffusers, model offload": CASES[:1],
+    "diffusers, torch.compile": CASES[:1],
+    "diffusers, reduce-overhead": CASES[:1],
+    "ours": CASES + GROWTH,
+    "ours, offload": [CASES[0], GROWTH[4]],
+    "ours, stream": [CASES[0], GROWTH[4]],
+}
+
+
+def floor(one: dict[str, Any], rate: float) -> float | None:
+    """Seconds an image that the counted work takes at a rate in 10**12 operations a second; at 1024x1024 only."""
+    if one["size"] != 1024:
+        return None
+    prior, decoder = WORK[one["lite"]]
+    halves = 2 if one["decoder_guidance"] > 1 else 1
+    return (2 * STEPS_PRIOR * prior + halves * STEPS_DECODER * decoder + WORK_STAGE_A) / rate
+
+
+def matmul_rate(side: int = 8192, runs: int = 20) -> float:
+    """10**12 operations a second of a product of random bfloat16 matrices; the median."""
+    first, second = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    rates = []
+    for _ in range(runs + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        first @ second
+        end.record()
+        torch.cuda.synchronize()
+        rates.append(2 * side**3 / start.elapsed_time(end) / 1e9)
+    return statistics.median(rates[3:])
+
+
+def run(names: list[str], runs: int, folder: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    write_stand_ins(folder, "cuda")
+    torch.cuda.empty_cache()
+    sys.stderr.write(f"Stand-ins written in {time.perf_counter() - start:.0f} s.\n")
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "runs": runs,
+        "matmul_rate": matmul_rate(),
+    }
+    results = []
+    for name in names:
+        cases = BY_CONTENDER.get(name, CASES)
+        arguments = [sys.executable, "-m", "scripts.contenders", name, str(folder), json.dumps(cases), str(runs)]
+        arguments.append(str(time.time()))
+        process = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+        results += lines or [{"contender": name, "case": cases[0]["name"], "error": f"exit {process.returncode}"}]
+        for line in lines or results[-1:]:
+            sys.stderr.write(f"{json.dumps(line)}\n")
+    return {"machine": machine, "results": results}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown."""
+    machine, cases = found["machine"], {one["name"]: one for one in CASES + GROWTH}
+    rows = [
+        "| case | contender | s an image | images a second | peak GiB (reserved) | ratio to the floor | first, s | ready, s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in sorted(found["results"], key=lambda one: list(cases).index(one["case"])):
+        start = f"| {result['case']} | {result['contender']} | "
+        if "error" in result:
+            rows.append(f"{start}{result['error']} | | | | | |")
+            continue
+        least = floor(cases[result["case"]], machine["matmul_rate"])
+        ratio = f"{result['per_image'] / least:.2f}" if least else ""
+        rows.append(
+            f"{start}{result['per_image']:.3f} | {1 / result['per_image']:.2f} | "
+            f"{result['allocated']:.1f} ({result['reserved']:.1f}) | {ratio} | "
+            f"{result['first']:.1f} | {result['ready']:.1f} |"
+        )
+    head = (
+        f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, bfloat16, medians of {machine['runs']} runs; "
+        f"matrix products run at {machine['matmul_rate']:.0f} TFLOP/s."
+    )
+    return "\n".join([head, "", *rows])
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Seconds an image and peak memory of the first case, a bar a contender, with the floor as a line."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    shown = [one for one in found["results"] if one["case"] == CASES[0]["name"] and "error" not in one]
+    shown.sort(key=lambda one: -one["per_image"])
+    names = [one["contender"] for one in shown]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 0.5 * len(shown) + 1.2), sharey=True)
+    bars = left.barh(names, [one["per_image"] for one in shown], color="#4878a8")
+    left.bar_label(bars, fmt="%.2f", padding=3)
+    left.axvline(floor(CASES[0], found["machine"]["matmul_rate"]), color="#a04040", linewidth=1)
+    left.set_xlabel("seconds an image (line: the floor)")
+    left.margins(x=0.15)
+    bars = right.barh(names, [one["allocated"] for one in shown], color="#78a848")
+    right.bar_label(bars, fmt="%.1f", padding=3)
+    right.set_xlabel("peak GiB")
+    right.margins(x=0.15)
+    figure.suptitle(f"1024x1024, 20 + 10 steps, {found['machine']['gpu']}")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time contenders on this GPU with stand-ins of the published sizes.")
+    parser.add_argument(
+        "--contenders",
+        nargs="*",
+        choices=CONTENDERS,
+        default=[name for name in CONTENDERS if "compile" not in name and "overhead" not in name],
+        help="default: all but the compiled ones, which take minutes to compile",
+    )
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each case, after two to warm up")
+    parser.add_argument(
+        "--folder", type=Path, help="where 17 GB of stand-ins go for the while; default: a temporary one"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmark")
+    parser.add_argument("--results", type=Path, help="draw the table and the plot of these results; time nothing")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.results:
+        found = json.loads(options.results.read_text())
+    else:
+        if not torch.cuda.is_available():
+            parser.error("there is no CUDA device to measure")
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            found = run(options.contenders, options.runs, Path(folder))
+        (options.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.output / "table.md").write_text(table(found) + "\n")
+    print(table(found))
+    plot(found, options.output / "plot.png")
+
+
+if __name__ == "__main__":
+    main()

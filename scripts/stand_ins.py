@@ -1,0 +1,58 @@
+"""The published networks with random weights, as a folder that loads like the published repositories.
+
+A network takes as long, and as much memory, whatever its weights are: what is measured here holds for the published ones.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from cascade.checkpoints import VARIANTS
+from cascade.weights import ModelFolder, save_component
+from scripts.environment import ROOT
+
+# laion/CLIP-ViT-bigG-14-laion2B-39B-b160k
+TEXT_ENCODER = CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+    vocab_size=49408,
+    hidden_act="gelu",
+    bos_token_id=49406,
+    eos_token_id=49407,
+)
+PLACES = {
+    "prior": "stable-cascade-prior/prior",
+    "prior_lite": "stable-cascade-prior/prior_lite",
+    "decoder": "stable-cascade/decoder",
+    "decoder_lite": "stable-cascade/decoder_lite",
+    "vqgan": "stable-cascade/vqgan",
+}
+DEVIATION = 0.02
+
+
+@torch.no_grad()
+def randomize(network: nn.Module) -> nn.Module:
+    """Every weight drawn: products with zeros run faster than others."""
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=DEVIATION)
+    return network.to(torch.bfloat16)
+
+
+def write_stand_ins(folder: Path, device: str) -> None:
+    """Write 17 GB: both sizes of both UNets, Stage A and the text encoder in bfloat16, and the miniature's tokenizer."""
+    variants = {variant.name: variant for variant in VARIANTS}
+    for name, place in PLACES.items():
+        with torch.device(device):
+            network = randomize(variants[name].network(**variants[name].config))
+        save_component(folder / place, network, torch.bfloat16)
+        del network
+    with torch.device(device):
+        text_encoder = randomize(CLIPTextModelWithProjection(TEXT_ENCODER))
+    save_component(folder / "stable-cascade-prior/text_encoder", text_encoder, torch.bfloat16)
+    tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")
+    save_component(folder / "stable-cascade-prior/tokenizer", tokenizer, torch.bfloat16)

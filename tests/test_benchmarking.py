@@ -1,0 +1,82 @@
+"""The benchmark's arithmetic, table and plot; what it times needs a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from scripts import benchmarking
+from scripts.benchmarking import CASES, floor, table
+from scripts.environment import ROOT
+
+MACHINE = {"gpu": "NVIDIA H200", "torch": "2.11.0", "cuda": "13.0", "runs": 5, "matmul_rate": 800.0}
+
+
+def result(contender: str, case: str, per_image: float) -> dict:
+    return {
+        "contender": contender,
+        "case": case,
+        "per_image": per_image,
+        "first": 2.0,
+        "ready": 6.0,
+        "allocated": 11.5,
+        "reserved": 12.25,
+    }
+
+
+FOUND = {
+    "machine": MACHINE,
+    "results": [
+        result("ours", "batch 4", 0.4),
+        result("diffusers", "batch 1", 2.5),
+        result("ours", "batch 1", 0.5),
+        result("ours", "2048 pixels", 4.0),
+        {"contender": "ours, stream", "case": "batch 1", "error": "out of memory"},
+    ],
+}
+
+
+def test_the_floor_is_the_counted_work_at_the_measured_rate() -> None:
+    """227 TFLOP an image: 163 in Stage C, 62 in Stage B, 2 in Stage A; guidance in Stage B adds 62."""
+    one, four, guided, lite = (floor(case, 800.0) for case in CASES)
+    assert one == pytest.approx(227 / 800, rel=0.01)
+    assert four == one
+    assert guided - one == pytest.approx(62 / 800, rel=0.01)
+    assert lite < one / 3
+    assert floor({"size": 2048, "lite": False, "decoder_guidance": 0.0}, 800.0) is None
+
+
+def test_table() -> None:
+    lines = table(FOUND).splitlines()
+    assert lines[0].startswith("NVIDIA H200, torch 2.11.0, CUDA 13.0, bfloat16, medians of 5 runs")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert [row[:3] for row in rows] == [
+        ["batch 1", "diffusers", "2.500"],
+        ["batch 1", "ours", "0.500"],
+        ["batch 1", "ours, stream", "out of memory"],
+        ["batch 4", "ours", "0.400"],
+        ["2048 pixels", "ours", "4.000"],
+    ]
+    assert rows[1][3:] == ["2.00", "11.5 (12.2)", "1.76", "2.0", "6.0"]
+    assert rows[4][5] == ""
+
+
+def test_results_are_drawn_again(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(FOUND))
+    command = [sys.executable, "-m", "scripts.benchmarking", "--results", str(results), "--output", str(tmp_path)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == (tmp_path / "table.md").read_text().strip() == table(FOUND)
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width > 500
+        assert len(set(image.convert("RGB").resize((60, 30)).getdata())) > 10
+
+
+def test_every_case_is_run_by_its_name() -> None:
+    cases = [case["name"] for case in CASES + benchmarking.GROWTH]
+    assert len(set(cases)) == len(cases)
+    assert {case["name"] for of_one in benchmarking.BY_CONTENDER.values() for case in of_one} <= set(cases)
