@@ -70,7 +70,7 @@ def matmul_rate(side: int = 8192, runs: int = 20) -> float:
     return statistics.median(rates[3:])
 
 
-def run(names: list[str], runs: int, folder: Path) -> dict[str, Any]:
+def run(names: list[str], chosen: list[str], runs: int, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     write_stand_ins(folder, "cuda")
     torch.cuda.empty_cache()
@@ -85,7 +85,9 @@ def run(names: list[str], runs: int, folder: Path) -> dict[str, Any]:
     }
     results = []
     for name in names:
-        cases = BY_CONTENDER.get(name, CASES)
+        cases = [one for one in BY_CONTENDER.get(name, CASES) if one["name"] in chosen]
+        if not cases:
+            continue
         arguments = [sys.executable, "-m", "scripts.contenders", name, str(folder), json.dumps(cases), str(runs)]
         arguments.append(str(time.time()))
         process = subprocess.run(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -156,6 +158,8 @@ def main() -> None:
         default=[name for name in CONTENDERS if "compile" not in name and "overhead" not in name],
         help="default: all but the compiled ones, which take minutes to compile",
     )
+    names = [one["name"] for one in CASES + GROWTH]
+    parser.add_argument("--cases", nargs="*", choices=names, default=names, help="default: all")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each case, after two to warm up")
     parser.add_argument(
         "--folder", type=Path, help="where 17 GB of stand-ins go for the while; default: a temporary one"
@@ -170,7 +174,7 @@ def main() -> None:
         if not torch.cuda.is_available():
             parser.error("there is no CUDA device to measure")
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            found = run(options.contenders, options.runs, Path(folder))
+            found = run(options.contenders, options.cases, options.runs, Path(folder))
         (options.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     (options.output / "table.md").write_text(table(found) + "\n")
     print(table(found))

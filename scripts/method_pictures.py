@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cascade.cascade import Cascade, Request, to_image, to_pixels
+from cascade.controls import Control, canny
 from cascade.decoder import decode_pixels
 from cascade.inpainting import extend
 from scripts.environment import ROOT
@@ -54,6 +55,12 @@ STRENGTHS = (0.1, 0.2, 0.4, 0.8, 1.0)
 MASKED = (60, 0, 200, 120)
 ABOVE = tuple(f"{thing} above a sunflower on a light blue background" for thing in ("a rocket", "a full moon"))
 BELOW = "a butterfly above a tulip on a light blue background"
+# Whose edges are followed, by pictures of what.
+EDGES = {
+    PROMPTS[10]: ("a strawberry on a turquoise background", "a tomato on a yellow background"),
+    PROMPTS[3]: ("a full moon on a black background",),
+}
+EDGES_SEED = 3
 SEMANTIC_TILES = 4  # 16 channels are shown as 4 x 4
 
 # README.md is shown some 830 pixels wide, which is half of the widest picture here.
@@ -182,6 +189,20 @@ def draw_inpainting(cascade: Cascade) -> Image.Image:
     return sheet(pictures, captions, COLUMNS)
 
 
+def draw_canny(cascade: Cascade) -> Image.Image:
+    """Pictures, their edges, and what prompts make without and with these."""
+    pictures, captions = [], []
+    for source, prompts in EDGES.items():
+        (image,) = cascade.generate(Request(source, seed=SEED))
+        pictures += [image, to_image(canny(to_pixels(image))[0].expand(3, -1, -1))]
+        captions += ["an image", "its edges"]
+        for prompt in prompts:
+            for controls, how in (((), "without"), ((Control("canny", image),), "with edges")):
+                pictures += cascade.generate(Request(prompt, seed=EDGES_SEED, controls=controls))
+                captions.append(f"{how}: {prompt}")
+    return sheet(pictures, captions, COLUMNS)
+
+
 def draw_channels(latents: Tensor) -> Image.Image:
     """The channels of (16, h, w) side by side, from their smallest value, black, to their largest, white."""
     channels, height, width = latents.shape
@@ -202,6 +223,7 @@ DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
     "variation.webp": draw_variation,
     "image-to-image.webp": draw_image_to_image,
     "inpainting.webp": draw_inpainting,
+    "canny.webp": draw_canny,
 }
 
 
@@ -217,6 +239,6 @@ def main(arguments: list[str] | None = None) -> int:
     cascade = Cascade.load(ROOT / "weights" / "mini", dtype=torch.float32)
     for name, draw in DRAWINGS.items():
         file = options.output / name
-        draw(cascade).save(file, quality=82, method=6)
+        draw(cascade).save(file, quality=78, method=6)
         sys.stdout.write(f"{file}\n")
     return 0

@@ -20,8 +20,9 @@ from cascade.request import Request
 from tests.gpu.full_size import make_unet, published_config, random_conditions
 
 ROOT = Path(__file__).parents[2]
-SHAPES = [(1, 1, 1, 64), (2, 5, 7, 48), (3, 24, 24, 2048), (1, 33, 18, 640), (2, 130, 4, 320)]
 ROUNDING = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
+# Few, because each compiles a dozen kernels: odd sizes of two samples, in both dtypes, and those of Stage C.
+CASES = [((2, 5, 7, 48), torch.bfloat16), ((2, 5, 7, 48), torch.float16), ((1, 24, 24, 2048), torch.bfloat16)]
 
 pytestmark = [pytest.mark.usefixtures("exact_float32"), pytest.mark.usefixtures("no_grad")]
 
@@ -43,11 +44,10 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def streams(batch: int, height: int, width: int, channels: int, dtype: torch.dtype) -> list[Stream]:
     x, bias = draw(batch, height, width, channels), draw(channels, dtype=dtype)
     scale, shift = draw(batch, 2 * channels).chunk(2, dim=1)
-    return [Stream(x), Stream(x, bias), Stream(x, None, scale, shift), Stream(x, bias, scale, shift)]
+    return [Stream(x), Stream(x, bias, scale, shift)]
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     channels = shape[-1]
@@ -73,8 +73,7 @@ def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             assert error(last.settle(), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), [*CASES, ((1, 130, 6, 48), torch.bfloat16)])
 def test_gelu_and_response(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     hidden = 2 * draw(*shape, dtype=dtype)
@@ -85,8 +84,7 @@ def test_gelu_and_response(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert error(ops.gelu_response(hidden.clone(), gamma, beta), expected) < ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("head", [32, 48, 64])
+@pytest.mark.parametrize(("head", "dtype"), [(48, torch.bfloat16), (64, torch.bfloat16), (64, torch.float16)])
 @pytest.mark.parametrize(("batch", "tokens", "context"), [(1, 1, 1), (2, 576, 85), (1, 1024, 4), (2, 77, 97)])
 def test_attention(batch: int, tokens: int, context: int, head: int, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
