@@ -142,7 +142,9 @@ def test_saving_again_keeps_what_is_not_replaced(copy: Path, components: dict[st
 
 
 def test_a_saved_folder_does_not_tell_where_its_parts_came_from(copy: Path, tmp_path: Path) -> None:
-    parts = {component: {**NETWORKS, **PROCESSORS}[component].from_pretrained(copy / component) for component in COMPONENTS}
+    parts = {
+        component: {**NETWORKS, **PROCESSORS}[component].from_pretrained(copy / component) for component in COMPONENTS
+    }
     assert parts["prior"].config["_name_or_path"] == copy / "prior"
     save_model_folder(tmp_path / "saved", parts, **ABOUT)
     texts = {file: file.read_text() for file in (tmp_path / "saved").rglob("*.json")}
