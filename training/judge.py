@@ -130,6 +130,11 @@ class Judge:
         reduced = [F.interpolate(part.float() / 255, (_SIDE, _SIDE), mode="area") for part in drawings.split(256)]
         self._references = _soften(torch.cat(reduced)).unflatten(0, (len(self.names), len(self.styles)))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the drawings lie, and pictures are to be."""
+        return self._references.device
+
     def distances(self, picture: Tensor, style: str | None = None, relation: str | None = None) -> list[Tensor]:
         """How far the object, or each of the two objects, of one picture (3, S, S) is from every name: float (names,) each.
 

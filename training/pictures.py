@@ -24,6 +24,27 @@ def psnr(made: Tensor, true: Tensor) -> float:
     return (-10 * errors.clamp(min=1e-10).log10()).mean().item()
 
 
+def ssim(made: Tensor, true: Tensor) -> float:
+    """Mean structural similarity, at most 1; both (B, C, H, W) in 0..1.
+
+    Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004), with plain windows of 7 x 7
+    pixels, channel by channel.
+    """
+    mean_made, mean_true = (nn.functional.avg_pool2d(one, 7, 1) for one in (made, true))
+    variance_made, variance_true, covariance = (
+        nn.functional.avg_pool2d(one * two, 7, 1) - mean_one * mean_two
+        for one, two, mean_one, mean_two in (
+            (made, made, mean_made, mean_made),
+            (true, true, mean_true, mean_true),
+            (made, true, mean_made, mean_true),
+        )
+    )
+    small, smaller = 0.03**2, 0.01**2
+    luminance = (2 * mean_made * mean_true + smaller) / (mean_made.square() + mean_true.square() + smaller)
+    structure = (2 * covariance + small) / (variance_made + variance_true + small)
+    return (luminance * structure).mean().item()
+
+
 def grid(rows: list[Tensor]) -> Image.Image:
     """One sheet from rows of pictures, each (N, 3, H, W) in 0..1; rows are brought to the height of the first.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.pictures import grid, psnr
+from training.pictures import grid, psnr, ssim
 
 
 def test_grid() -> None:
@@ -24,3 +24,22 @@ def test_psnr_is_the_mean_over_pictures_of_decibels() -> None:
     errors = torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
     assert psnr(true + errors, true) == pytest.approx((20 + 40) / 2, abs=1e-3)
     assert psnr(true, true) == pytest.approx(100)
+
+
+def test_ssim_follows_the_formula_in_every_window() -> None:
+    made, true = torch.rand(2, 1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    values = []
+    for channel in range(2):
+        for row in range(3):
+            for column in range(2):
+                window = (0, channel, slice(row, row + 7), slice(column, column + 7))
+                a, b = made[window].flatten(), true[window].flatten()
+                covariance = torch.cov(torch.stack([a, b]), correction=0)
+                values.append(
+                    (2 * a.mean() * b.mean() + 1e-4)
+                    / (a.mean() ** 2 + b.mean() ** 2 + 1e-4)
+                    * (2 * covariance[0, 1] + 9e-4)
+                    / (covariance.trace() + 9e-4)
+                )
+    assert ssim(made, true) == pytest.approx(torch.stack(values).mean().item(), abs=1e-5)
+    assert ssim(made, made) == pytest.approx(1)
