@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cascade import sizes
-from cascade.cascade import Cascade, Progress
+from cascade.cascade import Cascade, Progress, find_device
 from cascade.controls import Control
 from cascade.inpainting import extend
 from cascade.metadata import VERSION, save_picture
@@ -61,26 +61,29 @@ class Predictor(BaseRunner):
     cascade: Cascade | None = None
 
     def setup(self) -> None:
-        """Load the model, onto the GPU if there is one, and the safety checker. Fetches nothing.
+        """Load the safety checker and the model, onto the GPU if there is one. Fetches nothing.
 
         Raises:
             WeightsError: the weights are missing or damaged.
+            ValueError: CASCADE_MEMORY is none of auto, resident, offload and stream.
         """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        start = time.perf_counter()
         folder = find_weights()
         opened = ModelFolder.open(folder)
-        cascade = Cascade.load(folder)
+        # First, so that the model knows how much memory is left.
+        self.safety = load_safety_checker(folder, find_device())
+        start = time.perf_counter()
+        cascade = Cascade.load(folder, memory=os.environ.get("CASCADE_MEMORY") or "auto")
         logger.info(
-            "Loaded %s from %s, %.2f GB, onto %s as %s, all networks resident, in %.1f s.",
+            "Loaded %s from %s, %.2f GB, onto %s as %s, %s, in %.1f s.",
             opened.name,
             folder,
             size_of(opened) / 1e9,
             cascade.device,
             str(cascade.prior.dtype).removeprefix("torch."),
+            cascade.home.description,
             time.perf_counter() - start,
         )
-        self.safety = load_safety_checker(folder, cascade.device)
         self.model_name = opened.name
         self.watch = Stopwatch(cascade.device)
         conditioner = cascade.conditioner
@@ -370,19 +373,16 @@ class Predictor(BaseRunner):
         self.record_metric("previews", [])  # the pictures have taken their place
 
     def _what_would_fit(self, request: Request) -> str:
-        """One sentence about a request that exceeded the GPU's memory. What it says would fit has been tried."""
-        asked = (
-            f"num_images={request.num_images} at {request.width}x{request.height} needs more memory than the GPU has"
-        )
+        """One sentence about a request of which one picture exceeds the GPU's memory. What it says would fit has been tried."""
+        asked = f"A picture of {request.width}x{request.height} needs more memory than the GPU has left"
         smaller = request
         for smaller in smaller_requests(request):
             with contextlib.suppress(torch.OutOfMemoryError):
                 steps = self.cascade.steps(replace(smaller, steps_prior=1, steps_decoder=1))
                 for _ in iterate_on(self.model_thread, steps):
                     pass
-                return f"{asked} left; num_images={smaller.num_images} at {smaller.width}x{smaller.height} would fit."
-        size = f"{smaller.width}x{smaller.height}"
-        return f"{asked} left, and so does one of {size}: something else must be using it."
+                return f"{asked}; one of {smaller.width}x{smaller.height} would fit."
+        return f"{asked}, and so does one of {smaller.width}x{smaller.height}: something else must be using it."
 
 
 # Taken here because Cog's server puts the bare defaults into the signature before it calls `run`.
@@ -581,9 +581,7 @@ def settings_of(request: Request) -> dict[str, Any]:
 
 
 def smaller_requests(request: Request) -> Iterator[Request]:
-    """Fewer pictures of the size that was asked for, then one of half the area, of a quarter ..., of the same shape."""
-    for number in range(request.num_images - 1, 0, -1):
-        yield replace(request, num_images=number)
+    """One picture of half the area that was asked for, of a quarter ..., of the same shape."""
     enlarged = any(control.kind == "super_resolution" for control in request.controls)
     smallest = 2 * sizes.SMALLEST if enlarged else sizes.SMALLEST
     width, height = request.width, request.height

@@ -19,20 +19,22 @@ from torch.nn import functional as F
 from cascade import sizes
 from cascade.conditioning import Conditioner, TextEmbeddings
 from cascade.controls import Control, canny, inpainting
-from cascade.decoder import decode_pixels, decoder_steps, encode_pixels, for_encoder
-from cascade.graphs import graphed
+from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode_pixels, for_encoder, tile_within
+from cascade.graphs import GraphedUNet, graphed
 from cascade.inpainting import latents_of, read_mask, set_into
+from cascade.memory import ALWAYS, GIB, Arena, Choice, Resident, available, choose
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
+from cascade.packing import Packed
 from cascade.pictures import to_rgb
 from cascade.prior import Residuals, prior_steps, steps_taken
 from cascade.request import Request
 from cascade.sampling import DIFFUSERS_SAMPLER, Noise, finish
 from cascade.warm_up import warm_up
-from cascade.weights import CONTROLNETS, ModelFolder, StageSettings
+from cascade.weights import CONTROLNETS, NETWORKS, ModelFolder, StageSettings
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,9 @@ class Cascade:
         defaults: the settings of the stages "prior" and "decoder" where the request leaves them open.
         native_size: pixels, the edge of the square that is made when the request names no size.
         numerics: "official", "notebook" or "diffusers".
-        max_batch: how many pictures are made at a time. It does not change the pictures.
+        max_batch: how many pictures are made at a time; fewer if the GPU's memory does not suffice. It does not change the
+            pictures.
+        home: where the networks live while they are not running; None: all stay where they are.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class Cascade:
         native_size: int,
         numerics: str = "official",
         max_batch: int = 4,
+        home: Resident | None = None,
     ) -> None:
         if numerics not in NUMERICS:
             raise ValueError(f"numerics is {numerics!r}; it must be one of {', '.join(NUMERICS)}.")
@@ -135,7 +140,14 @@ class Cascade:
         self.native_size = native_size
         self.numerics = NUMERICS[numerics]
         self.max_batch = max_batch
-        self._run_prior, self._run_decoder = graphed(prior), graphed(decoder)
+        self.home = Resident(prior.device) if home is None else home
+        unets = {"prior": prior, "decoder": decoder}
+        runs = {name: unet if self.home.streams(name) else graphed(unet) for name, unet in unets.items()}
+        self._recorders = [
+            conditioner.recorder,
+            *(run.recorder for run in runs.values() if isinstance(run, GraphedUNet)),
+        ]
+        self._run_prior, self._run_decoder = (self.home.on_turn(name, run) for name, run in runs.items())
 
     @classmethod
     def load(
@@ -147,6 +159,7 @@ class Cascade:
         lite: Collection[str] = (),
         numerics: str = "official",
         max_batch: int = 4,
+        memory: str = "auto",
     ) -> "Cascade":
         """Read a model folder, or the folder that holds the two published repositories.
 
@@ -156,22 +169,31 @@ class Cascade:
             dtype: of the networks; None: bfloat16 on CUDA, else float32.
             lite: the stages, of "prior" and "decoder", whose lite network is taken from the published repositories.
             numerics, max_batch: see the class.
+            memory: "resident", "offload" or "stream", see `memory`; "auto" chooses by the size of the networks and the
+                GPU's free memory. On a CPU all are resident.
 
         Raises:
             WeightsError: something is missing from the folder, or damaged.
+            ValueError: there is no such numerics or memory.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = find_device() if device is None else torch.device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         opened = ModelFolder.open(folder, lite=lite)
         needed = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
         optional = ("feature_extractor", "image_encoder", "effnet", "previewer", *CONTROLNETS)
-        parts, seconds = {}, {}
-        for name in (*needed, *(name for name in optional if name in opened)):
+        names = (*needed, *(name for name in optional if name in opened))
+        choice = _choose(memory, opened, names, device, dtype)
+        parts, packed, seconds = {}, {}, {}
+        for name in names:
             start = time.perf_counter()
-            parts[name] = opened.load_component(name, device=device, dtype=dtype)
+            waits = choice.mode != "resident" and name in NETWORKS and name not in ALWAYS
+            parts[name] = opened.load_component(name, device="cpu" if waits else device, dtype=dtype)
             if device.type == "cuda" and name in ("prior", "decoder"):
                 parts[name].join_weights()
+            if waits:
+                packed[name] = Packed(parts[name], pin=True)
             seconds[name] = time.perf_counter() - start
+        home = Arena(packed, device, choice) if packed else None
         if device.type == "cuda":
             warm_up([parts["prior"], parts["decoder"]], parts["vqgan"])
         logger.info("Seconds to load: %s.", ", ".join(f"{name} {taken:.2f}" for name, taken in seconds.items()))
@@ -189,6 +211,7 @@ class Cascade:
             native_size=opened.native_size,
             numerics=numerics,
             max_batch=max_batch,
+            home=home,
         )
 
     @property
@@ -236,13 +259,11 @@ class Cascade:
         controls = self._residuals(request, mask, height, width)
         guided = any(stage.guidance > 1 for stage in settings.values())
         text, negative = self._encode(request.prompt, request.negative_prompt if guided else None)
-
-        batches = range(0, request.num_images, self.max_batch)
+        self.home.prefetch("prior")
         prior_work = 0 if strength == 0 else steps_taken(settings["prior"].steps, strength)
-        total = len(batches) * (prior_work + settings["decoder"].steps) + request.num_images
-        done = 0
-        for first in batches:
-            last = min(first + self.max_batch, request.num_images)
+
+        def make(first: int, last: int) -> Iterator[Progress]:
+            """The pictures from `first` to before `last`, in one batch; without the numbers of what is done."""
             noise = Noise(range(request.seed + first, request.seed + last), self.device)
             if strength == 0:
                 semantic, work = start.expand(len(noise), -1, -1, -1), iter(())
@@ -264,10 +285,9 @@ class Cascade:
                 )
             for step in work:
                 semantic = step.x
-                done += 1
                 expected = step.x0 if free is None else torch.where(free, step.x0, start)
-                yield Progress("prior", done, total, latents=expected)
-            for step in decoder_steps(
+                yield Progress("prior", 0, 0, latents=expected)
+            work = decoder_steps(
                 self._run_decoder,
                 semantic,
                 text.pooled,
@@ -276,16 +296,41 @@ class Cascade:
                 noise=noise,
                 sampler=sampler,
                 **vars(settings["decoder"]),
-            ):
+            )
+            # The next request's text, most likely.
+            upcoming = ("prior",) if last < request.num_images else ("text_encoder", "prior")
+            self.home.prefetch(*upcoming)
+            for step in work:
                 latents = step.x
-                done += 1
-                yield Progress("decoder", done, total, latents=step.x0)
-            for pixels in decode_pixels(self.vqgan, latents, self._stage_a_scale()):
+                yield Progress("decoder", 0, 0, latents=step.x0)
+            self.home.idle()
+            self.home.prefetch(*upcoming)
+            for pixels in self._decode(latents):
                 image = to_image(sizes.crop(pixels, *picture_size))
                 if mask is not None:
                     image = set_into(to_rgb(request.image), image, mask)
-                done += 1
-                yield Progress("image", done, total, image=image)
+                yield Progress("image", 0, 0, image=image)
+
+        most = min(self.max_batch, request.num_images)
+        made = done = 0
+        while made < request.num_images:
+            batches = -(-(request.num_images - made) // most)
+            total = done + batches * (prior_work + settings["decoder"].steps) + request.num_images - made
+            batch = range(made, min(made + most, request.num_images))
+            try:
+                for progress in make(batch.start, batch.stop):
+                    done += 1
+                    made += progress.image is not None
+                    yield replace(progress, done=done, total=total)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                most = len(batch) // 2
+            if made < batch.stop:
+                logger.warning(
+                    "%d pictures at a time need more memory than there is; going on with %d.", len(batch), most
+                )
+                self._forget_graphs()
 
     def picture_size(self, request: Request) -> sizes.Size:
         """(height, width) of the pictures of a request."""
@@ -322,6 +367,7 @@ class Cascade:
                 "This model has no semantic encoder, which reads images; "
                 "scripts/download-weights --only --with effnet, then scripts/save-weights, add it."
             )
+        self.home.use("effnet")
         return encode_pixels(self.effnet, to_pixels(image).to(self.effnet.device))
 
     def reconstruct(self, image: Image.Image, seed: int = 0, prompt: str = "") -> Image.Image:
@@ -351,11 +397,25 @@ class Cascade:
                 **vars(settings),
             )
         )
-        (pixels,) = decode_pixels(self.vqgan, latents, self._stage_a_scale())
+        (pixels,) = self._decode(latents)
         return to_image(sizes.crop(pixels, *picture_size))
+
+    def _decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """Pictures (3, H, W) in 0..1 of Stage B's latents, in tiles if memory is scarce."""
+        size = latents.shape[-2:]
+        room = self.home.room(decoding_bytes(self.vqgan, *size))
+        return decode_pixels(self.vqgan, latents, self._stage_a_scale(), tile_within(self.vqgan, *size, room))
+
+    def _forget_graphs(self) -> None:
+        """Give up the memory that they hold."""
+        for recorder in self._recorders:
+            recorder.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _encode(self, prompt: str, negative: str | None) -> tuple[TextEmbeddings, TextEmbeddings | None]:
         """Both texts in one forward: (1, 77, D) and (1, 1, D) each."""
+        self.home.use("text_encoder")
         both = self.conditioner.encode_text([prompt] if negative is None else [prompt, negative])
         first, *rest = (TextEmbeddings(*one) for one in zip(both.tokens.split(1), both.pooled.split(1), strict=True))
         return first, rest[0] if rest else None
@@ -364,6 +424,7 @@ class Cascade:
         """(1, N, D), times their strengths."""
         if not request.image_prompts:
             return None
+        self.home.use("image_encoder")
         embeddings = self.conditioner.encode_images([to_rgb(image) for image in request.image_prompts])
         strengths = request.image_prompt_strengths or (1.0,) * len(request.image_prompts)
         return embeddings.transpose(0, 1) * embeddings.new_tensor(strengths).view(1, -1, 1)
@@ -382,12 +443,13 @@ class Cascade:
             controls.append(Control("inpainting", request.image))
         if controls and self.numerics.size_from_semantic:
             raise ValueError("There are controls; diffusers' numerics have no ControlNet.")
-        return [
-            Residuals(
-                self._controlnet(one.kind)(self._read_control(one, mask, height, width)), one.scale, one.start, one.end
-            )
-            for one in controls
-        ]
+        residuals = []
+        for one in controls:
+            network = self._controlnet(one.kind)
+            read = self._read_control(one, mask, height, width)
+            self.home.use(f"controlnet_{one.kind}")
+            residuals.append(Residuals(network(read), one.scale, one.start, one.end))
+        return residuals
 
     def _controlnet(self, kind: str) -> ControlNet:
         if kind not in self.controlnets:
@@ -459,6 +521,31 @@ class Cascade:
     def _stage_a_scale(self) -> float:
         said = self.vqgan.config.scale_factor
         return dict(self.numerics.stage_a_scales).get(said, said)
+
+
+def find_device() -> torch.device:
+    """CUDA if there is such a device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _choose(mode: str, opened: ModelFolder, names: Collection[str], device: torch.device, dtype: torch.dtype) -> Choice:
+    """Where the networks of a model folder will live; says why."""
+    sizes = {name: opened.size(name, dtype) for name in names if name in NETWORKS}
+    if device.type != "cuda":
+        choose(mode, sizes, 0, dtype.itemsize)  # no other than the modes there are
+        return Choice("resident")
+    free = available(device)
+    choice = choose(mode, sizes, free, dtype.itemsize)
+    total, largest = (number(sizes.values()) / GIB for number in (sum, max))
+    logger.info(
+        "Memory: %s, for %s: the networks have %.2f GiB, the largest %.2f GiB; of the GPU %.2f GiB are free.",
+        choice.mode,
+        mode,
+        total,
+        largest,
+        free / GIB,
+    )
+    return choice
 
 
 def fitted(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -4,6 +4,7 @@ Latents, noise, times and the pixels that are returned are float32 whatever the 
 on the step is computed once.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -11,15 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cascade import sizes
-from cascade.graphs import GraphedUNet
+from cascade.memory import UNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
-from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import Noise, Step, sample, with_guidance
+
+# Of Stage A: latents, of which a tile with what reaches into it has five times as many; and bytes for each latent, each
+# channel of its widest level and each byte of a number, a quarter more than measured.
+SMALLEST_TILE = 24
+DECODING_BYTES = 24
 
 
 def decoder_steps(
-    decoder: StableCascadeUNet | GraphedUNet,
+    decoder: UNet,
     semantic: Tensor,
     pooled: Tensor,
     negative_pooled: Tensor | None = None,
@@ -78,15 +83,47 @@ def decoder_steps(
 
 
 @torch.no_grad()
-def decode_pixels(vqgan: StageA, latents: Tensor, scale: float | None = None) -> Iterator[Tensor]:
+def decode_pixels(
+    vqgan: StageA, latents: Tensor, scale: float | None = None, tile: int | None = None
+) -> Iterator[Tensor]:
     """Stage B's latents (B, 4, h, w) -> pictures (3, 4h, 4w) in 0..1, one by one: at full size, pixels take memory.
 
     Args:
         vqgan: Stage A.
         scale: what Stage A multiplies latents with; None: as its configuration says.
+        tile: latents, at least 1: pictures are made in squares of this edge, see `tile_within`. Each is decoded with as
+            much around it as reaches into it, so that it is what it would be in the whole. None: the whole at once.
     """
+    height, width = latents.shape[-2:]
+    tile = tile or max(height, width)
+    margin, factor = vqgan.reach, vqgan.factor
     for one in latents.to(vqgan.dtype).split(1):
-        yield vqgan.decode(one, scale=scale)[0].float().clamp(0, 1)
+        if tile >= max(height, width):
+            yield vqgan.decode(one, scale=scale)[0].float().clamp(0, 1)
+            continue
+        pixels = one.new_empty(3, factor * height, factor * width, dtype=torch.float32)
+        for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
+            above, before = max(top - margin, 0), max(left - margin, 0)
+            part = vqgan.decode(one[..., above : top + tile + margin, before : left + tile + margin], scale=scale)[0]
+            place = pixels[:, factor * top : factor * (top + tile), factor * left : factor * (left + tile)]
+            part = part[:, factor * (top - above) :, factor * (left - before) :]
+            place.copy_(part[:, : place.shape[1], : place.shape[2]])
+        yield pixels.clamp_(0, 1)
+
+
+def decoding_bytes(vqgan: StageA, height: int, width: int) -> int:
+    """About what Stage A needs to decode latents of (height, width) at once: 0.9 GiB for 256 x 256 in bfloat16 (H100)."""
+    return DECODING_BYTES * vqgan.config.embed_dim * vqgan.dtype.itemsize * height * width
+
+
+def tile_within(vqgan: StageA, height: int, width: int, room: int) -> int:
+    """The tile for latents of (height, width) with which Stage A needs no more than `room` bytes, or the smallest."""
+    tile, around = max(height, width), 2 * vqgan.reach
+    while tile > SMALLEST_TILE:
+        if decoding_bytes(vqgan, min(height, tile + around), min(width, tile + around)) <= room:
+            break
+        tile = max(-(-tile // 2), SMALLEST_TILE)
+    return tile
 
 
 def for_encoder(pixels: Tensor) -> Tensor:

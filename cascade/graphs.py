@@ -19,8 +19,19 @@ MOST = 8
 
 
 @cache
+def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps 32 MiB of workspace for each stream that it has seen (H100)."""
+    return torch.cuda.Stream(device)
+
+
 def _pool(device: torch.device) -> tuple[int, int]:
-    """One memory for the intermediate results of all graphs of a device: they are replayed one after the other."""
+    """One memory for the intermediate results of all graphs of a device: they are replayed one after the other.
+
+    When no graph is left, torch has given it away; the next one gets another.
+    """
+    for recording in _recordings:
+        if recording.device == device:
+            return recording.pool
     with torch.cuda.device(device):
         return torch.cuda.graph_pool_handle()
 
@@ -29,18 +40,20 @@ class _Recording:
     """One graph, with its inputs and outputs at their fixed places."""
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> None:
-        device = inputs[0].device
+        self.device = device = inputs[0].device
+        self.pool = _pool(device)
         self.inputs = tuple(tensor.clone() for tensor in inputs)
         self.given = [weakref.ref(tensor) for tensor in inputs]
         # Outside of a graph first: what is done only once, like compiling kernels, must not be recorded.
-        stream = torch.cuda.Stream(device)
+        stream = _warm_up_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             function(*self.inputs)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=_pool(device), capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
             self.outputs = function(*self.inputs)
+        _recordings.add(self)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         changed = [i for i, tensor in enumerate(inputs) if self.given[i]() is not tensor]
@@ -50,6 +63,9 @@ class _Recording:
                 self.given[i] = weakref.ref(inputs[i])
         self.graph.replay()
         return self.outputs
+
+
+_recordings: "weakref.WeakSet[_Recording]" = weakref.WeakSet()
 
 
 class Recorder:
@@ -75,7 +91,7 @@ class Recorder:
         return recording.replay(tensors)
 
     def clear(self) -> None:
-        """Forget all graphs: for when a network has moved."""
+        """Forget all graphs: for when a network has moved, or their memory is needed."""
         self.recordings.clear()
 
 

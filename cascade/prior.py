@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cascade.conditioning import TextEmbeddings
-from cascade.graphs import GraphedUNet
-from cascade.networks.unet import StableCascadeUNet, resize
+from cascade.memory import UNet
+from cascade.networks.unet import resize
 from cascade.sampling import Noise, Step, alpha_sigma, diffuse, sample, with_guidance
 
 
@@ -31,7 +31,7 @@ class Residuals(NamedTuple):
 
 
 def prior_steps(
-    prior: StableCascadeUNet | GraphedUNet,
+    prior: UNet,
     text: TextEmbeddings,
     negative: TextEmbeddings | None = None,
     *,

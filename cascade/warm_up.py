@@ -23,7 +23,10 @@ SIDE = 8  # pixels of what the blocks are tried on
 
 
 def warm_up(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
-    """Runs a block of every kind and width once, if kernels are used at all."""
+    """Runs a block of every kind and width once, if kernels are used at all.
+
+    By their functions, past the hooks that would fetch the weights of a network that is streamed: any will do.
+    """
     with torch.no_grad():
         if not ops.fused(vqgan.up_blocks[1].gammas):
             return
@@ -71,7 +74,7 @@ def _stream(channels: int, pending: bool, device: torch.device, dtype: torch.dty
 def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device: torch.device) -> Callable[[], object]:
     def job() -> object:
         stream = _stream(channels, pending, device, block.depthwise.weight.dtype)
-        return block(stream, torch.zeros_like(stream.x) if skip else None)
+        return block.forward(stream, torch.zeros_like(stream.x) if skip else None)
 
     return job
 
@@ -79,7 +82,8 @@ def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device
 def _attention_block(block: AttnBlock, channels: int, pending: bool, unet: StableCascadeUNet) -> Callable[[], object]:
     def job() -> object:
         tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
-        return block(_stream(channels, pending, unet.device, unet.dtype), *block.condition(tokens))
+        key_value = AttnBlock.condition(block, tokens)
+        return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value)
 
     return job
 

@@ -17,6 +17,7 @@ them. Only safetensors files are ever opened; nothing is unpickled. Whatever is 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -185,6 +186,21 @@ class ModelFolder:
         if component in CONTROLNETS:
             check_channels(weights, component, network.config.in_channels)
         return network
+
+    def size(self, component: str, dtype: torch.dtype) -> int:
+        """The bytes of a network's tensors, those of floating point in `dtype`, by its file's header."""
+        part = self.parts[component]
+        weights = part if part.is_file() else _find_weights(part)
+        if weights is None:
+            raise _no_weights(part)
+        total = 0
+        with safe_open(weights, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (the file is no mapping)
+                described = file.get_slice(key)
+                kind = described.get_dtype()
+                itemsize = dtype.itemsize if "F" in kind else int(kind.lstrip("BIOLU") or 8) // 8
+                total += math.prod(described.get_shape()) * itemsize
+        return total
 
     def verify(self) -> None:
         """Compare the sha256 of every file with ``model.json``. Reads the whole folder.

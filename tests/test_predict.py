@@ -665,13 +665,25 @@ def small_memory(predictor: Predictor) -> Iterator[list[int]]:
         yield room
 
 
+@pytest.mark.parametrize(("room", "batches"), [(3, "4 pictures.*with 2"), (1.5, "4 pictures.*with 2.*\n.*2 .*with 1")])
+def test_pictures_for_which_memory_does_not_suffice_at_once_are_made_in_parts(
+    predictor: Predictor, small_memory: list[int], caplog: pytest.LogCaptureFixture, room: float, batches: str
+) -> None:
+    asked = {**TINY, "width": 128, "height": 96, "guidance_scale_decoder": 0, "num_images": 4, "seed": 3}
+    small_memory[0] = 4 * 32 * 24
+    expected = [read(file) for file in run(predictor, **asked)]
+    assert "at a time" not in caplog.text
+    small_memory[0] = int(room * 32 * 24)
+    for file, picture in zip(run(predictor, **asked), expected, strict=True):
+        assert np.abs(read(file) - picture).max() <= 1
+    assert re.search(batches, caplog.text)
+
+
 @pytest.mark.parametrize(
     ("room", "fits"),
     [
-        (3, "left; num_images=3 at 128x96 would fit."),
-        (1.5, "left; num_images=1 at 128x96 would fit."),
-        (0.6, "left; num_images=1 at 88x64 would fit."),
-        (0.34, "left; num_images=1 at 64x64 would fit."),
+        (0.6, "left; one of 88x64 would fit."),
+        (0.34, "left; one of 64x64 would fit."),
         (0.2, "left, and so does one of 64x64: something else must be using it."),
     ],
 )
@@ -679,15 +691,15 @@ def test_memory_that_does_not_suffice(predictor: Predictor, small_memory: list[i
     held = tensors()
     small_memory[0] = int(room * 32 * 24)
     asked = {**TINY, "width": 128, "height": 96, "guidance_scale_decoder": 0}
-    with pytest.raises(ValueError, match="num_images") as caught:
+    with pytest.raises(ValueError, match="memory") as caught:
         run(predictor, **asked, num_images=4)
-    assert str(caught.value) == f"num_images=4 at 128x96 needs more memory than the GPU has {fits}"
+    assert str(caught.value) == f"A picture of 128x96 needs more memory than the GPU has {fits}"
     assert caught.value.__cause__ is caught.value.__context__ is None
     assert not Path(predictor.outputs.name).exists()
     assert tensors() == held
-    if smaller := re.search(r"num_images=(\d) at (\d+)x(\d+) would", str(caught.value)):
-        number, width, height = map(int, smaller.groups())
-        assert len(run(predictor, **{**asked, "width": width, "height": height}, num_images=number)) == number
+    if smaller := re.search(r"one of (\d+)x(\d+) would", str(caught.value)):
+        width, height = map(int, smaller.groups())
+        assert len(run(predictor, **{**asked, "width": width, "height": height}, num_images=4)) == 4
 
 
 def test_memory_that_does_not_suffice_for_a_mask(predictor: Predictor, small_memory: list[int], tmp_path: Path) -> None:
@@ -696,9 +708,7 @@ def test_memory_that_does_not_suffice_for_a_mask(predictor: Predictor, small_mem
     for name, mode in (("image", "RGB"), ("mask", "L")):
         Image.new(mode, (128, 96), "white").save(tmp_path / f"{name}.png")
     inputs = {name: CogPath(tmp_path / f"{name}.png") for name in ("image", "mask")}
-    with pytest.raises(
-        ValueError, match="at 128x96 needs more memory than the GPU has left; num_images=1 at 88x64 would"
-    ):
+    with pytest.raises(ValueError, match="of 128x96 needs more memory than the GPU has left; one of 88x64 would fit"):
         run(predictor, steps_prior=2, steps_decoder=1, guidance_scale_decoder=0, **inputs)
 
 
@@ -780,6 +790,11 @@ def test_setup_says_what_it_did(
     )
     assert re.search(r"Seconds to load: tokenizer \d+\.\d\d, .*prior \d+\.\d\d, .*decoder .*vqgan ", caplog.text)
     assert caplog.text.count("no picture will be checked") == 1
+    monkeypatch.setenv("CASCADE_MEMORY", "stream")  # the CPU has no other memory
+    assert set_up(model_folder, monkeypatch).cascade.home.description == "all networks resident"
+    monkeypatch.setenv("CASCADE_MEMORY", "swap")
+    with pytest.raises(ValueError, match="memory is 'swap'; it must be one of auto, resident, offload, stream"):
+        set_up(model_folder, monkeypatch)
     caplog.clear()
     run(predictor, **TINY)
     assert "checked" not in caplog.text

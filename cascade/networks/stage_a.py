@@ -87,6 +87,9 @@ class StageA(ModelMixin, ConfigMixin):
         fold = up_down_scale_factor
         widths = [embed_dim // 2 ** (levels - 1 - i) for i in range(levels)]  # finest first
         self.factor = fold * 2 ** (levels - 1)
+        # How many latents away from a pixel's own what `decode` makes of it can depend on: one for each 3x3 convolution
+        # at the coarsest level, and less than two for what leads to each finer level.
+        self.reach = bottleneck_blocks + 2 * (levels - 1)
 
         self.in_block = nn.Sequential(nn.PixelUnshuffle(fold), nn.Conv2d(in_channels * fold**2, widths[0], 1))
         down: list[nn.Module] = [MixingBlock(widths[0])]

@@ -434,7 +434,8 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
         """For inference on a GPU: lays together what one kernel can then run, q, k and v and the timestep mappers; and the
         taps of a depthwise convolution so that those of neighbouring channels are neighbours.
 
-        To be called where the network will run; after a move to another device it has to be called again.
+        To be called where the network will run, or before `packing.Packed`, which keeps together what is; after any other
+        move it has to be called again.
         """
         of_width: dict[int, list[TimestepBlock]] = {}
         for block in self.blocks():
@@ -452,6 +453,12 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
     def blocks(self) -> list[nn.Module]:
         """Every block, down then up: the order in which ResBlocks are numbered and `Conditions` are listed."""
         return [block for level in (*self.down_blocks, *self.up_blocks) for block in level]
+
+    def executed(self) -> list[nn.Module]:
+        """Every block as often as a forward runs it, in that order."""
+        down = zip(self.down_blocks, self.down_repeat_mappers, strict=True)
+        up = zip(self.up_blocks, self.up_repeat_mappers, strict=True)
+        return [block for blocks, repeats in (*down, *up) for _ in range(len(repeats) + 1) for block in blocks]
 
     def condition(
         self,
