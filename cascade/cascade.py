@@ -177,6 +177,8 @@ class Cascade:
             ValueError: there is no such numerics or memory.
         """
         device = find_device() if device is None else torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         opened = ModelFolder.open(folder, lite=lite)
         needed = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")

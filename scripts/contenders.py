@@ -92,10 +92,10 @@ def diffusers(folder: Path, lite: bool, offload: bool = False, compile_mode: str
             num_inference_steps=STEPS_PRIOR,
             guidance_scale=GUIDANCE,
         )
+        # As many pictures as there are embeddings.
         return decoder(
             made.image_embeddings.to(torch.bfloat16),
             PROMPT,
-            num_images_per_prompt=case["batch"],
             num_inference_steps=STEPS_DECODER,
             guidance_scale=case["decoder_guidance"],
         ).images
