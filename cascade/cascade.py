@@ -140,6 +140,8 @@ class Cascade:
         self.native_size = native_size
         self.numerics = NUMERICS[numerics]
         self.max_batch = max_batch
+        # By (height, width), where it is less than max_batch.
+        self._most_at_once: dict[sizes.Size, int] = {}
         self.home = Resident(prior.device) if home is None else home
         unets = {"prior": prior, "decoder": decoder}
         runs = {name: unet if self.home.streams(name) else graphed(unet) for name, unet in unets.items()}
@@ -313,8 +315,9 @@ class Cascade:
                     image = set_into(to_rgb(request.image), image, mask)
                 yield Progress("image", 0, 0, image=image)
 
-        most = min(self.max_batch, request.num_images)
+        most = min(self._most_at_once.get((height, width), self.max_batch), request.num_images)
         made = done = 0
+        retried = False
         while made < request.num_images:
             batches = -(-(request.num_images - made) // most)
             total = done + batches * (prior_work + settings["decoder"].steps) + request.num_images - made
@@ -325,12 +328,17 @@ class Cascade:
                     made += progress.image is not None
                     yield replace(progress, done=done, total=total)
             except torch.OutOfMemoryError:
-                if len(batch) == 1:
+                if retried:
                     raise
-                most = len(batch) // 2
-            if made < batch.stop:
+                retried = len(batch) == 1
+                most = self._most_at_once[height, width] = max(len(batch) // 2, 1)
+            if made < batch.stop:  # here, what the error's traceback kept is gone
                 logger.warning(
-                    "%d pictures at a time need more memory than there is; going on with %d.", len(batch), most
+                    "Memory does not suffice for %d at a time of %dx%d: going on with %d, and without the graphs so far.",
+                    len(batch),
+                    width,
+                    height,
+                    most,
                 )
                 self._forget_graphs()
 

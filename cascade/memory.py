@@ -27,8 +27,8 @@ MODES = ("auto", "resident", "offload", "stream")
 GIB = 2**30
 # Small, and run after or between the steps of others: they always stay on the device.
 ALWAYS = ("vqgan", "previewer")
-# Bytes for each byte of a number that a picture of 1024x1024 takes beside the weights: the activations of Stage B,
-# cuBLAS's workspaces, and Stage A in tiles, or in resident mode as a whole.
+# What a picture of 1024x1024 takes beside the weights, in bytes, for each byte of a number (2 in bfloat16): Stage B's
+# activations, cuBLAS's workspaces and Stage A, in tiles; more where all networks are resident, for larger pictures.
 WORK = int(0.6 * GIB)
 RESIDENT_WORK = int(1.0 * GIB)
 # Of Stage A, in streaming.
@@ -39,7 +39,7 @@ PIECE = 64 * 2**20
 
 
 class Choice(NamedTuple):
-    """A mode other than "auto"; and how large the arena of "stream" may be, in bytes: None: as small as is sensible."""
+    """A mode other than "auto"; and, in streaming, how many bytes the arena may have. None: as few as are sensible."""
 
     mode: str
     room: int | None = None
@@ -71,10 +71,11 @@ def choose(mode: str, sizes: Mapping[str, int], available: int, itemsize: int) -
 
 def available(device: torch.device) -> int:
     """Bytes of a GPU that can still be allocated: by its free memory, and by the part that this process is limited to."""
-    free, total = torch.cuda.mem_get_info(device)
-    if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # since torch 2.8
-        limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-        free = min(free, limit - torch.cuda.memory_reserved(device))
+    with torch.cuda.device(device):
+        free, total = torch.cuda.mem_get_info()
+        if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # since torch 2.8
+            limit = int(torch.cuda.get_per_process_memory_fraction() * total)
+            free = min(free, limit - torch.cuda.memory_reserved())
     return max(free, 0)
 
 
@@ -218,15 +219,15 @@ class Ring:
         """The network will run."""
         self._ahead([*self.orders["condition"], *self.orders["forward"]])
 
-    def before(self, what: str, block: int) -> None:
-        """A block is about to run, as part of "condition" or "forward"."""
+    def before(self, block: int) -> None:
+        """A block is about to run."""
         slot = block % len(self.slots)
         if self.holds[slot] != block:
             self._upload(block)
         self.lane.wait(self.uploaded[slot])
 
     def after(self, what: str, block: int) -> None:
-        """A block's work has been launched: its slot is for whichever comes next."""
+        """A block has been launched, as part of "condition" or "forward": its slot is for whichever comes next."""
         order = self.orders[what]
         following = (*range(self.position + 1, len(order)), *range(min(self.position + 1, len(order))))
         self.position = next(position for position in following if order[position] == block)
@@ -401,7 +402,7 @@ class Arena(Resident):
         condition = [i for i, block in enumerate(blocks) if isinstance(block, AttnBlock)]
         ring = Ring(self.lane, [packed.bytes_of(block + 1) for block in passing], slots, condition, forward)
         for i, block in enumerate(blocks):
-            block.register_forward_pre_hook(lambda *_, i=i: ring.before("forward", i))
+            block.register_forward_pre_hook(lambda *_, i=i: ring.before(i))
             block.register_forward_hook(lambda *_, i=i: ring.after("forward", i))
             if isinstance(block, AttnBlock):
                 block.condition = _between(block.condition, ring, i)
@@ -494,7 +495,7 @@ def _between(condition: Callable[[Tensor], Any], ring: Ring, block: int) -> Call
     """`AttnBlock.condition`, which is no forward and has no hooks."""
 
     def with_weights(tokens: Tensor) -> Any:
-        ring.before("condition", block)
+        ring.before(block)
         result = condition(tokens)
         ring.after("condition", block)
         return result

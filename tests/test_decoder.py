@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cascade import sizes
-from cascade.decoder import decode_pixels, decoder_steps, encode_pixels
+from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode_pixels, tile_within
+from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import Noise, finish
 from tests.tiny import count_calls
@@ -144,3 +147,54 @@ def test_encoding_takes_three_quarters_of_the_size(components: dict[str, Any]) -
 def test_pictures_out_of_range_are_refused(components: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="width is 63; it must lie between 64 and 2048"):
         encode_pixels(components["effnet"], torch.zeros(1, 3, 64, 63))
+
+
+def make_deep_stage_a(blocks: int = 12, levels: int = 2) -> StageA:
+    """As deep as the published one, and narrow; every block does something."""
+    torch.manual_seed(0)
+    network = StageA(bottleneck_blocks=blocks, levels=levels, embed_dim=16, num_vq_embeddings=8).eval()
+    for name, parameter in network.named_parameters():
+        if name.endswith("gammas"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        pixels = network.decode(torch.randn(1, 4, 32, 32))
+        network.out_block[0].weight.mul_(0.2 / pixels.std())
+        network.out_block[0].bias.fill_(0.5)
+    return network
+
+
+@pytest.mark.parametrize(("blocks", "levels"), [(12, 2), (3, 3), (1, 1)])
+@pytest.mark.parametrize("tile", [1, 7, 24, 40, 100])
+def test_tiles_have_no_seams(blocks: int, levels: int, tile: int) -> None:
+    vqgan = make_deep_stage_a(blocks, levels)
+    latents = torch.randn(2, 4, 66, 45, generator=torch.Generator().manual_seed(0))
+    if tile == 1:
+        latents = latents[..., :6, :5]
+    whole = list(decode_pixels(vqgan, latents, 0.43))
+    tiled = list(decode_pixels(vqgan, latents, 0.43, tile))
+    assert torch.stack(whole).std() > 0.05
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
+
+
+def test_a_smaller_margin_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    vqgan = make_deep_stage_a()
+    latents = torch.randn(1, 4, 48, 48, generator=torch.Generator().manual_seed(0))
+    (whole,) = decode_pixels(vqgan, latents)
+    monkeypatch.setattr(vqgan, "reach", 3)
+    (tiled,) = decode_pixels(vqgan, latents, tile=24)
+    assert (whole - tiled).abs().max() > 1e-4
+
+
+@settings(deadline=None)
+@given(height=st.integers(16, 512), width=st.integers(16, 512), room=st.integers(0, 2**31))
+def test_tiles_fit(deep: StageA, height: int, width: int, room: int) -> None:
+    tile = tile_within(deep, height, width, room)
+    needed = decoding_bytes(deep, min(height, tile + 28), min(width, tile + 28))
+    assert needed <= room or tile <= 24
+    if room >= decoding_bytes(deep, height, width):
+        assert tile == max(height, width)
+
+
+@pytest.fixture(scope="module")
+def deep() -> StageA:
+    return make_deep_stage_a()

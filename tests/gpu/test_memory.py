@@ -1,0 +1,194 @@
+"""Every memory mode makes the pictures of the resident one, within its bounds."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cascade.cascade
+from cascade.cascade import Cascade, Request, find_device
+from cascade.controls import Control
+from cascade.decoder import decode_pixels
+from cascade.memory import GIB, Choice
+from cascade.packing import Packed
+from tests.gpu.full_size import make_stage_a, published_config
+from tests.hub.repositories import write_download
+
+CHOICES = {"offload": Choice("offload"), "stream": Choice("stream"), "tight": Choice("stream", 0)}
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def difference(first: Image.Image, second: Image.Image) -> np.ndarray:
+    """Absolute, of 255. Both pictures show something."""
+    one, other = (np.asarray(image).astype(int) for image in (first, second))
+    assert min(one.std(), other.std()) > 1
+    return np.abs(one - other)
+
+
+def load(folder: Path, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Cascade:
+    """mode: one of Cascade's, or "tight": as little as it can do with."""
+    if mode == "tight":
+        monkeypatch.setattr(cascade.cascade, "choose", lambda *_: CHOICES["tight"])
+        mode = "auto"
+    loaded = Cascade.load(folder, "cuda", dtype, max_batch=2, memory=mode)
+    monkeypatch.undo()
+    return loaded
+
+
+def make_requests(image: Image.Image) -> list[Request]:
+    small = {"width": 256, "height": 256, "steps_prior": 4, "steps_decoder": 3}
+    return [
+        Request("a red apple on a green background", num_images=3, **small),
+        Request("a blue cup", "fog", seed=5, **{**small, "width": 200, "height": 320}),
+        Request("a blue cup", image=image, prompt_strength=0.6, image_prompts=(image,), seed=1, **small),
+        Request("a blue cup", image=image, prompt_strength=0.0, **small),
+        Request("a blue cup", image=image, mask=Image.new("L", image.size, "white"), **small),
+        Request("a cup", controls=(Control("canny", image), Control("super_resolution", image)), **small),
+        Request("a red apple on a green background", num_images=3, **small),
+        *(Request("a red apple", seed=seed, **small) for seed in range(5)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", list(CHOICES))
+def test_every_mode_makes_the_pictures_of_the_resident_one(
+    mini_with_controlnets: Path, monkeypatch: pytest.MonkeyPatch, mode: str, dtype: torch.dtype
+) -> None:
+    """Twice: the second time from graphs that were recorded when other networks had been in the arena."""
+    resident = load(mini_with_controlnets, "resident", dtype, monkeypatch)
+    other = load(mini_with_controlnets, mode, dtype, monkeypatch)
+    assert resident.home.description == "all networks resident"
+    assert other.home.streams("prior") == (mode != "offload")
+    assert other.home.streams("decoder") == (mode == "tight")
+    (image,) = resident.generate(Request("a green ball", width=256, height=256, steps_prior=4, steps_decoder=3))
+    for request in [*make_requests(image)] * 2:
+        for one, two in zip(resident.generate(request), other.generate(request), strict=True):
+            assert difference(one, two).max() <= 1
+    assert difference(resident.reconstruct(image), other.reconstruct(image)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", list(CHOICES))
+def test_what_runs_between_the_steps_disturbs_nothing(
+    mini_with_controlnets: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    resident = load(mini_with_controlnets, "resident", torch.bfloat16, monkeypatch)
+    other = load(mini_with_controlnets, mode, torch.bfloat16, monkeypatch)
+    request = Request("a red apple", num_images=3, width=256, height=256, steps_prior=4, steps_decoder=3)
+    (image,) = resident.generate(Request("a blue cup", width=256, height=256, steps_prior=4, steps_decoder=3))
+    for one, two in zip(resident.steps(request), other.steps(request), strict=True):
+        if one.stage == "prior":
+            assert difference(resident.preview(one.latents)[0], other.preview(two.latents)[0]).max() <= 1
+        elif one.stage == "decoder":
+            torch.testing.assert_close(other.encode(image), resident.encode(image), rtol=1e-2, atol=1e-2)
+        else:
+            assert difference(one.image, two.image).max() <= 1
+    next(other.steps(request))  # stopped halfway
+    for one, two in zip(resident.generate(request), other.generate(request), strict=True):
+        assert difference(one, two).max() <= 1
+
+
+def test_what_is_packed_is_pinned_and_given_back() -> None:
+    packed = Packed(torch.nn.Linear(1000, 1000), pin=True)
+    assert packed.host.is_pinned()
+    assert packed.host.numel() < packed.size + 2**14
+    pages = packed.host
+    del packed
+    gc.collect()
+    assert not pages.is_pinned()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_have_no_seams(exact_float32: None, dtype: torch.dtype) -> None:
+    vqgan = make_stage_a(published_config("vqgan"), seed=3, device="cuda").to(dtype)
+    latents = 10 * torch.randn(1, 4, 200, 256, generator=torch.Generator().manual_seed(0)).to("cuda")
+    (whole,) = decode_pixels(vqgan, latents)
+    assert whole.std() > 0.05
+    for tile in (24, 64, 100, 128):
+        (tiled,) = decode_pixels(vqgan, latents, tile=tile)
+        assert (whole - tiled).abs().mean() <= (0.5 / 255 if dtype == torch.bfloat16 else 1e-5)
+
+
+# ---- full size ----
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 GB of disk."""
+    folder = tmp_path_factory.mktemp("full")
+    parts = ["tokenizer", "feature_extractor", "text_encoder", "image_encoder", "prior", "decoder", "vqgan", "effnet"]
+    write_download(folder, [*parts, "previewer"], device="cuda")
+    torch.cuda.empty_cache()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[int, Image.Image]:
+    """By their size: what the first mode made."""
+    return {}
+
+
+@contextlib.contextmanager
+def limited(gib: float) -> Iterator[None]:
+    """This process to so much of the GPU's memory, of which nothing is taken."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def make(loaded: Cascade, size: int, pictures: dict[int, Image.Image], **options: int) -> None:
+    """A picture like that of the other modes."""
+    request = Request("An astronaut on a horse", width=size, height=size, steps_prior=2, steps_decoder=1, **options)
+    images = loaded.generate(request)
+    assert len(images) == request.num_images
+    assert images[0].size == (size, size)
+    if request.num_images == 1:
+        assert difference(pictures.setdefault(size, images[0]), images[0]).mean() <= 0.5
+
+
+@pytest.mark.parametrize(("mode", "bound"), [("resident", 13.0), ("offload", 8.5), ("stream", 4.0)])
+def test_peaks_at_full_size(full_size: Path, pictures: dict[int, Image.Image], mode: str, bound: float) -> None:
+    with limited(40):
+        loaded = Cascade.load(full_size, memory=mode)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            make(loaded, 1024, pictures)
+        peak = torch.cuda.max_memory_allocated() / GIB
+        print(f"{loaded.home.description}: {peak:.2f} GiB")
+        assert peak <= bound
+        del loaded
+
+
+@pytest.mark.parametrize(("gib", "modes"), [(16, "resident"), (12, "offload"), (8, "offload stream"), (6, "stream")])
+def test_limits_at_full_size(full_size: Path, pictures: dict[int, Image.Image], gib: int, modes: str) -> None:
+    """24 GiB, too, are for `resident`, of which a peak below 13 GiB has been seen above."""
+    with limited(gib):
+        loaded = Cascade.load(full_size)
+        assert any(mode in loaded.home.description for mode in modes.split())
+        make(loaded, 1024, pictures)
+        if gib >= 12:
+            make(loaded, 2048, pictures)
+            make(loaded, 2048, pictures, num_images=2)
+        else:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                make(loaded, 2048, {})
+            make(loaded, 1024, pictures, num_images=4)
+        make(loaded, 1024, pictures)
+        del loaded
+
+
+def test_more_than_there_is_is_not_chosen() -> None:
+    with limited(10):
+        assert cascade.cascade.available(find_device()) <= 10 * GIB
+        held = torch.empty(GIB, dtype=torch.uint8, device="cuda")
+        assert cascade.cascade.available(find_device()) <= 9 * GIB
+        del held
