@@ -255,7 +255,7 @@ class Predictor(BaseRunner):
         source = None if image is None else read_file("image", image)
         hidden = None if mask is None else read_file("mask", mask, background="black")
         if outpaint is not None:
-            source, hidden = extend(source, hidden, *numbers("outpaint", outpaint, 4, int))
+            source, hidden = extend(source, hidden, *numbers("outpaint", outpaint, 4, int, 0, 2048))
         prompts = read_files("image_prompts", image_prompts)
         strength = checked("image_prompt_strength", image_prompt_strength)
         strengths = either(image_prompt_strengths, [strength] * len(prompts))
@@ -441,20 +441,19 @@ def checked(name: str, value: Any) -> Any:
     return kind(value)
 
 
-def numbers(name: str, values: Any, count: int, kind: type, low: float | None = None, high: float | None = None) -> Any:
+def numbers(name: str, values: Any, count: int, kind: type, low: int, high: int) -> list[Any]:
     """The values of an input that is a list of so many numbers, int or float, from `low` to `high`.
 
     Raises:
         ValueError: there are more or fewer, or one is something else.
     """
     word = "whole numbers" if kind is int else "numbers"
-    limits = "" if low is None else f" from {low} to {high}"
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} values; it must have {count}.")
     for value in values:
         is_number = type(value) is int or (type(value) is float and math.isfinite(value))
-        if not is_number or kind(value) != value or not either(low, value) <= value <= either(high, value):
-            raise ValueError(f"{name} has {reprlib.repr(value)} in it; it must have {word}{limits} only.")
+        if not is_number or kind(value) != value or not low <= value <= high:
+            raise ValueError(f"{name} has {reprlib.repr(value)} in it; it must have {word} from {low} to {high} only.")
     return [kind(value) for value in values]
 
 

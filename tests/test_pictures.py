@@ -79,6 +79,7 @@ def test_what_is_transparent_is_laid_on_white(tmp_path: Path, mode: str) -> None
     image.convert({"P": "RGBA", "PA": "RGBA"}.get(mode, mode)).save(tmp_path / "picture", kind)
     image = read_picture(tmp_path / "picture", "image")
     assert (image.getpixel((1, 1)), image.getpixel((6, 1))) == ((0, 0, 0), WHITE)
+    assert read_picture(tmp_path / "picture", "mask", background="red").getpixel((6, 1)) == (255, 0, 0)
     half = to_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 128)))
     assert near(half, (0, 0), (127, 127, 127))
 

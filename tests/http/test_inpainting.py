@@ -127,10 +127,13 @@ WHITE = data_url(Image.new("L", (80, 72), 255))
             "width is 64, but image has 80x72 pixels, and with a mask pictures have its size.",
         ),
         ({"image": IMAGE, "outpaint": [8, 8]}, "outpaint has 2 values; it must have 4."),
-        ({"image": IMAGE, "outpaint": [8, 8, 8, 1.0e10]}, "outpaint is 8, 8, 8, 10000000000, which makes "),
+        (
+            {"image": IMAGE, "outpaint": [8, 8, 8, 1.0e10]},
+            "outpaint has 10000000000.0 in it; it must have whole numbers from 0 to 2048 only.",
+        ),
         (
             {"image": IMAGE, "outpaint": [8, 8, 8, -8]},
-            "outpaint is 8, 8, 8, -8; it must be four numbers of at least 0, one of them above it.",
+            "outpaint has -8 in it; it must have whole numbers from 0 to 2048 only.",
         ),
         (
             {"image": IMAGE, "outpaint": [0, 0, 0, 0]},
