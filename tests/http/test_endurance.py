@@ -50,7 +50,9 @@ def fits(value: Any, field: dict[str, Any]) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     right_kind = {
         "string": isinstance(value, str),
-        "array": isinstance(value, list) and all(fits(element, field["items"]) for element in value),
+        "array": isinstance(value, list)
+        and "items" in field
+        and all(fits(element, field["items"]) for element in value),
         "boolean": isinstance(value, bool),
         "number": number,
         "integer": number and (value == int(value) or abs(value) > EXACT),
