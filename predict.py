@@ -50,6 +50,8 @@ WEIGHTS = FilePath(__file__).parent / "weights"
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
 FORMATS = ["webp", "jpg", "png"]
 SEEDS = 2**32
+# Seconds. What is logged just before setup ends, Cog may lose: on a busy machine, the last line in one start of six.
+LAST_LINES = 0.2
 # Four pictures of the largest size, as PNG, and some.
 DISK_NEEDED = 200_000_000
 PREVIEW_QUALITY = 80
@@ -93,6 +95,7 @@ class Predictor(BaseRunner):
                 network.register_forward_hook(lambda *_: self.watch.lap("input_images"))
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         self.model_thread = ThreadPoolExecutor(1, "model")
+        time.sleep(LAST_LINES)
         self.cascade = cascade
 
     def healthcheck(self) -> bool:
