@@ -69,7 +69,9 @@ def test_webhooks_tell_of_every_stage(server: Server, receiver: Receiver) -> Non
     assert {state["id"] for state in [*before, end]} == {answer.json()["id"]}
     # Sent side by side, they may overtake one another.
     assert {state["status"] for state in before} <= {"starting", "processing"}
-    assert any(state.get("output") for state in before)
+    # Cog sends one of output or logs in half a second at most, so that a quick prediction's output may come at the end only.
+    outputs = [state["output"] for state in before if state.get("output")]
+    assert all(output == end["output"][: len(output)] for output in outputs)
     assert "100%|" in end["logs"]
     assert end["status"] == "succeeded"
     assert end["metrics"]["seeds"] == [5, 6]
