@@ -90,7 +90,7 @@ class Predictor(BaseRunner):
         self.watch = Stopwatch(cascade.device)
         conditioner = cascade.conditioner
         conditioner.encode_text = self.watch.after(conditioner.encode_text, "text")
-        for network in (cascade.conditioner.image_encoder, cascade.effnet, *cascade.controlnets.values()):
+        for network in (conditioner.image_encoder, cascade.effnet, *cascade.controlnets.values()):
             if network is not None:
                 network.register_forward_hook(lambda *_: self.watch.lap("input_images"))
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")

@@ -1,6 +1,6 @@
 """CUDA graphs: what a network has once done for inputs of some shapes is done again without Python.
 
-A step of Stage C launches some 1300 kernels. Launched one by one they take 34 ms on an H100, of which the GPU works 15.
+A step of Stage C launches some 1300 kernels. Launched one by one they take 34 ms on an H100, by a graph 17.
 """
 
 import weakref

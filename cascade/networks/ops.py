@@ -50,7 +50,7 @@ def fused(weight: Tensor) -> bool:
 
 @functools.cache
 def _warn_of_missing_triton() -> None:
-    logger.warning("Triton is not installed: the networks run without their kernels, at about half of the speed.")
+    logger.warning("Triton is not installed: the networks run without their kernels, more slowly.")
 
 
 class Stream(NamedTuple):
