@@ -20,7 +20,7 @@ from cascade import sizes
 from cascade.conditioning import Conditioner, TextEmbeddings
 from cascade.controls import Control, canny, inpainting
 from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode_pixels, for_encoder, tile_within
-from cascade.graphs import GraphedUNet, graphed
+from cascade.graphs import GraphedUNet, Recorder, graphed
 from cascade.inpainting import latents_of, read_mask, set_into
 from cascade.memory import ALWAYS, GIB, Arena, Choice, Resident, available, choose
 from cascade.networks.controlnet import ControlNet
@@ -140,12 +140,17 @@ class Cascade:
         self.native_size = native_size
         self.numerics = NUMERICS[numerics]
         self.max_batch = max_batch
-        # By (height, width), where it is less than max_batch.
+        # By (height, width): how many at once, where it is less than max_batch; and where not even graphs have room.
         self._most_at_once: dict[sizes.Size, int] = {}
-        self.home = Resident(prior.device) if home is None else home
+        self._without_graphs: set[sizes.Size] = set()
+        # Where Stage C computes, and latents lie. Asking the network takes 6 ms: diffusers looks through all its layers.
+        self.device = prior.device
+        self.home = Resident(self.device) if home is None else home
         unets = {"prior": prior, "decoder": decoder}
         runs = {name: unet if self.home.streams(name) else graphed(unet) for name, unet in unets.items()}
+        self._recorder = Recorder()
         self._recorders = [
+            self._recorder,
             conditioner.recorder,
             *(run.recorder for run in runs.values() if isinstance(run, GraphedUNet)),
         ]
@@ -217,11 +222,6 @@ class Cascade:
             max_batch=max_batch,
             home=home,
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where Stage C computes, and latents lie."""
-        return self.prior.device
 
     def generate(self, request: Request, on_progress: Callable[[Progress], None] | None = None) -> list[Image.Image]:
         """Make all pictures of a request.
@@ -317,28 +317,34 @@ class Cascade:
 
         most = min(self._most_at_once.get((height, width), self.max_batch), request.num_images)
         made = done = 0
-        retried = False
+        # Once more without the graphs of other sizes; then without any.
+        attempts = ["emptied", "without graphs"]
         while made < request.num_images:
             batches = -(-(request.num_images - made) // most)
             total = done + batches * (prior_work + settings["decoder"].steps) + request.num_images - made
             batch = range(made, min(made + most, request.num_images))
+            for recorder in self._recorders:
+                recorder.records = (height, width) not in self._without_graphs
             try:
                 for progress in make(batch.start, batch.stop):
                     done += 1
                     made += progress.image is not None
                     yield replace(progress, done=done, total=total)
             except torch.OutOfMemoryError:
-                if retried:
+                if len(batch) > 1:
+                    most = self._most_at_once[height, width] = len(batch) // 2
+                elif not attempts:
                     raise
-                retried = len(batch) == 1
-                most = self._most_at_once[height, width] = max(len(batch) // 2, 1)
+                elif attempts.pop(0) == "without graphs":
+                    self._without_graphs.add((height, width))
             if made < batch.stop:  # here, what the error's traceback kept is gone
                 logger.warning(
-                    "Memory does not suffice for %d at a time of %dx%d: going on with %d, and without the graphs so far.",
+                    "Memory does not suffice for %d at a time of %dx%d: going on with %d, and without %s.",
                     len(batch),
                     width,
                     height,
                     most,
+                    "graphs, more slowly" if (height, width) in self._without_graphs else "the graphs so far",
                 )
                 self._forget_graphs()
 
@@ -378,7 +384,11 @@ class Cascade:
                 "scripts/download-weights --only --with effnet, then scripts/save-weights, add it."
             )
         self.home.use("effnet")
-        return encode_pixels(self.effnet, to_pixels(image).to(self.effnet.device))
+        return encode_pixels(self._run_effnet, to_pixels(image, self.device))
+
+    def _run_effnet(self, pixels: Tensor) -> Tensor:
+        (latents,) = self._recorder.run("effnet", lambda x: (self.effnet(x),), pixels)
+        return latents.clone()
 
     def reconstruct(self, image: Image.Image, seed: int = 0, prompt: str = "") -> Image.Image:
         """What is left of a picture that is squeezed into semantic latents and painted anew by Stages B and A.
@@ -458,7 +468,9 @@ class Cascade:
             network = self._controlnet(one.kind)
             read = self._read_control(one, mask, height, width)
             self.home.use(f"controlnet_{one.kind}")
-            residuals.append(Residuals(network(read), one.scale, one.start, one.end))
+            made = self._recorder.run(one.kind, lambda x, network=network: tuple(network(x).values()), read)
+            blocks = zip(network.config.proj_blocks, made, strict=True)
+            residuals.append(Residuals({k: x.clone() for k, x in blocks}, one.scale, one.start, one.end))
         return residuals
 
     def _controlnet(self, kind: str) -> ControlNet:
@@ -492,7 +504,7 @@ class Cascade:
             # controls.super_resolution halves a picture of full size, to train with; this one is of half the size.
             return F.interpolate(self.encode(fitted(control.image, *half)), scale_factor=2, mode="nearest")
         native = sizes.native_size(height, width)
-        pixels = sizes.pad(to_pixels(fitted(control.image, height, width)).to(self.device), *native)
+        pixels = sizes.pad(to_pixels(fitted(control.image, height, width), self.device), *native)
         if control.kind == "canny":
             return canny(for_encoder(pixels), control.canny_side)
         masked = sizes.pad(torch.from_numpy(mask).to(pixels)[None, None], *native)
@@ -568,7 +580,7 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def to_pixels(image: Image.Image) -> Tensor:
+def to_pixels(image: Image.Image, device: str | torch.device = "cpu") -> Tensor:
     """A picture of any mode -> float32 (1, 3, H, W) in 0..1. What is transparent is laid on white."""
-    pixels = torch.from_numpy(np.array(to_rgb(image)))
+    pixels = torch.from_numpy(np.array(to_rgb(image))).to(device)  # as bytes: a quarter of the way
     return pixels.permute(2, 0, 1)[None].float() / 255

@@ -98,4 +98,4 @@ def super_resolution(effnet: SemanticEncoder, pixels: Tensor) -> Tensor:
     effnet: the semantic encoder, on the pictures' device.
     """
     half = F.interpolate(pixels.float(), scale_factor=0.5, mode="nearest")
-    return F.interpolate(effnet(half.to(effnet.dtype)).float(), scale_factor=2, mode="nearest")
+    return F.interpolate(effnet(half).float(), scale_factor=2, mode="nearest")

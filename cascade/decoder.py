@@ -5,7 +5,7 @@ on the step is computed once.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from cascade import sizes
 from cascade.memory import UNet
-from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
 from cascade.sampling import Noise, Step, sample, with_guidance
 
@@ -61,12 +60,16 @@ def decoder_steps(
 
     shape = (decoder.config.in_channels, *size)
     x = noise(*shape)
-    pooled = pooled.expand(batch, -1, -1)
+    halves = [pooled] if guidance <= 1 else [pooled, negative_pooled]
     if guidance > 1:
-        pooled = torch.cat([pooled, negative_pooled.expand(batch, -1, -1)])
         semantic = torch.cat([semantic, torch.zeros_like(semantic)])
     with torch.no_grad():
-        conditions = decoder.condition(pooled, effnet=semantic, latent_size=size)
+        conditions = decoder.condition(
+            # In memory of their own: of a view that repeats one row, cuBLAS's products are rounded otherwise.
+            torch.cat([half.expand(batch, -1, -1) for half in halves]),
+            effnet=semantic,
+            latent_size=size,
+        )
 
     @torch.no_grad()
     def model(x: Tensor, t: Tensor) -> Tensor:
@@ -133,14 +136,18 @@ def for_encoder(pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_pixels(effnet: SemanticEncoder, pixels: Tensor) -> Tensor:
+def encode_pixels(effnet: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in 0..1 -> semantic latents, float32 (B, 16, h, w), such as Stage C makes for H x W pixels.
 
     A size that is no multiple of 8 is padded to it, where `Cascade.generate` would crop.
+
+    Args:
+        effnet: the semantic encoder, however it is run.
+        pixels: on its device.
 
     Raises:
         ValueError: H or W lies outside of 64 to 2048.
     """
     height, width = sizes.native_size(*pixels.shape[-2:])
     pixels = sizes.pad(pixels.float(), height, width)
-    return effnet(for_encoder(pixels).to(effnet.dtype)).float()
+    return effnet(for_encoder(pixels)).float()

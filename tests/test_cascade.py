@@ -403,3 +403,28 @@ def test_wrong_options_are_refused(components: dict[str, Any]) -> None:
         make_cascade(components, numerics="comfy")
     with pytest.raises(ValueError, match="max_batch is 0; it must be at least 1"):
         make_cascade(components, max_batch=0)
+
+
+def test_where_even_one_picture_does_not_fit_it_is_made_without_graphs(
+    components: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a failure, first without the graphs of other sizes; the next request of this size does not try again."""
+    cascade = make_cascade(components)
+    (expected,) = cascade.generate(Request("a cat", **SMALL))
+    records: list[bool] = []
+
+    def forward(*_: object) -> None:
+        records.append(all(recorder.records for recorder in cascade._recorders))
+        if records[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with cascade.decoder.register_forward_pre_hook(forward):
+        (image,) = cascade.generate(Request("a cat", **SMALL))
+        assert records == [True, True, False, False]
+        assert np.array_equal(read(image), read(expected))
+        lines = [record.getMessage() for record in caplog.records]
+        assert [line.rpartition("without ")[2] for line in lines] == ["the graphs so far.", "graphs, more slowly."]
+        cascade.generate(Request("a cat", **SMALL))
+        assert records[4:] == [False, False]
+        cascade.generate(Request("a cat", **{**SMALL, "width": 72}))
+        assert records[6:] == [True, True, False, False]

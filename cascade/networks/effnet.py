@@ -117,12 +117,15 @@ class SemanticEncoder(ModelMixin, ConfigMixin):
                     nn.init.zeros_(module.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0..1 -> (B, 16, ceil(H/32), ceil(W/32)). Normalises with ImageNet's mean and deviation."""
-        mean, std = (
-            torch.tensor(values, device=pixels.device, dtype=pixels.dtype).view(3, 1, 1)
-            for values in (IMAGENET_MEAN, IMAGENET_STD)
+        """(B, 3, H, W) in 0..1, any float dtype -> (B, 16, ceil(H/32), ceil(W/32)) in the weights' dtype.
+
+        Normalises with ImageNet's mean and deviation.
+        """
+        # As numbers: tensors would come from the host, for which a CUDA graph cannot wait.
+        channels = zip(pixels.unbind(dim=1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+        return self.encode_normalized(
+            torch.stack([(x - mean) / std for x, mean, std in channels], dim=1).to(self.dtype)
         )
-        return self.encode_normalized((pixels - mean) / std)
 
     def encode_normalized(self, images: Tensor) -> Tensor:
         """`forward` for images that already have ImageNet's mean and deviation taken out."""

@@ -51,6 +51,18 @@ class Conditions(NamedTuple):
             feature_map=None if maps[0] is None else torch.cat(maps),
         )
 
+    def split(self) -> list["Conditions"]:
+        """Those of each sample, in the same memory; `cat` puts them together again."""
+        samples = len(self.feature_map) if self.feature_map is not None else len(self.keys[0])
+        return [
+            Conditions(
+                tuple(key[i : i + 1] for key in self.keys),
+                tuple(value[i : i + 1] for value in self.values),
+                None if self.feature_map is None else self.feature_map[i : i + 1],
+            )
+            for i in range(samples)
+        ]
+
 
 def timestep_embedding(ratio: Tensor, dim: int, max_positions: int = 10000) -> Tensor:
     """Sines and cosines of `ratio` (B,) in 0..1, in float32: (B, dim).
