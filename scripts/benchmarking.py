@@ -22,8 +22,10 @@ WORK = {False: (4.08, 6.17), True: (1.17, 2.22)}
 WORK_STAGE_A = 2.17
 
 
-def case(name: str, size: int = 1024, batch: int = 1, decoder_guidance: float = 0.0, lite: bool = False) -> dict:
-    return {"name": name, "size": size, "batch": batch, "decoder_guidance": decoder_guidance, "lite": lite}
+def case(name: str, **others: Any) -> dict[str, Any]:
+    """What is asked of a contender; `image`: "control" or "start", what a picture of noise is given for, None: no picture."""
+    usual = {"size": 1024, "batch": 1, "decoder_guidance": 0.0, "lite": False, "image": None}
+    return {"name": name, **usual, **others}
 
 
 CASES = [
@@ -36,20 +38,22 @@ GROWTH = [
     *(case(f"{size} pixels", size=size) for size in (512, 768, 1280, 1536, 2048)),
     *(case(f"batch {batch}", batch=batch) for batch in (2, 8)),
 ]
+WITH_IMAGE = [case("edges, ControlNet", image="control"), case("image-to-image, 0.5", image="start")]
 # Compiling takes minutes: what it does is measured for one case.
 BY_CONTENDER = {
     "diffusers, model offload": CASES[:1],
     "diffusers, torch.compile": CASES[:1],
     "diffusers, reduce-overhead": CASES[:1],
-    "ours": CASES + GROWTH,
+    "ours": CASES + WITH_IMAGE + GROWTH,
     "ours, offload": [CASES[0], GROWTH[4]],
     "ours, stream": [CASES[0], GROWTH[4]],
 }
+ALL = CASES + WITH_IMAGE + GROWTH
 
 
 def floor(one: dict[str, Any], rate: float) -> float | None:
-    """Seconds an image that the counted work takes at a rate in 10**12 operations a second; at 1024x1024 only."""
-    if one["size"] != 1024:
+    """Seconds an image that the counted work takes at a rate in 10**12 operations a second; of text at 1024x1024 only."""
+    if one["size"] != 1024 or one["image"]:
         return None
     prior, decoder = WORK[one["lite"]]
     halves = 2 if one["decoder_guidance"] > 1 else 1
@@ -70,7 +74,8 @@ def matmul_rate(side: int = 8192, runs: int = 20) -> float:
     return statistics.median(rates[3:])
 
 
-def run(names: list[str], chosen: list[str], runs: int, folder: Path) -> dict[str, Any]:
+def run(names: list[str], chosen: list[str], runs: int, folder: Path, file: Path) -> dict[str, Any]:
+    """What was measured; it is written to the file after each contender."""
     start = time.perf_counter()
     write_stand_ins(folder, "cuda")
     torch.cuda.empty_cache()
@@ -95,12 +100,13 @@ def run(names: list[str], chosen: list[str], runs: int, folder: Path) -> dict[st
         results += lines or [{"contender": name, "case": cases[0]["name"], "error": f"exit {process.returncode}"}]
         for line in lines or results[-1:]:
             sys.stderr.write(f"{json.dumps(line)}\n")
+        file.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     return {"machine": machine, "results": results}
 
 
 def table(found: dict[str, Any]) -> str:
     """Markdown."""
-    machine, cases = found["machine"], {one["name"]: one for one in CASES + GROWTH}
+    machine, cases = found["machine"], {one["name"]: one for one in ALL}
     rows = [
         "| case | contender | s an image | images a second | peak GiB (reserved) | ratio to the floor | first, s | ready, s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -158,11 +164,11 @@ def main() -> None:
         default=[name for name in CONTENDERS if "compile" not in name and "overhead" not in name],
         help="default: all but the compiled ones, which take minutes to compile",
     )
-    names = [one["name"] for one in CASES + GROWTH]
+    names = [one["name"] for one in ALL]
     parser.add_argument("--cases", nargs="*", choices=names, default=names, help="default: all")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each case, after two to warm up")
     parser.add_argument(
-        "--folder", type=Path, help="where 17 GB of stand-ins go for the while; default: a temporary one"
+        "--folder", type=Path, help="where 18 GB of stand-ins go for the while; default: a temporary one"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmark")
     parser.add_argument("--results", type=Path, help="draw the table and the plot of these results; time nothing")
@@ -174,8 +180,8 @@ def main() -> None:
         if not torch.cuda.is_available():
             parser.error("there is no CUDA device to measure")
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            found = run(options.contenders, options.cases, options.runs, Path(folder))
-        (options.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+            file = options.output / "results.json"
+            found = run(options.contenders, options.cases, options.runs, Path(folder), file)
     (options.output / "table.md").write_text(table(found) + "\n")
     print(table(found))
     plot(found, options.output / "plot.png")

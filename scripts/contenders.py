@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from cascade.cascade import Cascade
+from cascade.controls import Control
 from cascade.request import Request
 
 PROMPT = "a lighthouse on a cliff above the sea, in the evening"
@@ -28,10 +30,18 @@ def ours(folder: Path, lite: bool, memory: str) -> Make:
     stages = ("prior", "decoder") if lite else ()
     cascade = Cascade.load(folder, "cuda", torch.bfloat16, lite=stages, memory=memory)
 
+    noise = Image.effect_noise((1024, 1024), 64).convert("RGB")
+    inputs = {
+        None: {},
+        "control": {"controls": (Control("canny", noise),)},
+        "start": {"image": noise, "prompt_strength": 0.5},
+    }
+
     def make(case: dict[str, Any]) -> Any:
         return cascade.generate(
             Request(
                 PROMPT,
+                **inputs[case["image"]],
                 width=case["size"],
                 height=case["size"],
                 num_images=case["batch"],

@@ -6,10 +6,13 @@ A network takes as long, and as much memory, whatever its weights are: what is m
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from cascade.checkpoints import VARIANTS
+from cascade.networks.controlnet import ControlNet
+from cascade.networks.effnet import SemanticEncoder
 from cascade.weights import ModelFolder, save_component
 from scripts.environment import ROOT
 
@@ -44,7 +47,8 @@ def randomize(network: nn.Module) -> nn.Module:
 
 
 def write_stand_ins(folder: Path, device: str) -> None:
-    """Write 17 GB: both sizes of both UNets, Stage A and the text encoder in bfloat16, and the miniature's tokenizer."""
+    """Write 18 GB in bfloat16: both sizes of both UNets, Stage A, the text encoder, the semantic encoder, and the ControlNet
+    of edges; and the miniature's tokenizer."""
     variants = {variant.name: variant for variant in VARIANTS}
     for name, place in PLACES.items():
         with torch.device(device):
@@ -54,5 +58,11 @@ def write_stand_ins(folder: Path, device: str) -> None:
     with torch.device(device):
         text_encoder = randomize(CLIPTextModelWithProjection(TEXT_ENCODER))
     save_component(folder / "stable-cascade-prior/text_encoder", text_encoder, torch.bfloat16)
+    for path, network in (("effnet_encoder", SemanticEncoder), ("controlnet/canny", ControlNet)):
+        with torch.device(device):
+            tensors = randomize(network()).state_dict()
+        file = folder / "stable-cascade" / f"{path}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
     tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")
     save_component(folder / "stable-cascade-prior/tokenizer", tokenizer, torch.bfloat16)

@@ -46,7 +46,8 @@ def test_the_floor_is_the_counted_work_at_the_measured_rate() -> None:
     assert four == one
     assert guided - one == pytest.approx(62 / 800, rel=0.01)
     assert lite < one / 3
-    assert floor({"size": 2048, "lite": False, "decoder_guidance": 0.0}, 800.0) is None
+    assert floor(benchmarking.case("large", size=2048), 800.0) is None
+    assert floor(benchmarking.case("from a picture", image="start"), 800.0) is None
 
 
 def test_table() -> None:
@@ -77,6 +78,6 @@ def test_results_are_drawn_again(tmp_path: Path) -> None:
 
 
 def test_every_case_is_run_by_its_name() -> None:
-    cases = [case["name"] for case in CASES + benchmarking.GROWTH]
+    cases = [case["name"] for case in benchmarking.ALL]
     assert len(set(cases)) == len(cases)
     assert {case["name"] for of_one in benchmarking.BY_CONTENDER.values() for case in of_one} <= set(cases)
