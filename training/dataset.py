@@ -1,6 +1,7 @@
 """Pictures with captions, as every stage takes them: `Scenes` draws them, `PictureFolder` reads a user's own."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,14 +19,21 @@ class Dataset(ABC):
         tokenizer: CLIP tokenizer for the captions.
         size: height and width of the pictures in pixels unless others are asked for.
         device: where pixels and tokens live.
+        names: of all things that pictures can show, as short captions; none where nobody knows.
     """
 
     def __init__(
-        self, captions: list[str], tokenizer: PreTrainedTokenizerBase, size: Size, device: torch.device
+        self,
+        captions: list[str],
+        tokenizer: PreTrainedTokenizerBase,
+        size: Size,
+        device: torch.device,
+        names: Sequence[str] = (),
     ) -> None:
-        self.captions, self.size, self.device = captions, size, device
-        self._tokens, self._mask = (value.to(device) for value in _tokenise(tokenizer, captions))
-        self._empty = tuple(value.to(device) for value in _tokenise(tokenizer, [""]))
+        self.captions, self.size, self.device, self.names = captions, size, device, list(names)
+        self.tokenizer = tokenizer
+        self._tokens, self._mask = self.tokenise(captions)
+        self._empty = self.tokenise([""])
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -38,6 +46,17 @@ class Dataset(ABC):
     @abstractmethod
     def images(self, indices: Tensor, size: Size | None = None) -> Tensor:
         """Pixels (len(indices), 3, height, width), float32 in 0..1."""
+
+    def shown(self, indices: Tensor) -> Tensor:
+        """Which of ``names`` pictures show: boolean (len(indices), len(names))."""
+        return torch.zeros(len(indices), len(self.names), dtype=torch.bool, device=self.device)
+
+    def tokenise(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids as int32 and attention mask as int8, each (len(texts), 77)."""
+        length = self.tokenizer.model_max_length
+        encoded = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True)
+        ids, mask = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["attention_mask"], np.int8)
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def tokens(self, indices: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask, int64 (len(indices), 77); the empty caption where ``keep`` (boolean) is false."""
@@ -53,12 +72,3 @@ class Dataset(ABC):
         """Token ids and attention mask, int64 (count, 77), of the empty caption."""
         tokens, mask = self._empty
         return tokens.long().expand(count, -1), mask.long().expand(count, -1)
-
-
-def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids as int32 and attention mask as int8, each (len(texts), 77)."""
-    encoded = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
-    return (
-        torch.from_numpy(np.asarray(encoded["input_ids"], np.int32)),
-        torch.from_numpy(np.asarray(encoded["attention_mask"], np.int8)),
-    )

@@ -2,7 +2,7 @@
 
 DATA is a folder of pictures, each with its caption in a text file of the same name, or the miniature's drawings. FOLDER gets
 one sub-folder a stage (checkpoints, samples, TensorBoard logs, and at the end a file ``finished``) and ``model``, the model
-folder that grows with every stage. Stages need what earlier ones made: tokenizer, then stage_a and clip in any order,
+folder that grows with every stage. Stages need what earlier ones made: tokenizer, then stage_a and clip in any order, vision,
 semantic, stage_b, stage_c, previewer and the ControlNets. A component that ``model`` already has is trained further. Every
 figure comes from the configuration; under ``accelerate launch -m training.run ...`` the same call runs on several processes.
 """
@@ -46,6 +46,7 @@ from training.stage_b import StageBTask
 from training.stage_c import StageCTask
 from training.tokenizer import train_tokenizer
 from training.trainer import Options, Task, fit
+from training.vision import VisionTask
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,16 @@ def clip(shop: Workshop) -> Task:
     return shop.task(ClipTask, "clip", text, image)
 
 
+def vision(shop: Workshop) -> Task:
+    """The vision tower alone; needs both towers."""
+    return shop.task(
+        VisionTask,
+        "vision",
+        shop.finished(CLIPVisionModelWithProjection, "image_encoder").train(),
+        text_encoder=shop.finished(CLIPTextModelWithProjection, "text_encoder"),
+    )
+
+
 def semantic(shop: Workshop) -> Task:
     """The semantic encoder with Stage B; needs Stage A and the text tower."""
     return shop.task(
@@ -211,6 +222,7 @@ def controlnet(kind: str, shop: Workshop) -> Task:
 STAGES: dict[str, Callable[[Workshop], Task]] = {
     "stage_a": stage_a,
     "clip": clip,
+    "vision": vision,
     "semantic": semantic,
     "stage_b": stage_b,
     "stage_c": stage_c,

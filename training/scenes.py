@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cascade.sizes import Size
-from training.data.captions import Captioner
+from training.data.captions import Captioner, article
 from training.data.compose import compose
 from training.data.icons import load_drawings, load_objects
 from training.data.scenes import Plans, Split, sample_plans
@@ -71,7 +71,12 @@ class Scenes(Dataset):
         self.drawings = drawings.to(device)
         self.plans = sample_plans(count, names, seed, split, len(self.styles))
         captions = captioner(names, self.styles).captions(say_less(self.plans, unsaid, seed), random.Random(seed))
-        super().__init__(captions, tokenizer, size, device)
+        super().__init__(captions, tokenizer, size, device, [article(name) for name in names])
 
     def images(self, indices: Tensor, size: Size | None = None) -> Tensor:
         return compose(self.drawings, self.plans[indices.numpy()], len(self.styles), size or self.size)
+
+    def shown(self, indices: Tensor) -> Tensor:
+        objects = torch.from_numpy(self.plans.objects[indices.numpy()]).to(self.device, torch.int64)
+        shown = torch.zeros(len(indices), len(self.names) + 1, dtype=torch.bool, device=self.device)
+        return shown.scatter_(1, objects % shown.shape[1], True)[:, :-1]  # -1, no object, is the last

@@ -99,6 +99,9 @@ options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
 task = { crop = 64, latent_noise = 0.05 }
 [clip]
 options = { steps = 2, batch_size = 4, learning_rate = 1e-3, compile = false }
+[vision]
+options = { steps = 2, batch_size = 4, learning_rate = 1e-3, compile = false }
+task = { naming = 1.0 }
 [semantic]
 options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
 [semantic.task]

@@ -1,0 +1,99 @@
+"""The vision tower once more, alone: to tell things apart, not only scenes.
+
+CLIP's contrast asks which of a batch's captions belongs to a picture. Of composed scenes, background and place answer that
+most of the time, and what is on them hardly matters. Here the text tower stays as it is, since Stages B and C learn from it,
+and each picture is also asked which of all names are on it: zero-shot classification, with its answer as a loss.
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from training.clip import normalise
+from training.dataset import Dataset
+from training.latents import TextTable
+from training.pictures import grid
+from training.trainer import Task
+
+AMONG = 5
+
+
+class VisionTask(Task):
+    """Symmetric cross-entropy of pictures and captions, and that of pictures and names, each with a learned temperature.
+
+    Args:
+        image_encoder: what learns.
+        text_encoder: what it learns from; is left as it is.
+        dataset, unseen: with names, see `Dataset.names`.
+        naming: weight of the names' part.
+
+    Raises:
+        ValueError: the dataset has no names, and ``naming`` is not 0.
+    """
+
+    def __init__(
+        self,
+        image_encoder: CLIPVisionModelWithProjection,
+        *,
+        text_encoder: CLIPTextModelWithProjection,
+        dataset: Dataset,
+        unseen: Dataset,
+        naming: float,
+    ) -> None:
+        super().__init__()
+        if naming and not dataset.names:
+            raise ValueError(f"naming is {naming}, but the data have no names; with such data it must be 0.")
+        self.image_encoder, self.naming = image_encoder, naming
+        self.dataset, self.unseen = dataset, unseen
+        self.side = image_encoder.config.image_size
+        with torch.no_grad():
+            text_encoder.eval()
+            self.captions = TextTable(dataset, text_encoder, with_tokens=False).pooled[:-1, 0]
+            if naming:
+                ids, mask = (value.long() for value in dataset.tokenise(dataset.names))
+                names = text_encoder(input_ids=ids, attention_mask=mask).text_embeds.float()
+                self.register_buffer("names", normalize(names, dim=-1), persistent=False)
+        self.log_temperatures = nn.Parameter(torch.full((2,), 1 / 0.07).log())
+
+    def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        indices = self.dataset.draw(size, generator)
+        return {
+            "pixels": self._pixels(self.dataset, indices),
+            "text": self.captions[indices.to(self.captions.device)].float(),
+            "shown": self.dataset.shown(indices).float(),
+        }
+
+    def forward(self, pixels: Tensor, text: Tensor, shown: Tensor) -> dict[str, Tensor]:
+        """``pixels`` (B, 3, S, S), normalised; ``text`` (B, D), embeddings; ``shown`` (B, names), 1 for what is on a picture."""
+        captions, names = self.log_temperatures.exp().clamp(max=100)
+        image = normalize(self.image_encoder(pixel_values=pixels).image_embeds.float(), dim=-1)
+        logits = image @ normalize(text, dim=-1).T * captions
+        target = torch.arange(len(logits), device=logits.device)
+        contrast = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+        if not self.naming:
+            return {"loss": contrast, "contrast": contrast}
+        named = cross_entropy(image @ self.names.T * names, normalize(shown, p=1, dim=-1))
+        return {"loss": contrast + self.naming * named, "contrast": contrast, "named": named}
+
+    def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        """The share of what is on unseen pictures than which fewer than five other names are nearer."""
+        indices = torch.arange(min(512, len(self.unseen)))
+        figures = {}
+        if self.naming:
+            image = self.image_encoder(pixel_values=self._pixels(self.unseen, indices)).image_embeds.float()
+            likeness, shown = normalize(image, dim=-1) @ self.names.T, self.unseen.shown(indices)
+            pictures, _ = shown.nonzero().unbind(dim=1)
+            others = likeness.masked_fill(shown, -torch.inf)[pictures]
+            nearer = (others > likeness[shown][:, None]).sum(dim=1)
+            figures[f"named_in_{AMONG}"] = (nearer < AMONG).float().mean().item()
+        return figures, grid([self.unseen.images(indices[:8]), self.unseen.images(indices[8:16])])
+
+    def save(self, folder: Path) -> None:
+        self.image_encoder.save_pretrained(folder / "image_encoder")
+
+    def _pixels(self, dataset: Dataset, indices: Tensor) -> Tensor:
+        return normalise(dataset.images(indices, (self.side, self.side)), self.side)
