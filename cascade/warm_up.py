@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cascade.networks import ops
+from cascade.networks.joined import Joined
 from cascade.networks.ops import Stream
 from cascade.networks.stage_a import MixingBlock, StageA
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
@@ -59,6 +60,8 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
         weight = torch.empty(0, dtype=unet.dtype, device=unet.device)
         for pending in (False, True):
             jobs["norm", channels, pending] = _norm(channels, pending, weight)
+    for blocks, joined in unet.joined:
+        jobs["maps", blocks[0].mapper.out_features] = _maps(joined, len(blocks), unet)
     return list(jobs.values())
 
 
@@ -86,6 +89,12 @@ def _attention_block(block: AttnBlock, channels: int, pending: bool, unet: Stabl
         return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value)
 
     return job
+
+
+def _maps(joined: Joined, blocks: int, unet: StableCascadeUNet) -> Callable[[], object]:
+    conditions = 1 + len(unet.config.timestep_conditioning_type)
+    times = torch.zeros(conditions, 1, unet.config.timestep_ratio_embedding_dim, device=unet.device)
+    return lambda: ops.joined_maps(joined, times, blocks)
 
 
 def _norm(channels: int, pending: bool, weight: torch.Tensor) -> Callable[[], object]:
