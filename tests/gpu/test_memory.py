@@ -72,6 +72,31 @@ def test_every_mode_makes_the_pictures_of_the_resident_one(
     assert difference(resident.reconstruct(image), other.reconstruct(image)).max() <= 1
 
 
+class Every:
+    """Holds whatever one asks for."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_graphs_change_no_picture(
+    mini_with_controlnets: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Those of encoders and ControlNets, too; and what is done where memory does not suffice for graphs."""
+    graphed = load(mini_with_controlnets, "resident", dtype, monkeypatch)
+    plain = load(mini_with_controlnets, "resident", dtype, monkeypatch)
+    plain._without_graphs = Every()
+    for recorder in plain._recorders:
+        recorder.records = False
+    (image,) = graphed.generate(Request("a green ball", width=256, height=256, steps_prior=4, steps_decoder=3))
+    for request in [*make_requests(image)] * 2:
+        for one, two in zip(graphed.generate(request), plain.generate(request), strict=True):
+            assert difference(one, two).max() <= 1
+    assert sum(len(recorder.recordings) for recorder in graphed._recorders) > 8
+    assert not any(recorder.recordings for recorder in plain._recorders)
+
+
 @pytest.mark.parametrize("mode", list(CHOICES))
 def test_what_runs_between_the_steps_disturbs_nothing(
     mini_with_controlnets: Path, monkeypatch: pytest.MonkeyPatch, mode: str
