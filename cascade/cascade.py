@@ -317,8 +317,7 @@ class Cascade:
 
         most = min(self._most_at_once.get((height, width), self.max_batch), request.num_images)
         made = done = 0
-        # Once more without the graphs of other sizes; then without any.
-        attempts = ["emptied", "without graphs"]
+        emptied = False
         while made < request.num_images:
             batches = -(-(request.num_images - made) // most)
             total = done + batches * (prior_work + settings["decoder"].steps) + request.num_images - made
@@ -333,10 +332,12 @@ class Cascade:
             except torch.OutOfMemoryError:
                 if len(batch) > 1:
                     most = self._most_at_once[height, width] = len(batch) // 2
-                elif not attempts:
-                    raise
-                elif attempts.pop(0) == "without graphs":
+                elif not emptied:  # once more, without the graphs of other sizes
+                    emptied = True
+                elif (height, width) not in self._without_graphs:
                     self._without_graphs.add((height, width))
+                else:
+                    raise
             if made < batch.stop:  # here, what the error's traceback kept is gone
                 logger.warning(
                     "Memory does not suffice for %d at a time of %dx%d: going on with %d, and without %s.",
@@ -387,8 +388,8 @@ class Cascade:
         return encode_pixels(self._run_effnet, to_pixels(image, self.device))
 
     def _run_effnet(self, pixels: Tensor) -> Tensor:
-        (latents,) = self._recorder.run("effnet", lambda x: (self.effnet(x),), pixels)
-        return latents.clone()
+        (latents,) = self._recorder.run_once("effnet", lambda x: (self.effnet(x),), pixels)
+        return latents
 
     def reconstruct(self, image: Image.Image, seed: int = 0, prompt: str = "") -> Image.Image:
         """What is left of a picture that is squeezed into semantic latents and painted anew by Stages B and A.
@@ -468,9 +469,9 @@ class Cascade:
             network = self._controlnet(one.kind)
             read = self._read_control(one, mask, height, width)
             self.home.use(f"controlnet_{one.kind}")
-            made = self._recorder.run(one.kind, lambda x, network=network: tuple(network(x).values()), read)
-            blocks = zip(network.config.proj_blocks, made, strict=True)
-            residuals.append(Residuals({k: x.clone() for k, x in blocks}, one.scale, one.start, one.end))
+            made = self._recorder.run_once(one.kind, lambda x, network=network: tuple(network(x).values()), read)
+            blocks = dict(zip(network.config.proj_blocks, made, strict=True))
+            residuals.append(Residuals(blocks, one.scale, one.start, one.end))
         return residuals
 
     def _controlnet(self, kind: str) -> ControlNet:

@@ -97,6 +97,10 @@ class Recorder:
         self.recordings.move_to_end((key, shapes))
         return recording.replay(tensors)
 
+    def run_once(self, key: Hashable, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> list[Tensor]:
+        """As `run`, but what is returned stays: for what is not a step of many."""
+        return [tensor.clone() for tensor in self.run(key, function, *tensors)]
+
     def clear(self) -> None:
         """Forget all graphs: for when a network has moved, or their memory is needed."""
         self.recordings.clear()
@@ -123,8 +127,7 @@ class GraphedUNet:
             made = self.network.condition(**dict(zip(given, tensors, strict=True)), latent_size=latent_size)
             return _flat(made)
 
-        tensors = self.recorder.run(("condition", tuple(given), latent_size), work, *given.values())
-        return _unflat([tensor.clone() for tensor in tensors])
+        return _unflat(self.recorder.run_once(("condition", tuple(given), latent_size), work, *given.values()))
 
     def __call__(
         self,

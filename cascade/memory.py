@@ -504,35 +504,20 @@ class OneByOne:
         return self.network.config
 
     def condition(self, clip_text_pooled: Tensor, **given: Any) -> Conditions:
-        samples = range(len(clip_text_pooled))
-        return Conditions.cat(
-            [
-                self.network.condition(
-                    clip_text_pooled[i : i + 1],
-                    **{name: x[i : i + 1] if isinstance(x, Tensor) else x for name, x in given.items()},
-                )
-                for i in samples
-            ]
-        )
+        samples = enumerate(clip_text_pooled.split(1))
+        return Conditions.cat([self.network.condition(pooled, **_of_sample(i, given)) for i, pooled in samples])
 
-    def __call__(
-        self,
-        sample: Tensor,
-        timestep_ratio: Tensor,
-        conditions: Conditions,
-        *,
-        controlnet_residuals: Mapping[int, Tensor] | None = None,
-    ) -> Tensor:
-        residuals = controlnet_residuals or {}
-        parts = zip(sample.split(1), timestep_ratio.split(1), conditions.split(), strict=True)
-        made = [
-            # A graph's next replay overwrites what this one returned.
-            self.network(
-                x, t, own, controlnet_residuals={k: residual[i : i + 1] for k, residual in residuals.items()}
-            ).clone()
-            for i, (x, t, own) in enumerate(parts)
-        ]
-        return torch.cat(made)
+    def __call__(self, sample: Tensor, timestep_ratio: Tensor, conditions: Conditions, **given: Any) -> Tensor:
+        parts = enumerate(zip(sample.split(1), timestep_ratio.split(1), conditions.split(), strict=True))
+        # A graph's next replay overwrites what this one returned.
+        return torch.cat([self.network(x, t, own, **_of_sample(i, given)).clone() for i, (x, t, own) in parts])
+
+
+def _of_sample(i: int, given: Any) -> Any:
+    """Sample i of a batch: of tensors, however deep in mappings. All else stays."""
+    if isinstance(given, Mapping):
+        return {key: _of_sample(i, value) for key, value in given.items()}
+    return given[i : i + 1] if isinstance(given, Tensor) else given
 
 
 def _between(condition: Callable[[Tensor], Any], ring: Ring, block: int) -> Callable[[Tensor], Any]:
