@@ -61,13 +61,11 @@ def decoder_steps(
     shape = (decoder.config.in_channels, *size)
     x = noise(*shape)
     halves = [pooled] if guidance <= 1 else [pooled, negative_pooled]
-    if guidance > 1:
-        semantic = torch.cat([semantic, torch.zeros_like(semantic)])
     with torch.no_grad():
         conditions = decoder.condition(
             # In memory of their own: of a view that repeats one row, cuBLAS's products are rounded otherwise.
             torch.cat([half.expand(batch, -1, -1) for half in halves]),
-            effnet=semantic,
+            effnet=torch.cat([semantic, torch.zeros_like(semantic)][: len(halves)]),
             latent_size=size,
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from training.dataset import Dataset
@@ -23,6 +24,22 @@ def normalise(pixels: Tensor, size: int) -> Tensor:
     """Pixels (B, 3, H, W) in 0..1 to what CLIP's vision tower expects: ``size`` a side, CLIP's mean and deviation."""
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
     return (resize(pixels, size).clamp(0, 1) - mean) / std
+
+
+def factor(log_temperature: Tensor) -> Tensor:
+    """What cosines are multiplied by before the softmax: learned as its logarithm, at most 100."""
+    return log_temperature.exp().clamp(max=100)
+
+
+def contrast(text: Tensor, image: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric cross-entropy, and the share of captions that are nearest to their own picture.
+
+    ``text`` and ``image`` (B, D), of any length; row i of one belongs to row i of the other. ``factor``: see `factor`.
+    """
+    logits = normalize(text, dim=-1) @ normalize(image, dim=-1).T * factor
+    target = torch.arange(len(logits), device=logits.device)
+    loss = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+    return loss, (logits.argmax(dim=1) == target).float().mean()
 
 
 class ClipTask(Task):
@@ -53,11 +70,8 @@ class ClipTask(Task):
         """``tokens`` and ``mask`` (B, 77), ``pixels`` (B, 3, S, S) normalised."""
         text = self.text_encoder(input_ids=tokens, attention_mask=mask).text_embeds.float()
         image = self.image_encoder(pixel_values=pixels).image_embeds.float()
-        similarity = nn.functional.normalize(text, dim=-1) @ nn.functional.normalize(image, dim=-1).T
-        logits = similarity * self.log_temperature.exp().clamp(max=100)
-        target = torch.arange(len(logits), device=logits.device)
-        loss = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
-        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == target).float().mean()}
+        loss, accuracy = contrast(text, image, factor(self.log_temperature))
+        return {"loss": loss, "accuracy": accuracy}
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         indices = torch.arange(min(256, len(self.unseen)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from training.clip import normalise
+from training.clip import contrast, factor, normalise
 from training.dataset import Dataset
 from training.latents import TextTable
 from training.pictures import grid
@@ -69,15 +69,13 @@ class VisionTask(Task):
 
     def forward(self, pixels: Tensor, text: Tensor, shown: Tensor) -> dict[str, Tensor]:
         """``pixels`` (B, 3, S, S), normalised; ``text`` (B, D), embeddings; ``shown`` (B, names), 1 for what is on a picture."""
-        captions, names = self.log_temperatures.exp().clamp(max=100)
+        captions, names = factor(self.log_temperatures)
         image = normalize(self.image_encoder(pixel_values=pixels).image_embeds.float(), dim=-1)
-        logits = image @ normalize(text, dim=-1).T * captions
-        target = torch.arange(len(logits), device=logits.device)
-        contrast = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+        contrasted, _ = contrast(text, image, captions)
         if not self.naming:
-            return {"loss": contrast, "contrast": contrast}
+            return {"loss": contrasted, "contrast": contrasted}
         named = cross_entropy(image @ self.names.T * names, normalize(shown, p=1, dim=-1))
-        return {"loss": contrast + self.naming * named, "contrast": contrast, "named": named}
+        return {"loss": contrasted + self.naming * named, "contrast": contrasted, "named": named}
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         """The share of what is on unseen pictures than which fewer than five other names are nearer."""
