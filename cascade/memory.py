@@ -4,8 +4,7 @@
     offload     they wait in pinned memory of the host, and take turns in one arena on the GPU, as large as the largest
                 of them. What has room beside the network that is running is uploaded meanwhile.
     stream      the same in a smaller arena. Of a network that exceeds it, as many blocks as fit stay there; the matrices
-                of the others pass through slots, uploaded ahead of the blocks that need them. A network that fits runs
-                for one sample at a time.
+                of the others pass through slots, uploaded ahead of the blocks that need them.
 
 The places in the arena are fixed, so that CUDA graphs, which read weights where they were, hold for each turn. The hooks of
 accelerate and diffusers put weights into new memory each time, which graphs and joined weights do not survive, and move
@@ -367,8 +366,7 @@ class Arena(Resident):
         return self.turns[name].ring is not None
 
     def on_turn(self, name: str, network: UNet) -> UNet:
-        one_by_one = self.mode == "stream" and not self.streams(name)
-        return OnTurn(OneByOne(network) if one_by_one else network, self, name)
+        return OnTurn(network, self, name)
 
     def room(self, wanted: int) -> int:
         return super().room(wanted if self.mode == "offload" else min(wanted, SMALL_WORK))
@@ -491,33 +489,6 @@ class OnTurn:
     def __call__(self, sample: Tensor, timestep_ratio: Tensor, conditions: Conditions, **given: Any) -> Tensor:
         self.arena.use(self.name)
         return self.network(sample, timestep_ratio, conditions, **given)
-
-
-class OneByOne:
-    """A UNet that runs for one sample at a time: a second one of Stage B at 1024x1024 takes 0.3 GiB (H100, bfloat16)."""
-
-    def __init__(self, network: UNet) -> None:
-        self.network = network
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.network.config
-
-    def condition(self, clip_text_pooled: Tensor, **given: Any) -> Conditions:
-        samples = enumerate(clip_text_pooled.split(1))
-        return Conditions.cat([self.network.condition(pooled, **_of_sample(i, given)) for i, pooled in samples])
-
-    def __call__(self, sample: Tensor, timestep_ratio: Tensor, conditions: Conditions, **given: Any) -> Tensor:
-        parts = enumerate(zip(sample.split(1), timestep_ratio.split(1), conditions.split(), strict=True))
-        # A graph's next replay overwrites what this one returned.
-        return torch.cat([self.network(x, t, own, **_of_sample(i, given)).clone() for i, (x, t, own) in parts])
-
-
-def _of_sample(i: int, given: Any) -> Any:
-    """Sample i of a batch: of tensors, however deep in mappings. All else stays."""
-    if isinstance(given, Mapping):
-        return {key: _of_sample(i, value) for key, value in given.items()}
-    return given[i : i + 1] if isinstance(given, Tensor) else given
 
 
 def _between(condition: Callable[[Tensor], Any], ring: Ring, block: int) -> Callable[[Tensor], Any]:

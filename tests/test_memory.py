@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cascade.cascade import Cascade, Request
 from cascade.controls import Control
-from cascade.memory import ALWAYS, GIB, MODES, Arena, Choice, OneByOne, arena_size, choose, divide, least
+from cascade.memory import ALWAYS, GIB, MODES, Arena, Choice, arena_size, choose, divide, least
 from cascade.networks.unet import StableCascadeUNet
 from cascade.packing import Packed
 from cascade.weights import NETWORKS, ModelFolder
@@ -256,24 +256,6 @@ def test_streamed_blocks_have_their_weights(part: float) -> None:
 
 def fail(*_: object) -> None:
     raise RuntimeError("failed as asked")
-
-
-def test_one_sample_at_a_time_comes_to_the_same() -> None:
-    prior = make_prior()
-    torch.nn.init.normal_(prior.clf[1].weight)  # untrained, it predicts zero
-    run = OneByOne(prior)
-    assert run.config is prior.config
-    given = {"clip_text_pooled": torch.randn(3, 24), "clip_text": torch.randn(3, 77, 32), "clip_img": None}
-    x, time = torch.randn(3, 16, 6, 4), torch.rand(3)
-    residuals = {0: torch.randn(3, prior.config.block_out_channels[0], 6, 4)}
-    batches = []
-    with torch.no_grad(), prior.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]))):
-        conditions = run.condition(**given)
-        made = run(x, time, conditions, controlnet_residuals=residuals)
-        assert batches == [1, 1, 1]
-        expected = prior(x, time, prior.condition(**given), controlnet_residuals=residuals)
-        assert (made - run(x, time, conditions)).abs().max() > 1e-4
-    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_copies_go_ahead_of_the_blocks() -> None:

@@ -41,28 +41,6 @@ class Conditions(NamedTuple):
     values: tuple[Tensor, ...]
     feature_map: Tensor | None
 
-    @staticmethod
-    def cat(parts: Sequence["Conditions"]) -> "Conditions":
-        """Joins conditions along the batch, e.g. `[conditional, unconditional]` for guidance in one forward."""
-        maps = [part.feature_map for part in parts]
-        return Conditions(
-            keys=tuple(torch.cat(keys) for keys in zip(*(part.keys for part in parts), strict=True)),
-            values=tuple(torch.cat(values) for values in zip(*(part.values for part in parts), strict=True)),
-            feature_map=None if maps[0] is None else torch.cat(maps),
-        )
-
-    def split(self) -> list["Conditions"]:
-        """Those of each sample, in the same memory; `cat` puts them together again."""
-        samples = len(self.feature_map) if self.feature_map is not None else len(self.keys[0])
-        return [
-            Conditions(
-                tuple(key[i : i + 1] for key in self.keys),
-                tuple(value[i : i + 1] for value in self.values),
-                None if self.feature_map is None else self.feature_map[i : i + 1],
-            )
-            for i in range(samples)
-        ]
-
 
 def timestep_embedding(ratio: Tensor, dim: int, max_positions: int = 10000) -> Tensor:
     """Sines and cosines of `ratio` (B,) in 0..1, in float32: (B, dim).
@@ -574,16 +552,10 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
         attention = [block for block in self.blocks() if isinstance(block, AttnBlock)]
         per_block |= dict(zip(attention, zip(conditions.keys, conditions.values, strict=True), strict=True))
 
-        unshuffle, projection, _ = self.embedding
-        x = channels_last(unshuffle(sample).to(self._weight_dtype))
-        x = layer_norm(projection(x).float())
-        if conditions.feature_map is not None:
-            x = x + conditions.feature_map
-
-        stream = Stream(x)
+        stream = self._embed(sample, conditions.feature_map)
         residuals = controlnet_residuals or {}
         executed = 0  # ResBlocks run so far
-        skips: list[Tensor] = []
+        skips: list[Tensor | None] = []
         for blocks, downscaler, repeats in zip(
             self.down_blocks, self.down_downscalers, self.down_repeat_mappers, strict=True
         ):
@@ -591,15 +563,20 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
             stream, executed = self._run_level(blocks, repeats, stream, None, per_block, residuals, executed)
             stream = Stream(stream.settle())
             skips.append(stream.x)
-        for i, (blocks, upscaler, repeats) in enumerate(
-            zip(self.up_blocks, self.up_upscalers, self.up_repeat_mappers, strict=True)
-        ):
-            skip = skips[-1 - i] if i > 0 else None
+        skips[-1] = None  # the coarsest level goes on with what it has
+        for blocks, upscaler, repeats in zip(self.up_blocks, self.up_upscalers, self.up_repeat_mappers, strict=True):
+            skip = skips.pop()  # kept no longer than needed: at 1024x1024 one of Stage B's is 20 MiB a sample
             stream, executed = self._run_level(blocks, repeats, stream, skip, per_block, residuals, executed)
             stream = self._change_level(upscaler, stream)
         _, projection, shuffle = self.clf
         _, normed = ops.norm(stream, projection.weight)
         return shuffle(channels_first(projection(normed))).to(sample.dtype)
+
+    def _embed(self, sample: Tensor, feature_map: Tensor | None) -> Stream:
+        unshuffle, projection, _ = self.embedding
+        x = channels_last(unshuffle(sample).to(self._weight_dtype))
+        x = layer_norm(projection(x).float())
+        return Stream(x if feature_map is None else x + feature_map)
 
     def _scales_and_shifts(self, times: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
         """What every TimestepBlock makes of the embeddings (conditions, B, E): two float32 (B, C) each."""
@@ -649,8 +626,7 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
                 else:
                     stream = self._run(block, stream, *per_block[block])
             if repeat < len(repeats):
-                x = stream.settle().to(self._weight_dtype)
-                stream = Stream(repeats[repeat](x).float())
+                stream = Stream(repeats[repeat](stream.settle().to(self._weight_dtype)).float())
         return stream, executed
 
     def _run(self, block: nn.Module, *args: Stream | Tensor | None) -> Stream:

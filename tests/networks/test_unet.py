@@ -7,7 +7,7 @@ import torch
 from diffusers.models.unets.unet_stable_cascade import StableCascadeUNet as Reference
 
 from cascade.checkpoints import VARIANTS
-from cascade.networks.unet import AttnBlock, Conditions, ResBlock, StableCascadeUNet, timestep_embedding
+from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet, timestep_embedding
 
 RES, TIME, ATTN = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
 STAGE_C = {
@@ -121,17 +121,6 @@ def test_absent_image_is_a_zero_embedding():
     given = inputs(STAGE_C) | {"clip_img": torch.zeros(2, 1, 12)}
     without = {name: value for name, value in given.items() if name != "clip_img"}
     assert torch.equal(network(sample, ratio, **without), network(sample, ratio, **given))
-
-
-@pytest.mark.parametrize(("config", "channels"), [(STAGE_C, 16), (STAGE_B, 4)], ids=["C", "B"])
-@torch.no_grad()
-def test_conditions_join_along_the_batch(config, channels):
-    network, first, second = make(config), inputs(config, 1), inputs(config, 2)
-    samples, ratio = torch.randn(3, channels, 8, 8), torch.rand(3)
-    parts = [network.condition(**given, latent_size=(8, 8)) for given in (first, second)]
-    joined = network(samples, ratio, Conditions.cat(parts))
-    torch.testing.assert_close(joined[:1], network(samples[:1], ratio[:1], parts[0]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(joined[1:], network(samples[1:], ratio[1:], parts[1]), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
