@@ -22,6 +22,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,6 +77,9 @@ WEIGHT_FILES = (
     "model.safetensors",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Threads that copy a file onto a GPU, each some of its tensors: from the page cache one copied 5.5 GB/s, four 8, eight 12
+# (H100, 16 cores).
+READERS = 8
 # Checkpoints written by old transformers hold this buffer; today's networks make it themselves.
 IGNORED_KEYS = ("embeddings.position_ids",)
 
@@ -463,9 +467,19 @@ def _check_header(path: Path) -> None:
 
 
 def _read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    try:
+    def read(keys: list[str]) -> list[torch.Tensor]:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no mapping)
+            return [file.get_tensor(key) for key in keys]
+
+    readers = 1 if torch.device(device).type == "cpu" else READERS
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+        with ThreadPoolExecutor(readers) as threads:
+            shares = [keys[i::readers] for i in range(readers)]
+            for share, read_by_one in zip(shares, threads.map(read, shares), strict=True):
+                tensors |= zip(share, read_by_one, strict=True)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is truncated or no safetensors file: {error}") from error
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
