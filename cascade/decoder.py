@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from cascade import sizes
 from cascade.memory import UNet
 from cascade.networks.stage_a import StageA
-from cascade.sampling import Noise, Step, sample, with_guidance
+from cascade.sampling import Noise, Step, beside_zeros, sample, with_guidance
 
 # Of Stage A: latents, of which a tile with what reaches into it has five times as many; and bytes for each latent, each
 # channel of its widest level and each byte of a number, a quarter more than measured.
@@ -65,7 +65,7 @@ def decoder_steps(
         conditions = decoder.condition(
             # In memory of their own: of a view that repeats one row, cuBLAS's products are rounded otherwise.
             torch.cat([half.expand(batch, -1, -1) for half in halves]),
-            effnet=torch.cat([semantic, torch.zeros_like(semantic)][: len(halves)]),
+            effnet=beside_zeros(semantic, len(halves)),
             latent_size=size,
         )
 

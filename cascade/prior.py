@@ -12,7 +12,7 @@ from torch import Tensor
 from cascade.conditioning import TextEmbeddings
 from cascade.memory import UNet
 from cascade.networks.unet import resize
-from cascade.sampling import Noise, Step, alpha_sigma, diffuse, sample, with_guidance
+from cascade.sampling import Noise, Step, alpha_sigma, beside_zeros, diffuse, sample, with_guidance
 
 
 class Residuals(NamedTuple):
@@ -95,7 +95,7 @@ def prior_steps(
         conditions = prior.condition(
             clip_text_pooled=torch.cat([half.pooled.expand(batch, -1, -1) for half in halves]),
             clip_text=torch.cat([half.tokens.expand(batch, -1, -1) for half in halves]),
-            clip_img=None if image is None else _image_halves(image.expand(batch, -1, -1), len(halves)),
+            clip_img=None if image is None else beside_zeros(image.expand(batch, -1, -1), len(halves)),
         )
     taken = steps_taken(steps, strength)
     added = iter(residuals_by_step(controls, taken, size, batch * len(halves)))
@@ -147,7 +147,3 @@ def residuals_by_step(
             }
         by_step.append(sums[active])
     return by_step
-
-
-def _image_halves(image: Tensor, halves: int) -> Tensor:
-    return torch.cat([image, torch.zeros_like(image)][:halves])

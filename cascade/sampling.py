@@ -88,6 +88,11 @@ def with_guidance(
     return guided
 
 
+def beside_zeros(condition: Tensor, halves: int) -> Tensor:
+    """What guidance's halves, two or only the first, are given: a condition (B, ...), then zeros: (halves B, ...)."""
+    return torch.cat([condition, torch.zeros_like(condition)][:halves])
+
+
 def ddpm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
     """One ancestral step (Ho et al., arXiv 2006.11239; Song et al., arXiv 2010.02502 with eta 1), everything float32.
 

@@ -467,18 +467,14 @@ def _check_header(path: Path) -> None:
 
 
 def _read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    def read(keys: list[str]) -> list[torch.Tensor]:
+    def read(share: int) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return [file.get_tensor(key) for key in keys]
+            return {key: file.get_tensor(key) for key in list(file.keys())[share::READERS]}
 
-    tensors: dict[str, torch.Tensor] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
         with ThreadPoolExecutor(READERS) as threads:
-            shares = [keys[i::READERS] for i in range(READERS)]
-            for share, read_by_one in zip(shares, threads.map(read, shares), strict=True):
-                tensors |= zip(share, read_by_one, strict=True)
+            shares = threads.map(read, range(READERS))
+            tensors = {key: tensor for share in shares for key, tensor in share.items()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is truncated or no safetensors file: {error}") from error
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}

@@ -129,5 +129,6 @@ class ControlNet(ModelMixin, ConfigMixin):
         Returns {k: (B, out_channels, h, w)} in the weights' dtype, as `StableCascadeUNet.forward` takes them; h and w
         are H and W, or with the "effnet" backbone about a 32nd of them.
         """
-        features = self.backbone(control.to(self.dtype))
+        # Not self.dtype, for which diffusers looks through all layers.
+        features = self.backbone(control.to(next(self.parameters()).dtype))
         return {k: project(features) for k, project in zip(self.config.proj_blocks, self.projections, strict=True)}

@@ -179,14 +179,14 @@ def depthwise_norm(
     columns = triton.cdiv(width, 4)
     # Four channels a thread, or two in narrow levels. 16 warps of 64 registers, with nothing to settle, took Stage C 13.6 us
     # on an H100, where 8 of 128 took 15.4; with more to do they would spill.
-    channels_at_once = _power(channels)
+    padded = _power(channels)
     _depthwise_norm[(batch * height * columns,)](
         x, before, scale, shift, weight, bias, skip, settled, normed,
         height, width, channels, columns,
         0 if scale is None else scale.stride(0), weight.stride(0), weight.stride(3),
         HAS_BEFORE=before is not None, HAS_AFFINE=scale is not None, HAS_SKIP=skip is not None,
-        CB=channels_at_once, num_warps=max(4, channels_at_once // 128),
-        maxnreg=64 if channels_at_once > 1024 and not changes else 128,
+        CB=padded, num_warps=max(4, padded // 128),
+        maxnreg=64 if padded > 1024 and not changes else 128,
     )  # fmt: skip
     return settled, normed
 
