@@ -49,11 +49,14 @@ def with_included(requirements: str) -> list[str]:
 
 
 def has_packages(requirements: str) -> bool:
-    """Whether this very Python has all packages of a requirements file, in the versions that it names."""
+    """Whether this very Python has the packages of a requirements file, in the versions that it names.
+
+    Packages that are only needed on some platforms or by some Pythons are not asked for.
+    """
     lines = [line for name in with_included(requirements) for line in (ROOT / name).read_text("utf-8").splitlines()]
     for line in lines:
         requirement = line.partition("#")[0].strip()
-        if not requirement or requirement.startswith("-r "):
+        if not requirement or requirement.startswith("-r ") or ";" in requirement:
             continue
         name, pinned, version = requirement.partition("==")
         try:

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from hypothesis import settings
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -39,6 +41,15 @@ SMALL_EFFNET = {
     "strides": (2, 2, 4),
     "head_channels": 16,
 }
+
+
+# A busy machine is no fault of what is tested.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+# Started by nohup, cron or in the background of a shell, a process ignores SIGINT and hands that on to those that it
+# starts; some tests interrupt one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

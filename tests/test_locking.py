@@ -1,0 +1,50 @@
+"""What is installed is what the lock says, and the lock has what was asked for."""
+
+from importlib import metadata
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from scripts.environment import ROOT
+from scripts.locking import LAYERS
+
+
+def requirements(file: str) -> list[Requirement]:
+    lines = (ROOT / file).read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith(("#", "-r "))]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_lock_has_what_is_asked_for(name: str) -> None:
+    locked = {(canonicalize_name(one.name), one.specifier) for layer in LAYERS for one in requirements(f"{layer}.txt")}
+    assert {(canonicalize_name(one.name), one.specifier) for one in requirements(f"{name}.in")} <= locked
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_installed_is_what_is_locked(name: str) -> None:
+    here = [one for one in requirements(f"{name}.txt") if one.marker is None or one.marker.evaluate()]
+    assert len(here) >= len(requirements(f"{name}.in"))
+    # Without the part behind a plus, which says for which CUDA a torch was built.
+    found = {one.name: metadata.version(one.name).partition("+")[0] for one in here}
+    assert found == {one.name: str(one.specifier).removeprefix("==") for one in here}
+
+
+def test_nothing_is_installed_that_is_not_locked() -> None:
+    """Whatever a locked package needs here is locked, too."""
+    locked = {canonicalize_name(one.name) for layer in LAYERS for one in requirements(f"{layer}.txt")}
+    needed = {
+        canonicalize_name(one.name)
+        for name in locked
+        for text in (metadata.requires(name) if is_installed(name) else None) or []
+        if (one := Requirement(text)) and (one.marker is None or one.marker.evaluate({"extra": ""}))
+    }
+    assert needed - locked - {"setuptools"} == set()
+
+
+def is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
