@@ -92,3 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         environment["CASCADE_WEIGHTS"] = str(Path(environment["CASCADE_WEIGHTS"]).absolute())
     os.chdir(ROOT)
     return os.execve(sys.executable, command, environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,13 +43,21 @@ SMALL_EFFNET = {
 }
 
 
-# A busy machine is no fault of what is tested.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+# A busy machine is no fault of what is tested: no deadlines.
+settings.register_profile("short", deadline=None, max_examples=100)
+settings.register_profile("long", deadline=None, max_examples=1000)
 # Started by nohup, cron or in the background of a shell, a process ignores SIGINT and hands that on to those that it
 # starts; some tests interrupt one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="draw ten times as many random requests and examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("long" if config.getoption("--long") else "short")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,25 +46,26 @@ def wait_for(condition: Any, seconds: float, what: str) -> Any:
 
 
 class Server:
-    """A server, and a client of it. ``folder`` gets its log and its temporary files.
+    """A server, and a client of it. ``folder`` gets its log and its temporary files; ``variables`` are its environment's.
 
     A prediction's answer arrives a moment before the server takes the next one, so whoever wants that waits for READY.
     """
 
-    def __init__(self, folder: Path, *options: str, weights: Path = MINI) -> None:
+    def __init__(self, folder: Path, *options: str, weights: Path = MINI, **variables: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         self.log = folder / "log"
-        environment = {**os.environ, "TMPDIR": str(self.temporary), "CASCADE_WEIGHTS": str(weights)}
+        environment = {**os.environ, "TMPDIR": str(self.temporary), "CASCADE_WEIGHTS": str(weights), **variables}
         with self.log.open("w") as log:
             self.process = psutil.Popen(
-                [sys.executable, ROOT / "scripts" / "serve", "--port", str(self.port), *options],
+                # By its module: the script would first install the locked packages, where a GPU's machine has others.
+                [sys.executable, "-m", "scripts.server", "--port", str(self.port), *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                cwd=folder,
+                cwd=ROOT,
             )
 
     def health(self) -> dict[str, Any]:

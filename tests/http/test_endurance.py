@@ -102,7 +102,7 @@ def check_pictures(inputs: dict[str, Any], prediction: dict[str, Any]) -> None:
         assert prediction["metrics"]["seeds"] in possible
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_every_request_that_fits_the_schema_makes_pictures(shared_server: Server, data: st.DataObject) -> None:
     """Or, of the inputs that need others, gets one sentence that names what is wrong."""
@@ -131,7 +131,7 @@ def test_every_request_that_fits_the_schema_makes_pictures(shared_server: Server
         check_pictures(inputs, prediction)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(anything)
 def test_no_body_crashes_the_server(shared_server: Server, body: Any) -> None:
     for whole in ([body], {"input": {"seed": "one"}, "webhook": body}, {"input": [body]}):
