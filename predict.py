@@ -36,13 +36,15 @@ from tqdm import tqdm
 from cascade import sizes
 from cascade.cascade import Cascade, Progress, find_device
 from cascade.controls import Control
+from cascade.images.metadata import save_picture
 from cascade.inpainting import extend
-from cascade.metadata import VERSION, save_picture
 from cascade.networks.controlnet import KINDS
 from cascade.pictures import read_picture
 from cascade.request import MOST_IMAGES, Request, upscaling
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
+from serving.metadata import Detail, metadata
+from serving.record import Origin, Record
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +69,18 @@ class Predictor(BaseRunner):
 
         Raises:
             WeightsError: the weights are missing or damaged.
-            ValueError: CASCADE_MEMORY is none of auto, resident, offload and stream.
+            ValueError: CASCADE_MEMORY is none of auto, resident, offload and stream, or CASCADE_METADATA none of full,
+                settings and none.
         """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
+        self.detail = Detail.from_environment()
         folder = find_weights()
         opened = ModelFolder.open(folder)
         # First, so that the model knows how much memory is left.
         self.safety = load_safety_checker(folder, find_device())
         start = time.perf_counter()
-        cascade = Cascade.load(folder, memory=os.environ.get("CASCADE_MEMORY") or "auto")
+        memory = os.environ.get("CASCADE_MEMORY") or "auto"
+        cascade = Cascade.load(folder, memory=memory, log_prompts=self.detail is Detail.FULL)
         logger.info(
             "Loaded %s from %s, %.2f GB, onto %s as %s, %s, in %.1f s.",
             opened.name,
@@ -86,7 +91,7 @@ class Predictor(BaseRunner):
             cascade.home.description,
             time.perf_counter() - start,
         )
-        self.model_name = opened.name
+        self.origin = Origin.of(cascade, opened)
         self.watch = Stopwatch(cascade.device)
         conditioner = cascade.conditioner
         conditioner.encode_text = self.watch.after(conditioner.encode_text, "text")
@@ -243,6 +248,7 @@ class Predictor(BaseRunner):
             ValueError: an input is out of range or no picture, the model lacks what reads pictures, the GPU's memory
                 does not suffice, or every picture was flagged.
         """
+        given = dict(locals())
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         defaults = self.cascade.defaults
@@ -293,10 +299,11 @@ class Predictor(BaseRunner):
         ending = checked("output_format", output_format)
         quality = checked("output_quality", output_quality)
         safety = None if disable_safety_checker else self.safety
+        record = Record.of(request, given, self.origin, hashed=self.detail is Detail.FULL)
 
         try:
             with contextlib.suppress(torch.OutOfMemoryError):
-                return self._make(request, ending, quality, safety, previews)
+                return self._make(request, record, ending, quality, safety, previews)
             # Only here are the error, and all that its traceback kept in memory, gone.
             raise ValueError(self._what_would_fit(request))
         except BaseException as error:  # Cog cancels by one that is no Exception
@@ -309,7 +316,13 @@ class Predictor(BaseRunner):
             raise
 
     def _make(
-        self, request: Request, ending: str, quality: int, safety: SafetyChecker | None, previews: bool
+        self,
+        request: Request,
+        record: Record,
+        ending: str,
+        quality: int,
+        safety: SafetyChecker | None,
+        previews: bool,
     ) -> list[Path]:
         seeds = seeds_of(request)
         logger.info("Seeds: %s", ", ".join(map(str, seeds)))
@@ -317,7 +330,6 @@ class Predictor(BaseRunner):
         self.watch.restart()
         reset_peak_memory(self.cascade.device)
 
-        made_by = settings_of(request)
         kept: dict[int, Path] = {}
         steps = self._with_previews(self._steps(request), safety) if previews else self._steps(request)
         images = (progress.image for progress in steps if progress.image is not None)
@@ -329,8 +341,8 @@ class Predictor(BaseRunner):
                     logger.warning("Picture %d (seed %d) was flagged by the safety checker.", index, seeds[index])
                     continue
             kept[index] = Path(self.outputs.name) / f"out-{index}.{ending}"
-            record = {**made_by, "seed": seeds[index], "model": self.model_name, "version": VERSION}
-            save_picture(image, kept[index], record, quality)
+            said = metadata(record.of_picture(index, seeds[index], *image.size), self.detail)
+            save_picture(image, kept[index], said, quality)
             self.watch.lap("encoding")
 
         self.record_metric("flagged", request.num_images - len(kept))
@@ -563,23 +575,6 @@ def parts_of(request: Request) -> list[Request]:
 def seeds_of(request: Request) -> list[int]:
     """The seed of each picture."""
     return [part.seed + i for part in parts_of(request) for i in range(part.num_images)]
-
-
-def settings_of(request: Request) -> dict[str, Any]:
-    """What every file says of the request: all but seed and number; of input images, how many and how they were used."""
-    without = {"seed", "num_images", "image", "image_prompts", "image_prompt_strengths", "prompt_strength"}
-    without |= {"mask", "controls"}
-    settings = {name: value for name, value in vars(request).items() if name not in without}
-    if request.image_prompts:
-        settings["image_prompts"] = len(request.image_prompts)
-        settings["image_prompt_strengths"] = list(request.image_prompt_strengths)
-    if request.image is not None:
-        settings["prompt_strength"] = request.prompt_strength
-        settings["inpainted"] = request.mask is not None
-    for name, attribute in (("types", "kind"), ("scales", "scale"), ("starts", "start"), ("ends", "end")):
-        if request.controls:
-            settings[f"control_{name}"] = [getattr(control, attribute) for control in request.controls]
-    return settings
 
 
 def smaller_requests(request: Request) -> Iterator[Request]:

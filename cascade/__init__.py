@@ -2,3 +2,5 @@
 
 Stage C makes semantic latents, Stage B decoder latents of them, Stage A pixels.
 """
+
+__version__ = "0.1.0"

@@ -167,6 +167,7 @@ class Cascade:
         numerics: str = "official",
         max_batch: int = 4,
         memory: str = "auto",
+        log_prompts: bool = True,
     ) -> "Cascade":
         """Read a model folder, or the folder that holds the two published repositories.
 
@@ -178,6 +179,7 @@ class Cascade:
             numerics, max_batch: see the class.
             memory: "resident", "offload" or "stream", see `memory`; "auto" chooses by the size of the networks and the
                 GPU's free memory. On a CPU all are resident.
+            log_prompts: whether log lines may quote prompts.
 
         Raises:
             WeightsError: something is missing from the folder, or damaged.
@@ -208,7 +210,11 @@ class Cascade:
         logger.info("Seconds to load: %s.", ", ".join(f"{name} {taken:.2f}" for name, taken in seconds.items()))
         return cls(
             Conditioner(
-                parts["tokenizer"], parts["text_encoder"], parts.get("feature_extractor"), parts.get("image_encoder")
+                parts["tokenizer"],
+                parts["text_encoder"],
+                parts.get("feature_extractor"),
+                parts.get("image_encoder"),
+                log_prompts=log_prompts,
             ),
             parts["prior"],
             parts["decoder"],

@@ -44,6 +44,7 @@ class Conditioner:
         text_encoder: CLIP ViT-bigG-14's text tower in the published model.
         image_processor, image_encoder: crop, resize and normalisation, and CLIP ViT-L-14's vision tower; both or
             neither.
+        log_prompts: whether the warning about a prompt that was cut quotes what was left out.
     """
 
     def __init__(
@@ -52,11 +53,14 @@ class Conditioner:
         text_encoder: CLIPTextModelWithProjection,
         image_processor: CLIPImageProcessorPil | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
+        *,
+        log_prompts: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.image_processor = image_processor
         self.image_encoder = image_encoder
+        self.log_prompts = log_prompts
         self.recorder = Recorder()
 
     @torch.no_grad()
@@ -67,7 +71,7 @@ class Conditioner:
         padding, and Stage C was trained on all 77.
 
         Args:
-            prompts: B texts; what exceeds 77 tokens is cut, with a warning that quotes it.
+            prompts: B texts; what exceeds 77 tokens is cut, with a warning.
         """
         if isinstance(prompts, str):
             raise TypeError(f"prompts must be a sequence of texts, but is the text {prompts!r}.")
@@ -121,4 +125,7 @@ class Conditioner:
             if len(places) > limit:
                 # The last token kept is the end of text, so the prompt's own words end one earlier.
                 dropped = prompt[places[limit - 1][0] :].strip()
-                logger.warning("The prompt exceeds %d tokens; this end of it was left out: %r", limit, dropped)
+                if self.log_prompts:
+                    logger.warning("The prompt exceeds %d tokens; this end of it was left out: %r", limit, dropped)
+                else:
+                    logger.warning("The prompt exceeds %d tokens; %d were left out.", limit, len(places) - limit)

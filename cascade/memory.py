@@ -97,6 +97,7 @@ class Resident:
         device: where that is.
     """
 
+    mode = "resident"
     description = "all networks resident"
 
     def __init__(self, device: torch.device) -> None:

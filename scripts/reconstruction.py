@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 from cascade.cascade import Cascade
-from cascade.metadata import VERSION, save_picture
+from cascade.images.metadata import save_picture
 from cascade.pictures import read_picture
-from cascade.request import LARGEST_SEED
+from cascade.request import LARGEST_SEED, Request
 from cascade.weights import ModelFolder, WeightsError
 from predict import find_weights
+from serving.metadata import Detail, metadata
+from serving.record import Origin, Record, file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -25,20 +27,27 @@ def reconstruct(weights: Path, source: Path, target: Path, prompt: str, seed: in
 
     Raises:
         WeightsError: the weights are missing or damaged.
-        ValueError: the source is no picture, or one with a side outside of 64 to 2048 pixels; or the model has no
-            semantic encoder.
+        ValueError: the source is no picture, or one with a side outside of 64 to 2048 pixels; the model has no semantic
+            encoder; or CASCADE_METADATA has another value than full, settings and none.
         OSError: a file cannot be read or written.
     """
+    detail = Detail.from_environment()
     if not source.is_file():
         raise FileNotFoundError(f"There is no file {source}.")
     image = read_picture(source, str(source))
-    cascade = Cascade.load(weights)
+    cascade = Cascade.load(weights, log_prompts=detail is Detail.FULL)
     channels, rows, columns = cascade.encode(image).shape[1:]
     logger.info("%dx%d pixels become %d x %d x %d semantic latents.", *image.size, channels, rows, columns)
     made = cascade.reconstruct(image, seed, prompt)
     target.parent.mkdir(parents=True, exist_ok=True)
-    record = {"prompt": prompt, "seed": seed, "model": ModelFolder.open(weights).name, "version": VERSION}
-    save_picture(made, target, record)
+    record = Record(
+        inputs={"prompt": prompt, "seed": seed},
+        files=({"input": "picture", "sha256": file_digest(source)},),
+        sampler=Request.sampler,
+        origin=Origin.of(cascade, ModelFolder.open(weights)),
+        edited=True,
+    )
+    save_picture(made, target, metadata(record.of_picture(0, seed, *made.size), detail))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,122 @@
+"""Picture files with metadata, in the places where viewers look for it. Knows formats, not what the texts say.
+
+==================  ===========================  =============================
+                    PNG                          JPEG and WebP
+==================  ===========================  =============================
+description         tEXt ``Description``         EXIF ``ImageDescription``
+parameters          tEXt/iTXt ``parameters``     EXIF ``UserComment``
+source              iTXt ``XML:com.adobe.xmp``   XMP
+==================  ===========================  =============================
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from PIL import ExifTags, Image, TiffTags
+from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+# Bytes that a JPEG's EXIF may have: it must fit into one segment.
+LONGEST_EXIF = 65_533
+# Before a UserComment in UTF-16. A1111 writes it big-endian, and its readers expect that; EXIF demands the byte order of
+# its numbers. So all of it is big-endian: TIFF's header, in which 8 is the offset of the first directory.
+UTF_16 = b"UNICODE\0"
+BIG_ENDIAN = b"MM\0*\0\0\0\x08"
+
+XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
+    "<Iptc4xmpExt:DigitalSourceType>{source}</Iptc4xmpExt:DigitalSourceType>"
+    '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+)
+
+
+class SourceType(StrEnum):
+    """Two of IPTC's digital source types, with IPTC's definitions (cv.iptc.org/newscodes/digitalsourcetype)."""
+
+    # "Digital media created algorithmically using an Artificial Intelligence model trained on captured content"
+    CREATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    # "Augmentation, correction or enhancement using a Generative AI model, such as with inpainting or outpainting
+    # operations"
+    EDITED = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says about its picture.
+
+    Attributes:
+        source: whether the picture was created or edited.
+        description: ASCII. Empty: left out.
+        parameters: any text without NUL and lone surrogates. Empty: left out.
+    """
+
+    source: SourceType
+    description: str = ""
+    parameters: str = ""
+
+
+def save_picture(image: Image.Image, path: Path, metadata: Iterable[Metadata], quality: int = 80) -> None:
+    """Write a picture in the format of its path's ending.
+
+    Args:
+        image: RGB.
+        path: ends in .webp, .jpg or .png.
+        metadata: the same in one or more versions, the complete one first, each shorter than the one before. The first
+            that the format has room for is written: in PNG and WebP that is the first of all.
+        quality: 0 to 100, of WebP and JPEG; PNG is lossless.
+
+    Raises:
+        ValueError: another ending, or no version fits into a JPEG.
+        OSError: the file cannot be written.
+    """
+    versions = iter(metadata)
+    if path.suffix == ".png":
+        image.save(path, "PNG", pnginfo=_png_texts(next(versions)))
+    elif path.suffix == ".webp":
+        chosen = next(versions)
+        image.save(path, "WEBP", quality=quality, exif=_exif(chosen), xmp=_xmp(chosen))
+    elif path.suffix == ".jpg":
+        for chosen in versions:
+            exif = _exif(chosen)
+            if len(exif) <= LONGEST_EXIF:
+                break
+        image.save(path, "JPEG", quality=quality, exif=exif, xmp=_xmp(chosen))
+    else:
+        raise ValueError(f"{path.name} must end in .webp, .jpg or .png.")
+
+
+def _png_texts(metadata: Metadata) -> PngInfo:
+    texts = PngInfo()
+    # Pillow writes Latin-1 as tEXt, and what goes beyond it as iTXt, in UTF-8.
+    for keyword, text in (("Description", metadata.description), ("parameters", metadata.parameters)):
+        if text:
+            texts.add_text(keyword, text)
+    texts.add_itxt("XML:com.adobe.xmp", _xmp(metadata).decode())
+    return texts
+
+
+def _exif(metadata: Metadata) -> bytes:
+    """One directory with the description, and if there are parameters, where a second begins, which has the comment."""
+    if not metadata.description and not metadata.parameters:
+        return b""
+    first, second = ImageFileDirectory_v2(BIG_ENDIAN), ImageFileDirectory_v2(BIG_ENDIAN)
+    if metadata.description:
+        first[ExifTags.Base.ImageDescription] = metadata.description
+    start = len(BIG_ENDIAN)
+    if not metadata.parameters:
+        return b"Exif\0\0" + BIG_ENDIAN + first.tobytes(start)
+    # The reason for not leaving all this to Image.Exif, which would make it BYTE.
+    second.tagtype[ExifTags.Base.UserComment] = TiffTags.UNDEFINED
+    second[ExifTags.Base.UserComment] = UTF_16 + metadata.parameters.encode("utf-16-be")
+    first[ExifTags.IFD.Exif] = 0  # gives the first its length
+    end = start + len(first.tobytes(start))
+    first[ExifTags.IFD.Exif] = end
+    return b"Exif\0\0" + BIG_ENDIAN + first.tobytes(start) + second.tobytes(end)
+
+
+def _xmp(metadata: Metadata) -> bytes:
+    return XMP.format(source=metadata.source.value).encode()

@@ -1,0 +1,229 @@
+"""How a picture was made: all that is needed to make it again. Knows inputs and the model, not file formats.
+
+A record is a JSON object; docs/metadata.md explains its fields. Its ``inputs`` can be sent again as they are.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+import transformers
+from PIL import features
+
+import cascade
+from cascade.cascade import Cascade
+from cascade.request import Request
+from cascade.weights import COMPONENTS, ModelFolder
+
+TEXTS = ("prompt", "negative_prompt")
+# aspect_ratio is resolved into width and height; previews do not change the picture.
+NOT_RECORDED = ("self", "aspect_ratio", "previews")
+# The values of a request that stand for inputs which may be left open.
+RESOLVED = (
+    "num_images",
+    "seed",
+    "steps_prior",
+    "steps_decoder",
+    "guidance_scale_prior",
+    "guidance_scale_decoder",
+)
+# Inputs that are ignored without another.
+NEEDS = {"prompt_strength": "image", "image_prompt_strength": "image_prompts"}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter that was added to the weights: name, sha256 of its file, scale."""
+
+    name: str
+    sha256: str
+    scale: float
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made the pictures; the same for all of a process.
+
+    Attributes:
+        model: name, and sha256 of the weights (`weights_digest`) if model.json lists its files.
+        sampling: shift and rescale of the stages "prior" and "decoder", which no input sets.
+        device: type ("cuda", "cpu" ...), name of a GPU, dtype of the networks, memory mode.
+        versions: of this package, torch, transformers, Pillow and the libraries with which it writes pictures.
+    """
+
+    model: Mapping[str, str]
+    sampling: Mapping[str, Mapping[str, float]]
+    device: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, loaded: Cascade, folder: ModelFolder) -> "Origin":
+        """Of a model and the folder it was loaded from."""
+        digest = weights_digest(folder)
+        device = {"type": loaded.device.type}
+        if loaded.device.type == "cuda":
+            device["name"] = torch.cuda.get_device_name(loaded.device)
+        device["dtype"] = str(loaded.prior.dtype).removeprefix("torch.")
+        device["memory"] = loaded.home.mode
+        return cls(
+            model={"name": folder.name} | ({"sha256": digest} if digest else {}),
+            sampling={
+                name: {"shift": stage.shift, "rescale": stage.rescale} for name, stage in loaded.defaults.items()
+            },
+            device=device,
+            versions=versions(),
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """How one picture was made.
+
+    Attributes:
+        inputs: by name, as the predictor takes them: what was left open has the value that was used. Without files.
+        files: the files among the inputs, in order: {"input": name, "index": place in a list, "sha256": of its bytes}.
+        sampler: "ddpm", "ddim" or "lcm".
+        origin: what made it.
+        edited: whether it is an altered input image, and not a new picture.
+        loras: adapters, in the order in which they were added.
+        picture: {"index": its place among the request's pictures, "seed": its own, "width", "height": pixels}.
+        prompts_cut: characters to which longer prompts are cut here; None: all are whole.
+    """
+
+    inputs: Mapping[str, Any]
+    files: Sequence[Mapping[str, Any]]
+    sampler: str
+    origin: Origin
+    edited: bool
+    loras: Sequence[Lora] = ()
+    picture: Mapping[str, int] = field(default_factory=dict)
+    prompts_cut: int | None = None
+
+    @classmethod
+    def of(cls, request: Request, given: Mapping[str, Any], origin: Origin, *, hashed: bool) -> "Record":
+        """Of a request, for all its pictures.
+
+        Args:
+            request: with all values resolved.
+            given: the predictor's inputs by name, files as paths.
+            origin: what will make it.
+            hashed: whether files are read for their digests.
+        """
+        return cls(
+            inputs=resolved_inputs(request, given),
+            files=tuple(described_files(given, hashed=hashed)),
+            sampler=request.sampler,
+            origin=origin,
+            edited=is_edited(request),
+        )
+
+    def of_picture(self, index: int, seed: int, width: int, height: int) -> "Record":
+        """Of one of the request's pictures."""
+        return replace(self, picture={"index": index, "seed": seed, "width": width, "height": height})
+
+    def without_texts(self) -> "Record":
+        """Without prompts, and without digests, by which who has an image can tell that it was used."""
+        files = [{name: value for name, value in file.items() if name != "sha256"} for file in self.files]
+        return replace(
+            self, inputs={name: value for name, value in self.inputs.items() if name not in TEXTS}, files=files
+        )
+
+    def with_prompts_cut(self, length: int) -> "Record":
+        """With at most so many characters of each prompt."""
+        cut = {name: self.inputs[name][:length] for name in TEXTS if name in self.inputs}
+        return replace(self, inputs={**self.inputs, **cut}, prompts_cut=length)
+
+    def to_json(self) -> str:
+        """ASCII."""
+        return json.dumps(
+            {
+                "inputs": self.inputs,
+                **({"files": self.files} if self.files else {}),
+                **({"prompts_cut": self.prompts_cut} if self.prompts_cut else {}),
+                "picture": self.picture,
+                "model": self.origin.model,
+                **({"loras": [asdict(lora) for lora in self.loras]} if self.loras else {}),
+                "sampling": {"sampler": self.sampler, **self.origin.sampling},
+                "device": self.origin.device,
+                "versions": self.origin.versions,
+            }
+        )
+
+
+def resolved_inputs(request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that make the request again: as given, but for files, those that are ignored, and what was left open."""
+    inputs = {
+        name: value
+        for name, value in given.items()
+        if name not in NOT_RECORDED
+        and value is not None
+        and value != []
+        and value is not False
+        and not paths_of(value)
+        and (name not in NEEDS or given.get(NEEDS[name]))
+    }
+    inputs |= {name: getattr(request, name) for name in RESOLVED}
+    if not given.get("upscale"):  # which takes no size
+        inputs |= {"width": request.width, "height": request.height}
+    return inputs
+
+
+def paths_of(value: Any) -> list[Path]:
+    """The files of an input's value; none, if it is no file and no list of files."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [path for path in values if isinstance(path, Path)]
+
+
+def described_files(given: Mapping[str, Any], *, hashed: bool) -> Iterator[dict[str, Any]]:
+    """The files among the inputs; of those that are hashed, the sha256 of their bytes as they were received."""
+    for name, value in given.items():
+        for index, path in enumerate(paths_of(value)):
+            described = {"input": name, "index": index} if isinstance(value, list | tuple) else {"input": name}
+            yield described | ({"sha256": file_digest(path)} if hashed else {})
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_edited(request: Request) -> bool:
+    """Whether something of an input image stays: its pixels, what its latents say, or, enlarged, all of it.
+
+    Image prompts and edges steer the making of a new picture, and so does an image of which strength 1 leaves nothing.
+    """
+    enlarged = any(control.kind == "super_resolution" for control in request.controls)
+    kept = request.image is not None and (request.mask is not None or request.prompt_strength < 1)
+    return enlarged or kept
+
+
+def weights_digest(folder: ModelFolder) -> str | None:
+    """One sha256 for all files of the model's components: of the list "sha256  path" that sha256sum prints for them,
+    sorted by path. Taken from model.json, so no weights are read. None: there is no model.json.
+    """
+    lines = [
+        f"{checksum}  {path}\n"
+        for path, checksum in sorted(folder.checksums.items())
+        if path.partition("/")[0] in COMPONENTS
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
+
+
+def versions() -> dict[str, str]:
+    """Of what computes and writes pictures."""
+    found = {
+        "cascade": cascade.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pillow": PIL.__version__,
+    }
+    for library in ("libjpeg_turbo", "webp", "zlib_ng", "zlib"):
+        if version := features.version(library):
+            found[library] = version
+    return found
