@@ -32,6 +32,7 @@ RESOLVED = (
     "guidance_scale_prior",
     "guidance_scale_decoder",
 )
+SIZE = ("width", "height")
 # Inputs that are ignored without another.
 NEEDS = {"prompt_strength": "image", "image_prompt_strength": "image_prompts"}
 
@@ -156,21 +157,22 @@ class Record:
 
 
 def resolved_inputs(request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs that make the request again: as given, but for files, those that are ignored, and what was left open."""
-    inputs = {
+    """The inputs that make the request again, in the order in which they were given: with the values that were used for
+    what was left open; without files and what is ignored.
+    """
+    resolved = {name: getattr(request, name) for name in RESOLVED}
+    # Enlarging takes no size.
+    resolved |= dict.fromkeys(SIZE) if given.get("upscale") else {name: getattr(request, name) for name in SIZE}
+    return {
         name: value
-        for name, value in given.items()
+        for name, value in {**given, **resolved}.items()
         if name not in NOT_RECORDED
         and value is not None
-        and value != []
         and value is not False
+        and value != []
         and not paths_of(value)
         and (name not in NEEDS or given.get(NEEDS[name]))
     }
-    inputs |= {name: getattr(request, name) for name in RESOLVED}
-    if not given.get("upscale"):  # which takes no size
-        inputs |= {"width": request.width, "height": request.height}
-    return inputs
 
 
 def paths_of(value: Any) -> list[Path]:

@@ -45,7 +45,7 @@ class Infotext(NamedTuple):
 def read_as_a1111(text: str) -> Infotext:
     """As the web UI does it, line by line: settings in the last line, prompts in the others, which are stripped."""
     *lines, last = text.strip().split("\n")
-    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    pairs = re.findall(r'(\w[\w /-]+): *("(?:[^"\\]|\\.)*"|[^,]*)(?:, *|$)', last)
     assert len(pairs) >= 3, "with fewer, the last line counts as part of the prompt"
     prompts: dict[bool, list[str]] = {False: [], True: []}
     negative = False

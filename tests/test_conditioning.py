@@ -89,6 +89,14 @@ def test_cut_prompt_is_quoted(conditioner: Conditioner, caplog: pytest.LogCaptur
     torch.testing.assert_close(cut.tokens[1], conditioner.encode_text([kept]).tokens[0])
 
 
+def test_cut_prompt_is_not_quoted_where_prompts_are_private(
+    components: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    conditioner = Conditioner(components["tokenizer"], components["text_encoder"], log_prompts=False)
+    conditioner.encode_text(["a" * 75 + "secret"])
+    assert [record.getMessage() for record in caplog.records] == ["The prompt exceeds 77 tokens; 6 were left out."]
+
+
 def test_prompt_that_fits_exactly_is_not_warned_of(conditioner: Conditioner, caplog: pytest.LogCaptureFixture) -> None:
     conditioner.encode_text(["a" * 75])
     assert caplog.text == ""

@@ -7,7 +7,6 @@ import ctypes
 import gc
 import inspect
 import io
-import json
 import math
 import random
 import re
@@ -35,6 +34,7 @@ from cascade.cascade import Request
 from cascade.safety import SafetyChecker
 from cascade.weights import WeightsError
 from predict import INPUTS, RATIOS, Predictor, checked, find_weights, ratio_size
+from tests.metadata import read_record
 from tests.test_safety import save_classifier
 
 ROOT = Path(__file__).parent.parent
@@ -73,11 +73,6 @@ def read(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    with Image.open(path) as image:
-        return json.loads(image.text["Description"] if image.format == "PNG" else image.getexif()[0x010E])
-
-
 # ---- pictures ----
 
 
@@ -112,7 +107,7 @@ def test_the_prompt_is_used_as_it_was_given(predictor: Predictor, monkeypatch: p
     for prompt in ("", " A  red apple, ", "x" * 5000):
         (file,) = run(predictor, **TINY, prompt=prompt, negative_prompt=prompt)
         assert (requests[-1].prompt, requests[-1].negative_prompt) == (prompt, prompt)
-        assert read_record(file)["prompt"] == prompt
+        assert read_record(file)["inputs"]["prompt"] == prompt
 
 
 @pytest.mark.parametrize(
@@ -187,15 +182,14 @@ def test_what_a_file_says_makes_the_same_picture_again(predictor: Predictor) -> 
     asked = {"prompt": "a red apple", "negative_prompt": "a leaf", "width": 72, "height": 64, "output_format": "png"}
     first, second = run(predictor, **asked, steps_prior=2, num_images=2, seed=6)
     record = read_record(second)
-    assert record["model"] == "Stable Cascade mini"
-    assert re.fullmatch(r"\d+\.\d+\.\d+", record["version"])
-    assert record["seed"] == read_record(first)["seed"] + 1 == 7
-    assert all(record[name] == value for name, value in asked.items() if name in record)
+    assert record["model"]["name"] == "Stable Cascade mini"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", record["versions"]["cascade"])
+    assert record["picture"] == {"index": 1, "seed": 7, "width": 72, "height": 64}
+    assert read_record(first)["picture"]["seed"] == record["inputs"]["seed"] == 6
+    assert {name: record["inputs"][name] for name in asked} == asked
     picture = read(second)
-    (again,) = run(
-        predictor, **{name: value for name, value in record.items() if name in DEFAULTS}, output_format="png"
-    )
-    assert set(record) >= {"steps_prior", "steps_decoder", "guidance_scale_prior", "guidance_scale_decoder"}
+    assert set(record["inputs"]) >= {"steps_prior", "steps_decoder", "guidance_scale_prior", "guidance_scale_decoder"}
+    (again,) = run(predictor, **{**record["inputs"], "seed": record["picture"]["seed"], "num_images": 1})
     assert abs(read(again) - picture).max() <= 1
 
 
@@ -244,19 +238,23 @@ def test_image_to_image_leaves_the_less_the_stronger_it_is(predictor: Predictor,
 def test_what_a_file_says_of_images(predictor: Predictor, apple: Path) -> None:
     (file,) = run(predictor, **TINY, image=CogPath(apple), prompt_strength=0.5)
     record = read_record(file)
-    assert record["prompt_strength"] == 0.5
-    assert record["inpainted"] is False
-    assert not {"image_prompt_strengths", "control_types"} & set(record)
+    assert record["inputs"]["prompt_strength"] == 0.5
+    assert [(file["input"], file.get("index")) for file in record["files"]] == [("image", None)]
+    assert not {"image_prompt_strength", "control_types"} & set(record["inputs"])
     (file,) = run(predictor, **TINY, image_prompts=[CogPath(apple)] * 2, image_prompt_strength=1.5)
     record = read_record(file)
-    assert (record["image_prompts"], record["image_prompt_strengths"]) == (2, [1.5, 1.5])
-    assert not {"prompt_strength", "inpainted"} & set(record)
+    assert record["inputs"]["image_prompt_strength"] == 1.5
+    assert [(file["input"], file.get("index")) for file in record["files"]] == [
+        ("image_prompts", 0),
+        ("image_prompts", 1),
+    ]
+    assert "prompt_strength" not in record["inputs"]
 
 
 def test_a_strength_for_each_image_prompt(predictor: Predictor, apple: Path) -> None:
     images = {"image_prompts": [CogPath(apple)] * 2, "seed": 1}
     (both,) = run(predictor, **TINY, **images, image_prompt_strengths=[1, 0.5])
-    assert read_record(both)["image_prompt_strengths"] == [1, 0.5]
+    assert read_record(both)["inputs"]["image_prompt_strengths"] == [1, 0.5]
     weighed = read(both)
     (swapped,) = run(predictor, **TINY, **images, image_prompt_strengths=[0.5, 1])
     assert np.abs(read(swapped) - weighed).max() <= 1  # it is the same image, in another order
@@ -273,7 +271,7 @@ def test_inpainting(predictor: Predictor, apple: Path, tmp_path: Path) -> None:
     (file,) = run(predictor, prompt="a blue butterfly on a yellow background", seed=0, **inputs)
     outside = np.asarray(mask) == 0
     assert (read(file)[outside] == read(apple)[outside]).all()
-    assert read_record(file)["inpainted"] is True
+    assert [file["input"] for file in read_record(file)["files"]] == ["image", "mask"]
     red = lambda file: read(file)[88:168, 88:168, 0].mean() - read(file)[88:168, 88:168, 2].mean()  # noqa: E731
     assert red(file) < red(apple) - 60
 
@@ -313,8 +311,8 @@ def test_controls(controlled: Predictor, apple: Path) -> None:
         pictures.append(read(file).tobytes())
     assert len(set(pictures)) == len(pictures)
     record = read_record(file)
-    assert (record["control_types"], record["control_scales"]) == (["canny"] * 2, [0, 0])
-    assert (record["control_starts"], record["control_ends"]) == ([0, 0], [1, 1])
+    assert record["inputs"]["control_scales"] == [0]
+    assert [file["input"] for file in record["files"]] == ["control_images"] * 2
     (file,) = run(controlled, **{**base, "control_images": None})
     assert read(file).tobytes() == pictures[-1]
 
@@ -325,9 +323,11 @@ def test_upscaling(controlled: Predictor, metrics: dict[str, Any], apple: Path, 
     (file,) = run(controlled, **inputs, image=CogPath(tmp_path / "small.png"))
     assert Image.open(file).size == (200, 150)
     record = read_record(file)
-    assert (record["guidance_scale_prior"], record["control_types"]) == (1, ["super_resolution"])
+    assert (record["inputs"]["guidance_scale_prior"], record["inputs"]["upscale"]) == (1, True)
+    (again,) = run(controlled, **record["inputs"], image=CogPath(tmp_path / "small.png"))
+    assert read_record(again) == record
     (file,) = run(controlled, **inputs, image=CogPath(tmp_path / "small.png"), guidance_scale_prior=3)
-    assert read_record(file)["guidance_scale_prior"] == 3
+    assert read_record(file)["inputs"]["guidance_scale_prior"] == 3
 
 
 def test_time_for_controls_is_told(controlled: Predictor, monkeypatch: pytest.MonkeyPatch, apple: Path) -> None:

@@ -1,6 +1,5 @@
 """scripts/reconstruct: a picture in, the picture that its semantic latents make out; and sentences."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,11 @@ import pytest
 from PIL import Image
 
 from cascade.cascade import Cascade, Request
+from cascade.images.metadata import SourceType
 from cascade.pictures import read_picture
 from scripts.reconstruction import main
+from serving.record import file_digest
+from tests.metadata import read_record, read_texts
 from tests.test_cascade import photo, read
 
 ROOT = Path(__file__).parent.parent
@@ -28,11 +30,27 @@ def test_it_does_what_the_engine_does(
     assert capsys.readouterr().out == f"{tmp_path / name}\n"
     with Image.open(tmp_path / name) as made:
         assert (made.format, made.size) == (kind, (100, 75))
-        record = json.loads(made.text["Description"] if kind == "PNG" else made.getexif()[0x010E])
         if kind == "PNG":
             expected = Cascade.load(model_folder).reconstruct(photo(100, 75), seed=3, prompt="a cat")
             assert made.tobytes() == expected.tobytes()
-    assert (record["prompt"], record["seed"], record["model"]) == ("a cat", 3, "Tiny")
+    record = read_record(tmp_path / name)
+    assert (record["inputs"], record["model"]["name"]) == ({"prompt": "a cat", "seed": 3}, "Tiny")
+    assert record["files"] == [{"input": "picture", "sha256": file_digest(tmp_path / "photo.png")}]
+    assert read_texts(tmp_path / name)[1:] == ("", SourceType.EDITED.value)
+
+
+def test_it_tells_as_little_as_it_is_asked_to(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo(64, 64).save(tmp_path / "photo.png")
+    asked = [str(tmp_path / "photo.png"), "-o", str(tmp_path / "a.png"), "--weights", str(model_folder)]
+    monkeypatch.setenv("CASCADE_METADATA", "settings")
+    assert main([*asked, "--prompt", "a cat"]) == 0
+    assert read_record(tmp_path / "a.png")["inputs"] == {"seed": 0}
+    monkeypatch.setenv("CASCADE_METADATA", "little")
+    assert main(asked) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "CASCADE_METADATA is 'little'; it must be one of full, settings, none."
 
 
 @pytest.mark.skipif(not (MINI / "model.json").is_file(), reason="weights/mini is not there")

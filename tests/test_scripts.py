@@ -1,6 +1,5 @@
 """The environment that scripts make for themselves, with real virtual environments, and the command line of predict."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from PIL import Image
 
 from scripts import environment
 from scripts.command_line import InputError, list_inputs, main, read_inputs, save
+from tests.metadata import read_record
 
 SYSTEM_PYTHON = Path(sys.base_prefix) / "bin" / "python3"
 SCRIPT = """\
@@ -287,8 +287,7 @@ def test_a_picture_is_made_in_the_format_that_its_name_asks_for(
     assert file == tmp_path / ("new/out-0.webp" if name == "new/" else name)
     with Image.open(file) as picture:
         assert (picture.format, picture.size) == (kind, (64, 72))
-        record = picture.text["Description"] if kind == "PNG" else picture.getexif()[0x010E]
-    assert json.loads(record)["seed"] == 3
+    assert read_record(file)["picture"]["seed"] == 3
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(
