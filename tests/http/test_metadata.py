@@ -4,6 +4,8 @@ import base64
 import hashlib
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import pytest
 from PIL import Image
 
 from cascade.images.metadata import SourceType
-from tests.http.serving import SMALL, Server, data_url
+from tests.http.serving import ROOT, SMALL, Server, data_url
 from tests.metadata import read_as_a1111, read_as_civitai, read_record, read_texts
+from tests.readme import block
 
 QUICK = {"prompt": "a leaf", "steps_prior": 1, "steps_decoder": 1, "output_format": "png"}
 SECRET = "a clandestine apple"
@@ -102,6 +105,19 @@ def test_other_software_reads_it(server: Server) -> None:
         asked = {"Steps": "2", "Sampler": "DDPM", "Seed": "7", "Size": "64x64", "Model": "Stable Cascade mini"}
         assert asked.items() <= found.settings.items()
     assert texts.source == SourceType.CREATED
+
+
+def test_the_code_of_the_page(server: Server, tmp_path: Path) -> None:
+    (made,) = files(server.predict(**SMALL))
+    (tmp_path / "apple.webp").write_bytes(made)
+    code = block(ROOT / "docs" / "metadata.md", "python", "Image.open").replace("http://localhost:5000", server.url)
+    code += 'print(again["output"][0])'
+    server.wait_until("READY")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said, again = done.stdout.splitlines()
+    assert said == "Picture 1 of 1"
+    assert files({"output": [again]}) == [made]
 
 
 @pytest.fixture(scope="module", params=["settings", "none"])

@@ -13,11 +13,12 @@ from PIL import Image
 
 from cascade.cascade import Cascade
 from cascade.controls import Control
-from cascade.images.metadata import SourceType
+from cascade.images.metadata import SourceType, save_picture
 from cascade.request import Request, upscaling
 from cascade.weights import ModelFolder
 from serving.metadata import LENGTHS, Detail, metadata
 from serving.record import Lora, Origin, Record, is_edited, weights_digest
+from tests.metadata import read_record
 
 GREY = Image.new("RGB", (64, 64), "grey")
 ORIGIN = Origin({"name": "Tiny"}, {"prior": {"shift": 2.0, "rescale": 0.7}}, {"type": "cpu"}, {"cascade": "0.1.0"})
@@ -146,17 +147,18 @@ def test_prompts_are_cut_in_both_texts() -> None:
         assert version.parameters.count("🦊") == (length or 10_000)
 
 
-@pytest.mark.parametrize("sign", ["a", "é", "中", "🦊", "\x01", '"', "\\"])
-def test_the_shortest_fits_into_a_jpeg(sign: str) -> None:
-    """65,533 bytes: ASCII, and two bytes for each UTF-16 unit. 10,000 characters of Latin are whole in both prompts."""
-
-    def size(version: Any) -> int:
-        return len(version.description) + 2 * len(version.parameters.encode("utf-16-be")) // 2 + 1000
-
-    longest = record(prompt=sign * 10_000, negative_prompt=sign * 10_000)
-    first, *_, last = metadata(longest, Detail.FULL)
-    assert size(last) < 65_533
-    assert sign != "a" or size(first) < 65_533
+@pytest.mark.parametrize(
+    ("sign", "length"),
+    [("a", 10_000), ("é", 2500), ("中", 2500), ("🦊", 1250), ("\x01", 5000), ('"', 5000), ("\0", 5000)],
+)
+def test_the_longest_prompts_in_a_jpeg(tmp_path: Path, sign: str, length: int) -> None:
+    """10,000 characters each are the most that a request may have; PNG and WebP hold them whole."""
+    made = record(prompt=sign * 10_000, negative_prompt=sign * 10_000)
+    for ending, expected in {"jpg": length, "webp": 10_000, "png": 10_000}.items():
+        save_picture(GREY, tmp_path / f"a.{ending}", metadata(made, Detail.FULL))
+        found = read_record(tmp_path / f"a.{ending}")
+        assert found["inputs"]["prompt"] == found["inputs"]["negative_prompt"] == sign * expected
+        assert found.get("prompts_cut") == (None if expected == 10_000 else expected)
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
