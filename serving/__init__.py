@@ -1,0 +1,1 @@
+"""What lies between a caller and the engine: files, HTTP, Cog."""

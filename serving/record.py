@@ -169,7 +169,7 @@ def resolved_inputs(request: Request, given: Mapping[str, Any]) -> dict[str, Any
         if name not in NOT_RECORDED
         and value is not None
         and value is not False
-        and value != []
+        and value not in ([], ())
         and not paths_of(value)
         and (name not in NEEDS or given.get(NEEDS[name]))
     }

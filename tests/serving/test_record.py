@@ -16,9 +16,10 @@ from cascade.controls import Control
 from cascade.images.metadata import SourceType, save_picture
 from cascade.request import Request, upscaling
 from cascade.weights import ModelFolder
+from scripts import command_line
 from serving.metadata import LENGTHS, Detail, metadata
 from serving.record import Lora, Origin, Record, is_edited, weights_digest
-from tests.metadata import read_record
+from tests.metadata import read_record, read_texts
 
 GREY = Image.new("RGB", (64, 64), "grey")
 ORIGIN = Origin({"name": "Tiny"}, {"prior": {"shift": 2.0, "rescale": 0.7}}, {"type": "cpu"}, {"cascade": "0.1.0"})
@@ -172,6 +173,20 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         sentence = f"^CASCADE_METADATA is {value!r}; it must be one of full, settings, none\\.$"
         with pytest.raises(ValueError, match=sentence):
             Detail.from_environment()
+
+
+def test_the_command_line_asks_the_environment(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CASCADE_WEIGHTS", str(model_folder))
+    monkeypatch.setenv("CASCADE_METADATA", "none")
+    asked = ["-i", "prompt=a secret", "-i", "width=64", "-i", "height=64", "-o", str(tmp_path / "a.jpg")]
+    assert command_line.main(asked) == 0
+    assert read_texts(tmp_path / "a.jpg") == ("", "", SourceType.CREATED.value)
+    assert "secret" not in "".join(capsys.readouterr())
+    monkeypatch.setenv("CASCADE_METADATA", "some")
+    assert command_line.main(asked) == 1
+    assert capsys.readouterr().err == "CASCADE_METADATA is 'some'; it must be one of full, settings, none.\n"
 
 
 def test_the_digest_of_the_weights_is_that_of_what_sha256sum_prints(model_folder: Path) -> None:
