@@ -1,27 +1,32 @@
-"""Downloads the published weights: just the files that are needed, whole and as published.
+"""The Hub: which files a repository has, and how they are fetched, whole and as published.
 
 A file has its name once its checksum has been compared with the Hub's; until then it ends in ``.incomplete``, and the
-next download goes on with it. ``download.json`` is written when all of its files are there. huggingface_hub's own
-functions for whole files begin again after a killed process, so the one below them, which can resume, is called here.
+next download goes on with it. huggingface_hub's own functions for whole files begin again after a killed process, so the
+one below them, which can resume, is called here.
+
+What can go wrong on the way is one of three things, each with sentences of its own: the disk (`DiskError`), what this
+machine is told about the way (certificates, proxies, tokens), and what the network and the Hub answer.
 """
 
-import argparse
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
+import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-import httpx2
+import httpx
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -33,14 +38,21 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-from scripts.download_folder import DOWNLOAD, INCOMPLETE, LOCK, DownloadError, Manifest, amount, sha256
-from scripts.published import ALWAYS, DECODERS, EXTRAS, PARTS, PRIORS, Repository
+from cascade.weights.manifest import INCOMPLETE, LOCK, DownloadError, amount, sha256
+from cascade.weights.published import Repository
 
 logger = logging.getLogger(__name__)
+
+BRANCH = "main"  # of repositories other than the published, whose commits are pinned
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class HubError(DownloadError):
     """The Hub, the way to it or the disk denies a download. One sentence says which, and what can be done."""
+
+
+class DiskError(HubError):
+    """The disk denies it."""
 
 
 @dataclass(frozen=True)
@@ -62,74 +74,42 @@ class RemoteFile:
         return local.with_name(f"{local.name}.{(self.sha256 or self.blob)[:12]}{INCOMPLETE}")
 
     def is_in(self, folder: Path) -> bool:
-        """Whether it is there whole. A large one was compared before it got its name; reading it again takes long."""
+        """Whether it is there whole. A large one was compared before it got its name; reading it again takes long. So it
+        is read again only where a newer one may have come in its place, of the same size: a branch moves, a commit does not.
+        """
         local = self.local(folder)
         if not local.is_file() or local.stat().st_size != self.size:
             return False
-        return self.sha256 is not None or git_blob(local) == self.blob
+        if self.sha256 is None:
+            return git_blob(local) == self.blob
+        return self.repository.revision != BRANCH or sha256(local) == self.sha256
 
     def left(self, folder: Path) -> int:
-        """How many of its bytes are not there yet."""
-        if self.is_in(folder):
-            return 0
+        """How many of its bytes are not there yet, if it is not there whole."""
         incomplete = self.incomplete(folder)
         return max(self.size - incomplete.stat().st_size, 0) if incomplete.is_file() else self.size
 
 
-def select_parts(prior: str, decoder: str, extras: list[str], *, only: bool = False) -> list[str]:
-    """The names of the parts that the options ask for, in the order of the table."""
-    chosen = set() if only else {*ALWAYS, PRIORS[prior], DECODERS[decoder]}
-    chosen.update(part for extra in extras for part in EXTRAS[extra])
-    return [part for part in PARTS if part in chosen]
+@contextmanager
+def fetched(files: list[RemoteFile], folder: Path) -> Iterator[dict[str, str]]:
+    """Fetch what of some files is not there yet, and keep other downloads out of the folder until the block ends.
 
-
-def download(parts: list[str], folder: Path, *, add: bool = False) -> None:
-    """Fetch the files of some parts into a folder, and say in its ``download.json`` that they are there.
-
-    Args:
-        parts: keys of ``PARTS``.
-        folder: the directory; it need not exist.
-        add: whether ``download.json`` goes on to list what it lists, other than the makings of the same components.
+    Yields:
+        sha256 of all of them, by path in the folder.
 
     Raises:
-        DownloadError: the Hub, the way to it or the disk denies it, or ``download.json`` is damaged. What has been
-            fetched stays, and is not fetched again.
+        HubError: see `download`.
     """
-    earlier = Manifest.read(folder) if add and Manifest.file(folder).is_file() else Manifest([], {})
-    files = find_files(parts)
-    left = sum(file.left(folder) for file in files)
-    total = sum(file.size for file in files)
+    missing = [file for file in files if not file.is_in(folder)]
+    total, left = sum(file.size for file in files), sum(file.left(folder) for file in missing)
     logger.info("%s in %d files into %s; %s to fetch.", amount(total), len(files), folder, amount(left))
     check_free(folder, left)
     with locked(folder):
-        checksums = {}
-        for file in files:
-            if not file.is_in(folder):
-                with explained(file.repository):
-                    fetch(file, folder)
-            local = file.local(folder)
-            checksums[local.relative_to(folder).as_posix()] = file.sha256 or sha256(local)
-        earlier.updated(Manifest(parts, checksums)).write(folder)
-
-
-def find_files(parts: list[str]) -> list[RemoteFile]:
-    """Ask the Hub for the files of some parts, after making sure that they may be read.
-
-    Raises:
-        HubError: a repository is not to be had, or has no such file.
-    """
-    listed: dict[Repository, dict[str, RemoteFile]] = {}
-    found = []
-    for name in parts:
-        repository = PARTS[name].repository
-        if repository not in listed:
-            with explained(repository):
-                listed[repository] = list_files(repository)
-        for path in PARTS[name].files:
-            if path not in listed[repository]:
-                raise HubError(f"{repository.name} has no file {path} at its revision {repository.revision}.")
-            found.append(listed[repository][path])
-    return found
+        for file in missing:
+            with explained(file.repository):
+                fetch(file, folder)
+        local = {file: file.local(folder) for file in files}
+        yield {local[file].relative_to(folder).as_posix(): file.sha256 or sha256(local[file]) for file in files}
 
 
 def list_files(repository: Repository) -> dict[str, RemoteFile]:
@@ -176,14 +156,16 @@ def locked(folder: Path) -> Iterator[None]:
 def fetch(file: RemoteFile, folder: Path) -> None:
     """Fetch the rest of a file, compare its checksum, and give it its name."""
     local, incomplete = file.local(folder), file.incomplete(folder)
-    local.parent.mkdir(parents=True, exist_ok=True)
-    # Small files may travel compressed, where a range would mean something else. A longer file is none of ours.
-    if incomplete.is_file() and (file.sha256 is None or incomplete.stat().st_size > file.size):
-        incomplete.unlink()
-    with incomplete.open("ab") as stream:
-        receive(file, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    with on_disk(local):
+        local.parent.mkdir(parents=True, exist_ok=True)
+        # Small files may travel compressed, where a range would mean something else. A longer file is none of ours.
+        if incomplete.is_file() and (file.sha256 is None or incomplete.stat().st_size > file.size):
+            incomplete.unlink()
+        stream = incomplete.open("ab", buffering=0)  # what was written stays, whatever comes then
+    with stream:
+        receive(file, Written(stream, local))
+        with on_disk(local):
+            os.fsync(stream.fileno())
     size = incomplete.stat().st_size
     actual = sha256(incomplete) if file.sha256 else git_blob(incomplete)
     if size != file.size or actual != (file.sha256 or file.blob):
@@ -192,17 +174,49 @@ def fetch(file: RemoteFile, folder: Path) -> None:
         raise HubError(
             f"{file.path} of {file.repository.name} came {problem}. It was removed; run the same command again."
         )
-    incomplete.replace(local)
+    with on_disk(local):
+        incomplete.replace(local)
 
 
-def receive(file: RemoteFile, stream: BinaryIO) -> None:
+class Written:
+    """A file that is being written, to which a full disk is a `DiskError`: for huggingface_hub, every error is the network's."""
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self.stream = stream
+        self.path = path
+
+    def write(self, data: bytes) -> int:
+        with on_disk(self.path):
+            left = memoryview(data)
+            while left:  # an unbuffered file may take a part
+                left = left[self.stream.write(left) :]
+        return len(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def on_disk(path: Path) -> Iterator[None]:
+    """Turn what the disk raises, while a file is written, into a DiskError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        advice = "make room" if error.errno in FULL else "mend that"
+        raise DiskError(
+            f"{path} could not be written ({reason}). What has arrived is kept; {advice}, and run the same command again."
+        ) from error
+
+
+def receive(file: RemoteFile, stream: Written) -> None:
     """Append to a file what it lacks; after a broken connection again, for as long as that brings something."""
     url = hf_hub_url(file.repository.name, file.path, revision=file.repository.revision)
     while (have := stream.tell()) < file.size:
         try:
             # No size is expected, so that a file of another size is judged here, in one place.
             http_get(url, stream, resume_size=have, headers=build_hf_headers(), displayed_filename=file.path)
-        except httpx2.TransportError:
+        except httpx.TransportError:
             if stream.tell() <= have:
                 raise
             continue
@@ -214,30 +228,66 @@ def receive(file: RemoteFile, stream: BinaryIO) -> None:
 
 @contextmanager
 def explained(repository: Repository) -> Iterator[None]:
-    """Turn what huggingface_hub and the disk raise into a HubError."""
+    """Turn what huggingface_hub raises into a HubError."""
     hub = constants.ENDPOINT
+    check_certificates()
     try:
         yield
+    except HubError:
+        raise
     except HfHubHTTPError as error:
         raise HubError(why_denied(error, repository)) from error
     except OfflineModeIsEnabled as error:
         raise HubError(f"HF_HUB_OFFLINE forbids to ask {hub} for {repository.name}.") from error
-    except httpx2.HTTPError as error:
-        raise HubError(
-            f"The connection to {hub} for {repository.name} failed ({error or type(error).__name__}). What has arrived "
-            "is kept; run the same command again."
-        ) from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise HubError(f"{hub} does not answer as the Hub does: something on the way may want a login.") from error
     except UnicodeEncodeError as error:
         raise HubError("Your token, in HF_TOKEN, is none: it must be of ASCII letters and digits.") from error
-    except (ValueError, ImportError) as error:  # of a proxy that httpx2 cannot use
-        raise HubError(f"{hub} cannot be asked for {repository.name}: {str(error).rstrip('.')}.") from error
-    except OSError as error:
+    except ImportError as error:  # a SOCKS proxy is the one thing for which httpx needs another package
         raise HubError(
-            f"A file of {repository.name} could not be written ({error.strerror or error}). What has arrived is kept; "
-            "make room, and run the same command again."
+            f"{hub} is to be asked through a SOCKS proxy, for which the package socksio is needed: {sys.executable} -m pip "
+            "install socksio"
         ) from error
+    except (httpx.HTTPError, OSError) as error:
+        raise HubError(why_unreachable(error, repository)) from error
+    except ValueError as error:  # of a proxy that httpx cannot use
+        raise HubError(f"{hub} cannot be asked for {repository.name}: {str(error).rstrip('.')}.") from error
+
+
+def check_certificates() -> None:
+    """Make sure that SSL_CERT_FILE, if it is set, names certificates: httpx would raise what a disk raises."""
+    file = os.environ.get("SSL_CERT_FILE")
+    if not file:
+        return
+    try:
+        ssl.create_default_context(cafile=file)
+    except OSError as error:  # of which ssl.SSLError is one
+        reason = "there is no such file" if error.errno == errno.ENOENT else "it holds no certificates in PEM form"
+        raise HubError(f"SSL_CERT_FILE is {file}, but {reason}: correct the variable, or unset it.") from error
+
+
+def why_unreachable(error: BaseException, repository: Repository) -> str:
+    """One sentence about a connection that failed."""
+    hub = constants.ENDPOINT
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    for cause in causes:
+        if isinstance(cause, socket.gaierror):
+            host = urlsplit(hub).hostname
+            return (
+                f"The name {host}, or that of a proxy, cannot be resolved ({cause.strerror}): check the network, and the "
+                "variables HF_ENDPOINT and HTTPS_PROXY if they are set."
+            )
+        if isinstance(cause, ssl.SSLError):
+            return (
+                f"There is no trusted connection to {hub} ({getattr(cause, 'verify_message', '') or cause.reason}). If "
+                "something on the way opens connections, name its certificate in SSL_CERT_FILE."
+            )
+    return (
+        f"The connection to {hub} for {repository.name} failed ({str(error) or type(error).__name__}). What has arrived is "
+        "kept; run the same command again."
+    )
 
 
 def why_denied(error: HfHubHTTPError, repository: Repository) -> str:
@@ -271,58 +321,3 @@ def git_blob(path: Path) -> str:
     """What git calls a file's content."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def names_of(allowed: dict[str, tuple[str, ...]]) -> Callable[[str], list[str]]:
-    """An argparse type: some of these names, with commas between them."""
-
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(allowed)}")
-        return names
-
-    return parse
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """``scripts/download-weights``; ``arguments`` default to the process's. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/download-weights", description="Fetch the published weights of Stable Cascade."
-    )
-    parser.add_argument("--prior", choices=PRIORS, default="full", help="Stage C (default: %(default)s)")
-    parser.add_argument("--decoder", choices=DECODERS, default="full", help="Stage B (default: %(default)s)")
-    parser.add_argument(
-        "--with",
-        dest="extras",
-        type=names_of(EXTRAS),
-        default=[],
-        metavar="NAME,...",
-        help=f"what else: {', '.join(EXTRAS)}",
-    )
-    parser.add_argument(
-        "--only", action="store_true", help="nothing but what --with names, in addition to what is there already"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=DOWNLOAD, metavar="DIR", help="the folder to fetch into (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    if options.only and not options.extras:
-        parser.error("--only needs --with")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs addresses, which are signed ones
-    parts = select_parts(options.prior, options.decoder, options.extras, only=options.only)
-    try:
-        download(parts, options.output, add=options.only)
-    except DownloadError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except OSError as error:
-        sys.stderr.write(f"{error.filename or options.output} cannot be used: {error.strerror}.\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. What has arrived is kept; run the same command again to go on.\n")
-        return 130
-    logger.info("All of it is in %s; scripts/save-weights makes a model folder of it.", options.output)
-    return 0
