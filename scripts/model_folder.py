@@ -147,7 +147,7 @@ def check_tensors(weights: Path, network: nn.Module, dtype: str) -> None:
         WeightsError: they differ; it names the first that does.
     """
     expected, stored = network.state_dict(), read_header(weights)
-    parameters = {name for name, _ in network.named_parameters()}
+    buffers = {name for name, _ in network.named_buffers()}
     for name in expected:
         if name not in stored:
             raise WeightsError(f"{weights} has no tensor {name}.")
@@ -159,7 +159,7 @@ def check_tensors(weights: Path, network: nn.Module, dtype: str) -> None:
         if shape != tuple(expected[name].shape):
             raise WeightsError(f"{weights}: {name} has the shape {shape} instead of {tuple(expected[name].shape)}.")
         # The statistics of a normalisation may be kept in float32, and counters are integers.
-        allowed = (dtype,) if name in parameters else (dtype, "F32", "I64")
+        allowed = (dtype, "F32", "I64") if name in buffers else (dtype,)
         if kind not in allowed:
             raise WeightsError(f"{weights}: {name} has the dtype {kind} instead of {dtype}.")
 

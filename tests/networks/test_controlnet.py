@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade import checkpoints
+from cascade.kernels.stream import Stream
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.ops import Stream
 from cascade.networks.unet import ResBlock
 from tests import fixture_data
 from tests.networks.test_encoders import SMALL
