@@ -29,6 +29,11 @@ def columns(layer: nn.Module, x: Tensor, first: int, last: int) -> Tensor:
     return F.linear(x, layer.weight[first:last], None if layer.bias is None else layer.bias[first:last])
 
 
+def has_float16_weights(layer: nn.Module) -> bool:
+    weight = next(layer.parameters(), None)
+    return weight is not None and weight.dtype == torch.float16
+
+
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)` with the layer's parameters of float16 as float32. x: float32."""
     half = {name: weight.float() for name, weight in layer.named_parameters() if weight.dtype == torch.float16}
