@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade import sizes
+from cascade import kernels, sizes
 from cascade.conditioning import Conditioner, TextEmbeddings
 from cascade.controls import Control, canny, inpainting
 from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode_pixels, for_encoder, tile_within
@@ -199,8 +199,8 @@ class Cascade:
             start = time.perf_counter()
             waits = choice.mode != "resident" and name in NETWORKS and name not in ALWAYS
             parts[name] = opened.load_component(name, device="cpu" if waits else device, dtype=dtype)
-            if device.type == "cuda" and name in ("prior", "decoder"):
-                parts[name].join_weights()
+            if name in ("prior", "decoder", "vqgan"):
+                parts[name].use_kernels(kernels.choose(device, dtype).name)
             if waits:
                 packed[name] = Packed(parts[name], pin=True)
             seconds[name] = time.perf_counter() - start

@@ -406,7 +406,8 @@ class Arena(Resident):
             block.register_forward_pre_hook(lambda *_, i=i: ring.before(i))
             block.register_forward_hook(lambda *_, i=i: ring.after("forward", i))
             if isinstance(block, AttnBlock):
-                block.condition = _between(block.condition, ring, i)
+                block.condition.register_forward_pre_hook(lambda *_, i=i: ring.before(i))
+                block.condition.register_forward_hook(lambda *_, i=i: ring.after("condition", i))
         return ring
 
     def _inside(self, start: int, stop: int) -> list[tuple[int, int]]:
@@ -490,15 +491,3 @@ class OnTurn:
     def __call__(self, sample: Tensor, timestep_ratio: Tensor, conditions: Conditions, **given: Any) -> Tensor:
         self.arena.use(self.name)
         return self.network(sample, timestep_ratio, conditions, **given)
-
-
-def _between(condition: Callable[[Tensor], Any], ring: Ring, block: int) -> Callable[[Tensor], Any]:
-    """`AttnBlock.condition`, which is no forward and has no hooks."""
-
-    def with_weights(tokens: Tensor) -> Any:
-        ring.before(block)
-        result = condition(tokens)
-        ring.after("condition", block)
-        return result
-
-    return with_weights

@@ -1,7 +1,4 @@
-"""A network's tensors, side by side in one memory of the host, from where a GPU fetches them at its full rate.
-
-Tensors that share memory, like those of layers that were joined, go on sharing it wherever the bytes are taken.
-"""
+"""A network's tensors, side by side in one memory of the host, from where a GPU fetches them at its full rate."""
 
 import mmap
 import weakref
@@ -11,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cascade.networks.unet import Attention, AttnBlock, ResBlock, StableCascadeUNet
+from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 
 ALIGNMENT = 256  # bytes; kernels read up to 16 at a time, cuBLAS chooses by the alignment that it finds
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
@@ -19,18 +16,17 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where a tensor lies, in bytes from the start of its group. Inner ones lie inside of one that comes before."""
+    """A tensor, and its offset in bytes from the start of its group."""
 
     tensor: Tensor
     offset: int
-    inner: bool
 
 
 class Packed:
     """A network whose tensors lie in groups: what has to be there whenever it runs, then each block's matrices.
 
-    Only matrices are a block's own: its other parameters are small, and a bias is read as late as in the block that comes
-    next, see `ops.Stream`. Networks without such blocks have one group.
+    Only matrices are a block's own: its other parameters are small, and a bias may be read as late as in the following block,
+    see `kernels.stream.Stream`. Networks without such blocks have one group.
 
     Args:
         network: on the CPU. Its tensors become views of `host`.
@@ -63,8 +59,7 @@ class Packed:
             before = [place.tensor.data for place in group]
             self.move(i, self.bytes_of(i))
             for place, data in zip(group, before, strict=True):
-                if not place.inner:
-                    place.tensor.data.copy_(data)
+                place.tensor.data.copy_(data)
         if pin:
             _pin(self.host)
             weakref.finalize(self, _unpin, self.host).atexit = False
@@ -85,19 +80,12 @@ class Packed:
             tensor.data = data.as_strided(tensor.shape, tensor.stride())
 
 
-def _tensors(network: nn.Module) -> list[Tensor]:
-    """All parameters and buffers, and what holds those of layers that were joined."""
-    tensors = [*network.parameters(), *network.buffers()]
-    for module in network.modules():
-        if isinstance(module, Attention) and module.joined is not None:
-            tensors += module.joined
-        elif isinstance(module, StableCascadeUNet):
-            tensors += [tensor for _, joined in module.joined for tensor in joined]
-    return tensors
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _matrices(block: nn.Module) -> list[Tensor]:
-    return [tensor for tensor in _tensors(block) if tensor.ndim == 2]
+    return [tensor for tensor in block.parameters() if tensor.ndim == 2]
 
 
 def _extent(tensor: Tensor) -> int:
@@ -109,18 +97,13 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _lay_out(tensors: Iterable[Tensor]) -> tuple[list[_Place], int]:
-    """Where tensors go, and how many bytes that takes. Those that overlap now will overlap in the same way."""
+    """Places for tensors, one after the other, and how many bytes they take."""
     places: list[_Place] = []
-    begin = end = free = 0  # of the memory that the last tensors share: where it is now; and where the next one goes
-    offset = 0
-    for tensor in sorted(tensors, key=lambda one: (one.data_ptr(), -_extent(one))):
-        first, last = tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)
-        if first >= end:
-            begin, end, offset = first, first, free
-        places.append(_Place(tensor, offset + first - begin, inner=last <= end))
-        end = max(end, last)
-        free = aligned(offset + end - begin)
-    return places, free
+    size = 0
+    for tensor in tensors:
+        places.append(_Place(tensor, size))
+        size += aligned(_extent(tensor))
+    return places, size
 
 
 def aligned(size: int, to: int = ALIGNMENT) -> int:

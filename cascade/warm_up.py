@@ -13,9 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from cascade.networks import ops
-from cascade.networks.joined import Joined
-from cascade.networks.ops import Stream
+from cascade.kernels.stream import Stream
 from cascade.networks.stage_a import MixingBlock, StageA
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 
@@ -24,13 +22,12 @@ SIDE = 8  # pixels of what the blocks are tried on
 
 
 def warm_up(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
-    """Runs a block of every kind and width once, if kernels are used at all.
+    """Runs a block of every kind and width once, if the networks use the kernels.
 
-    By their functions, past the hooks that would fetch the weights of a network that is streamed: any will do.
+    Calls `forward` directly, so streaming hooks do not run; weight values do not matter for compiling.
     """
-    with torch.no_grad():
-        if not ops.fused(vqgan.up_blocks[1].gammas):
-            return
+    if vqgan.implementation == "plain":
+        return
     start = time.perf_counter()
     jobs = [job for unet in unets for job in _jobs(unet)] + _stage_a_jobs(vqgan)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
@@ -53,15 +50,14 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
             for pending in (False, True):
                 jobs[ResBlock, channels, skip, pending] = _res_block(block, channels, skip, pending, unet.device)
         elif isinstance(block, AttnBlock):
-            channels = block.attention.to_q.out_features
+            channels = block.attention.channels
             for pending in (False, True):
                 jobs[AttnBlock, channels, pending] = _attention_block(block, channels, pending, unet)
     for channels in unet.config.block_out_channels:
-        weight = torch.empty(0, dtype=unet.dtype, device=unet.device)
         for pending in (False, True):
-            jobs["norm", channels, pending] = _norm(channels, pending, weight)
-    for blocks, joined in unet.joined:
-        jobs["maps", blocks[0].mapper.out_features] = _maps(joined, len(blocks), unet)
+            jobs["norm", channels, pending] = _norm(channels, pending, unet)
+    if unet.timestep_mappers is not None:
+        jobs["maps",] = _maps(unet)
     return list(jobs.values())
 
 
@@ -85,20 +81,20 @@ def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device
 def _attention_block(block: AttnBlock, channels: int, pending: bool, unet: StableCascadeUNet) -> Callable[[], object]:
     def job() -> object:
         tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
-        key_value = AttnBlock.condition(block, tokens)
+        key_value = block.condition.forward(tokens, block.kv_mapper, block.attention)
         return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value)
 
     return job
 
 
-def _maps(joined: Joined, blocks: int, unet: StableCascadeUNet) -> Callable[[], object]:
+def _maps(unet: StableCascadeUNet) -> Callable[[], object]:
     conditions = 1 + len(unet.config.timestep_conditioning_type)
     times = torch.zeros(conditions, 1, unet.config.timestep_ratio_embedding_dim, device=unet.device)
-    return lambda: ops.joined_maps(joined, times, blocks)
+    return lambda: unet.timestep_mappers.forward(times, unet.dtype)
 
 
-def _norm(channels: int, pending: bool, weight: torch.Tensor) -> Callable[[], object]:
-    return lambda: ops.norm(_stream(channels, pending, weight.device, weight.dtype), weight)
+def _norm(channels: int, pending: bool, unet: StableCascadeUNet) -> Callable[[], object]:
+    return lambda: unet.kernels.norm(_stream(channels, pending, unet.device, unet.dtype), unet.dtype)
 
 
 def _stage_a_jobs(vqgan: StageA) -> list[Callable[[], object]]:

@@ -163,9 +163,10 @@ def make_controlnet(channels: int, **options: Any) -> ControlNet:
 def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
     """Give every parameter a random value: as initialised, many branches are closed and conditions say nothing."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(0, 0.2, generator=generator)
+    buffers = dict(network.named_buffers())
+    for name, tensor in network.state_dict().items():  # views: in the order and the shapes of the published tensors
+        if name not in buffers:
+            tensor.normal_(0, 0.2, generator=generator)
     return network.eval()
 
 

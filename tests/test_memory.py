@@ -91,15 +91,12 @@ def watch_reads(network: torch.nn.Module, lane: LateLane) -> None:
 
 
 def pack(components: dict[str, Any]) -> dict[str, Packed]:
-    """Copies, with those weights joined that a GPU would have joined."""
-    packed = {}
-    for name, part in components.items():
-        if name in NETWORKS and name not in ALWAYS:
-            network = copy.deepcopy(part)
-            if name in ("prior", "decoder"):
-                network.join_weights()
-            packed[name] = Packed(network, pin=False)
-    return packed
+    """Copies."""
+    return {
+        name: Packed(copy.deepcopy(part), pin=False)
+        for name, part in components.items()
+        if name in NETWORKS and name not in ALWAYS
+    }
 
 
 def make_on_turns(components: dict[str, Any], choice: Choice, **options: Any) -> Cascade:
@@ -222,7 +219,6 @@ def test_streamed_blocks_have_their_weights(part: float) -> None:
     """Whatever stays, in forwards and conditions that follow each other in any order, and with another network between."""
     prior = make_prior()
     plain = copy.deepcopy(prior)
-    prior.join_weights()
     packed = {"prior": Packed(prior, pin=False), "other": Packed(torch.nn.Linear(100, 100), pin=False)}
     lowest = least(packed["prior"])
     room = int(lowest + part * (packed["prior"].size - lowest))

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cascade.networks.unet import AttnBlock, StableCascadeUNet
+from cascade.kernels.layers import put_channels_side_by_side
+from cascade.networks.unet import ResBlock, StableCascadeUNet
 from cascade.packing import ALIGNMENT, Packed
 from cascade.weights import NETWORKS
 
@@ -36,7 +37,7 @@ def test_nothing_of_a_network_changes(components: dict[str, Any], name: str) -> 
     network = copy.deepcopy(components[name]).to(torch.bfloat16)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     packed = Packed(network, pin=False)
-    assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in network.state_dict().values())
+    assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (*network.parameters(), *network.buffers()))
     elsewhere(packed)
     after = network.state_dict()
     assert after.keys() == before.keys()
@@ -45,28 +46,24 @@ def test_nothing_of_a_network_changes(components: dict[str, Any], name: str) -> 
         assert torch.equal(after[key], value)
 
 
-def test_what_was_joined_stays_joined(components: dict[str, Any]) -> None:
+def test_a_network_computes_the_same_wherever_its_tensors_are(components: dict[str, Any]) -> None:
     prior = copy.deepcopy(components["prior"])
     expected = forward(prior)
-    prior.join_weights()
+    for block in prior.blocks():
+        if isinstance(block, ResBlock):
+            put_channels_side_by_side(block.depthwise)  # as for the kernels
     strides = [parameter.stride() for parameter in prior.parameters()]
-    attention = next(block for block in prior.blocks() if isinstance(block, AttnBlock)).attention
     packed = Packed(prior, pin=False)
-    unjoined = sum(parameter.nbytes for parameter in prior.parameters())
-    assert unjoined <= packed.size < unjoined + ALIGNMENT * sum(1 for _ in prior.parameters())
+    whole = sum(parameter.nbytes for parameter in prior.parameters())
+    assert whole <= packed.size < whole + ALIGNMENT * sum(1 for _ in prior.parameters())
     elsewhere(packed)
     assert [parameter.stride() for parameter in prior.parameters()] == strides
-    for first, joined in [(attention.to_q, attention.joined), *((b[0].mapper, joined) for b, joined in prior.joined)]:
-        assert joined.holds(first)
-    with torch.no_grad():
-        attention.to_v.weight.fill_(7)
-    assert (attention.joined.weight[-16:] == 7).all()
+    assert torch.equal(forward(prior), expected)
+    name = next(name for name in prior.state_dict() if name.endswith("to_v.weight"))
+    prior.state_dict()[name].fill_(7)
     assert not torch.equal(forward(prior), expected)
-    with torch.no_grad():
-        attention.to_v.weight.copy_(
-            next(b for b in components["prior"].blocks() if isinstance(b, AttnBlock)).attention.to_v.weight
-        )
-    torch.testing.assert_close(forward(prior), expected)
+    prior.state_dict()[name].copy_(components["prior"].state_dict()[name])
+    assert torch.equal(forward(prior), expected)
 
 
 def test_only_matrices_of_blocks_are_apart(components: dict[str, Any]) -> None:
@@ -85,16 +82,16 @@ def test_only_matrices_of_blocks_are_apart(components: dict[str, Any]) -> None:
     )
 )
 def test_any_tensors(shapes: list[tuple[int, int, torch.dtype]]) -> None:
-    """With empty ones, of several dtypes, and each with a part of itself, transposed."""
+    """With empty ones, of several dtypes, and transposed."""
     network = nn.Module()
     for i, (rows, columns, dtype) in enumerate(shapes):
         whole = (torch.arange(rows * columns) + i).view(rows, columns).to(dtype)
         network.register_buffer(f"whole{i}", whole)
-        network.register_buffer(f"part{i}", whole[rows // 2 :].t())
+        network.register_buffer(f"transposed{i}", whole.t().clone())
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     strides = {name: buffer.stride() for name, buffer in network.named_buffers()}
     packed = Packed(network, pin=False)
-    assert packed.size <= sum(-(-before[f"whole{i}"].nbytes // ALIGNMENT) * ALIGNMENT for i in range(len(shapes)))
+    assert packed.size == sum(-(-buffer.nbytes // ALIGNMENT) * ALIGNMENT for buffer in before.values())
     elsewhere(packed)
     for name, buffer in network.named_buffers():
         assert torch.equal(buffer, before[name])

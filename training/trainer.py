@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.earlier_checkpoints import accept_earlier_checkpoints
+
 logger = logging.getLogger(__name__)
 
 STATISTICS_BATCHES = 40
@@ -167,8 +169,9 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
         weight_decay=options.weight_decay,
         fused=accelerator.device.type == "cuda",
     )
-    network, optimizer = accelerator.prepare(task, optimizer)
     ema = EMAModel(trained, decay=options.ema, use_ema_warmup=True, power=0.75, foreach=True)
+    accept_earlier_checkpoints(task, optimizer, ema)
+    network, optimizer = accelerator.prepare(task, optimizer)
     progress = Progress()
     accelerator.register_for_checkpointing(ema, progress)
     accelerator.init_trackers(folder.name)

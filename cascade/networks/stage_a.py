@@ -11,12 +11,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cascade.networks import ops
+from cascade.kernels import UsesKernels
 
 
-class MixingBlock(nn.Module):
+class MixingBlock(UsesKernels, nn.Module):
     """A depthwise convolution and a channel MLP, both residual, steered by six learned scalars."""
 
     def __init__(self, channels: int):
@@ -30,18 +29,8 @@ class MixingBlock(nn.Module):
         self.gammas = nn.Parameter(torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        if ops.fused(self.gammas):
-            return ops.mixing_block(x, self.gammas, self.depthwise[1], self.channelwise[0], self.channelwise[2])
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.gammas.unbind()
-        spatial = (self._norm(x) * (1 + scale1) + shift1).permute(0, 3, 1, 2)
-        x = x + self.depthwise(spatial) * gate1
-        channel = self._norm(x) * (1 + scale2) + shift2
-        return x + (self.channelwise(channel) * gate2).permute(0, 3, 1, 2)
-
-    @staticmethod
-    def _norm(x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H, W, C), normalised over C."""
-        return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=1e-6)
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self.kernels.mixing_block(x, self.gammas, self.depthwise, self.channelwise)
 
 
 class Codebook(nn.Module):
@@ -56,7 +45,7 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(size, channels)
 
 
-class StageA(ModelMixin, ConfigMixin):
+class StageA(UsesKernels, ModelMixin, ConfigMixin):
     """Stage A.
 
     Parameters:

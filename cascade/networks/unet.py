@@ -8,13 +8,16 @@ Rounded to bfloat16 after each of its hundreds of additions, the stream made pre
 (Stages B and C at full depth and reduced width, random weights, on a CPU).
 
 Work that does not depend on the step is `StableCascadeUNet.condition`; its result, `Conditions`, serves every step.
-Activations are (batch, height, width, channels): LayerNorm and Linear then read contiguous memory. What blocks do beside
-matrix products is in `ops`, plainly and as kernels for a GPU.
+Activations are (batch, height, width, channels): LayerNorm and Linear then read contiguous memory. What blocks compute beside
+matrix products is in `cascade.kernels`, in plain torch and as GPU kernels.
+
+Layers that read the same input are one layer: q, k and v of an attention block, and the mappers of a timestep condition in all
+blocks. `layout` splits them into the published tensors in state dicts, and stacks those again on loading.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +25,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from cascade.networks import ops
-from cascade.networks.joined import Joined, join
-from cascade.networks.ops import EPS, Stream, layer_norm
+from cascade.kernels import UsesKernels
+from cascade.kernels.layers import columns, put_channels_side_by_side
+from cascade.kernels.plain import EPS, layer_norm
+from cascade.kernels.stream import Stream
+from cascade.networks import layout
 
 TIMESTEP_CONDITIONS = ("sca", "crp")
 
@@ -88,8 +93,8 @@ class Pointwise(nn.Conv2d):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
-class GeluResponse(nn.Module):
-    """GELU and response normalisation, see `ops.gelu_response`, of (B, H, W, C)."""
+class GeluResponse(UsesKernels, nn.Module):
+    """GELU and response normalisation, see `kernels.plain.gelu_response`, of (B, H, W, C)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -97,10 +102,10 @@ class GeluResponse(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return ops.gelu_response(hidden, self.gamma, self.beta)
+        return self.kernels.gelu_response(hidden, self.gamma, self.beta)
 
 
-class ResBlock(nn.Module):
+class ResBlock(UsesKernels, nn.Module):
     """Depthwise convolution, then a channel MLP that also sees the skip connection (joined after the norm)."""
 
     def __init__(self, channels: int, skip_channels: int, kernel_size: int, dropout: float):
@@ -114,88 +119,121 @@ class ResBlock(nn.Module):
             nn.Linear(channels * 4, channels),
         )
 
+    def prepare(self) -> None:
+        if self.implementation == "triton":
+            put_channels_side_by_side(self.depthwise)
+
     def forward(self, stream: Stream, skip: Tensor | None = None) -> Stream:
-        stream, normed = ops.depthwise_norm(stream, self.depthwise, skip)
-        *before, last = self.channelwise
-        for layer in before:
-            normed = layer(normed)
-        return ops.add_linear(stream, normed, last)
+        """stream: (B, H, W, C). skip: float32 (B, H, W, skip_channels)."""
+        first, _, response, dropout, last = self.channelwise
+        dtype = response.gamma.dtype  # that of the weights, were a layer replaced by one that stores others
+        stream, normed = self.kernels.depthwise_norm(stream, self.depthwise, dtype, skip)
+        hidden = dropout(response(self.kernels.linear(first, normed, dtype)))
+        return self.kernels.add_linear(stream, hidden, last)
 
 
 class TimestepBlock(nn.Module):
-    """Scales and shifts channels by what the timestep and the extra conditions (`sca`, `crp`) say."""
+    """Scales and shifts channels by the timestep and the extra conditions (`sca`, `crp`), see `TimestepMappers`."""
 
-    def __init__(self, channels: int, embedding_dim: int, conditions: Sequence[str]):
+    def __init__(self, channels: int):
         super().__init__()
-        self.mapper = nn.Linear(embedding_dim, channels * 2)
-        for name in conditions:
-            setattr(self, f"mapper_{name}", nn.Linear(embedding_dim, channels * 2))
-        self.names = ("mapper", *(f"mapper_{name}" for name in conditions))
-
-    @property
-    def mappers(self) -> list[nn.Linear]:
-        return [getattr(self, name) for name in self.names]
-
-    def map(self, embeddings: Sequence[Tensor]) -> Tensor:
-        """One embedding (B, E) a condition -> scale and shift, float32 (B, 2 C)."""
-        # In float32: this sum in bfloat16 made the error of the whole prediction half as large again.
-        return sum(
-            mapper(embedding.to(mapper.weight.dtype)).float()
-            for mapper, embedding in zip(self.mappers, embeddings, strict=True)
-        )
+        self.channels = channels
 
     def forward(self, stream: Stream, scale: Tensor, shift: Tensor) -> Stream:
+        """scale, shift: float32 (B, C)."""
         return stream.modulate(scale, shift)
 
 
-class Attention(nn.Module):
-    """Multi-head attention under diffusers' parameter names. Dropout acts on the attention weights, as in training."""
+class TimestepMappers(UsesKernels, nn.Module):
+    """Embeddings of the timestep and the extra conditions -> the scales and shifts of all TimestepBlocks.
+
+    One Linear a condition, with the channels of all blocks side by side: `timestep`, and `sca` and `crp` if the network has
+    these conditions.
+
+    Args:
+        embedding_dim: E, length of an embedding.
+        conditions: the extra conditions, of "sca" and "crp".
+        widths: channels C of each block.
+    """
+
+    def __init__(self, embedding_dim: int, conditions: Sequence[str], widths: Sequence[int]):
+        super().__init__()
+        self.names = ("timestep", *conditions)
+        self.widths = tuple(widths)
+        for name in self.names:
+            setattr(self, name, nn.Linear(embedding_dim, 2 * sum(widths)))
+
+    def forward(self, times: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Float32 embeddings (conditions, B, E) -> scale and shift of each block, float32 (B, C) each.
+
+        dtype: of the weights.
+        """
+        mapped = self.kernels.timestep_maps([getattr(self, name) for name in self.names], times, dtype)
+        return [one.chunk(2, dim=1) for one in mapped.split([2 * width for width in self.widths], dim=1)]
+
+
+class Attention(UsesKernels, nn.Module):
+    """Multi-head attention. Dropout acts on the attention weights, as in training.
+
+    `to_qkv` is to_q, to_k and to_v of the published files, one below the other.
+    """
 
     def __init__(self, channels: int, heads: int, dropout: float):
         super().__init__()
+        self.channels = channels
         self.heads = heads
         self.dropout = dropout
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        self.joined: Joined | None = None
 
     def key_value(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, tokens, C) -> (B, heads, tokens, C / heads), twice."""
-        key, value = self.to_k(tokens), self.to_v(tokens)
-        return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (key, value))
+        pair = columns(self.to_qkv, tokens, self.channels, 3 * self.channels).chunk(2, dim=-1)
+        return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in pair)
 
     def forward(self, tokens: Tensor, key: Tensor, value: Tensor, own: bool) -> Tensor:
-        """Of tokens (B, T, C), before `to_out`. own: whether they attend to each other too."""
-        if own and self.joined is not None and self.joined.holds(self.to_q):
-            query, own_key, own_value = F.linear(tokens, *self.joined).chunk(3, dim=-1)
-        elif own:
-            query, own_key, own_value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        """Attention of tokens (B, T, C), before `to_out`: (B, T, C).
+
+        key, value: of the condition, as `key_value` returns them.
+        own: whether the tokens attend to each other too.
+        """
+        if own:
+            query, own_key, own_value = self.to_qkv(tokens).chunk(3, dim=-1)
         else:
-            query, own_key, own_value = self.to_q(tokens), None, None
+            query, own_key, own_value = columns(self.to_qkv, tokens, 0, self.channels), None, None
         dropout = self.dropout if self.training else 0.0
-        return ops.attention(query, own_key, own_value, key, value, dropout)
+        return self.kernels.attention(query, own_key, own_value, key, value, dropout)
 
 
-class AttnBlock(nn.Module):
-    """One softmax over the image's own tokens and the condition's. `condition` gives the latter's keys and values."""
+class ConditionKeyValue(nn.Module):
+    """The part of an AttnBlock that runs once an image. A module without weights of its own, so that it can have hooks."""
+
+    def forward(self, tokens: Tensor, kv_mapper: nn.Module, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Condition tokens (B, T, condition_dim) -> keys and values, each (B, heads, T, channels / heads)."""
+        return attention.key_value(kv_mapper(tokens))
+
+
+class AttnBlock(UsesKernels, nn.Module):
+    """One softmax over the image's own tokens and the condition's.
+
+    `condition(tokens, kv_mapper, attention)` gives the latter's keys and values, see `ConditionKeyValue`.
+    """
 
     def __init__(self, channels: int, condition_dim: int, heads: int, self_attn: bool, dropout: float):
         super().__init__()
         self.self_attn = self_attn
         self.attention = Attention(channels, heads, dropout)
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, channels))
-
-    def condition(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Condition tokens (B, T, condition_dim) -> keys and values, each (B, heads, T, channels / heads)."""
-        return self.attention.key_value(self.kv_mapper(tokens))
+        self.condition = ConditionKeyValue()
 
     def forward(self, stream: Stream, key: Tensor, value: Tensor) -> Stream:
+        """stream: (B, H, W, C). key, value: what `condition` returned."""
         (out,) = self.attention.to_out
-        stream, normed = ops.norm(stream, self.attention.to_q.weight, ahead=out)
+        stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out)
         attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn)
-        return ops.add_linear(stream, attended.view(normed.shape), out, was_ahead=True)
+        # The dtype that `norm` was told: a replaced to_qkv may return another.
+        attended = attended.to(normed.dtype).view(normed.shape)
+        return self.kernels.add_linear(stream, attended, out, after_norm=True)
 
 
 class Rescale(nn.Module):
@@ -227,7 +265,7 @@ def map_mapper(in_channels: int, channels: int) -> nn.Sequential:
     )
 
 
-class StableCascadeUNet(ModelMixin, ConfigMixin):
+class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
     """Stage B or Stage C.
 
     Parameters (published values of Stage C 3.6B as defaults; tuples have one value a level, finest first):
@@ -336,7 +374,7 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
             if kind == "SDCascadeResBlock":
                 return ResBlock(width, skip_channels, kernel_size, dropout[level])
             if kind == "SDCascadeTimestepBlock":
-                return TimestepBlock(width, timestep_ratio_embedding_dim, timestep_conditioning_type)
+                return TimestepBlock(width)
             if kind == "SDCascadeAttnBlock":
                 heads = num_attention_heads[level]
                 return AttnBlock(width, conditioning_dim, heads, self_attn[level], dropout[level])
@@ -385,9 +423,40 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
             Pointwise(widths[0], out_channels * patch_size**2),
             nn.PixelShuffle(patch_size),
         )
+        widths = [block.channels for block in self.blocks() if isinstance(block, TimestepBlock)]
+        self.timestep_mappers = (
+            TimestepMappers(timestep_ratio_embedding_dim, timestep_conditioning_type, widths) if widths else None
+        )
         self.gradient_checkpointing = False
-        self.joined: list[tuple[list[TimestepBlock], Joined]] = []
+        layout.publish(self, self._stacked())
         self.init_weights()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> "StableCascadeUNet":
+        """See diffusers' `ModelMixin.from_pretrained`. `low_cpu_mem_usage` is ignored, and `device_map` not supported.
+
+        With them diffusers sets parameters one by one under their names in the file, past `load_state_dict`.
+        """
+        return super().from_pretrained(*args, **{**options, "low_cpu_mem_usage": False})
+
+    def _stacked(self) -> dict[str, dict[str, int]]:
+        """The layers that are several layers in published files, see `layout.publish`."""
+        names = {module: name for name, module in self.named_modules()}
+        stacked = {
+            f"{names[block]}.attention.to_qkv": {
+                f"{names[block]}.attention.to_{part}": block.attention.channels for part in "qkv"
+            }
+            for block in self.blocks()
+            if isinstance(block, AttnBlock)
+        }
+        for condition in () if self.timestep_mappers is None else self.timestep_mappers.names:
+            mapper = "mapper" if condition == "timestep" else f"mapper_{condition}"
+            stacked[f"timestep_mappers.{condition}"] = {
+                f"{names[block]}.{mapper}": 2 * block.channels
+                for block in self.blocks()
+                if isinstance(block, TimestepBlock)
+            }
+        return stacked
 
     def init_weights(self) -> None:
         """The authors' initialisation for training from scratch: the network predicts zero, blocks are near identity.
@@ -412,33 +481,8 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
         for block in self.blocks():
             if isinstance(block, ResBlock):
                 nn.init.xavier_uniform_(block.channelwise[-1].weight, gain=depth**-0.5)
-            elif isinstance(block, TimestepBlock):
-                for mapper in block.mappers:
-                    nn.init.zeros_(mapper.weight)
-            else:
-                # The authors initialise q, k and v as one (3 C, C) matrix, whose xavier bound is smaller by sqrt(2).
-                for linear in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
-                    nn.init.xavier_uniform_(linear.weight, gain=2**-0.5)
-
-    def join_weights(self) -> None:
-        """For inference on a GPU: lays together what one kernel can then run, q, k and v and the timestep mappers; and the
-        taps of a depthwise convolution so that those of neighbouring channels are neighbours.
-
-        To be called where the network will run, or before `packing.Packed`, which keeps together what is; after any other
-        move it has to be called again.
-        """
-        of_width: dict[int, list[TimestepBlock]] = {}
-        for block in self.blocks():
-            if isinstance(block, AttnBlock) and block.self_attn:
-                block.attention.joined = join([block.attention.to_q, block.attention.to_k, block.attention.to_v])
-            elif isinstance(block, ResBlock):
-                weight = block.depthwise.weight
-                weight.data = weight.data.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-            elif isinstance(block, TimestepBlock):
-                of_width.setdefault(block.mapper.out_features, []).append(block)
-        self.joined = [
-            (blocks, join([mapper for block in blocks for mapper in block.mappers])) for blocks in of_width.values()
-        ]
+        for name in () if self.timestep_mappers is None else self.timestep_mappers.names:
+            nn.init.zeros_(getattr(self.timestep_mappers, name).weight)
 
     def blocks(self) -> list[nn.Module]:
         """Every block, down then up: the order in which ResBlocks are numbered and `Conditions` are listed."""
@@ -472,7 +516,8 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
         if self.effnet_mapper is not None and (effnet is None or latent_size is None):
             raise ValueError("This network is conditioned on semantic latents: give effnet and latent_size.")
         tokens = self._condition_tokens(clip_text_pooled, clip_text, clip_img)
-        pairs = [block.condition(tokens) for block in self.blocks() if isinstance(block, AttnBlock)]
+        attention = [block for block in self.blocks() if isinstance(block, AttnBlock)]
+        pairs = [block.condition(tokens, block.kv_mapper, block.attention) for block in attention]
         feature_map = None
         if self.effnet_mapper is not None:
             size = [side // self.config.patch_size for side in latent_size]
@@ -548,9 +593,12 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
         times = torch.stack(
             [timestep_embedding(torch.zeros_like(timestep_ratio) if r is None else r, dim) for r in ratios]
         )
-        per_block = self._scales_and_shifts(times)
+        per_block: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        if self.timestep_mappers is not None:
+            mapped = [block for block in self.blocks() if isinstance(block, TimestepBlock)]
+            per_block |= zip(mapped, self.timestep_mappers(times, self._weight_dtype), strict=True)
         attention = [block for block in self.blocks() if isinstance(block, AttnBlock)]
-        per_block |= dict(zip(attention, zip(conditions.keys, conditions.values, strict=True), strict=True))
+        per_block |= zip(attention, zip(conditions.keys, conditions.values, strict=True), strict=True)
 
         stream = self._embed(sample, conditions.feature_map)
         residuals = controlnet_residuals or {}
@@ -569,7 +617,7 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
             stream, executed = self._run_level(blocks, repeats, stream, skip, per_block, residuals, executed)
             stream = self._change_level(upscaler, stream)
         _, projection, shuffle = self.clf
-        _, normed = ops.norm(stream, projection.weight)
+        _, normed = self.kernels.norm(stream, self._weight_dtype)
         return shuffle(channels_first(projection(normed))).to(sample.dtype)
 
     def _embed(self, sample: Tensor, feature_map: Tensor | None) -> Stream:
@@ -578,25 +626,11 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
         x = layer_norm(projection(x).float())
         return Stream(x if feature_map is None else x + feature_map)
 
-    def _scales_and_shifts(self, times: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """What every TimestepBlock makes of the embeddings (conditions, B, E): two float32 (B, C) each."""
-        together = ops.fused(self.embedding[1].weight) and all(
-            joined.holds(blocks[0].mapper) for blocks, joined in self.joined
-        )
-        if not together or not self.joined:
-            blocks = [block for block in self.blocks() if isinstance(block, TimestepBlock)]
-            return {block: block.map(times).chunk(2, dim=1) for block in blocks}
-        mapped = {}
-        for blocks, joined in self.joined:
-            maps = ops.joined_maps(joined, times, len(blocks))
-            mapped |= {block: one.chunk(2, dim=1) for block, one in zip(blocks, maps, strict=True)}
-        return mapped
-
     def _change_level(self, scaler: nn.Module, stream: Stream) -> Stream:
         if isinstance(scaler, nn.Identity):  # at the finest level
             return stream
         _, mapping = scaler
-        _, normed = ops.norm(stream, self.embedding[1].weight)
+        _, normed = self.kernels.norm(stream, self._weight_dtype)
         return Stream(channels_last(mapping(channels_first(normed))).float())
 
     def _run_level(
@@ -626,7 +660,8 @@ class StableCascadeUNet(ModelMixin, ConfigMixin):
                 else:
                     stream = self._run(block, stream, *per_block[block])
             if repeat < len(repeats):
-                stream = Stream(repeats[repeat](stream.settle().to(self._weight_dtype)).float())
+                again = self.kernels.linear(repeats[repeat], stream.settle(), self._weight_dtype)
+                stream = Stream(again.float())
         return stream, executed
 
     def _run(self, block: nn.Module, *args: Stream | Tensor | None) -> Stream:

@@ -307,10 +307,10 @@ def check_tensors(weights: Path, network: nn.Module, dtype: str) -> None:
     wrong = misfit(expected, {name: shape for name, (shape, _) in stored.items()})
     if wrong is not None:
         raise WeightsError(f"{weights}{wrong}.")
-    parameters = {name for name, _ in network.named_parameters()}
+    buffers = {name for name, _ in network.named_buffers()}
     for name, (_, kind) in stored.items():
         # The statistics of a normalisation may be kept in float32, and counters are integers.
-        allowed = (dtype,) if name in parameters else (dtype, "F32", "I64")
+        allowed = (dtype, "F32", "I64") if name in buffers else (dtype,)
         if name in expected and kind not in allowed:
             raise WeightsError(f"{weights}: {name} has the dtype {kind} instead of {dtype}.")
 

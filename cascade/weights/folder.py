@@ -403,9 +403,9 @@ def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
     if not isinstance(item, nn.Module):
         item.save_pretrained(folder)
         return
-    parameters = {name for name, _ in item.named_parameters()}
+    buffers = {name for name, _ in item.named_buffers()}
     tensors = {
-        key: tensor.detach().to("cpu", dtype if key in parameters else tensor.dtype).contiguous()
+        key: tensor.detach().to("cpu", tensor.dtype if key in buffers else dtype).contiguous()
         for key, tensor in item.state_dict().items()
     }
     transformers_made = isinstance(item, CLIPTextModelWithProjection | CLIPVisionModelWithProjection)

@@ -88,8 +88,9 @@ class Source:
             return None
         tensors = _split(self.origin, _stored(self.files), self.key)[self.key]
         network = self._network(tensors, known)
-        for name, _ in network.named_parameters():
-            if not tensors[name].is_floating_point():
+        buffers = {name for name, _ in network.named_buffers()}
+        for name in network.state_dict():
+            if name not in buffers and not tensors[name].is_floating_point():
                 kind = str(tensors[name].dtype).removeprefix("torch.")
                 raise WeightsError(f"{self.origin}: {name} is stored as {kind}; only floating point is read.")
         if isinstance(network, ControlNet):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cascade.kernels.stream import Stream
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.ops import Stream
 from cascade.networks.unet import ResBlock
 from cascade.weights import single_file
 from tests import fixture_data

@@ -45,8 +45,8 @@ def make(config: dict, std: float = 0.15) -> StableCascadeUNet:
     """A network in eval mode whose every weight matters."""
     torch.manual_seed(0)
     network = StableCascadeUNet(**config).eval()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=std)
+    for tensor in network.state_dict().values():  # views: in the order and the shapes of the published tensors
+        torch.nn.init.normal_(tensor, std=std)
     return network
 
 
@@ -256,10 +256,11 @@ def test_initialisation():
             assert 0.9 * bound < last.abs().max() <= bound
             assert not block.channelwise[2].gamma.any()
         elif isinstance(block, AttnBlock):
-            bound = (6 / (4 * block.attention.to_q.weight.shape[0])) ** 0.5
-            assert 0.9 * bound < block.attention.to_q.weight.abs().max() <= bound
-        else:
-            assert not block.map([torch.rand(1, 64), torch.rand(1, 64)]).any()
+            bound = (6 / (4 * block.attention.channels)) ** 0.5
+            assert 0.9 * bound < block.attention.to_qkv.weight.abs().max() <= bound
+    for scale, shift in network.timestep_mappers(torch.rand(2, 1, 64), torch.float32):
+        assert not scale.any()
+        assert not shift.any()
     assert network.clip_txt_pooled_mapper.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 

@@ -1,22 +1,32 @@
 """Triton kernels for what is bound by memory traffic and launches in the blocks of Stages A, B and C.
 
-Each computes what the function of the same name in `ops` says, in one pass over its data and in float32 inside. Matrix
-products are left to cuBLAS: for these shapes it was 1.0 to 1.9 times as fast as the best of 20 Triton variants (H100).
-Kernels are specialised by widths and dtypes only, never by a picture's size: a new size compiles nothing. Launching them
-before the kernel before them has ended (programmatic dependent launch) gained 0.6%, and is not done.
+The functions are those of `plain`, where their arguments are described; for inference, without gradients. Each kernel computes
+in one pass over its data and in float32 inside. Matrix products are left to cuBLAS: for these shapes it was 1.0 to 1.9 times as
+fast as the best of 20 Triton variants (H100). Kernels are specialised by widths and dtypes only, never by a picture's size: a
+new size compiles nothing. Launching a kernel before the one before it has ended (programmatic dependent launch) gained 0.6%, and
+is not done.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
+
+from cascade.kernels import plain
+from cascade.kernels.layers import is_ordinary
+from cascade.kernels.plain import linear as linear
+from cascade.kernels.stream import Stream
 
 EPS = tl.constexpr(1e-6)
 # Into how many programs, at least, a reduction is cut: some for each multiprocessor of the largest GPUs.
 PROGRAMS = 512
 LOG2E = 1.4426950408889634
+# Bytes of the hidden activations of Stage A's MLPs that are computed at a time: those of a whole picture of 1024x1024 would be
+# 384 MiB. They stay in the cache of a large GPU.
+HIDDEN = 32 * 2**20
 
 
 def _power(value: int) -> int:
@@ -61,14 +71,10 @@ def _norm(
         tl.store(settled_ptr + row * C + column, x, mask=inside)
 
 
-def norm(
-    x: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    ahead: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def norm(stream: Stream, dtype: torch.dtype, next_linear: nn.Module | None = None) -> tuple[Stream, Tensor]:
+    """See `plain.norm`. Adds the bias of `next_linear` early, so that its product can be added to the stream in place."""
+    x, bias, scale, shift = stream
+    ahead = next_linear.bias if next_linear is not None and _accumulates(next_linear, dtype) else None
     batch, height, width, channels = x.shape
     changes = any(change is not None for change in (bias, scale, ahead))
     settled = torch.empty_like(x) if changes else x
@@ -79,7 +85,24 @@ def norm(
         HAS_BIAS=bias is not None, HAS_AFFINE=scale is not None, HAS_AHEAD=ahead is not None,
         CB=_power(channels), num_warps=4 if channels > 256 else 1,
     )  # fmt: skip
-    return settled, normed
+    return Stream(settled), normed
+
+
+def add_linear(stream: Stream, hidden: Tensor, layer: nn.Module, *, after_norm: bool = False) -> Stream:
+    """See `plain.add_linear`. The product is added to the stream in place."""
+    if not _accumulates(layer, hidden.dtype):
+        return plain.add_linear(stream, hidden, layer)
+    return plain.accumulate(stream, hidden, layer, bias_added=after_norm)
+
+
+def _is_complete(layer: nn.Module) -> bool:
+    """Whether it is an ordinary layer with a bias."""
+    return is_ordinary(layer) and layer.bias is not None
+
+
+def _accumulates(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether cuBLAS can add the layer's product with activations of this dtype to a float32 stream."""
+    return is_ordinary(layer) and layer.weight.dtype == dtype and dtype in (torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -164,18 +187,18 @@ def _depthwise_norm(
 
 
 def depthwise_norm(
-    x: Tensor,
-    before: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    skip: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    stream: Stream, convolution: nn.Module, dtype: torch.dtype, skip: Tensor | None = None
+) -> tuple[Stream, Tensor]:
+    """See `plain.depthwise_norm`."""
+    # float16 ends at 65504, which a skip connection may exceed.
+    if not _is_served(convolution) or (skip is not None and dtype == torch.float16):
+        return plain.depthwise_norm(stream, convolution, dtype, skip)
+    x, before, scale, shift = stream
+    weight, bias = convolution.weight, convolution.bias
     batch, height, width, channels = x.shape
     changes = before is not None or scale is not None
     settled = torch.empty_like(x) if changes else x
-    normed = x.new_empty(batch, height, width, channels * (1 if skip is None else 2), dtype=weight.dtype)
+    normed = x.new_empty(batch, height, width, channels * (1 if skip is None else 2), dtype=dtype)
     columns = triton.cdiv(width, 4)
     # Four channels a thread, or two in narrow levels. 16 warps of 64 registers, with nothing to settle, took Stage C 13.6 us
     # on an H100, where 8 of 128 took 15.4; with more to do they would spill.
@@ -188,7 +211,14 @@ def depthwise_norm(
         CB=padded, num_warps=max(4, padded // 128),
         maxnreg=64 if padded > 1024 and not changes else 128,
     )  # fmt: skip
-    return settled, normed
+    return Stream(settled), normed
+
+
+def _is_served(convolution: nn.Module) -> bool:
+    """Whether the kernels can read this convolution's weight: 3x3, with one distance in memory from tap to tap."""
+    if not is_ordinary(convolution) or convolution.bias is None or convolution.kernel_size != (3, 3):
+        return False
+    return convolution.weight.stride(2) == 3 * convolution.weight.stride(3)
 
 
 @triton.jit
@@ -284,7 +314,7 @@ def _counters(device: torch.device, stream: torch.cuda.Stream) -> Tensor:
 
 
 def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """In place."""
+    """See `plain.gelu_response`. In place."""
     batch, height, width, channels = hidden.shape
     tokens, block, rows = height * width, 64, 64
     blocks = triton.cdiv(channels, block)
@@ -367,9 +397,13 @@ def attention(
     own_value: Tensor | None,
     key: Tensor,
     value: Tensor,
+    dropout: float = 0.0,
 ) -> Tensor:
+    """See `plain.attention`."""
     batch, queries, channels = query.shape
     _, heads, context, size = key.shape
+    if size % 8 or dropout:  # loads are of 16 bytes
+        return plain.attention(query, own_key, own_value, key, value, dropout)
     out = query.new_empty(batch, queries, channels)
     own = 0 if own_key is None else own_key.shape[1]
     own_row = 0 if own_key is None else own_key.stride(1)
@@ -390,33 +424,48 @@ def attention(
 
 
 @triton.jit
-def _joined_maps(
-    weight_ptr, bias_ptr, times_ptr, out_ptr,
+def _add_map(acc, weight_ptr, bias_ptr, times_ptr, n, e, N, E):
+    """One condition's mapper: channels n of its embedding, of length E."""
+    acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    embedding = tl.load(times_ptr + e, mask=e < E, other=0.0)
+    inside = (n < N)[:, None] & (e < E)[None, :]
+    place = n.to(tl.int64)[:, None] * E + e[None, :]
+    weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    return acc + tl.sum(weight * embedding[None, :], axis=1)
+
+
+@triton.jit
+def _timestep_maps(
+    weight0_ptr, bias0_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, times_ptr, out_ptr,
     N, E,
     CONDITIONS: tl.constexpr, CB: tl.constexpr, EB: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(1)
-    sample = tl.program_id(2)
-    samples = tl.num_programs(2)
+    sample = tl.program_id(1)
+    samples = tl.num_programs(1)
     n = tl.program_id(0) * CB + tl.arange(0, CB)
     e = tl.arange(0, EB)
     acc = tl.zeros((CB,), tl.float32)
-    for i in tl.range(CONDITIONS):
-        row = (block * CONDITIONS + i).to(tl.int64) * N + n
-        acc += tl.load(bias_ptr + row, mask=n < N, other=0.0).to(tl.float32)
-        embedding = tl.load(times_ptr + (i * samples + sample) * E + e, mask=e < E, other=0.0)
-        inside = (n < N)[:, None] & (e < E)[None, :]
-        weight = tl.load(weight_ptr + row[:, None] * E + e[None, :], mask=inside, other=0.0).to(tl.float32)
-        acc += tl.sum(weight * embedding[None, :], axis=1)
-    tl.store(out_ptr + (block * samples + sample) * N + n, acc, mask=n < N)
+    acc = _add_map(acc, weight0_ptr, bias0_ptr, times_ptr + sample * E, n, e, N, E)
+    if CONDITIONS > 1:
+        acc = _add_map(acc, weight1_ptr, bias1_ptr, times_ptr + (samples + sample) * E, n, e, N, E)
+    if CONDITIONS > 2:
+        acc = _add_map(acc, weight2_ptr, bias2_ptr, times_ptr + (2 * samples + sample) * E, n, e, N, E)
+    tl.store(out_ptr + sample.to(tl.int64) * N + n, acc, mask=n < N)
 
 
-def joined_maps(weight: Tensor, bias: Tensor, times: Tensor) -> Tensor:
-    blocks, conditions, channels, length = weight.shape
-    samples = times.shape[1]
-    out = times.new_empty(blocks, samples, channels)
-    _joined_maps[(triton.cdiv(channels, 64), blocks, samples)](
-        weight, bias, times, out, channels, length, CONDITIONS=conditions, CB=64, EB=_power(length), num_warps=4
+def timestep_maps(mappers: Sequence[nn.Module], times: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `plain.timestep_maps`. The embeddings stay float32."""
+    if len(mappers) > 3 or not all(_is_complete(mapper) and mapper.weight.is_contiguous() for mapper in mappers):
+        return plain.timestep_maps(mappers, times, dtype)
+    conditions, samples, length = times.shape
+    channels = mappers[0].out_features
+    out = times.new_empty(samples, channels)
+    # Parameters that CONDITIONS leaves unread get those of the first mapper.
+    weights = [
+        tensor for mapper in (*mappers, *mappers[:1] * (3 - conditions)) for tensor in (mapper.weight, mapper.bias)
+    ]
+    _timestep_maps[(triton.cdiv(channels, 64), samples)](
+        *weights, times, out, channels, length, CONDITIONS=conditions, CB=64, EB=_power(length), num_warps=4
     )
     return out
 
@@ -491,7 +540,9 @@ def _mix(
         tl.store(mixed_ptr + place, (mixed + ahead).to(mixed_ptr.dtype.element_ty), mask=inside)
 
 
-def mix(x: Tensor, gammas: Tensor, weight: Tensor, bias: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
+def _mixed(x: Tensor, gammas: Tensor, convolution: nn.Conv2d, last: nn.Linear) -> tuple[Tensor, Tensor]:
+    """(B, H, W, C) after the convolution's branch, with the bias of the MLP's last layer added; and its norm, for the MLP."""
+    weight = convolution.weight
     batch, height, width, channels = x.shape
     rows = batch * height * width
     statistics = x.new_empty(rows, 2, dtype=torch.float32)
@@ -499,8 +550,25 @@ def mix(x: Tensor, gammas: Tensor, weight: Tensor, bias: Tensor, ahead: Tensor) 
     mixed, normed = torch.empty_like(x), torch.empty_like(x)
     columns = triton.cdiv(width, 4)
     _mix[(batch * height * columns,)](
-        x, statistics, gammas, weight, bias, ahead, mixed, normed,
+        x, statistics, gammas, weight, convolution.bias, last.bias, mixed, normed,
         height, width, channels, columns, weight.stride(0), weight.stride(3),
         CB=_power(channels), num_warps=4, maxnreg=128,
     )  # fmt: skip
     return mixed, normed
+
+
+def mixing_block(x: Tensor, gammas: Tensor, depthwise: nn.Module, channelwise: nn.Module) -> Tensor:
+    """See `plain.mixing_block`."""
+    convolution, first, last = depthwise[1], channelwise[0], channelwise[2]
+    if not (_is_served(convolution) and _is_complete(first) and _is_complete(last)):
+        return plain.mixing_block(x, gammas, depthwise, channelwise)
+    x = x.permute(0, 2, 3, 1).contiguous()
+    mixed, normed = _mixed(x, gammas, convolution, last)
+    # The gate stays on the GPU: as cuBLAS's factor it would have to be read by the host, which waits for the GPU.
+    gated = (last.weight * gammas[5]).t()
+    at_once = HIDDEN // (first.out_features * x.element_size())
+    for rows, of_rows in zip(mixed.flatten(0, 2).split(at_once), normed.flatten(0, 2).split(at_once), strict=True):
+        # cuBLAS's GELU is the one with tanh: within 5e-4 of the exact one, which is less than bfloat16's rounding.
+        hidden = torch._addmm_activation(first.bias, of_rows, first.weight.t(), use_gelu=True)
+        torch.addmm(rows, hidden, gated, out=rows)
+    return mixed.permute(0, 3, 1, 2)

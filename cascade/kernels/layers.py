@@ -1,0 +1,51 @@
+"""When a layer's weight may be read instead of calling the layer, and what follows from it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def is_ordinary(layer: nn.Module) -> bool:
+    """Whether calling the layer does nothing but torch's Linear or Conv2d with its weight and bias as they are.
+
+    False for a layer of another class (PEFT, quantised, parametrised), with hooks, with a replaced `forward`, or with a weight
+    of a tensor subclass (torchao). Such a layer must be called.
+    """
+    return (
+        type(layer) in (nn.Linear, nn.Conv2d)
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and "forward" not in layer.__dict__
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    )
+
+
+def columns(layer: nn.Module, x: Tensor, first: int, last: int) -> Tensor:
+    """Channels `first` to `last` of what a Linear layer makes of x (..., K): (..., last - first).
+
+    Computes no others, if the layer is an ordinary one.
+    """
+    if not is_ordinary(layer):
+        return layer(x)[..., first:last]
+    return F.linear(x, layer.weight[first:last], None if layer.bias is None else layer.bias[first:last])
+
+
+def has_float16_weights(layer: nn.Module) -> bool:
+    weight = next(layer.parameters(), None)
+    return weight is not None and weight.dtype == torch.float16
+
+
+def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` with the layer's parameters of float16 as float32. x: float32."""
+    half = {name: weight.float() for name, weight in layer.named_parameters() if weight.dtype == torch.float16}
+    return torch.func.functional_call(layer, half, (x,))
+
+
+@torch.no_grad()
+def put_channels_side_by_side(convolution: nn.Module) -> None:
+    """Lay a depthwise weight (C, 1, k, k) out in memory as (1, k, k, C). Shape and values stay, the strides change.
+
+    The kernel for it then reads neighbouring channels from neighbouring addresses.
+    """
+    if is_ordinary(convolution):
+        weight = convolution.weight
+        weight.data = weight.data.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
