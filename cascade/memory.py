@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cascade.networks.unet import AttnBlock, Conditions
 from cascade.packing import ALIGNMENT, Packed
+from cascade.running.device import SettingError
 
 MODES = ("auto", "resident", "offload", "stream")
 GIB = 2**30
@@ -55,10 +56,10 @@ def choose(mode: str, sizes: Mapping[str, int], available: int, itemsize: int) -
         itemsize: bytes of a number in the networks.
 
     Raises:
-        ValueError: there is no such mode.
+        SettingError: there is no such mode.
     """
     if mode not in MODES:
-        raise ValueError(f"memory is {mode!r}; it must be one of {', '.join(MODES)}.")
+        raise SettingError("memory", mode, f"one of {', '.join(MODES)}")
     if mode != "auto":
         return Choice(mode)
     always = sum(size for name, size in sizes.items() if name in ALWAYS)
@@ -77,6 +78,13 @@ def available(device: torch.device) -> int:
             limit = int(torch.cuda.get_per_process_memory_fraction() * total)
             free = min(free, limit - torch.cuda.memory_reserved())
     return max(free, 0)
+
+
+def usable(device: torch.device) -> int:
+    """Bytes of a GPU that tensors could take if torch's cache and all CUDA graphs were given up; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    return available(device) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class UNet(Protocol):

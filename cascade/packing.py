@@ -62,7 +62,7 @@ class Packed:
                 place.tensor.data.copy_(data)
         if pin:
             _pin(self.host)
-            weakref.finalize(self, _unpin, self.host).atexit = False
+            weakref.finalize(self, _unpin, self.host, torch.cuda.current_device()).atexit = False
 
     @property
     def size(self) -> int:
@@ -124,6 +124,6 @@ def _pin(memory: Tensor) -> None:
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
 
 
-def _unpin(memory: Tensor) -> None:
-    torch.cuda.synchronize()  # copies may be on their way
+def _unpin(memory: Tensor, device: int) -> None:
+    torch.cuda.synchronize(device)  # copies to it may be on their way
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))

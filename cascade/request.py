@@ -121,7 +121,8 @@ class Request:
             if getattr(self, name) not in (None, side):
                 asked = f"{name} is {getattr(self, name)}"
                 raise ValueError(f"{asked}, but image has {size}, and with a mask pictures have its size.")
-        check_mask(self.mask, *self.image.size)
+        # So that it is read once, however often the request is copied (`dataclasses.replace`).
+        object.__setattr__(self, "mask", check_mask(self.mask, *self.image.size))
 
     def _check_controls(self) -> None:
         if len(self.controls) > MOST_IMAGES:

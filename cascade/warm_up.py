@@ -4,6 +4,7 @@ A kernel takes about half a second, and a model has some twenty; what was compil
 (TRITON_CACHE_DIR, else ~/.triton/cache).
 """
 
+import functools
 import logging
 import os
 import time
@@ -16,6 +17,7 @@ from torch import nn
 from cascade.kernels.stream import Stream
 from cascade.networks.stage_a import MixingBlock, StageA
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
+from cascade.running.device import current
 
 logger = logging.getLogger(__name__)
 SIDE = 8  # pixels of what the blocks are tried on
@@ -31,13 +33,13 @@ def warm_up(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
     start = time.perf_counter()
     jobs = [job for unet in unets for job in _jobs(unet)] + _stage_a_jobs(vqgan)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        list(threads.map(_run, jobs))
+        list(threads.map(functools.partial(_run, vqgan.device), jobs))
     torch.cuda.synchronize(vqgan.device)
     logger.info("Made %d blocks' kernels ready in %.1f s.", len(jobs), time.perf_counter() - start)
 
 
-def _run(job: Callable[[], object]) -> None:
-    with torch.no_grad():
+def _run(device: torch.device, job: Callable[[], object]) -> None:
+    with current(device), torch.no_grad():  # each thread has a current device of its own
         job()
 
 

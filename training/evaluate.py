@@ -249,8 +249,7 @@ def _paint(cascade: Cascade, semantic: Tensor, texts: list[str], noise: Noise) -
             **vars(cascade.defaults["decoder"]),
         )
     )
-    said = cascade.vqgan.config.scale_factor
-    return decode_pixels(cascade.vqgan, latents, dict(cascade.numerics.stage_a_scales).get(said, said))
+    return decode_pixels(cascade.vqgan, latents, cascade.stage_a_scale)
 
 
 def stage_pictures(

@@ -29,6 +29,7 @@ from cascade.weights.folder import (
     PUBLISHED_LICENSE,
     PUBLISHED_SAMPLER,
     PUBLISHED_SIZE,
+    PUBLISHED_STAGE_A_SCALE,
     ModelFolder,
     WeightsError,
     check_channels,
@@ -235,13 +236,15 @@ def describe(parts: list[str], target: Path) -> dict[str, Any]:
     check_target(target)
     if not any(PARTS[name].component in STAGES for name in parts) and target.is_dir():
         old = ModelFolder.open(target)
-        return {"name": old.name, "license": old.license, "native_size": old.native_size, "sampler": old.sampler}
+        about = ("name", "license", "native_size", "sampler", "stage_a_scale")
+        return {field: getattr(old, field) for field in about}
     lite = [PARTS[name].component for name in parts if name.endswith("_lite")]
     return {
         "name": f"Stable Cascade (lite {' and '.join(lite)})" if lite else "Stable Cascade",
         "license": PUBLISHED_LICENSE,
         "native_size": PUBLISHED_SIZE,
         "sampler": PUBLISHED_SAMPLER,
+        "stage_a_scale": PUBLISHED_STAGE_A_SCALE,
     }
 
 

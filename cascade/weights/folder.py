@@ -4,6 +4,7 @@ A model folder is one directory: ``model.json`` and one sub-folder a component (
 transformers or diffusers form, ``config.json`` and one safetensors file. ``model.json`` says::
 
     {"name": str, "license": str, "native_size": int,         # pixels, the edge of the square that the model draws best
+     "stage_a_scale": float,                                   # where vqgan/config.json has another; may be left out
      "sampler": {"prior":   {"steps": int, "guidance": float, "shift": float, "rescale": float},
                  "decoder": {"steps": int, "guidance": float, "shift": float, "rescale": float}},
      "files": {"prior/config.json": "<sha256>", ...},          # every file of every component, and of ``EXTRAS``
@@ -119,6 +120,8 @@ PUBLISHED_SAMPLER = {
 }
 PUBLISHED_LICENSE = "Stability AI Non-Commercial Research Community License"
 PUBLISHED_SIZE = 1024
+# What the authors train and decode with. The published vqgan/config.json says 0.3764, its class's default.
+PUBLISHED_STAGE_A_SCALE = 0.43
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class ModelFolder:
         checksums: sha256 by path relative to ``root``; empty for the published repositories, which come without.
         sums: by path relative to ``root``, the sums of the pieces of safetensors files.
         checks: whether files are compared with these when they are loaded.
+        stage_a_scale: what Stage A's latents are multiplied with; None: as its configuration says.
     """
 
     root: Path
@@ -145,6 +149,7 @@ class ModelFolder:
     checksums: Mapping[str, str]
     sums: Mapping[str, Sums] = field(default_factory=dict)
     checks: bool = True
+    stage_a_scale: float | None = None
 
     @classmethod
     def open(
@@ -313,6 +318,7 @@ def save_model_folder(
     license: str,
     native_size: int,
     sampler: Mapping[str, StageSettings],
+    stage_a_scale: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Write components into a model folder, new or existing, and ``model.json`` with their checksums.
@@ -323,6 +329,7 @@ def save_model_folder(
     Args:
         folder: the directory.
         components: networks, tokenizer, image processor by name, see ``COMPONENTS``.
+        stage_a_scale: see ``ModelFolder``.
         dtype: of the stored parameters. Buffers (the statistics of batch norms) keep their own.
     """
     unknown = set(components) - set(COMPONENTS)
@@ -331,7 +338,8 @@ def save_model_folder(
     with replacement(folder, without=components) as made:
         for component, item in components.items():
             save_component(made / component, item, dtype)
-        write_model_json(made, name=name, license=license, native_size=native_size, sampler=sampler)
+        about = {"name": name, "license": license, "native_size": native_size, "stage_a_scale": stage_a_scale}
+        write_model_json(made, sampler=sampler, **about)
 
 
 def check_channels(weights: Path, component: str, channels: int) -> None:
@@ -433,6 +441,7 @@ def write_model_json(
     license: str,
     native_size: int,
     sampler: Mapping[str, StageSettings],
+    stage_a_scale: float | None = None,
 ) -> None:
     """Write ``model.json`` for the components that lie in ``folder``, with the checksums of all of their files."""
     root = Path(folder)
@@ -441,6 +450,7 @@ def write_model_json(
         "name": name,
         "license": license,
         "native_size": native_size,
+        **({} if stage_a_scale is None else {"stage_a_scale": stage_a_scale}),
         "sampler": {stage: asdict(settings) for stage, settings in sampler.items()},
         "files": {path: _sha256(root / path) for path in files},
         "pieces": {
@@ -468,6 +478,7 @@ def _open_own(root: Path) -> ModelFolder:
             parts={component: root / component for component in COMPONENTS if (root / component).is_dir()},
             checksums=checksums,
             sums=_read_sums(content.get("pieces"), path),
+            stage_a_scale=None if content.get("stage_a_scale") is None else float(content["stage_a_scale"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} lacks a field or has one of the wrong kind: {error}.") from error
@@ -533,6 +544,7 @@ def _open_published(root: Path, lite: Collection[str]) -> ModelFolder:
         sampler=PUBLISHED_SAMPLER,
         parts=parts,
         checksums={},
+        stage_a_scale=PUBLISHED_STAGE_A_SCALE,
     )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.cascade import Cascade
-from cascade.graphs import MOST, GraphedUNet
+from cascade.graphs import SIZES, GraphedUNet, Recorder
 from cascade.networks import ops
 from cascade.networks.ops import Stream
 from cascade.networks.stage_a import MixingBlock
@@ -135,20 +135,22 @@ def test_no_less_exact_than_plain_torch(full_size: tuple[StableCascadeUNet, tupl
 def test_graphs_do_what_the_network_does(model_folder: Path) -> None:
     cascade = Cascade.load(model_folder, "cuda")
     for network, channels in ((cascade.prior, 16), (cascade.decoder, 4)):
-        run = GraphedUNet(network)
+        recorder = Recorder()
+        run = GraphedUNet(network, "network", recorder)
         torch.manual_seed(5)
         given = {name: x.cuda() for name, x in random_conditions(dict(network.config), (6, 6), 2).items()}
-        for side in (8, 12, *range(14, 16 + 2 * MOST, 2), 8):  # more sizes than are remembered, then the first again
+        for side in (8, 12, *range(14, 16 + 2 * SIZES, 2), 8):  # more sizes than are kept, then the first again
             sample, ratio = draw(2, channels, side, side), torch.rand(2, device="cuda")
             expected = network.condition(**given, latent_size=(side, side))
-            conditions = run.condition(**given, latent_size=(side, side))
-            width = network.config.block_out_channels[0]
-            for residuals in (None, {0: draw(2, width, side, side)} if channels == 16 else None):
-                out = run(sample, ratio, conditions, controlnet_residuals=residuals).clone()
-                assert torch.equal(out, network(sample, ratio, expected, controlnet_residuals=residuals))
-            other = run(sample + 1, ratio, conditions)
-            assert torch.equal(other, network(sample + 1, ratio, expected))
-        assert len(run.recorder.recordings) <= MOST
+            with recorder.of((side, side)):
+                conditions = run.condition(**given, latent_size=(side, side))
+                width = network.config.block_out_channels[0]
+                for residuals in (None, {0: draw(2, width, side, side)} if channels == 16 else None):
+                    out = run(sample, ratio, conditions, controlnet_residuals=residuals).clone()
+                    assert torch.equal(out, network(sample, ratio, expected, controlnet_residuals=residuals))
+                other = run(sample + 1, ratio, conditions)
+                assert torch.equal(other, network(sample + 1, ratio, expected))
+        assert len(recorder.sizes) == SIZES
 
 
 def test_the_text_encoders_graph_minds_the_mask(model_folder: Path) -> None:

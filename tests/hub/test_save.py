@@ -117,9 +117,9 @@ def change_tensors(download: Path, path: str, change: Callable[[dict[str, Tensor
 
 
 def make_picture(folder: Path, **inputs: Any) -> np.ndarray:
-    (image,) = Cascade.load(folder).generate(
-        Request("A thin thing", width=136, height=72, steps_prior=2, steps_decoder=1, **inputs)
-    )
+    loaded = Cascade.load(folder)
+    assert loaded.stage_a_scale == 0.43
+    (image,) = loaded.generate(Request("A thin thing", width=136, height=72, steps_prior=2, steps_decoder=1, **inputs))
     assert image.size == (136, 72)
     return np.asarray(image)
 

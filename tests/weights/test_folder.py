@@ -486,10 +486,23 @@ def test_missing_component(copy: Path) -> None:
         folder.load_component("previewer")
 
 
+def test_the_scale_of_stage_a(tmp_path: Path, components: dict[str, Any]) -> None:
+    """Of one's own, that of its configuration, whatever it is; unless model.json says otherwise."""
+    for scale in (None, 0.5):
+        save_model_folder(tmp_path / "m", {"vqgan": components["vqgan"]}, stage_a_scale=scale, **ABOUT)
+        assert ModelFolder.open(tmp_path / "m").stage_a_scale == scale
+    content = json.loads((tmp_path / "m" / "model.json").read_text())
+    assert content["stage_a_scale"] == 0.5
+    (tmp_path / "m" / "model.json").write_text(json.dumps({**content, "stage_a_scale": "large"}))
+    with pytest.raises(WeightsError, match=r"model.json lacks a field or has one of the wrong kind"):
+        ModelFolder.open(tmp_path / "m")
+
+
 def test_published_repositories(published: Path, components: dict[str, Any]) -> None:
     folder = ModelFolder.open(published)
     assert folder.native_size == 1024
     assert folder.sampler == PUBLISHED_SAMPLER
+    assert folder.stage_a_scale == 0.43
     for component in ("prior", "decoder", "vqgan", "text_encoder", "image_encoder"):
         assert_same_weights(folder.load_component(component), components[component])
     assert folder.load_component("tokenizer").model_max_length == 77

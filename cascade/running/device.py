@@ -1,0 +1,148 @@
+"""Which device the networks run on, and in which precision."""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# CUDA compute capabilities. Cards before 8.0 emulate bfloat16 and can't run the Triton kernels; those before 7.0 compute in
+# float16 hardly faster than in float32 (6.0), or much slower (6.1).
+KERNELS_FROM = (8, 0)
+FLOAT16_FROM = (7, 0)
+
+
+class SettingError(ValueError):
+    """A setting has a value that is not allowed.
+
+    Attributes:
+        name: the setting.
+        problem: the sentence without the name.
+    """
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        self.name = name
+        self.problem = f"is {str(value)!r}; it must be {allowed}."
+        super().__init__(f"{name} {self.problem}")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on.
+
+    Attributes:
+        capabilities: the compute capability of each CUDA device.
+        current: the index of the current CUDA device.
+        mps: whether there is Apple's Metal.
+    """
+
+    capabilities: tuple[tuple[int, int], ...] = ()
+    current: int = 0
+    mps: bool = False
+
+    @classmethod
+    def this(cls) -> "Machine":
+        """The machine that runs this program."""
+        mps = torch.backends.mps.is_available()
+        if not torch.cuda.is_available():
+            return cls(mps=mps)
+        capabilities = tuple(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+        return cls(capabilities, torch.cuda.current_device(), mps)
+
+
+class Placement(NamedTuple):
+    """Where the networks run, in which dtype, and why: half a sentence."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+
+def choose_device(
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    machine: Machine | None = None,
+) -> Placement:
+    """Choose what the caller leaves open.
+
+    Args:
+        device: "cpu", "mps", "cuda", or "cuda:N"; "auto" or None: a CUDA device if there is one, else Metal, else the CPU.
+        dtype: "bfloat16", "float16" or "float32"; "auto" or None: on CUDA bfloat16 from compute capability 8.0, float16
+            from 7.0, else float32; on Metal float16; on a CPU float32.
+        machine: what there is; None: this machine.
+
+    Raises:
+        SettingError: there is no such device or dtype.
+    """
+    machine = machine or Machine.this()
+    place, why_there = _choose_place(str(device or "auto"), machine)
+    named = str(dtype or "auto").removeprefix("torch.")
+    if named not in ("auto", *DTYPES):
+        raise SettingError("dtype", named, f"one of auto, {', '.join(DTYPES)}")
+    chosen, why_so = _choose_dtype(place, machine)
+    if named != "auto":
+        chosen, why_so = named, f"{named} was asked for"
+        if place.type == "cuda" and machine.capabilities[place.index] < KERNELS_FROM:
+            why_so += ", and its kernels are plain torch's"
+    return Placement(place, DTYPES[chosen], f"{why_there}, and {why_so}")
+
+
+def _choose_place(wanted: str, machine: Machine) -> tuple[torch.device, str]:
+    count = len(machine.capabilities)
+    cuda = {f"cuda:{index}": index for index in range(count)}
+    if count:
+        cuda = {"cuda": machine.current, **cuda}
+    there = ["auto", "cpu", *cuda, *(["mps"] if machine.mps else [])]
+    if wanted not in there:
+        raise SettingError("device", wanted, f"one of {', '.join(there)} on this machine")
+    if wanted in cuda:
+        return torch.device("cuda", cuda[wanted]), f"{wanted} was asked for"
+    if wanted != "auto":
+        return torch.device(wanted), f"{wanted} was asked for"
+    if count:
+        return torch.device("cuda", machine.current), "there is a CUDA device"
+    if machine.mps:
+        return torch.device("mps"), "there is Metal and no CUDA device"
+    return torch.device("cpu"), "there is no CUDA device"
+
+
+def _choose_dtype(device: torch.device, machine: Machine) -> tuple[str, str]:
+    if device.type == "cpu":
+        return "float32", "float32 is what a CPU computes in"
+    if device.type == "mps":
+        return "float16", "Metal has float16 in every version"
+    capability = machine.capabilities[device.index]
+    number = "{}.{}".format(*capability)
+    if capability >= KERNELS_FROM:
+        return "bfloat16", f"compute capability {number} has bfloat16 and runs the Triton kernels"
+    if capability >= FLOAT16_FROM:
+        return "float16", f"compute capability {number} has float16, no bfloat16 and no Triton kernels"
+    return "float32", f"compute capability {number} has neither bfloat16, fast float16 nor Triton kernels"
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which a device is the current one: where Triton launches, and where streams and graphs are made."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def within(context: Callable[[], AbstractContextManager[object]], work: Generator[T, None, None]) -> Iterator[T]:
+    """Iterate, with each step taken in a context that is left before the caller goes on.
+
+    A `with` around the `yield` of a generator would be open, in the caller too, until the next step.
+    """
+    try:
+        while True:
+            with context():
+                try:
+                    item = next(work)
+                except StopIteration:
+                    return
+            yield item
+    finally:
+        with context():
+            work.close()

@@ -1,0 +1,182 @@
+"""Captures that fail: the work is done all the same, and the next capture succeeds."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cascade.cascade import Cascade, Request
+from cascade.controls import Control
+from cascade.graphs import Recorder
+from cascade.running.errors import is_lost, is_out_of_memory
+
+SMALL = {"width": 128, "height": 128, "steps_prior": 2, "steps_decoder": 2}
+
+
+def capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def read_on_the_host(x: Tensor) -> Tensor:
+    return x + x.sum().item()
+
+
+def wait_for_the_device(x: Tensor) -> Tensor:
+    torch.cuda.synchronize()
+    return 2 * x
+
+
+def wait_for_an_event(x: Tensor) -> Tensor:
+    y = 2 * x
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    event.synchronize()
+    return y
+
+
+def raise_an_error(x: Tensor) -> Tensor:
+    y = 2 * x
+    if capturing():
+        raise ValueError("only while it is captured")
+    return y
+
+
+def leave_the_stream(x: Tensor) -> Tensor:
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        y = 2 * x
+    if not capturing():
+        torch.cuda.current_stream().wait_stream(other)
+    return y
+
+
+FAILING = [read_on_the_host, wait_for_the_device, wait_for_an_event, raise_an_error, leave_the_stream]
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    recorder = Recorder()
+    yield recorder
+    recorder.clear()
+
+
+def assert_captured_well(recorder: Recorder) -> None:
+    """A function is captured, replayed with other inputs, and not called for that."""
+    calls = []
+
+    def work(x: Tensor) -> Tensor:
+        calls.append(1)
+        return (x[:, None] * x[None]).sum(dim=0)
+
+    for size in (64, 128):
+        calls.clear()
+        for _ in range(3):
+            x = torch.rand(size, device="cuda", generator=torch.Generator("cuda").manual_seed(size))
+            torch.testing.assert_close(recorder.run(("work", id(calls)), work, x), work(x))
+        assert len(calls) == 2 + 3  # once before and once in the capture; and those to compare with
+
+
+@pytest.mark.parametrize("function", FAILING)
+def test_what_cannot_be_captured_runs_plainly(
+    recorder: Recorder, caplog: pytest.LogCaptureFixture, function: Callable[[Tensor], Tensor]
+) -> None:
+    assert_captured_well(recorder)
+    before = torch.cuda.current_stream()
+    for _ in range(3):
+        x = torch.rand(5, device="cuda")
+        torch.testing.assert_close(recorder.run("failing", function, x), function(x))
+        assert torch.cuda.current_stream() == before
+        assert not capturing()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert lines[0].startswith("failing cannot be captured as a CUDA graph and runs without, more slowly. ")
+    assert_captured_well(recorder)
+    assert_captured_well(Recorder())
+    torch.rand(3, device="cuda")  # by the default generator
+    assert not is_lost(torch.device("cuda", 0))
+
+
+def test_captures_that_fail_keep_no_memory(recorder: Recorder) -> None:
+    def fail(x: Tensor) -> Tensor:
+        large = torch.ones(256 * 2**20, dtype=torch.uint8, device="cuda")
+        return x + large[:1] + (x.sum().item() if capturing() else 0)
+
+    def held() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    recorder.run("first", fail, torch.ones(1, device="cuda"))
+    before = held()
+    for i in range(4):
+        recorder.run(("failing", i), fail, torch.ones(1, device="cuda"))
+    assert held() - before < 64 * 2**20
+
+
+def test_a_lack_of_memory_while_it_is_captured_is_an_error_and_the_next_time_it_may_suffice(recorder: Recorder) -> None:
+    short = True
+
+    def work(x: Tensor) -> Tensor:
+        if capturing() and short:
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        return 2 * x
+
+    x = torch.ones(3, device="cuda")
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as caught:
+            recorder.run("work", work, x)
+        assert is_out_of_memory(caught.value)
+        assert not capturing()
+    assert_captured_well(recorder)
+    short = False
+    before = len(recorder)
+    assert recorder.run("work", work, x).tolist() == [2, 2, 2]
+    assert len(recorder) == before + 1
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "image_encoder", "effnet", "canny", "prior", "decoder"])
+def test_pictures_are_made_all_the_same(
+    mini_with_controlnets: Path, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    """Where a hook in a network waits for the GPU, as that of a profiler may; now and in later requests of all kinds."""
+    expected, cascade = (Cascade.load(mini_with_controlnets, "cuda:0") for _ in range(2))
+    (image,) = expected.generate(Request("a red apple", **SMALL))
+    parts: dict[str, Any] = {**vars(cascade), **vars(cascade.conditioner), **cascade.controlnets}
+    parts[part].register_forward_hook(lambda *_: torch.cuda.current_stream().record_event().synchronize())
+    requests = [
+        Request("a red apple", **SMALL),
+        Request("a red apple", image_prompts=(image,), **SMALL),
+        Request("a red apple", image=image, **SMALL),
+        Request("a red apple", controls=(Control("canny", image),), **SMALL),
+        Request("a red apple", num_images=2, **{**SMALL, "width": 192}),
+    ]
+    for request in [*requests, *requests]:
+        for one, other in zip(cascade.generate(request), expected.generate(request), strict=True):
+            assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+    lines = [record.getMessage() for record in caplog.records if "cannot be captured" in record.getMessage()]
+    assert 1 <= len(lines) <= 2  # Stages B and C have two functions each
+    assert len(cascade.recorder) > 4
+
+
+def test_eight_sizes_in_rotation_are_recorded_once(mini_with_controlnets: Path) -> None:
+    """With several kinds of request each; the ninth takes the place of the one that was used longest ago."""
+    cascade = Cascade.load(mini_with_controlnets, "cuda:0")
+    (image,) = cascade.generate(Request("a red apple", **SMALL))
+    sizes = [(128, 128 + 32 * i) for i in range(8)]
+    counts = []
+    for _ in range(3):
+        for height, width in sizes:
+            size = {**SMALL, "height": height, "width": width}
+            cascade.generate(Request("a red apple", **size))
+            cascade.generate(Request("a red apple", num_images=2, **size))
+            cascade.generate(Request("a red apple", image=image, image_prompts=(image,), **size))
+        counts.append(len(cascade.recorder))
+    assert counts[0] == counts[1] == counts[2]
+    assert cascade.recorder.sizes == sizes
+    cascade.generate(Request("a red apple", **{**SMALL, "height": 160}))
+    assert cascade.recorder.sizes == [*sizes[1:], (160, 128)]
