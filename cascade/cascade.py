@@ -22,6 +22,7 @@ from cascade.controls import Control, canny, inpainting
 from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode_pixels, for_encoder, tile_within
 from cascade.graphs import GraphedUNet, Recorder, graphed
 from cascade.inpainting import latents_of, read_mask, set_into
+from cascade.limits import InputError, shown
 from cascade.memory import ALWAYS, GIB, Arena, Choice, Resident, available, choose
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
@@ -254,6 +255,8 @@ class Cascade:
             ValueError: the model has no component that reads the request's images; diffusers' numerics do not have
                 this size or sampler, image-to-image or controls.
         """
+        if not isinstance(request, Request):
+            raise InputError(f"request is {shown(request)}; it must be a Request, such as Request('a cat').")
         settings = self._settings(request)
         sampler = self._sampler(request.sampler)
         height, width = self.picture_size(request)
