@@ -25,6 +25,7 @@ from cascade.controls import Control, canny, inpainting
 from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode_pixels, for_encoder, tile_within
 from cascade.graphs import GraphedUNet, Recorder
 from cascade.inpainting import latents_of, read_mask, set_into
+from cascade.limits import InputError, shown
 from cascade.memory import ALWAYS, GIB, Arena, Choice, Resident, UNet, available, choose, usable
 from cascade.networks.controlnet import PUBLISHED_WIDTH, ControlNet
 from cascade.networks.effnet import SemanticEncoder
@@ -353,6 +354,8 @@ class Cascade:
             RuntimeError: memory does not suffice for one picture (`running.errors.is_out_of_memory`); or the stages'
                 latents are not finite.
         """
+        if not isinstance(request, Request):
+            raise InputError(f"request is {shown(request)}; it must be a Request, such as Request('a cat').")
         plan = self._plan(request)
         with current(self.device):
             allowance = self._allowances.of(plan.size, usable(self.device))

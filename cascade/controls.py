@@ -3,7 +3,6 @@
 Pictures are (B, 3, H, W) in 0..1, RGB; controls come back as float32 on the pictures' device.
 """
 
-import math
 from dataclasses import dataclass
 
 import cv2
@@ -13,11 +12,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cascade.networks.controlnet import KINDS
+from cascade import sizes
+from cascade.limits import LIMITS, InputError, Limits
 from cascade.networks.effnet import SemanticEncoder
 
 CANNY_SIDE = 224
 CANNY_THRESHOLDS = (100, 200)
+CANNY_SIDES = Limits(int, low=1, high=sizes.LARGEST)
+# A control's attributes are each an element of one of these inputs.
+INPUTS = {
+    "kind": "control_types",
+    "image": "control_images",
+    "scale": "control_scales",
+    "start": "control_starts",
+    "end": "control_ends",
+}
 
 
 @dataclass(frozen=True)
@@ -29,13 +38,14 @@ class Control:
             "super_resolution": they show it, in twice its size.
         image: of any size and mode. It is scaled to the pictures' size, for "super_resolution" to half of that, and
             what exceeds their shape is cut off evenly.
-        scale: at least 0; what the ControlNet adds to Stage C is multiplied with it.
+        scale: 0 to 2, by which what the ControlNet adds to Stage C is multiplied.
         start, end: which of Stage C's steps it guides: step i of n, from 0, if start <= i / n < end; 0 <= start < end
             <= 1.
-        canny_side: see `canny`; None finds finer edges than those that the published network has learned from.
+        canny_side: pixels, 1 to 2048, see `canny`; None finds finer edges than those that the published network has
+            learned from.
 
     Raises:
-        TypeError, ValueError: an attribute of the wrong kind or outside of its range.
+        InputError: an attribute of the wrong kind or outside of its range.
     """
 
     kind: str
@@ -46,18 +56,24 @@ class Control:
     canny_side: int | None = CANNY_SIDE
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"The kind of a control is {self.kind!r}; it must be one of {', '.join(KINDS)}.")
-        if not isinstance(self.image, Image.Image):
-            raise TypeError(f"The image of a control is {self.image!r}; it must be an image.")
-        if not isinstance(self.scale, int | float) or not 0 <= self.scale < math.inf:
-            raise ValueError(f"The scale of a control is {self.scale!r}; it must be a number of at least 0.")
-        ends = (self.start, self.end)
-        if not all(isinstance(end, int | float) for end in ends) or not 0 <= self.start < self.end <= 1:
-            raise ValueError(
-                f"A control starts at {self.start!r} and ends at {self.end!r}; these must be numbers from 0 to 1, the "
-                "first one less than the second."
-            )
+        for name, given in INPUTS.items():
+            object.__setattr__(self, name, LIMITS[given].check_one(f"Control.{name}", getattr(self, name)))
+        CANNY_SIDES.check("Control.canny_side", self.canny_side)
+        check_span("Control.start", self.start, "Control.end", self.end)
+
+
+def check_span(start_name: str, start: float, end_name: str, end: float) -> None:
+    """Make sure that a control starts before it ends.
+
+    Args:
+        start_name, end_name: what the sentence calls them.
+        start, end: each 0 to 1.
+
+    Raises:
+        InputError: it does not.
+    """
+    if start >= end:
+        raise InputError(f"{start_name} is {start}; it must be less than {end_name}, which is {end}.")
 
 
 def canny(pixels: Tensor, side: int | None = CANNY_SIDE) -> Tensor:

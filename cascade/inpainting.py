@@ -3,6 +3,8 @@
 A mask of pixels is a bool array (H, W), true where the picture is made anew.
 """
 
+from typing import Literal
+
 import cv2
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cascade import sizes
+from cascade.limits import ALPHA, LIMITS, InputError
 from cascade.pictures import to_rgb
 
 WHITE = 128
@@ -22,11 +25,11 @@ def check_shape(mask: Image.Image, width: int, height: int) -> None:
     """Make sure that a mask is one of an image of `width` x `height`: of its shape.
 
     Raises:
-        ValueError: it is not.
+        InputError: it is not.
     """
     # One is the other, resized, but for the rounding of sides to whole pixels.
     if abs(mask.width * height - mask.height * width) > max(*mask.size, width, height):
-        raise ValueError(
+        raise InputError(
             f"mask has {mask.width}x{mask.height} pixels, and image {width}x{height}; it must have the image's shape."
         )
 
@@ -38,12 +41,13 @@ def check_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
         The mask in the image's size, of mode "1", which `read_mask` reads in a tenth of the time.
 
     Raises:
-        ValueError: the mask has another shape, no white, or 32 bits a channel.
+        InputError: the mask has another shape, or no white.
+        ValueError: it has 32 bits a channel.
     """
     check_shape(mask, width, height)
     read = read_mask(mask, width, height)
     if not read.any():
-        raise ValueError("mask has no white, so that nothing of image would be made anew.")
+        raise InputError("mask has no white, so that nothing of image would be made anew.")
     return Image.fromarray(read)
 
 
@@ -59,6 +63,21 @@ def read_mask(mask: Image.Image, width: int, height: int) -> np.ndarray:
         return np.array(mask)
     grey = to_rgb(mask, "mask", background="black").convert("L")
     return np.asarray(grey.resize((width, height), Image.Resampling.BOX)) >= WHITE
+
+
+def transparent(image: Image.Image) -> Image.Image:
+    """The mask, of mode "1", of what is transparent in an image by half and more.
+
+    Args:
+        image: of any size and mode.
+
+    Raises:
+        InputError: nothing is.
+    """
+    opaque = np.asarray(image.convert("RGBA").getchannel("A")) >= WHITE if image.has_transparency_data else np.True_
+    if opaque.all():
+        raise InputError(f"mask is {ALPHA!r}, which needs a transparent region in image; there is none.")
+    return Image.fromarray(~opaque)
 
 
 def latents_of(mask: np.ndarray, size: sizes.Size) -> Tensor:
@@ -86,30 +105,34 @@ def set_into(image: Image.Image, made: Image.Image, mask: np.ndarray) -> Image.I
 
 
 def extend(
-    image: Image.Image, mask: Image.Image | None, left: int, above: int, right: int, below: int
+    image: Image.Image, mask: Image.Image | Literal["alpha"] | None, left: int, above: int, right: int, below: int
 ) -> tuple[Image.Image, Image.Image]:
     """An image on a larger canvas, and the mask of what is new there: outpainting is inpainting of that.
 
     Args:
         image: of any size and mode.
-        mask: what of the image is made anew besides; None: nothing.
-        left, above, right, below: pixels to add, at least 0, and at one side some.
+        mask: what of the image is made anew besides, as in `Request`; None: nothing.
+        left, above, right, below: pixels to add, 0 to 2048, and at one side some.
 
     Returns:
         The canvas, RGB, which repeats the image's border pixels, and its mask.
 
     Raises:
-        ValueError: a number is negative, or all are 0; the canvas exceeds 2048 pixels; the mask has another shape.
+        InputError: a number is not allowed, or all are 0; the canvas exceeds 2048 pixels; the mask has another shape.
     """
-    added = f"{left}, {above}, {right}, {below}"
-    if min(left, above, right, below) < 0 or not max(left, above, right, below):
-        raise ValueError(f"outpaint is {added}; it must be four numbers of at least 0, one of them above it.")
+    LIMITS["image"].check_one("image", image)
+    mask = LIMITS["mask"].check("mask", mask)
+    added = left, above, right, below = LIMITS["outpaint"].check("outpaint", [left, above, right, below])
+    if not any(added):
+        raise InputError("outpaint is 0, 0, 0, 0; one of its numbers must be above 0.")
     width, height = left + image.width + right, above + image.height + below
     if max(width, height) > sizes.LARGEST:
-        raise ValueError(
-            f"outpaint is {added}, which makes {width}x{height} pixels of image's {image.width}x{image.height}; "
-            f"each side may have {sizes.LARGEST}."
+        raise InputError(
+            f"outpaint is {', '.join(map(str, added))}, which makes {width}x{height} pixels of image's "
+            f"{image.width}x{image.height}; each side may have {sizes.LARGEST}."
         )
+    if mask == ALPHA:
+        mask = transparent(image)
     if mask is not None:
         check_shape(mask, *image.size)
     old = np.zeros((image.height, image.width), bool) if mask is None else read_mask(mask, *image.size)

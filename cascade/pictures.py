@@ -16,16 +16,16 @@ MOST_PIXELS = 64_000_000
 LONGEST_SHAPE = 32
 
 
-def read_picture(path: Path, name: str, background: str = "white") -> Image.Image:
+def read_picture(path: Path, name: str, background: str | None = "white") -> Image.Image:
     """Read a picture of any usual format, depth and colour mode.
 
     Args:
         path: the file. Its ending does not matter.
         name: what the errors call it.
-        background: what is transparent is laid on this colour.
+        background: what is transparent is laid on this colour; None: it stays transparent.
 
     Returns:
-        RGB, of any size from 1x1.
+        RGB, of any size from 1x1; RGBA if it stays transparent.
 
     Raises:
         ValueError: the file is no picture of these formats, it has more than 64 million pixels, or one side is more
@@ -51,8 +51,10 @@ def read_picture(path: Path, name: str, background: str = "white") -> Image.Imag
     return to_rgb(turned, name, background)
 
 
-def to_rgb(image: Image.Image, name: str = "The image", background: str = "white") -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "The image", background: str | None = "white") -> Image.Image:
     """A picture of any mode in RGB. What is transparent is laid on the background's colour; 16 bits become 8.
+
+    Without a background, a picture that has transparency is returned in RGBA.
 
     Raises:
         ValueError: it has 32 bits a channel, of which nothing says what is white. `name` is what the error calls it.
@@ -62,5 +64,7 @@ def to_rgb(image: Image.Image, name: str = "The image", background: str = "white
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))  # Pillow would clip at 255
     if image.has_transparency_data:
+        if background is None:
+            return image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
     return image.convert("RGB")

@@ -56,6 +56,25 @@ def fitted_size(
     return rows if to_height is None else to_height, columns if to_width is None else to_width
 
 
+def ratio_size(ratio: str, native: int) -> Size:
+    """The size of exactly this ratio, in multiples of 8, with about the native area.
+
+    Args:
+        ratio: width to height, as in "16:9".
+        native: pixels, the edge of the square with that area.
+
+    Returns:
+        Two sides of at most 2048.
+    """
+    columns, rows = map(int, ratio.split(":"))
+    shared = math.gcd(columns, rows)
+    columns, rows = columns // shared, rows // shared
+    unit = native / math.sqrt(columns * rows)
+    largest = LARGEST // max(columns, rows) // MULTIPLE
+    unit = MULTIPLE * min(max(round(unit / MULTIPLE), 1), largest)
+    return rows * unit, columns * unit
+
+
 def semantic_size(height: int, width: int) -> Size:
     """Stage C's latents for a picture of this many pixels: ceil(side / 42.67), as the authors have it."""
     return math.ceil(height / SEMANTIC_PIXELS), math.ceil(width / SEMANTIC_PIXELS)

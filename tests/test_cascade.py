@@ -19,12 +19,14 @@ from PIL import Image
 from cascade import sizes
 from cascade.cascade import Cascade, Progress, Request, to_image, to_pixels
 from cascade.controls import Control
+from cascade.limits import InputError
 from cascade.sampling import Noise, diffuse
 from cascade.weights import CONTROLNETS, WeightsError
 from tests.tiny import count_calls, make_cascade
 
 WITHOUT_CONTROLNET = ("previewer", "effnet", "image-encoder")
 SMALL = {"width": 64, "height": 64, "steps_prior": 2, "steps_decoder": 2}
+PIXELS = (Image.new("L", (1, 1)), Image.new("L", (1, 1), 255))
 
 
 @pytest.fixture(scope="module")
@@ -415,45 +417,88 @@ def test_scale_of_stage_a(
     [
         ({"width": 63}, "width is 63; it must be a whole number from 64 to 2048."),
         ({"height": 2049}, "height is 2049; it must be a whole number from 64 to 2048."),
-        ({"height": 512.0}, "height is 512.0; it must be a whole number from 64 to 2048."),
+        ({"height": 512.5}, "height is 512.5; it must be a whole number from 64 to 2048."),
         ({"num_images": 0}, "num_images is 0; it must be a whole number of at least 1."),
         ({"num_images": True}, "num_images is True; it must be a whole number of at least 1."),
         ({"seed": -1}, "seed is -1; it must be a whole number from 0 to 9223372036854775807."),
         ({"seed": 2**63}, "seed is 9223372036854775808; it must be"),
         ({"steps_prior": 0}, "steps_prior is 0; it must be a whole number from 1 to 1000."),
         ({"steps_decoder": 1001}, "steps_decoder is 1001; it must be a whole number from 1 to 1000."),
-        ({"guidance_scale_prior": -0.5}, "guidance_scale_prior is -0.5; it must be a number of at least 0."),
-        ({"guidance_scale_decoder": float("nan")}, "guidance_scale_decoder is nan; it must be a number of at least 0."),
+        ({"guidance_scale_prior": -0.5}, "guidance_scale_prior is -0.5; it must be a number from 0 to 20."),
+        ({"guidance_scale_decoder": float("nan")}, "guidance_scale_decoder is nan; it must be a number from 0 to 20."),
         ({"guidance_scale_decoder": float("inf")}, "guidance_scale_decoder is inf; it must be"),
-        ({"guidance_scale_prior": "4"}, "guidance_scale_prior is '4'; it must be a number of at least 0."),
+        ({"guidance_scale_prior": "4"}, "guidance_scale_prior is '4'; it must be a number from 0 to 20."),
         ({"sampler": "euler"}, "sampler is 'euler'; it must be one of ddpm, ddim, lcm."),
         ({"prompt_strength": -0.1}, "prompt_strength is -0.1; it must be a number from 0 to 1."),
         ({"prompt_strength": 1.1}, "prompt_strength is 1.1; it must be a number from 0 to 1."),
         ({"prompt_strength": float("nan")}, "prompt_strength is nan; it must be a number from 0 to 1."),
-        ({"image_prompts": (Image.new("L", (1, 1)),) * 5}, "image_prompts has 5 images; 4 are the limit."),
-        ({"image_prompt_strengths": (1.0,)}, "image_prompt_strengths has 1 numbers; image_prompts has 0 images."),
+        ({"image_prompts": (Image.new("L", (1, 1)),) * 5}, "image_prompts has 5 images; it may have at most 4."),
+        ({"image_prompt_strengths": (1.0,)}, "image_prompt_strengths needs image_prompts, which is left out."),
         (
-            {"image_prompts": (Image.new("L", (1, 1)),), "image_prompt_strengths": (-1.0,)},
-            "image_prompt_strengths has -1.0 in it; it must have numbers of at least 0.",
+            {"image_prompts": PIXELS, "image_prompt_strengths": [1]},
+            "image_prompt_strengths has 1 value; it must have 2, one for each of image_prompts.",
         ),
+        (
+            {"image_prompts": PIXELS, "image_prompt_strengths": (1, -1.0)},
+            "image_prompt_strengths[1] is -1.0; it must be a number from 0 to 2.",
+        ),
+        (
+            {"image_prompt_strengths": 7},
+            "image_prompt_strengths is 7; it must be a list of up to 4 numbers from 0 to 2.",
+        ),
+        ({"guidance_scale_prior": True}, "guidance_scale_prior is True; it must be a number from 0 to 20."),
+        ({"image_prompts": PIXELS[0]}, "image_prompts is an image of 1x1 pixels; it must be a list of up to 4 images."),
+        (
+            {"image_prompts": [PIXELS[0], "a.png"]},
+            "image_prompts[1] is 'a.png'; it must be an image (PIL.Image.Image).",
+        ),
+        (
+            {"image": np.zeros((400, 400, 3))},
+            "image is an array of the shape (400, 400, 3); it must be an image (PIL.Image.Image).",
+        ),
+        ({"image": "a.png"}, "image is 'a.png'; it must be an image (PIL.Image.Image)."),
+        ({"mask": "beta"}, "mask is 'beta'; it must be an image (PIL.Image.Image) or 'alpha'."),
+        ({"mask": "alpha"}, "mask needs image, which is left out."),
+        ({"prompt": 5}, "prompt is 5; it must be a text."),
+        ({"negative_prompt": ["a"]}, "negative_prompt is ['a']; it must be a text."),
+        ({"prompt": "a \ud83d"}, "prompt has '\\ud83d' at place 2; it must be a text of whole characters."),
     ],
 )
 def test_wrong_requests_are_refused_in_one_sentence(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below, without escapes
-        Request("a cat", **wrong)
+    with pytest.raises(InputError) as caught:
+        Request(**{"prompt": "a cat", **wrong})
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("wrong", [{"prompt": None}, {"prompt": ["a cat"]}, {"prompt": "", "negative_prompt": None}])
-def test_texts_must_be_texts(wrong: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=r"prompt is .*; it must be a text"):
-        Request(**wrong)
+def test_a_request_has_its_values_in_one_kind() -> None:
+    """Whatever the caller had: they are compared, and written into files."""
+    request = Request(
+        "a cat",
+        width=np.int64(64),
+        height=72.0,
+        seed=np.uint8(3),
+        guidance_scale_prior=np.float32(4),
+        prompt_strength=1,
+        image_prompts=list(PIXELS),
+        image_prompt_strengths=[np.float64(0.5), 1],
+    )
+    same = Request("a cat", "", 64, 72, 1, 3, None, None, 4.0, image_prompts=PIXELS, image_prompt_strengths=(0.5, 1.0))
+    assert request == replace(same, prompt_strength=1.0)
+    kinds = {name: type(value) for name, value in vars(request).items()}
+    assert (kinds["width"], kinds["height"], kinds["seed"]) == (int, int, int)
+    assert (kinds["guidance_scale_prior"], kinds["prompt_strength"]) == (float, float)
+    assert {type(strength) for strength in request.image_prompt_strengths} == {float}
+    assert kinds["image_prompts"] is kinds["controls"] is tuple
 
 
-@pytest.mark.parametrize("wrong", [{"image": "a.png"}, {"image_prompts": ("a.png",)}])
-def test_images_must_be_images(wrong: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=r"^image.* 'a\.png'.*; it must "):
-        Request("a cat", **wrong)
+def test_python_may_ask_for_more_than_one_server_gives_everybody() -> None:
+    assert Request("a cat", num_images=1000, steps_prior=1000, seed=2**63 - 1, sampler="lcm").num_images == 1000
+
+
+@pytest.mark.parametrize("wrong", ["a cat", None, {"prompt": "a cat"}])
+def test_what_is_no_request(components: dict[str, Any], wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"^request is .*; it must be a Request, such as Request\('a cat'\)\.$"):
+        make_cascade(components).generate(wrong)
 
 
 def test_wrong_options_are_refused(components: dict[str, Any]) -> None:

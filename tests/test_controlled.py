@@ -14,6 +14,7 @@ from cascade import controls, sizes
 from cascade.cascade import Cascade, Request, to_pixels
 from cascade.controls import Control
 from cascade.decoder import for_encoder
+from cascade.limits import InputError
 from cascade.networks.controlnet import KINDS
 from cascade.request import upscaling
 from tests.test_cascade import SMALL, photo, read
@@ -174,10 +175,33 @@ def test_what_cannot_be_enlarged(size: tuple[int, int], limits: str) -> None:
         upscaling(Image.new("RGB", size))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": Image.new("L", (80, 80))}, "mask does not go with upscaling, which makes all of the image in twice"),
+        ({"width": 64}, "width does not go with upscaling, which"),
+        ({"controls": [Control("canny", photo(8, 8))] * 4}, "controls has 4 values; it may have at most 3."),
+        ({"prompt_strength": 2}, "prompt_strength is 2; it must be a number from 0 to 1."),
+    ],
+)
+def test_what_does_not_go_with_upscaling(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        upscaling(photo(80, 80), **options)
+    assert str(caught.value).startswith(message)
+
+
+def test_only_an_image_is_enlarged() -> None:
+    with pytest.raises(InputError, match=r"^image is 'a\.png'; it must be an image \(PIL\.Image\.Image\)\.$"):
+        upscaling("a.png")
+
+
 def test_pictures_too_small_for_super_resolution(cascade: Cascade) -> None:
-    asked = replace(request("super_resolution"), height=126)
-    with pytest.raises(ValueError, match=r"has 128x126 pixels; .*'super_resolution', it must have at least 128x128\."):
-        cascade.generate(asked)
+    asked = replace(request("super_resolution"), height=127, steps_prior=1)
+    assert len(cascade.generate(asked)) == 1
+    with pytest.raises(
+        InputError, match=r"^height of the picture is 126; with super_resolution it must be at least 127\.$"
+    ):
+        replace(asked, height=126)
 
 
 def test_controlnets_of_another_stage_c(components: dict[str, Any]) -> None:
@@ -196,29 +220,37 @@ def test_diffusers_numerics_have_none(components: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"kind": "depth"}, "The kind of a control is 'depth'; it must be one of canny, inpainting, super_resolution."),
-        ({"scale": -1.0}, "The scale of a control is -1.0; it must be a number of at least 0."),
-        ({"scale": math.nan}, "The scale of a control is nan; it must be"),
-        ({"scale": "1"}, "The scale of a control is '1'; it must be"),
-        ({"start": 0.5, "end": 0.5}, "A control starts at 0.5 and ends at 0.5; these must be numbers from 0 to 1, the"),
-        ({"start": -0.1}, "A control starts at -0.1 and ends at 1.0; these must be"),
-        ({"end": 1.1}, "A control starts at 0.0 and ends at 1.1; these must be"),
-        ({"end": None}, "A control starts at 0.0 and ends at None; these must be"),
+        ({"kind": "depth"}, "Control.kind is 'depth'; it must be one of canny, inpainting, super_resolution."),
+        ({"image": "a.png"}, "Control.image is 'a.png'; it must be an image (PIL.Image.Image)."),
+        ({"scale": -1.0}, "Control.scale is -1.0; it must be a number from 0 to 2."),
+        ({"scale": math.nan}, "Control.scale is nan; it must be"),
+        ({"scale": "1"}, "Control.scale is '1'; it must be"),
+        ({"scale": True}, "Control.scale is True; it must be"),
+        ({"start": 0.5, "end": 0.5}, "Control.start is 0.5; it must be less than Control.end, which is 0.5."),
+        ({"start": -0.1}, "Control.start is -0.1; it must be a number from 0 to 1."),
+        ({"end": 1.1}, "Control.end is 1.1; it must be a number from 0 to 1."),
+        ({"end": None}, "Control.end is None; it must be a number from 0 to 1."),
+        ({"canny_side": 0}, "Control.canny_side is 0; it must be a whole number from 1 to 2048."),
     ],
 )
 def test_wrong_controls_are_refused_in_one_sentence(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below, without escapes
+    with pytest.raises(InputError) as caught:
         Control(**{"kind": "canny", "image": photo(8, 8), **wrong})
     assert str(caught.value).startswith(message)
 
 
 def test_wrong_lists_of_controls() -> None:
     edges = Control("canny", photo(8, 8))
-    with pytest.raises(TypeError, match=r"^The image of a control is 'a\.png'; it must be an image\.$"):
-        Control("canny", "a.png")
-    with pytest.raises(TypeError, match=r"^controls has 'canny' in it; it must have controls only\.$"):
-        Request("a cat", controls=("canny",))
-    with pytest.raises(ValueError, match=r"^controls has 5 controls; 4 are the limit\.$"):
-        Request("a cat", controls=(edges,) * 5)
-    with pytest.raises(ValueError, match=r"^controls has one of the kind 'inpainting', which needs a mask"):
-        Request("a cat", controls=(replace(edges, kind="inpainting"),))
+    for wrong, message in (
+        ({"controls": ("canny",)}, "controls[0] is 'canny'; it must be a Control."),
+        ({"controls": edges}, "controls is Control(kind='canny'"),
+        ({"controls": [edges] * 5}, "controls has 5 values; it may have at most 4."),
+        (
+            {"controls": (edges, replace(edges, kind="inpainting"))},
+            "controls[1].kind is 'inpainting', which needs mask.",
+        ),
+    ):
+        with pytest.raises(InputError) as caught:
+            Request("a cat", **wrong)
+        assert str(caught.value).startswith(message)
+        assert len(str(caught.value)) < 200

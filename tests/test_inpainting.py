@@ -13,6 +13,8 @@ from PIL import Image
 from cascade.cascade import Cascade, Request
 from cascade.controls import Control
 from cascade.inpainting import SEAM, extend, latents_of, read_mask, set_into
+from cascade.limits import InputError
+from cascade.pictures import to_rgb
 from cascade.sizes import native_size, semantic_size
 from tests.test_cascade import photo, read
 from tests.tiny import make_cascade
@@ -154,8 +156,12 @@ def test_masks_that_were_made_by_resizing_the_image_have_its_shape(width: int, h
 @pytest.mark.parametrize(
     ("request_", "error", "message"),
     [
-        ({"mask": Image.new("L", (80, 80), 255)}, ValueError, "There is a mask, but no image; a mask says what of an"),
-        ({"image": photo(80, 80), "mask": "white"}, TypeError, "mask is 'white'; it must be an image."),
+        ({"mask": Image.new("L", (80, 80), 255)}, InputError, "mask needs image, which is left out."),
+        (
+            {"image": photo(80, 80), "mask": "white"},
+            InputError,
+            "mask is 'white'; it must be an image (PIL.Image.Image) or 'alpha'.",
+        ),
         ({"image": photo(80, 80), "mask": Image.new("L", (80, 80))}, ValueError, "mask has no white, so that nothing"),
         (
             {"image": photo(80, 80), "mask": Image.new("L", (80, 40), 255)},
@@ -241,9 +247,9 @@ def test_a_canvas_with_a_mask_besides() -> None:
 
 def test_a_canvas_that_is_too_large() -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below, without escapes
-        extend(photo(80, 70), None, 10**9, 0, 0, 0)
+        extend(photo(80, 70), None, 1000, 0, 1000, 0)
     assert str(caught.value) == (
-        "outpaint is 1000000000, 0, 0, 0, which makes 1000000080x70 pixels of image's 80x70; each side may have 2048."
+        "outpaint is 1000, 0, 1000, 0, which makes 2080x70 pixels of image's 80x70; each side may have 2048."
     )
 
 
@@ -252,8 +258,63 @@ def test_a_mask_of_another_shape_is_no_mask_of_the_image() -> None:
         extend(photo(80, 70), Image.new("L", (80, 30)), 5, 5, 5, 5)
 
 
-@pytest.mark.parametrize("added", [(0, -1, 0, 0), (0, 0, 0, 0)])
-def test_nothing_can_be_taken_away_and_something_must_be_added(added: tuple[int, ...]) -> None:
-    text = ", ".join(map(str, added))
-    with pytest.raises(ValueError, match=rf"^outpaint is {text}; it must be four numbers of at least 0, one of them "):
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ((0, -1, 0, 0), "outpaint[1] is -1; it must be a whole number from 0 to 2048."),
+        ((0, 0, 0, 1.5), "outpaint[3] is 1.5; it must be a whole number from 0 to 2048."),
+        ((0, 0, 0, 0), "outpaint is 0, 0, 0, 0; one of its numbers must be above 0."),
+    ],
+)
+def test_nothing_can_be_taken_away_and_something_must_be_added(added: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InputError) as caught:
         extend(photo(80, 70), None, *added)
+    assert str(caught.value) == message
+
+
+# ---- the transparent part of the image as the mask ----
+
+
+def with_hole(mode: str) -> Image.Image:
+    """Transparent to the right of column 40, where it has a colour of its own; a palette's transparency is in its info."""
+    image = photo(80, 70).convert("RGBA")
+    image.paste((10, 200, 10, 0), (40, 0, 80, 70))
+    return image.quantize(64) if mode == "P" else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_alpha(cascade: Cascade, mode: str) -> None:
+    """As with a mask that says the same of the image on white."""
+    image = with_hole(mode)
+    request = Request("a cat", image=image, mask="alpha", **QUICK)
+    hole = np.zeros((70, 80), bool)
+    hole[:, 40:] = True
+    assert (np.asarray(request.mask.convert("1")) == hole).all()
+    (made,) = cascade.generate(request)
+    assert (read(made)[:, :40] == read(image.convert("RGBA").convert("RGB"))[:, :40]).all()
+    same = Request("a cat", image=to_rgb(image), mask=Image.fromarray(hole), **QUICK)
+    assert made.tobytes() == cascade.generate(same)[0].tobytes()
+
+
+def test_half_of_transparent_is_transparent() -> None:
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 128))
+    image.putpixel((5, 6), (0, 0, 0, 127))
+    assert np.argwhere(np.asarray(Request("", image=image, mask="alpha").mask)).tolist() == [[6, 5]]
+
+
+def test_alpha_on_a_larger_canvas() -> None:
+    _, mask = extend(with_hole("RGBA"), "alpha", 5, 0, 0, 0)
+    new = np.asarray(mask)
+    assert new[:, :5].all()
+    assert not new[:, 5:45].any()
+    assert new[:, 45:].all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_an_image_without_a_transparent_region(mode: str) -> None:
+    image = photo(80, 70).convert(mode)
+    for ask in (lambda: Request("", image=image, mask="alpha"), lambda: extend(image, "alpha", 5, 0, 0, 0)):
+        with pytest.raises(
+            InputError, match=r"^mask is 'alpha', which needs a transparent region in image; there is none\.$"
+        ):
+            ask()

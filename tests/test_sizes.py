@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade import sizes
+from cascade.limits import RATIOS
 
 sides = st.integers(sizes.SMALLEST, sizes.LARGEST)
 
@@ -95,3 +96,17 @@ def test_diffusers_size() -> None:
     assert sizes.diffusers_decoder_size((24, 18)) == (256, 192)
     with pytest.raises(ValueError, match="26x24 semantic latents make 277x256"):
         sizes.diffusers_decoder_size((26, 24))
+
+
+@pytest.mark.parametrize("native", [256, 1024, 1536])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_ratios_are_exact(ratio: str, native: int) -> None:
+    height, width = sizes.ratio_size(ratio, native)
+    columns, rows = map(int, ratio.split(":"))
+    assert width * rows == height * columns
+    assert width % 8 == height % 8 == 0
+    assert max(width, height) <= 2048
+    if native == 1024:
+        assert 0.92 < width * height / native**2 < 1.09
+    if ratio == "1:1":
+        assert (width, height) == (native, native)

@@ -1,0 +1,225 @@
+"""What every input may be, said once for HTTP, the command line and Python; and the sentence about one that is not.
+
+`LIMITS` has the inputs of a request to the server. `predict.py` repeats them as literals, because Cog's schema generator
+reads nothing else; a test compares both.
+"""
+
+import math
+import numbers
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from cascade import sizes
+from cascade.networks.controlnet import KINDS
+
+MOST_IMAGES = 4
+RATIOS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")
+# Where a mask is expected: the transparent part of the image.
+ALPHA = "alpha"
+
+# One and several of each kind.
+_WORDS = {
+    str: ("a text", "texts"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    Image.Image: ("an image (PIL.Image.Image)", "images"),
+}
+_LONGEST_VALUE = 80
+
+
+class InputError(ValueError):
+    """An input is not what it may be. The message is one sentence; it begins with the input's name."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one input may be.
+
+    Attributes:
+        kind: str, int, float, bool, `Image.Image` or another class; of a list, the kind of its elements. Whole floats
+            are ints and ints are floats, numpy's too; True and False are no numbers.
+        default: the value if it is left out. None: the input may be None, and what replaces it depends on the model or
+            on other inputs.
+        low, high: of numbers, both included; None: no bound.
+        choices: the only texts that are allowed; of another kind than str: the texts that are allowed besides.
+        fewest, most: elements of a list; None: the input is no list. The empty list counts as left out.
+    """
+
+    kind: type
+    default: Any = None
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    fewest: int = 1
+    most: int | None = None
+
+    def check(self, name: str, value: Any, one: Callable[[str, Any], Any] | None = None) -> Any:
+        """The value in its kind: None, or what `check_one` returns; of a list, a tuple of these.
+
+        Args:
+            name: what the sentence calls the input. Of a list's elements it says the place, as in ``outpaint[3]``.
+            one: checks an element in place of `check_one`.
+
+        Raises:
+            InputError: the value is not allowed.
+        """
+        one = one or self.check_one
+        if self.most is None:
+            return None if value is None and self.default is None else one(name, value)
+        if value is None:
+            return ()
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{name} is {shown(value)}; it must be {self.allowed}.")
+        if value and not self.fewest <= len(value) <= self.most:
+            count = counted(len(value), "image" if self.kind is Image.Image else "value")
+            number = f"must have {self.most}" if self.fewest == self.most else f"may have at most {self.most}"
+            raise InputError(f"{name} has {count}; it {number}.")
+        return tuple(one(f"{name}[{place}]", element) for place, element in enumerate(value))
+
+    def check_one(self, name: str, value: Any) -> Any:
+        """The value, or a list's element, in its kind.
+
+        Raises:
+            InputError: it is not allowed.
+        """
+        if self.kind in (int, float):
+            found = self._number(value)
+        elif isinstance(value, str) and (self.choices or self.kind is str):
+            found = value if not self.choices or value in self.choices else None
+        else:
+            found = value if isinstance(value, self.kind) else None
+        if found is None:
+            raise InputError(f"{name} is {shown(value)}; it must be {self._allowed_one}.")
+        if self.kind is str:
+            self._check_text(name, value)
+        return found
+
+    @property
+    def range(self) -> str:
+        """Of numbers, as in "from 0 to 2"; else empty."""
+        if self.low is None:
+            return ""
+        return f"of at least {self.low}" if self.high is None else f"from {self.low} to {self.high}"
+
+    @property
+    def allowed(self) -> str:
+        """All that is allowed, as in "a list of 4 whole numbers from 0 to 2048"."""
+        if self.most is None:
+            return self._allowed_one
+        several = f"of {', '.join(self.choices)}" if self.choices else self._words[1]
+        number = str(self.most) if self.fewest == self.most else f"up to {self.most}"
+        return " ".join(filter(None, ("a list of", number, several, self.range)))
+
+    @property
+    def _allowed_one(self) -> str:
+        if self.kind is str and self.choices:
+            return f"one of {', '.join(self.choices)}"
+        words = " ".join(filter(None, (self._words[0], self.range)))
+        return " or ".join((words, *(repr(choice) for choice in self.choices)))
+
+    @property
+    def _words(self) -> tuple[str, str]:
+        name = self.kind.__name__
+        return _WORDS.get(self.kind, (f"a {name}", f"{name}s"))
+
+    def _number(self, value: Any) -> int | float | None:
+        """The value as `kind`, if it is a number of that kind within the bounds."""
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return None
+        try:
+            number = int(value) if isinstance(value, numbers.Integral) else float(value)
+            if isinstance(number, float) and not math.isfinite(number):
+                return None
+            if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
+                return None
+            return self.kind(number) if self.kind(number) == number else None
+        except OverflowError:  # a fraction or a whole number beyond all floats
+            return None
+
+    def _check_text(self, name: str, value: str) -> None:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            # JSON and the command line let halves of UTF-16 pairs through; no tokenizer takes them.
+            raise InputError(
+                f"{name} has {value[error.start]!r} at place {error.start}; it must be a text of whole characters."
+            ) from None
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence shows it: at most 80 characters, in one line, never an array's or an image's content."""
+    try:
+        if isinstance(value, Image.Image):
+            return f"an image of {value.width}x{value.height} pixels"
+        if hasattr(value, "dtype") and (shape := tuple(value.shape)):
+            return f"an array of the shape {shape}"[:_LONGEST_VALUE]
+        text = " ".join(_repr.repr(value.item() if hasattr(value, "dtype") else value).split())
+    except Exception:  # a __repr__ may fail, as a whole number's of more than 4,300 digits
+        return f"a value of the type {type(value).__name__}"[:_LONGEST_VALUE]
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
+_repr.maxlevel = 2
+
+
+def counted(count: int, noun: str) -> str:
+    """As in "1 image", "2 images"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def need(name: str, value: Any, other: str, present: Any) -> None:
+    """Make sure that an input that is given has the other one that it needs.
+
+    Raises:
+        InputError: it has not.
+    """
+    if value and not present:
+        raise InputError(f"{name} needs {other}, which is left out.")
+
+
+_GUIDANCE = Limits(float, low=0, high=20)
+_STEPS = Limits(int, low=1, high=50)
+_SIDE = Limits(int, low=sizes.SMALLEST, high=sizes.LARGEST)
+_PICTURE = Limits(Image.Image)
+_PICTURES = Limits(Image.Image, most=MOST_IMAGES)
+_STRENGTHS = Limits(float, low=0, high=2, most=MOST_IMAGES)
+_PARTS = Limits(float, low=0, high=1, most=MOST_IMAGES)
+
+# In the order of `Predictor.run`. What `Request` allows beyond them is in request.py.
+LIMITS: dict[str, Limits] = {
+    "prompt": Limits(str, "a red apple on a green background"),
+    "negative_prompt": Limits(str, ""),
+    "width": _SIDE,
+    "height": _SIDE,
+    "num_images": Limits(int, 1, low=1, high=4),
+    "steps_prior": _STEPS,
+    "steps_decoder": _STEPS,
+    "guidance_scale_prior": _GUIDANCE,
+    "guidance_scale_decoder": _GUIDANCE,
+    "seed": Limits(int),
+    "aspect_ratio": Limits(str, "1:1", choices=RATIOS),
+    "output_format": Limits(str, "webp", choices=("webp", "jpg", "png")),
+    "output_quality": Limits(int, 80, low=0, high=100),
+    "disable_safety_checker": Limits(bool, False),
+    "image_prompts": _PICTURES,
+    "image_prompt_strength": Limits(float, 1.0, low=0, high=2),
+    "image_prompt_strengths": _STRENGTHS,
+    "image": _PICTURE,
+    "prompt_strength": Limits(float, 0.8, low=0, high=1),
+    "mask": Limits(Image.Image, choices=(ALPHA,)),
+    "outpaint": Limits(int, low=0, high=sizes.LARGEST, fewest=4, most=4),
+    "upscale": Limits(bool, False),
+    "control_images": _PICTURES,
+    "control_types": Limits(str, choices=tuple(KINDS), most=MOST_IMAGES),
+    "control_scales": _STRENGTHS,
+    "control_starts": _PARTS,
+    "control_ends": _PARTS,
+    "previews": Limits(bool, False),
+}
