@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
+import types
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
@@ -43,6 +44,7 @@ from cascade.pictures import read_picture
 from cascade.request import MOST_IMAGES, Request, upscaling
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
+from serving.cog_files import UrlSettings, with_files
 from serving.metadata import Detail, metadata
 from serving.record import Origin, Record
 
@@ -69,11 +71,12 @@ class Predictor(BaseRunner):
 
         Raises:
             WeightsError: the weights are missing or damaged.
-            ValueError: CASCADE_MEMORY is none of auto, resident, offload and stream, or CASCADE_METADATA none of full,
-                settings and none.
+            ValueError: an environment variable has a value that is not allowed: CASCADE_MEMORY, CASCADE_METADATA, or one
+                of those for image URLs.
         """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.detail = Detail.from_environment()
+        self.run = with_files(types.MethodType(Predictor.run, self), UrlSettings.from_environment(), MOST_IMAGES)
         folder = find_weights()
         opened = ModelFolder.open(folder)
         # First, so that the model knows how much memory is left.

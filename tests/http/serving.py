@@ -137,6 +137,11 @@ class Server:
         with socket.create_connection(("127.0.0.1", self.port), timeout=ANSWER) as client, self.beginning():
             client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
 
+    def worker(self) -> psutil.Process:
+        """The process that makes the pictures."""
+        (worker,) = [child for child in self.process.children() if "_run_worker" in child.cmdline()[-1]]
+        return worker
+
     def memory(self) -> int:
         """Resident bytes of the server and its worker."""
         return sum(process.memory_info().rss for process in (self.process, *self.process.children(recursive=True)))

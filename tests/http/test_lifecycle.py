@@ -44,7 +44,7 @@ def test_from_start_to_sigterm(start: Callable[..., Server]) -> None:
     for said in (str(MINI), "cpu", "float32", "GB", " s."):
         assert said in setup["logs"]
     assert server.health()["version"]["coglet"] == "0.23.1"
-    (worker,) = server.process.children()
+    worker = server.worker()
     environment = yaml.safe_load((ROOT / "cog.yaml").read_text())["environment"]
     assert {f"{name}={value}" for name, value in worker.environ().items()} >= set(environment)
     assert Path(worker.cmdline()[0]).name == "python"
@@ -82,7 +82,7 @@ def test_a_worker_that_dies_is_noticed_and_only_shutdown_ends_the_server(
     hook = {"webhook": f"{receiver.url}/hook", "webhook_events_filter": ["completed"]}
     with server.beginning():
         server.put("mine", SLOW, {"Prefer": "respond-async"}, **hook)
-    (worker,) = server.process.children()
+    worker = server.worker()
     worker.kill()
     (end,) = receiver.webhooks("/hook")
     assert (end["status"], end["error"]) == ("failed", "Worker crashed")
