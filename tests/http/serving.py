@@ -51,7 +51,7 @@ class Server:
     A prediction's answer arrives a moment before the server takes the next one, so whoever wants that waits for READY.
     """
 
-    def __init__(self, folder: Path, *options: str, weights: Path = MINI, **variables: str) -> None:
+    def __init__(self, folder: Path, *options: str, weights: Path = MINI, root: Path = ROOT, **variables: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.temporary = folder / "tmp"
@@ -65,7 +65,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                cwd=ROOT,
+                cwd=root,
             )
 
     def health(self) -> dict[str, Any]:
