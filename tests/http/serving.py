@@ -22,6 +22,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
 MINI = ROOT / "weights" / "mini"
+Image.init()  # fills Image.MIME
 # Generous: they end tests that would never end, and measure nothing.
 START, ANSWER = 60, 30
 
