@@ -4,7 +4,8 @@ That server finds by environment variables what to run (COG_PREDICT_TYPE_STUB) a
 worker as the ``python`` that PATH finds first, and takes the schema that it validates inputs by from
 ``.cog/openapi_schema.json`` in its working folder; without that file it lets everything through.
 
-It listens at 127.0.0.1, at a port of its own. Before it stands serving/front.py, which checks ids.
+It listens at 127.0.0.1, at a port of its own. Before it stands serving/front.py, which checks ids, unless that is left
+out.
 """
 
 import argparse
@@ -146,6 +147,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--await-explicit-shutdown", action="store_true", help="ignore SIGTERM; end at POST /shutdown or Ctrl+C"
     )
+    parser.add_argument(
+        "--without-front",
+        action="store_true",
+        help="let Cog's server be reached itself, which ids can end: for behind a proxy that checks them",
+    )
     options = parser.parse_args(arguments)
     if options.upload_url and (problem := upload_problem(options.upload_url)):
         sys.stderr.write(f"--upload-url is {options.upload_url!r}; {problem}.\n")
@@ -161,8 +167,11 @@ def main(arguments: list[str] | None = None) -> int:
     except SchemaError as error:
         sys.stderr.write(f"{runner} has inputs that Cog cannot describe. {error}\n")
         return 1
-    port = free_port()
-    command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
+    host, port = "127.0.0.1", free_port()
+    if options.without_front:
+        address, port = sockets[0].getsockname()[:2]
+        host = f"[{address}]" if ":" in address else address
+    command = [sys.executable, "-m", "cog.server.http", "--host", host]
     if options.upload_url:
         command += ["--upload-url", options.upload_url]
     if options.await_explicit_shutdown:
@@ -179,7 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
         environment["CASCADE_WEIGHTS"] = str(Path(environment["CASCADE_WEIGHTS"]).absolute())
     if folder != ROOT:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    start_front(sockets, port, folder)
+    if not options.without_front:
+        start_front(sockets, port, folder)
+    for one in sockets:
+        one.close()
     os.chdir(folder)
     return os.execve(sys.executable, command, environment)
 

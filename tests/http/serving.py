@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -59,10 +60,12 @@ class Server:
         self.temporary.mkdir()
         self.log = folder / "log"
         environment = {**os.environ, "TMPDIR": str(self.temporary), "CASCADE_WEIGHTS": str(weights), **variables}
+        # A GPU's machine may lack what the front is served by.
+        front = [] if importlib.util.find_spec("uvicorn") else ["--without-front"]
         with self.log.open("w") as log:
             self.process = psutil.Popen(
                 # By its module: the script would first install the locked packages, where a GPU's machine has others.
-                [sys.executable, "-m", "scripts.server", "--port", str(self.port), *options],
+                [sys.executable, "-m", "scripts.server", "--port", str(self.port), *front, *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,

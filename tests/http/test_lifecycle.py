@@ -107,8 +107,9 @@ def test_a_worker_that_dies_is_noticed_and_only_shutdown_ends_the_server(
 
 
 def test_pictures_are_uploaded_until_shutdown(start: Callable[..., Server], receiver: Receiver) -> None:
-    server = start("--upload-url", f"{receiver.url}/bucket", "--host", "127.0.0.1")
+    server = start("--upload-url", f"{receiver.url}/bucket", "--host", "localhost", "--without-front")
     server.wait_until("READY")
+    assert server.process.children() == [server.worker()]
     prediction = server.predict(**SMALL, num_images=2)
     # Cog uploads several at once and lists them as they arrive: the name says which is which.
     assert sorted(prediction["output"]) == [f"{receiver.url}/bucket/out-{i}.webp" for i in range(2)]
