@@ -11,11 +11,13 @@ import shutil
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path as FilePath
+from typing import Any
 
 import torch
 from cog import BaseRunner, Input, Path
@@ -29,7 +31,9 @@ from cascade.running.device import SettingError, choose_device
 from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
-from serving.inputs import check_inputs, parts_of, request_from, seeds_of
+from serving.cog_files import takes_urls
+from serving.files import UrlSettings, fetch
+from serving.inputs import FILES, check_inputs, parts_of, request_from, seeds_of
 from serving.metadata import Detail, metadata
 from serving.progress import Stopwatch, iterate_on, shown, timed, with_previews
 from serving.record import Origin, Record
@@ -56,10 +60,13 @@ class Predictor(BaseRunner):
 
         Raises:
             WeightsError: the weights are missing or damaged.
-            ValueError: CASCADE_DEVICE, CASCADE_DTYPE, CASCADE_MEMORY or CASCADE_METADATA has a value that is not allowed.
+            ValueError: an environment variable has a value that is not allowed: CASCADE_DEVICE, CASCADE_DTYPE,
+                CASCADE_MEMORY, CASCADE_METADATA, or one of those for image URLs.
         """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.detail = Detail.from_environment()
+        self.urls = UrlSettings.from_environment()
+        self.run = takes_urls(types.MethodType(Predictor.run, self))
         folder = find_weights()
         opened = ModelFolder.open(folder)
         wanted = {name: os.environ.get(f"CASCADE_{name.upper()}") or "auto" for name in ("device", "dtype", "memory")}
@@ -254,15 +261,22 @@ class Predictor(BaseRunner):
         given = dict(locals())
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
+        # Its making and its end are what scripts/healthcheck knows a run's beginning and end by.
+        with tempfile.TemporaryDirectory(prefix="cascade-inputs-") as folder:
+            return self._run(given, FilePath(folder))
+
+    def _run(self, given: dict[str, Any], folder: FilePath) -> list[Path]:
+        """`run`, of the inputs as they were given; files go into the folder."""
         inputs = check_inputs(given)
-        request = request_from(inputs, self.cascade)
+        files = fetch({name: inputs[name] for name in FILES}, folder, self.urls)
+        request = request_from(inputs | files, self.cascade)
         ending, quality = inputs["output_format"], inputs["output_quality"]
-        safety = None if disable_safety_checker else self.safety
-        record = Record.of(request, given, self.origin, hashed=self.detail is Detail.FULL)
+        safety = None if inputs["disable_safety_checker"] else self.safety
+        record = Record.of(request, given | files, self.origin, hashed=self.detail is Detail.FULL)
 
         try:
             try:
-                return self._make(request, record, ending, quality, safety, previews)
+                return self._make(request, record, ending, quality, safety, inputs["previews"])
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

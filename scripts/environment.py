@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -29,7 +30,7 @@ def enter(requirements: str) -> None:
         sys.exit(f"Python {needed} or newer is needed, and this is {found}: run it as python{needed} {sys.argv[0]}.")
     here = has_packages(requirements)
     if not here and not is_installed(requirements):
-        with (ROOT / ".venv.lock").open("w") as lock:
+        with open_lock(requirements) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_installed(requirements):
                 install(requirements)
@@ -39,6 +40,17 @@ def enter(requirements: str) -> None:
     if not here and Path(sys.prefix).resolve() != VENV.resolve():
         os.execv(PYTHON, [str(PYTHON), *sys.argv])
     sys.path[0] = str(ROOT)
+
+
+def open_lock(requirements: str) -> TextIO:
+    """The file that whoever installs locks. Ends the process if this user may not write beside the scripts."""
+    try:
+        return (ROOT / ".venv.lock").open("w")
+    except OSError as error:
+        sys.exit(
+            f"{VENV} has no packages of {requirements} that this user can run, and cannot be made: {error.strerror}. "
+            f"Run {sys.argv[0]} once as the owner of {ROOT}, with a Python that all can run, or copy the folder."
+        )
 
 
 def with_included(requirements: str) -> list[str]:
@@ -74,15 +86,19 @@ def stamp(requirements: str) -> tuple[Path, str]:
 
 
 def is_installed(requirements: str) -> bool:
+    """Whether ``.venv`` is up to date, and this user can run it: its Python may lie in another user's home."""
     file, digest = stamp(requirements)
-    return PYTHON.exists() and file.is_file() and file.read_text() == digest
+    return os.access(PYTHON, os.X_OK) and os.access(file, os.R_OK) and file.read_text() == digest
 
 
 def install(requirements: str) -> None:
     """Make ``.venv`` unless it is whole, and install into it. Prints to stderr: stdout is the script's."""
     sys.stderr.write(f"Installing {requirements} into {VENV}; this takes some minutes the first time.\n")
     try:
-        if not PYTHON.exists() or subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode != 0:
+        if (
+            not os.access(PYTHON, os.X_OK)
+            or subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode != 0
+        ):
             subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True, stdout=sys.stderr)
         pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
         subprocess.run([*pip, "-r", ROOT / requirements], check=True, stdout=sys.stderr)

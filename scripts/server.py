@@ -3,14 +3,24 @@
 That server finds by environment variables what to run (COG_PREDICT_TYPE_STUB) and where to listen (PORT), starts its
 worker as the ``python`` that PATH finds first, and takes the schema that it validates inputs by from
 ``.cog/openapi_schema.json`` in its working folder; without that file it lets everything through.
+
+It listens at 127.0.0.1, at a port of its own. Before it stands serving/front.py, which checks ids, unless that is left
+out.
 """
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import socket
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -26,26 +36,100 @@ def read_config() -> tuple[str, dict[str, str]]:
     return config["run"], dict(variable.split("=", 1) for variable in config["environment"])
 
 
-def write_schema(runner: str) -> None:
+def write_schema(runner: str) -> Path:
     """Bring the schema up to date with ``file:class``; whoever reads meanwhile finds the old one or the new one.
+
+    Returns:
+        The working folder for Cog's server: the repository, or a temporary one if that cannot be written.
 
     Raises:
         SchemaError: Cog could not make one.
     """
     file, _, name = runner.partition(":")
-    schema = make_schema((ROOT / file).read_text(encoding="utf-8"), name)
-    SCHEMA.parent.mkdir(exist_ok=True)
-    partial = SCHEMA.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(schema), encoding="utf-8")
-    partial.replace(SCHEMA)
+    schema = json.dumps(make_schema((ROOT / file).read_text(encoding="utf-8"), name))
+    with contextlib.suppress(OSError):
+        if SCHEMA.read_text(encoding="utf-8") == schema:
+            return ROOT
+    try:
+        save_schema(SCHEMA, schema)
+        return ROOT
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="cascade-serve-"))
+        save_schema(folder / ".cog" / SCHEMA.name, schema)
+        return folder
 
 
-def check_address(host: str, port: int) -> None:
-    """Raises OSError, or OverflowError for a port that cannot be, unless a server can listen there."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((address[0], port, *address[2:]))
+def save_schema(file: Path, schema: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(schema, encoding="utf-8")
+    partial.replace(file)
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets bound to every address of a host: localhost may have one of IPv4 and one of IPv6.
+
+    Raises:
+        OSError: one is in use or not allowed, or none is of this machine.
+        OverflowError: a port cannot have this number.
+    """
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        try:
+            one = socket.socket(family, kind, protocol)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bind_soon(one, (address[0], port, *address[2:]))
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            missing = error
+        else:
+            sockets.append(one)
+    if not sockets:
+        raise missing or OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    return sockets
+
+
+def bind_soon(one: socket.socket, address: tuple[Any, ...]) -> None:
+    """Bind a socket. The front of a server that has just ended holds its address for a moment more."""
+    for _ in range(10):
+        try:
+            return one.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            time.sleep(0.05)
+    return one.bind(address)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def upload_problem(url: str) -> str | None:
+    """What is wrong with a place to put pictures. Cog notices that when the first picture is made, and loses it."""
+    try:
+        parsed = urlsplit(url)
+        if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.port == 0:
+            return "it must be an http or https URL"
+    except ValueError:
+        return "it must be an http or https URL"
+    # Cog puts the file's name behind the query.
+    return "it must have no query and no fragment" if parsed.query or parsed.fragment else None
+
+
+def start_front(sockets: list[socket.socket], port: int, folder: Path) -> None:
+    """Start the front of the server that this process becomes; it ends when this process does."""
+    numbers = [one.fileno() for one in sockets]
+    command = [sys.executable, "-m", "serving.front", "--to", str(port), "--parent", str(os.getpid())]
+    command += ["--sockets", *map(str, numbers)]
+    if folder != ROOT:
+        command += ["--remove", str(folder)]
+    subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=numbers)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,19 +147,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--await-explicit-shutdown", action="store_true", help="ignore SIGTERM; end at POST /shutdown or Ctrl+C"
     )
+    parser.add_argument(
+        "--without-front",
+        action="store_true",
+        help="let Cog's server be reached itself, which ids can end: for behind a proxy that checks them",
+    )
     options = parser.parse_args(arguments)
+    if options.upload_url and (problem := upload_problem(options.upload_url)):
+        sys.stderr.write(f"--upload-url is {options.upload_url!r}; {problem}.\n")
+        return 1
     try:
-        check_address(options.host, options.port)
+        sockets = bind(options.host, options.port)
     except (OSError, OverflowError) as error:
         sys.stderr.write(f"Cannot listen at {options.host}, port {options.port}: {error}.\n")
         return 1
     runner, variables = read_config()
     try:
-        write_schema(runner)
+        folder = write_schema(runner)
     except SchemaError as error:
         sys.stderr.write(f"{runner} has inputs that Cog cannot describe. {error}\n")
         return 1
-    command = [sys.executable, "-m", "cog.server.http", "--host", options.host]
+    host, port = "127.0.0.1", free_port()
+    if options.without_front:
+        address, port = sockets[0].getsockname()[:2]
+        host = f"[{address}]" if ":" in address else address
+    command = [sys.executable, "-m", "cog.server.http", "--host", host]
     if options.upload_url:
         command += ["--upload-url", options.upload_url]
     if options.await_explicit_shutdown:
@@ -84,13 +180,19 @@ def main(arguments: list[str] | None = None) -> int:
         "LOG_FORMAT": "console",
         **variables,
         **os.environ,
-        "COG_PREDICT_TYPE_STUB": runner,
-        "PORT": str(options.port),
+        "COG_PREDICT_TYPE_STUB": str(ROOT / runner),
+        "PORT": str(port),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     if environment.get("CASCADE_WEIGHTS"):
         environment["CASCADE_WEIGHTS"] = str(Path(environment["CASCADE_WEIGHTS"]).absolute())
-    os.chdir(ROOT)
+    if folder != ROOT:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    if not options.without_front:
+        start_front(sockets, port, folder)
+    for one in sockets:
+        one.close()
+    os.chdir(folder)
     return os.execve(sys.executable, command, environment)
 
 

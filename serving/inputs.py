@@ -5,13 +5,11 @@
 
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cog
 from PIL import Image
 
 from cascade import sizes
@@ -23,6 +21,7 @@ from cascade.pictures import read_picture
 from cascade.request import Request, check_kind, check_strengths, upscaling
 
 SEEDS = 2**32
+FILES = ("image", "mask", "image_prompts", "control_images")
 URL = re.compile("(https?|data):", re.IGNORECASE)
 FILE = "it must be an http, https or data URL of a picture"
 
@@ -55,11 +54,11 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
     """The request that inputs describe, with its size, its settings and a seed.
 
     Args:
-        inputs: of `check_inputs`.
+        inputs: of `check_inputs`, with files in the place of URLs (`files.fetch`).
         cascade: the model, which decides what was left out.
 
     Raises:
-        InputError: a picture cannot be downloaded, is none, or does not go with the other inputs.
+        InputError: a picture is none, or does not go with the other inputs.
     """
     image, mask = read_image_and_mask(inputs)
     prompts = read_list("image_prompts", inputs["image_prompts"])
@@ -196,7 +195,7 @@ def read_controls(inputs: Mapping[str, Any]) -> tuple[Control, ...]:
     """The controls that five inputs describe.
 
     Raises:
-        InputError: one cannot be downloaded, or is no picture.
+        InputError: one is no picture.
     """
     images = read_list("control_images", inputs["control_images"])
     names = ("control_scales", "control_starts", "control_ends")
@@ -204,50 +203,25 @@ def read_controls(inputs: Mapping[str, Any]) -> tuple[Control, ...]:
     return tuple(Control(*column) for column in columns)
 
 
-def read_list(name: str, values: Sequence[Path | str]) -> tuple[Image.Image, ...]:
+def read_list(name: str, values: Sequence[Path]) -> tuple[Image.Image, ...]:
     """The pictures of an input that is a list.
 
     Raises:
-        InputError: one cannot be downloaded, or is no picture.
+        InputError: one is no picture.
     """
     return tuple(read_one(f"{name}[{place}]", value) for place, value in enumerate(values))
 
 
-def read_one(name: str, value: Path | str, **options: Any) -> Image.Image:
-    """The picture of a file or a URL; the options are those of `read_picture`.
+def read_one(name: str, file: Path, **options: Any) -> Image.Image:
+    """The picture of a file; the options are those of `read_picture`.
 
     Raises:
-        InputError: it cannot be downloaded, or is no picture.
+        InputError: it is none.
     """
     try:
-        if isinstance(value, Path) and not isinstance(value, cog.URLPath):
-            return read_picture(value, name, **options)
-        with downloaded(name, value) as file:
-            return read_picture(file, name, **options)
+        return read_picture(file, name, **options)
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-@contextmanager
-def downloaded(name: str, url: str | cog.URLPath) -> Iterator[Path]:
-    """A file with what an http, https or data URL names; deleted afterwards.
-
-    Cog has downloaded nearly all URLs before `run`. It hands on those whose scheme has capitals, and with one of these
-    in a list, the others there as `URLPath`; the command line hands on all. They are downloaded as Cog does it.
-
-    Raises:
-        InputError: that fails.
-    """
-    scheme, _, rest = str(url).partition(":")
-    try:
-        file = (cog.Path.validate(f"{scheme.lower()}:{rest}") if isinstance(url, str) else url).convert()
-    except Exception as error:  # urllib's, requests' and those of whoever reads data URLs
-        reason = "is no data URL" if scheme.lower() == "data" else f"cannot be downloaded: {shown(str(error))}"
-        raise InputError(f"{name} is {shown(str(url))}, which {reason}.") from error
-    try:
-        yield file
-    finally:
-        file.unlink(missing_ok=True)
 
 
 def either(value: Any, default: Any) -> Any:

@@ -1,6 +1,7 @@
 """What scripts/serve does before the server runs; tests/http has the rest."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,28 @@ def test_the_schema_follows_the_predictor(root: Path) -> None:
     for default in (1, 2):
         source = SOURCE.format(default)
         (root / "predict.py").write_text(source)
-        server.write_schema("predict.py:Predictor")
+        assert server.write_schema("predict.py:Predictor") == root
         (written,) = (root / ".cog").iterdir()
         assert json.loads(written.read_text()) == make_schema(source)
+
+
+def test_a_schema_that_is_right_is_not_written(root: Path) -> None:
+    """It may lie where this user cannot write."""
+    server.write_schema("predict.py:Predictor")
+    before = server.SCHEMA.stat()
+    server.write_schema("predict.py:Predictor")
+    assert server.SCHEMA.stat() == before
+
+
+def test_where_the_schema_cannot_be_written_a_temporary_folder_has_it(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+    (root / ".cog").touch()  # no folder: nobody, not even root, can write into it
+    folder = server.write_schema("predict.py:Predictor")
+    assert folder.parent == Path(tempfile.gettempdir())
+    written = json.loads((folder / ".cog" / "openapi_schema.json").read_text())
+    assert written == make_schema((root / "predict.py").read_text())
 
 
 def test_a_predictor_that_cannot_be_read_leaves_the_schema_alone(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
 MINI = ROOT / "weights" / "mini"
+Image.init()  # fills Image.MIME
 # Generous: they end tests that would never end, and measure nothing.
 START, ANSWER = 60, 30
 
@@ -51,21 +53,23 @@ class Server:
     A prediction's answer arrives a moment before the server takes the next one, so whoever wants that waits for READY.
     """
 
-    def __init__(self, folder: Path, *options: str, weights: Path = MINI, **variables: str) -> None:
+    def __init__(self, folder: Path, *options: str, weights: Path = MINI, root: Path = ROOT, **variables: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         self.log = folder / "log"
         environment = {**os.environ, "TMPDIR": str(self.temporary), "CASCADE_WEIGHTS": str(weights), **variables}
+        # A GPU's machine may lack what the front is served by.
+        front = [] if importlib.util.find_spec("uvicorn") else ["--without-front"]
         with self.log.open("w") as log:
             self.process = psutil.Popen(
                 # By its module: the script would first install the locked packages, where a GPU's machine has others.
-                [sys.executable, "-m", "scripts.server", "--port", str(self.port), *options],
+                [sys.executable, "-m", "scripts.server", "--port", str(self.port), *front, *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                cwd=ROOT,
+                cwd=root,
             )
 
     def health(self) -> dict[str, Any]:
@@ -136,6 +140,11 @@ class Server:
         head = f"POST /predictions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         with socket.create_connection(("127.0.0.1", self.port), timeout=ANSWER) as client, self.beginning():
             client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+
+    def worker(self) -> psutil.Process:
+        """The process that makes the pictures."""
+        (worker,) = [child for child in self.process.children() if "_run_worker" in child.cmdline()[-1]]
+        return worker
 
     def memory(self) -> int:
         """Resident bytes of the server and its worker."""

@@ -14,10 +14,19 @@ import requests
 import yaml
 from PIL import Image
 
-from tests.http.serving import ANSWER, MINI, ROOT, SLOW, SMALL, Receiver, Server
+from tests.http.serving import ANSWER, MINI, ROOT, SLOW, SMALL, Receiver, Server, wait_for
 
 # Grace for the worker; a server that has to be killed takes for ever.
 END = 60
+
+
+def healthcheck(server: Server, *options: str) -> tuple[int, str]:
+    """The exit code and the words of scripts/healthcheck, run by a Python that has no packages."""
+    command = [sys.executable, "-I", "-S", ROOT / "scripts" / "healthcheck", *options]
+    variables = {"PORT": str(server.port), "TMPDIR": str(server.temporary)}
+    ended = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=ANSWER)
+    assert ended.stderr == ""
+    return ended.returncode, ended.stdout
 
 
 @pytest.fixture
@@ -36,16 +45,18 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 def test_from_start_to_sigterm(start: Callable[..., Server]) -> None:
     server = start()
     assert server.wait_until("STARTING", "READY") == "STARTING"
+    assert (healthcheck(server), healthcheck(server, "--ready")) == ((0, ""), (1, "The server is STARTING.\n"))
     early = server.post(SMALL)
     assert early.status_code == 503
     assert server.wait_until("READY", "SETUP_FAILED") == "READY"
+    assert healthcheck(server, "--ready") == (0, "")
     setup = server.health()["setup"]
     assert setup["status"] == "succeeded"
     assert set(setup) >= {"started_at", "completed_at", "logs"}
     for said in (str(MINI), "cpu", "float32", "GB", " s."):
         assert said in setup["logs"]
     assert server.health()["version"]["coglet"] == "0.23.1"
-    (worker,) = server.process.children()
+    worker = server.worker()
     environment = yaml.safe_load((ROOT / "cog.yaml").read_text())["environment"]
     assert {f"{name}={value}" for name, value in worker.environ().items()} >= set(environment)
     assert Path(worker.cmdline()[0]).name == "python"
@@ -83,6 +94,7 @@ def test_setup_that_fails_says_why_and_the_server_stays(
     sentence = damage(weights)
     server = start(weights=weights)
     assert server.wait_until("READY", "SETUP_FAILED") == "SETUP_FAILED"
+    assert healthcheck(server) == (1, "The server is SETUP_FAILED.\n")
     setup = server.health()["setup"]
     assert setup["status"] == "failed"
     assert sentence in setup["logs"]
@@ -102,18 +114,22 @@ def test_a_worker_that_dies_is_noticed_and_only_shutdown_ends_the_server(
     hook = {"webhook": f"{receiver.url}/hook", "webhook_events_filter": ["completed"]}
     with server.beginning():
         server.put("mine", SLOW, {"Prefer": "respond-async"}, **hook)
-    (worker,) = server.process.children()
+    worker = server.worker()
     worker.kill()
     (end,) = receiver.webhooks("/hook")
     assert (end["status"], end["error"]) == ("failed", "Worker crashed")
-    server.wait_until("UNHEALTHY", "DEFUNCT")
+    status = server.wait_until("UNHEALTHY", "DEFUNCT")
+    code, said = healthcheck(server)
+    assert code == 1
+    assert said.startswith(f"The server is {status}.")
     requests.post(f"{server.url}/shutdown", timeout=ANSWER)
     assert server.process.wait(END) == 0
 
 
 def test_pictures_are_uploaded_until_shutdown(start: Callable[..., Server], receiver: Receiver) -> None:
-    server = start("--upload-url", f"{receiver.url}/bucket", "--host", "127.0.0.1")
+    server = start("--upload-url", f"{receiver.url}/bucket", "--host", "localhost", "--without-front")
     server.wait_until("READY")
+    assert server.process.children() == [server.worker()]
     prediction = server.predict(**SMALL, num_images=2)
     # Cog uploads several at once and lists them as they arrive: the name says which is which.
     assert sorted(prediction["output"]) == [f"{receiver.url}/bucket/out-{i}.webp" for i in range(2)]
@@ -127,6 +143,36 @@ def test_pictures_are_uploaded_until_shutdown(start: Callable[..., Server], rece
     assert "upload" in refused["error"]
     assert requests.post(f"{server.url}/shutdown", timeout=ANSWER).status_code == 200
     assert server.process.wait(END) == 0
+
+
+def test_a_server_that_is_stuck_is_replaced(start: Callable[..., Server], tmp_path: Path) -> None:
+    """From a clone that cannot be written, as another user's, where Cog's schema is made in a temporary folder.
+
+    What its front keeps from Cog is sent past it. Should Cog be mended, and this fail, the front is not needed for ids.
+    """
+    clone = tmp_path / "clone"
+    for name in ("cascade", "scripts", "serving"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("predict.py", "cog.yaml", "requirements.txt"):
+        shutil.copy(ROOT / name, clone)
+    (clone / ".cog").touch()  # no folder: nobody, not even root, can write into it
+    server = start(root=clone)
+    server.wait_until("READY")
+    assert server.post({"width": 63}).status_code == 422
+    assert len(list(server.temporary.glob("cascade-serve-*"))) == 1
+    with server.busy("mine"):
+        assert healthcheck(server, "--busy-seconds", "60") == (0, "")
+    cog = f"http://127.0.0.1:{server.worker().environ()['PORT']}"
+    answer = requests.put(f"{cog}/predictions/{'a' * 256}", json={"input": SMALL}, timeout=ANSWER)
+    assert "Failed to create output dir" in answer.text
+    assert server.status() == "BUSY"
+    assert healthcheck(server) == (0, "")
+    wait_for(lambda: healthcheck(server, "--busy-seconds", "1")[0] == 1, ANSWER, "a failing check")
+    assert healthcheck(server, "--busy-seconds", "1")[1].startswith("The server is BUSY, and no prediction has ")
+    server.process.terminate()
+    assert server.process.wait(END) == 0
+    wait_for(lambda: not list(server.temporary.glob("cascade-serve-*")), ANSWER, "the temporary folder's end")
+    assert healthcheck(server)[1].startswith(f"http://127.0.0.1:{server.port}/health-check does not answer as Cog's")
 
 
 @pytest.mark.parametrize(
