@@ -4,12 +4,14 @@ Its folder is what transformers saves: ``config.json``, whose ``id2label`` names
 ``preprocessor_config.json``. Whatever is wrong with a file is a ``WeightsError`` that names the folder.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from cascade.weights import WeightsError
 
@@ -53,7 +55,7 @@ class SafetyChecker:
             if not (folder / name).is_file():
                 raise WeightsError(f"{folder / name} is missing.")
         try:
-            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+            processor = _processor_class(folder).from_pretrained(folder, local_files_only=True)
             classifier, report = AutoModelForImageClassification.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
@@ -81,3 +83,10 @@ class SafetyChecker:
         pixels = self.processor(image, return_tensors="pt").pixel_values.to(self.classifier.device)
         chances = self.classifier(pixels).logits[0].softmax(-1)
         return bool(chances[self.unsafe].sum() > 0.5)
+
+
+def _processor_class(folder: Path) -> Any:
+    """The class of a classifier's image processor that needs Pillow alone: transformers' `AutoImageProcessor` cannot be
+    used without torchvision."""
+    said = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))["image_processor_type"]
+    return getattr(transformers, said.removesuffix("Fast").removesuffix("Pil") + "Pil")

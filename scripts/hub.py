@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-import httpx2
+import httpx
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -202,7 +202,7 @@ def receive(file: RemoteFile, stream: BinaryIO) -> None:
         try:
             # No size is expected, so that a file of another size is judged here, in one place.
             http_get(url, stream, resume_size=have, headers=build_hf_headers(), displayed_filename=file.path)
-        except httpx2.TransportError:
+        except httpx.TransportError:
             if stream.tell() <= have:
                 raise
             continue
@@ -222,7 +222,7 @@ def explained(repository: Repository) -> Iterator[None]:
         raise HubError(why_denied(error, repository)) from error
     except OfflineModeIsEnabled as error:
         raise HubError(f"HF_HUB_OFFLINE forbids to ask {hub} for {repository.name}.") from error
-    except httpx2.HTTPError as error:
+    except httpx.HTTPError as error:
         raise HubError(
             f"The connection to {hub} for {repository.name} failed ({error or type(error).__name__}). What has arrived "
             "is kept; run the same command again."
@@ -231,7 +231,7 @@ def explained(repository: Repository) -> Iterator[None]:
         raise HubError(f"{hub} does not answer as the Hub does: something on the way may want a login.") from error
     except UnicodeEncodeError as error:
         raise HubError("Your token, in HF_TOKEN, is none: it must be of ASCII letters and digits.") from error
-    except (ValueError, ImportError) as error:  # of a proxy that httpx2 cannot use
+    except (ValueError, ImportError) as error:  # of a proxy that httpx cannot use
         raise HubError(f"{hub} cannot be asked for {repository.name}: {str(error).rstrip('.')}.") from error
     except OSError as error:
         raise HubError(
@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only and not options.extras:
         parser.error("--only needs --with")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs addresses, which are signed ones
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, which are signed ones
     parts = select_parts(options.prior, options.decoder, options.extras, only=options.only)
     try:
         download(parts, options.output, add=options.only)
