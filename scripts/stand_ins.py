@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from cascade.checkpoints import VARIANTS
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.weights import ModelFolder, save_component
+from cascade.weights.single_file import VARIANTS
 from scripts.environment import ROOT
 
 # laion/CLIP-ViT-bigG-14-laion2B-39B-b160k

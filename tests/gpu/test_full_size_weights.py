@@ -7,8 +7,8 @@ import torch
 
 from cascade.cascade import Cascade, Request
 from cascade.weights import ModelFolder
-from scripts.model_folder import save_model
-from scripts.published import PARTS
+from cascade.weights.build import save_model
+from cascade.weights.published import PARTS
 from tests.hub.repositories import write_download
 
 # Parameters of the authors' networks: Stability-AI/StableCascade modules/, and of the two CLIP encoders.

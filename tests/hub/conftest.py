@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts.published import DECODER, PRIOR, SAFETY
+from cascade.weights.published import DECODER, PRIOR, SAFETY
 from tests.hub.repositories import write_repositories
 from tests.hub.serving import Hub, StoredFile, list_repository
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cascade.networks.controlnet import ControlNet
 from cascade.weights import CONTROLNETS, NETWORKS, TRANSFORMERS_CONFIGS
-from scripts.download_folder import Manifest, sha256
-from scripts.published import PARTS
+from cascade.weights.manifest import Manifest, sha256
+from cascade.weights.published import PARTS
 from tests.test_safety import save_classifier
 
 Config = dict[str, Any]

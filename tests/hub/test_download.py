@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from scripts.hub import main
-from scripts.published import DECODER, PRIOR
+from cascade.weights.published import DECODER, PRIOR
+from scripts.download_weights import main
 from tests.hub.conftest import Script
 from tests.hub.serving import TOKEN, Break, Hub
 

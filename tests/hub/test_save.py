@@ -27,9 +27,9 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.safety import SafetyChecker
 from cascade.weights import PUBLISHED_SAMPLER, ModelFolder
+from cascade.weights.published import PARTS
 from predict import Predictor
-from scripts.model_folder import main
-from scripts.published import PARTS
+from scripts.save_weights import main
 from tests.hub.conftest import Script
 from tests.hub.repositories import SMALL, write_download
 from tests.hub.serving import Hub

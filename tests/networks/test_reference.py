@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cascade import checkpoints
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
+from cascade.weights import single_file
 from tests import fixture_data
 
 TOLERANCE = 1e-4
@@ -59,9 +59,9 @@ def unet(name: str) -> StableCascadeUNet:
             "pixel_mapper_in_channels": config["c_pixels"],
             "timestep_conditioning_type": ["sca"],
         }
-    state_dict = checkpoints.convert(fixture_data.weights(name))
-    assert checkpoints.component_of(state_dict) == ("prior" if stage_c else "decoder")
-    return checkpoints.build(state_dict, StableCascadeUNet, names)
+    state_dict = single_file.convert(fixture_data.weights(name))
+    assert single_file.component_of(state_dict) == ("prior" if stage_c else "decoder")
+    return single_file.build(state_dict, StableCascadeUNet, names)
 
 
 def test_stage_c():
@@ -82,8 +82,8 @@ def test_stage_b():
 def test_stage_a():
     config, data = fixture_data.description("stage_a")["config"], fixture_data.tensors("stage_a")
     codebook = torch.zeros(config["codebook_size"], config["c_latent"])
-    weights = checkpoints.convert({**fixture_data.weights("stage_a"), "vquantizer.codebook.weight": codebook})
-    network = checkpoints.build(
+    weights = single_file.convert({**fixture_data.weights("stage_a"), "vquantizer.codebook.weight": codebook})
+    network = single_file.build(
         weights,
         StageA,
         {
@@ -101,7 +101,7 @@ def test_stage_a():
 
 
 def test_effnet():
-    network = checkpoints.build(checkpoints.convert(fixture_data.weights("effnet")))
+    network = single_file.build(single_file.convert(fixture_data.weights("effnet")))
     assert isinstance(network, SemanticEncoder)
     data = fixture_data.tensors("effnet")
     close(network.encode_normalized(data["image_normalized"]), data["out"])
@@ -111,7 +111,7 @@ def test_effnet():
 
 
 def test_previewer():
-    network = checkpoints.build(checkpoints.convert(fixture_data.weights("previewer")))
+    network = single_file.build(single_file.convert(fixture_data.weights("previewer")))
     assert isinstance(network, Previewer)
     data = fixture_data.tensors("previewer")
     close(network(data["latent"]), data["out"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers.models.unets.unet_stable_cascade import StableCascadeUNet as Reference
 
-from cascade.checkpoints import VARIANTS
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet, timestep_embedding
+from cascade.weights.single_file import VARIANTS
 
 RES, TIME, ATTN = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
 STAGE_C = {

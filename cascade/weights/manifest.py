@@ -1,6 +1,6 @@
 """The folder of a download: a sub-folder a repository, and ``download.json``. That says what is there::
 
-    {"parts": ["prior_lite", ...],                              # keys of ``scripts.published.PARTS``
+    {"parts": ["prior_lite", ...],                              # keys of ``cascade.weights.published.PARTS``
      "files": {"stable-cascade-prior/prior_lite/config.json": "<sha256>", ...}}
 
 What it lists is whole, and as the Hub has it. Files that it does not list may be on their way, or of an earlier time.
@@ -12,10 +12,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from scripts.environment import ROOT
-from scripts.published import PARTS
+from cascade.weights.published import PARTS
 
-DOWNLOAD = ROOT / "weights" / ".download"  # hidden, so that neither git nor a container's image takes it
 INCOMPLETE = ".incomplete"
 LOCK = ".lock"
 

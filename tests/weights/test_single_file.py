@@ -4,16 +4,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cascade import checkpoints
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
+from cascade.weights import single_file
 from tests import fixture_data
 
 
 def test_attention_projections_are_split_in_order():
     fused = torch.arange(36.0).view(12, 3)
-    converted = checkpoints.convert({"up_blocks.0.2.attention.attn.in_proj_weight": fused})
+    converted = single_file.convert({"up_blocks.0.2.attention.attn.in_proj_weight": fused})
     stem = "up_blocks.0.2.attention."
     assert list(converted) == [f"{stem}to_q.weight", f"{stem}to_k.weight", f"{stem}to_v.weight"]
     assert torch.equal(torch.cat(list(converted.values())), fused)
@@ -33,16 +33,16 @@ def test_attention_projections_are_split_in_order():
     ],
 )
 def test_renamed(theirs, ours):
-    assert list(checkpoints.convert({theirs: torch.zeros(3)})) == [ours]
+    assert list(single_file.convert({theirs: torch.zeros(3)})) == [ours]
 
 
-@pytest.mark.parametrize("name", [variant.name for variant in checkpoints.VARIANTS])
+@pytest.mark.parametrize("name", [variant.name for variant in single_file.VARIANTS])
 def test_published_variants_are_told_apart(name):
-    variant = next(variant for variant in checkpoints.VARIANTS if variant.name == name)
+    variant = next(variant for variant in single_file.VARIANTS if variant.name == name)
     with torch.device("meta"):
         state_dict = variant.network(**variant.config).state_dict()
-    assert checkpoints.variant_of(state_dict) is variant
-    assert list(checkpoints.split(state_dict)) == [variant.component]
+    assert single_file.variant_of(state_dict) is variant
+    assert list(single_file.split(state_dict)) == [variant.component]
 
 
 def test_combined_file(tmp_path):
@@ -58,27 +58,27 @@ def test_combined_file(tmp_path):
     combined["clip_l_vision.vision_model.post_layernorm.weight"] = torch.ones(4)
     save_file(combined, tmp_path / "combined.safetensors")
 
-    components = checkpoints.read(tmp_path / "combined.safetensors")
+    components = single_file.read(tmp_path / "combined.safetensors")
     assert set(components) == {"prior", "effnet", "previewer", "text_encoder", "image_encoder"}
     for name, weights in (("prior", prior), ("effnet", effnet), ("previewer", previewer)):
-        expected = checkpoints.convert(weights)
+        expected = single_file.convert(weights)
         assert expected.keys() == components[name].keys()
         assert all(torch.equal(tensor, components[name][key]) for key, tensor in expected.items())
     assert set(components["text_encoder"]) == {"text_model.final_layer_norm.weight", "text_projection.weight"}
     assert torch.equal(components["text_encoder"]["text_projection.weight"], text.T)
-    assert isinstance(checkpoints.build(components["previewer"]), Previewer)
+    assert isinstance(single_file.build(components["previewer"]), Previewer)
 
 
 def test_combined_file_of_stage_b():
     weights = {f"model.diffusion_model.{key}": tensor for key, tensor in fixture_data.weights("stage_b").items()}
     weights |= {f"vae.{key}": tensor for key, tensor in fixture_data.weights("stage_a").items()}
-    assert set(checkpoints.split(weights)) == {"decoder", "vqgan"}
+    assert set(single_file.split(weights)) == {"decoder", "vqgan"}
 
 
 def test_built_network_is_around_the_given_tensors():
     source = StageA(embed_dim=16, bottleneck_blocks=1, num_vq_embeddings=4).to(torch.bfloat16)
     state_dict = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
-    built = checkpoints.build(state_dict, StageA, {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 4})
+    built = single_file.build(state_dict, StageA, {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 4})
     assert not built.training
     assert built.dtype == torch.bfloat16
     assert built.out_block[0].weight.data_ptr() == state_dict["out_block.0.weight"].data_ptr()
@@ -87,28 +87,28 @@ def test_built_network_is_around_the_given_tensors():
 
 def test_only_safetensors(tmp_path):
     with pytest.raises(ValueError, match=r"stage_c\.pt is not a safetensors file"):
-        checkpoints.read(tmp_path / "stage_c.pt")
+        single_file.read(tmp_path / "stage_c.pt")
 
 
 def test_unknown_tensors(tmp_path):
     save_file({"lora.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"x\.safetensors: tensors such as lora\.weight belong to no known component"):
-        checkpoints.read(tmp_path / "x.safetensors")
+        single_file.read(tmp_path / "x.safetensors")
 
 
 def test_unpublished_width():
     with pytest.raises(ValueError, match=r"prior has width 64; published: \{'prior': 2048, 'prior_lite': 1536\}"):
-        checkpoints.variant_of(checkpoints.convert(fixture_data.weights("stage_c")))
+        single_file.variant_of(single_file.convert(fixture_data.weights("stage_c")))
 
     with pytest.raises(ValueError, match=r"decoder has no tensor down_blocks\.1\.0\.depthwise\.weight"):
-        checkpoints.variant_of({"effnet_mapper.0.weight": torch.zeros(1)})
+        single_file.variant_of({"effnet_mapper.0.weight": torch.zeros(1)})
 
 
 def test_tensors_that_do_not_fit():
-    weights = checkpoints.convert(fixture_data.weights("previewer"))
+    weights = single_file.convert(fixture_data.weights("previewer"))
     del weights["blocks.0.bias"]
     with pytest.raises(ValueError, match=r"do not fit Previewer(.|\n)*blocks\.0\.bias"):
-        checkpoints.build(weights)
+        single_file.build(weights)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_controlnets_are_told_apart(in_channels, mode):
     with torch.device("meta"):
         network = ControlNet(in_channels=in_channels, out_channels=1536, bottleneck_mode=mode)
     state_dict = network.state_dict()
-    assert list(checkpoints.split(state_dict)) == ["controlnet"]
-    config = checkpoints.controlnet_config({key: tensor.shape for key, tensor in state_dict.items()})
+    assert list(single_file.split(state_dict)) == ["controlnet"]
+    config = single_file.controlnet_config({key: tensor.shape for key, tensor in state_dict.items()})
     assert config == {
         key: network.config[key] for key in ("in_channels", "out_channels", "proj_blocks", "bottleneck_mode")
     }
@@ -128,26 +128,26 @@ def test_controlnets_are_told_apart(in_channels, mode):
 def test_controlnet_of_a_file(tmp_path):
     source = ControlNet(in_channels=2, out_channels=6, bottleneck_mode="simple")
     save_file(source.state_dict(), tmp_path / "control.safetensors")
-    weights = checkpoints.read(tmp_path / "control.safetensors")["controlnet"]
-    built = checkpoints.build(weights)
+    weights = single_file.read(tmp_path / "control.safetensors")["controlnet"]
+    built = single_file.build(weights)
     assert isinstance(built, ControlNet)
     assert not built.training
     assert all(torch.equal(tensor, built.state_dict()[key]) for key, tensor in source.state_dict().items())
 
     del weights["projections.7.0.weight"]
     with pytest.raises(ValueError, match=r"do not fit ControlNet(.|\n)*projections\.7\.0\.weight"):
-        checkpoints.build(weights)
+        single_file.build(weights)
     with pytest.raises(ValueError, match="controlnet has no variants that its width would tell apart"):
-        checkpoints.variant_of(weights)
+        single_file.variant_of(weights)
 
 
 def test_controlnet_that_says_too_little():
     network = ControlNet(in_channels=2, out_channels=6, proj_blocks=tuple(range(64)), bottleneck_mode="simple")
     shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
     with pytest.raises(ValueError, match=r"has 64 projections, for ResBlocks \(0, 4, 8, 12, 51, 55, 59, 63\)"):
-        checkpoints.controlnet_config(shapes)
-    assert checkpoints.controlnet_config(shapes, range(64))["proj_blocks"] == tuple(range(64))
+        single_file.controlnet_config(shapes)
+    assert single_file.controlnet_config(shapes, range(64))["proj_blocks"] == tuple(range(64))
     with pytest.raises(ValueError, match=r"no ControlNet's: neither backbone\.0\.0\.weight nor"):
-        checkpoints.controlnet_config({"projections.0.2.weight": (6, 2, 1, 1)})
+        single_file.controlnet_config({"projections.0.2.weight": (6, 2, 1, 1)})
     with pytest.raises(ValueError, match=r"backbone\.0\.weight has the shape \(2,\); it must have 4 dimensions"):
-        checkpoints.controlnet_config({**shapes, "backbone.0.weight": (2,)}, range(64))
+        single_file.controlnet_config({**shapes, "backbone.0.weight": (2,)}, range(64))

@@ -41,12 +41,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from cascade import checkpoints
 from cascade.networks.controlnet import KINDS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
+from cascade.weights import single_file
 
 # How many channels each reads.
 CONTROLNETS = {f"controlnet_{kind}": channels for kind, channels in KINDS.items()}
@@ -520,12 +520,12 @@ def _load_network(
 
 def _load_single_file(component: str, path: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     """A network of the published size from the authors' own file, which has no configuration."""
-    tensors = checkpoints.convert(_read_tensors(path, device, dtype))
+    tensors = single_file.convert(_read_tensors(path, device, dtype))
     network, config = NETWORKS[component], None
     try:
         if network is ControlNet:  # of which several kinds were published
-            config = checkpoints.controlnet_config({key: tensor.shape for key, tensor in tensors.items()})
-        return checkpoints.build(tensors, network, config).to(device)
+            config = single_file.controlnet_config({key: tensor.shape for key, tensor in tensors.items()})
+        return single_file.build(tensors, network, config).to(device)
     except ValueError as error:
         raise WeightsError(f"{path} is not the published {component}: {error}") from error
 

@@ -5,11 +5,9 @@ folder beside its download takes no room of its own. The authors' single files a
 is complete; what an older one held besides is kept.
 """
 
-import argparse
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cascade.checkpoints import controlnet_config
 from cascade.networks.controlnet import ControlNet
 from cascade.safety import FOLDER as SAFETY_CHECKER
 from cascade.safety import SafetyChecker
-from cascade.weights import (
+from cascade.weights.folder import (
     CONTROLNETS,
     IGNORED_KEYS,
     NETWORKS,
@@ -36,13 +33,12 @@ from cascade.weights import (
     save_component,
     write_model_json,
 )
-from scripts.download_folder import DOWNLOAD, DownloadError, Manifest, amount, remove_download, sha256
-from scripts.environment import ROOT
-from scripts.published import ALWAYS, PARTS, Part
+from cascade.weights.manifest import Manifest, sha256
+from cascade.weights.published import ALWAYS, PARTS, Part
+from cascade.weights.single_file import controlnet_config
 
 logger = logging.getLogger(__name__)
 
-MODEL_FOLDER = ROOT / "weights" / "stable-cascade"
 STAGES = ("prior", "decoder")
 
 
@@ -191,49 +187,3 @@ def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def confirmed(question: str) -> bool:
-    """What a person at a terminal answers; no if there is none."""
-    if not sys.stdin.isatty():
-        return False
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except (EOFError, KeyboardInterrupt):
-        return False
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """``scripts/save-weights``; ``arguments`` default to the process's. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/save-weights", description="Make a model folder of what scripts/download-weights fetched."
-    )
-    parser.add_argument(
-        "--download", type=Path, default=DOWNLOAD, metavar="DIR", help="the folder fetched into (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=MODEL_FOLDER, metavar="DIR", help="the model folder (default: %(default)s)"
-    )
-    parser.add_argument("--remove-download", action="store_true", help="remove the download afterwards without asking")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        save_model(options.download, options.output)
-        size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
-        logger.info("%s is complete: %s.", options.output, amount(size))
-        if options.remove_download or confirmed(f"Remove the download in {options.download}?"):
-            remove_download(options.download)
-    except (WeightsError, DownloadError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except OSError as error:
-        file = error.filename2 or error.filename or options.output  # of a copy the second one
-        sys.stderr.write(f"{file} cannot be written: {error.strerror}.\n")
-        return 1
-    except SafetensorError as error:
-        sys.stderr.write(f"{options.output} cannot be written: {error}.\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(f"Interrupted. {options.output} is as it was.\n")
-        return 130
-    return 0

@@ -5,15 +5,13 @@ next download goes on with it. ``download.json`` is written when all of its file
 functions for whole files begin again after a killed process, so the one below them, which can resume, is called here.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -33,8 +31,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-from scripts.download_folder import DOWNLOAD, INCOMPLETE, LOCK, DownloadError, Manifest, amount, sha256
-from scripts.published import ALWAYS, DECODERS, EXTRAS, PARTS, PRIORS, Repository
+from cascade.weights.manifest import INCOMPLETE, LOCK, DownloadError, Manifest, amount, sha256
+from cascade.weights.published import ALWAYS, DECODERS, EXTRAS, PARTS, PRIORS, Repository
 
 logger = logging.getLogger(__name__)
 
@@ -271,58 +269,3 @@ def git_blob(path: Path) -> str:
     """What git calls a file's content."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def names_of(allowed: dict[str, tuple[str, ...]]) -> Callable[[str], list[str]]:
-    """An argparse type: some of these names, with commas between them."""
-
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(allowed)}")
-        return names
-
-    return parse
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """``scripts/download-weights``; ``arguments`` default to the process's. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/download-weights", description="Fetch the published weights of Stable Cascade."
-    )
-    parser.add_argument("--prior", choices=PRIORS, default="full", help="Stage C (default: %(default)s)")
-    parser.add_argument("--decoder", choices=DECODERS, default="full", help="Stage B (default: %(default)s)")
-    parser.add_argument(
-        "--with",
-        dest="extras",
-        type=names_of(EXTRAS),
-        default=[],
-        metavar="NAME,...",
-        help=f"what else: {', '.join(EXTRAS)}",
-    )
-    parser.add_argument(
-        "--only", action="store_true", help="nothing but what --with names, in addition to what is there already"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=DOWNLOAD, metavar="DIR", help="the folder to fetch into (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    if options.only and not options.extras:
-        parser.error("--only needs --with")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, which are signed ones
-    parts = select_parts(options.prior, options.decoder, options.extras, only=options.only)
-    try:
-        download(parts, options.output, add=options.only)
-    except DownloadError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except OSError as error:
-        sys.stderr.write(f"{error.filename or options.output} cannot be used: {error.strerror}.\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. What has arrived is kept; run the same command again to go on.\n")
-        return 130
-    logger.info("All of it is in %s; scripts/save-weights makes a model folder of it.", options.output)
-    return 0
