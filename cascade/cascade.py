@@ -34,7 +34,7 @@ from cascade.prior import Residuals, prior_steps, steps_taken
 from cascade.request import Request
 from cascade.sampling import DIFFUSERS_SAMPLER, Noise, finish
 from cascade.warm_up import warm_up
-from cascade.weights import CONTROLNETS, NETWORKS, ModelFolder, StageSettings
+from cascade.weights import CONTROLNETS, NEEDED, NETWORKS, ModelFolder, StageSettings
 
 logger = logging.getLogger(__name__)
 
@@ -190,9 +190,9 @@ class Cascade:
             device = torch.device("cuda", torch.cuda.current_device())
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         opened = ModelFolder.open(folder, lite=lite)
-        needed = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
+        opened.require()
         optional = ("feature_extractor", "image_encoder", "effnet", "previewer", *CONTROLNETS)
-        names = (*needed, *(name for name in optional if name in opened))
+        names = (*NEEDED, *(name for name in optional if name in opened))
         choice = _choose(memory, opened, names, device, dtype)
         parts, packed, seconds = {}, {}, {}
         for name in names:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cascade.weights.download import download, select_parts
+from cascade.weights.download import download, download_repository, select_parts
 from cascade.weights.manifest import DownloadError
 from cascade.weights.published import DECODERS, EXTRAS, PRIORS
 from scripts.environment import ROOT
@@ -48,6 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--only", action="store_true", help="nothing but what --with names, in addition to what is there already"
     )
     parser.add_argument(
+        "--repository",
+        action="append",
+        default=[],
+        metavar="OWNER/NAME",
+        help="another repository of the Hub, in addition to what is there already, or OWNER/NAME/PATH of a file or folder "
+        "of it; may be repeated. Nothing published is fetched then, but what --with names",
+    )
+    parser.add_argument(
         "--output", type=Path, default=DOWNLOAD, metavar="DIR", help="the folder to fetch into (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
@@ -55,9 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--only needs --with")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, which are signed ones
-    parts = select_parts(options.prior, options.decoder, options.extras, only=options.only)
+    only = options.only or bool(options.repository)
+    parts = select_parts(options.prior, options.decoder, options.extras, only=only)
     try:
-        download(parts, options.output, add=options.only)
+        if parts:
+            download(parts, options.output, add=only)
+        for name in options.repository:
+            download_repository(name, options.output)
     except DownloadError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -7,15 +7,27 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cascade.weights.build import save_model
+from cascade.weights.build import compare, save_model, save_own
+from cascade.weights.download import download_repository, named_repository
 from cascade.weights.folder import WeightsError
-from cascade.weights.manifest import DownloadError, amount, remove_download
+from cascade.weights.manifest import DownloadError, Manifest, amount, remove_download
+from cascade.weights.single_file import TITLES
 from scripts.download_weights import DOWNLOAD
 from scripts.environment import ROOT
 
 logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = ROOT / "weights" / "stable-cascade"
+
+
+def repository_folder(name: str, download: Path) -> Path:
+    """Where a repository of the Hub is, which is fetched unless it is there, as it was fetched."""
+    listed = Manifest.read(download).repositories if Manifest.file(download).is_file() else {}
+    if name not in listed:
+        return download_repository(name, download)
+    compare(download, listed[name])
+    repository, path = named_repository(name)
+    return download / repository.folder / path
 
 
 def confirmed(question: str) -> bool:
@@ -28,11 +40,47 @@ def confirmed(question: str) -> bool:
         return False
 
 
+# Each with the names that people have for it.
+OPTIONS = {
+    "prior": ("--prior", "--stage-c"),
+    "decoder": ("--decoder", "--stage-b"),
+    "vqgan": ("--vqgan", "--stage-a"),
+    "text_encoder": ("--text-encoder",),
+    "tokenizer": ("--tokenizer",),
+    "image_encoder": ("--image-encoder",),
+    "effnet": ("--effnet",),
+    "previewer": ("--previewer",),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """``scripts/save-weights``; ``arguments`` default to the process's. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="scripts/save-weights", description="Make a model folder of what scripts/download-weights fetched."
+        prog="scripts/save-weights",
+        description="Make a model folder of what scripts/download-weights fetched, or of weights of one's own: a safetensors "
+        "file in the names of the authors, diffusers, ComfyUI or kohya, or a folder.",
     )
+    for component, names in OPTIONS.items():
+        title = TITLES.get(component, "the tokenizer").removeprefix("the ").removeprefix("an ").removeprefix("a ")
+        parser.add_argument(*names, dest=component, type=Path, metavar="PATH", help=f"the {title} to use")
+    parser.add_argument(
+        "--controlnet", type=Path, action="append", default=[], metavar="PATH", help="a ControlNet; may be repeated"
+    )
+    parser.add_argument(
+        "--repository",
+        action="append",
+        default=[],
+        metavar="OWNER/NAME",
+        help="a repository of the Hub to use, fetched if scripts/download-weights has not; may be repeated",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        default=MODEL_FOLDER,
+        metavar="DIR",
+        help="the model folder that gives what weights of one's own lack (default: %(default)s)",
+    )
+    parser.add_argument("--name", help="what the model is called (default: as its file)")
     parser.add_argument(
         "--download", type=Path, default=DOWNLOAD, metavar="DIR", help="the folder fetched into (default: %(default)s)"
     )
@@ -41,12 +89,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--remove-download", action="store_true", help="remove the download afterwards without asking")
     options = parser.parse_args(arguments)
+    asked = {component: path for component in OPTIONS if (path := getattr(options, component)) is not None}
+    asked |= {f"controlnet-{number}": path for number, path in enumerate(options.controlnet)}
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        save_model(options.download, options.output)
+        if asked or options.repository:
+            folders = [repository_folder(name, options.download) for name in options.repository]
+            more = {"base": options.base, "download": options.download, "name": options.name}
+            save_own(asked, folders, options.output, **more)
+        else:
+            save_model(options.download, options.output)
         size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
         logger.info("%s is complete: %s.", options.output, amount(size))
-        if options.remove_download or confirmed(f"Remove the download in {options.download}?"):
+        # What was made of weights of one's own may need the rest of the download another time.
+        question = f"Remove the download in {options.download}?"
+        if options.remove_download or (not (asked or options.repository) and confirmed(question)):
             remove_download(options.download)
     except (WeightsError, DownloadError) as error:
         sys.stderr.write(f"{error}\n")

@@ -1,26 +1,30 @@
-"""Makes a model folder of a download: each component once, checked against this package's networks before it counts.
+"""Makes a model folder of a download, and of files and folders of one's own. All is checked before anything is written.
 
 What was published in the standard form is kept as it is, bit for bit: files are linked where the disk allows it, so a
-folder beside its download takes no room of its own. The authors' single files are converted. The folder appears when it
-is complete; what an older one held besides is kept.
+folder beside its download takes no room of its own. Single files are converted, and files of one's own copied: who goes
+on training into the same file must not change the model. The folder appears when it is complete; what an older one held
+besides is kept.
 """
 
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cascade.networks.controlnet import ControlNet
 from cascade.safety import FOLDER as SAFETY_CHECKER
 from cascade.safety import SafetyChecker
+from cascade.weights.fitting import misfit
 from cascade.weights.folder import (
+    COMPONENTS,
     CONTROLNETS,
-    IGNORED_KEYS,
+    EXTRAS,
+    NEEDED,
     NETWORKS,
     PUBLISHED_LICENSE,
     PUBLISHED_SAMPLER,
@@ -35,11 +39,25 @@ from cascade.weights.folder import (
 )
 from cascade.weights.manifest import Manifest, sha256
 from cascade.weights.published import ALWAYS, PARTS, Part
+from cascade.weights.reading import read_header
 from cascade.weights.single_file import controlnet_config
+from cascade.weights.sources import Source, find
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("prior", "decoder")
+# What a file or folder may hold beside what was asked for, and what is fine-tuned with it. Anything else in it is taken
+# only where the model has none: ComfyUI's files hold encoders as published, but in half the precision.
+TRAINED = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
+# Numbers that two components must agree on: a component, a setting of it, and the same of the other.
+SHARED = (
+    ("prior", "clip_text_in_channels", "text_encoder", "hidden_size"),
+    ("prior", "clip_text_pooled_in_channels", "text_encoder", "projection_dim"),
+    ("prior", "clip_image_in_channels", "image_encoder", "projection_dim"),
+    ("decoder", "clip_text_pooled_in_channels", "text_encoder", "projection_dim"),
+    ("decoder", "effnet_in_channels", "prior", "out_channels"),
+    ("decoder", "out_channels", "vqgan", "latent_channels"),
+)
 
 
 def save_model(download: Path, target: Path) -> None:
@@ -78,10 +96,138 @@ def save_model(download: Path, target: Path) -> None:
         ModelFolder.open(folder)
 
 
-def describe(parts: list[str], target: Path) -> dict[str, Any]:
-    """What ``model.json`` will say besides the files: as published, or as it was if no stage is replaced."""
+def choose(asked: Mapping[str, Path], folders: list[Path], there: set[str]) -> dict[str, Source]:
+    """The components that files and folders of one's own give.
+
+    Args:
+        asked: files and folders by what is wanted of them, "controlnet-1", "controlnet-2" ... for ControlNets.
+        folders: of which all is wanted.
+        there: the components that the model has anyway.
+
+    Returns:
+        Components by name: those asked for; besides, what else these hold of `TRAINED`, and of what is not there.
+
+    Raises:
+        WeightsError: see `sources.find`.
+    """
+    chosen: dict[str, Source] = {}
+    others: dict[str, Source] = {}
+    for key, path in asked.items():
+        wanted = key.partition("-")[0]
+        found = find(path, wanted)
+        logger.info("%s holds %s.", path, ", ".join(found))
+        for component, source in found.items():
+            is_wanted = component == wanted or component.startswith(f"{wanted}_")
+            (chosen if is_wanted else others).setdefault(component, source)
+    for folder in folders:
+        found = find(folder)
+        logger.info("%s holds %s.", folder, ", ".join(found))
+        others = {**found, **others}
+    more = {component: source for component, source in others.items() if component in TRAINED or component not in there}
+    return {**more, **chosen}
+
+
+def components_in(folder: Path) -> set[str]:
+    """The components and extras of a model folder; none if it does not exist."""
+    return {name for name in (*COMPONENTS, *EXTRAS) if (folder / name).is_dir()}
+
+
+def save_own(
+    asked: Mapping[str, Path], folders: list[Path], target: Path, *, base: Path, download: Path, name: str | None = None
+) -> None:
+    """Make a model folder, or change the one that is there, of files and folders of one's own.
+
+    What they do not hold is the model's that is there, else that of another, else a download's.
+
+    Args:
+        asked, folders: see `choose`.
+        target: the model folder.
+        base: another, which need not exist.
+        download: the folder of a download, which need not exist.
+        name: of the model; None: that of the first file or folder which gives a stage.
+
+    Raises:
+        DownloadError: the download is damaged.
+        WeightsError: see `save_model` and `sources.find`.
+        OSError, SafetensorError: the folder cannot be written.
+    """
+    check_target(target)
+    based = base.resolve() != target.resolve() and (base / "model.json").is_file()
+    there = components_in(target)
+    copied = (components_in(base) if based else set()) - there
+    listed = Manifest.read(download) if Manifest.file(download).is_file() else Manifest([], {})
+    parts = [PARTS[part] for part in listed.parts if PARTS[part].component not in there | copied]
+    sources = choose(asked, folders, there | copied | {part.component for part in parts})
+    copied -= set(sources)
+    parts = [part for part in parts if part.component not in sources]
+    missing = set(NEEDED) - there - copied - {part.component for part in parts} - set(sources)
+    if missing:
+        raise WeightsError(
+            f"{target} would have no {' and no '.join(sorted(missing))}: run scripts/download-weights first, or name a "
+            "model folder that has them with --base."
+        )
+    known = {
+        component: [file for folder in (target, base) if (file := folder / component / "config.json").is_file()]
+        for component in sources
+    }
+    for component, source in sources.items():
+        logger.info("Checking %s in %s.", component, source.origin)
+        source.check(known[component])
+    for part in parts:
+        check_files(download, part, listed.files)
+        check_content(download, part)
+    about = describe([], target if there else base if based else target)
+    stage = next((sources[one].origin for one in STAGES if one in sources), None)
+    if name or stage:
+        about["name"] = name or stage.stem
+    with replacement(target, without=set(sources), copy=link) as folder:
+        for component in copied:
+            shutil.copytree(base / component, folder / component, copy_function=link)
+        for part in parts:
+            place(download, part, folder / part.component)
+        for component, source in sources.items():
+            logger.info("Writing %s.", component)
+            source.write(folder / component, known[component])
+        check_agreement(folder, target)
+        write_model_json(folder, **about)
+        ModelFolder.open(folder)
+
+
+def check_agreement(folder: Path, shown: Path) -> None:
+    """Make sure that components fit each other.
+
+    Args:
+        folder: of the components.
+        shown: the folder that the sentence names.
+
+    Raises:
+        WeightsError: two differ in a number that they share.
+    """
+    there = components_in(folder)
+    configs = {
+        name: empty_network(name, folder / name / "config.json").config
+        for name in {name for first, _, second, _ in SHARED for name in (first, second)} & there
+    }
+    for first, setting, second, other in SHARED:
+        if first not in configs or second not in configs:
+            continue
+        ours, theirs = getattr(configs[first], setting), getattr(configs[second], other)
+        if ours != theirs:
+            raise WeightsError(
+                f"In {shown}, {first} and {second} would not fit each other: {setting} of {first} is {ours}, but {other} of "
+                f"{second} is {theirs}."
+            )
+
+
+def check_target(target: Path) -> None:
+    """Refuse a folder that holds something other than a model."""
     if target.is_dir() and any(target.iterdir()) and not (target / "model.json").is_file():
         raise WeightsError(f"{target} holds something other than a model: name another folder with --output.")
+
+
+def describe(parts: list[str], target: Path) -> dict[str, Any]:
+    """What ``model.json`` will say besides the files: as published, or as it was if no stage is replaced."""
+    check_target(target)
     if not any(PARTS[name].component in STAGES for name in parts) and target.is_dir():
         old = ModelFolder.open(target)
         return {"name": old.name, "license": old.license, "native_size": old.native_size, "sampler": old.sampler}
@@ -96,11 +242,20 @@ def describe(parts: list[str], target: Path) -> dict[str, Any]:
 
 def check_files(download: Path, part: Part, checksums: dict[str, str]) -> None:
     """Compare a part's files with what the Hub said of them."""
-    for path in part.paths:
+    compare(download, {path: checksums[path] for path in part.paths})
+
+
+def compare(download: Path, checksums: Mapping[str, str]) -> None:
+    """Compare files of a download with their sha256, by path in its folder.
+
+    Raises:
+        WeightsError: one is missing or damaged.
+    """
+    for path, expected in checksums.items():
         file = download / path
         if not file.is_file():
             raise WeightsError(f"{file} is missing: run scripts/download-weights again.")
-        if sha256(file) != checksums[path]:
+        if sha256(file) != expected:
             raise WeightsError(f"{file} is damaged: delete it, and run scripts/download-weights again.")
 
 
@@ -128,7 +283,7 @@ def controlnet_of(file: Path, component: str) -> ControlNet:
         WeightsError: it holds none, or one that reads other controls than the component's.
     """
     try:
-        config = controlnet_config({name: shape for name, (shape, _) in read_header(file).items()})
+        config = controlnet_config({name: shape for name, (shape, _) in read_header([file]).items()})
     except ValueError as error:
         raise WeightsError(f"{file} holds no published ControlNet. {error}") from error
     check_channels(file, component, config["in_channels"])
@@ -142,32 +297,17 @@ def check_tensors(weights: Path, network: nn.Module, dtype: str) -> None:
     Raises:
         WeightsError: they differ; it names the first that does.
     """
-    expected, stored = network.state_dict(), read_header(weights)
+    stored = read_header([weights])
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    wrong = misfit(expected, {name: shape for name, (shape, _) in stored.items()})
+    if wrong is not None:
+        raise WeightsError(f"{weights}{wrong}.")
     parameters = {name for name, _ in network.named_parameters()}
-    for name in expected:
-        if name not in stored:
-            raise WeightsError(f"{weights} has no tensor {name}.")
-    for name, (shape, kind) in stored.items():
-        if name not in expected:
-            if name.endswith(IGNORED_KEYS):
-                continue
-            raise WeightsError(f"{weights} has a tensor {name}, which is none of its network's.")
-        if shape != tuple(expected[name].shape):
-            raise WeightsError(f"{weights}: {name} has the shape {shape} instead of {tuple(expected[name].shape)}.")
+    for name, (_, kind) in stored.items():
         # The statistics of a normalisation may be kept in float32, and counters are integers.
         allowed = (dtype,) if name in parameters else (dtype, "F32", "I64")
-        if kind not in allowed:
+        if name in expected and kind not in allowed:
             raise WeightsError(f"{weights}: {name} has the dtype {kind} instead of {dtype}.")
-
-
-def read_header(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor of a safetensors file, by name."""
-    try:
-        with safe_open(weights, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
-            return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{weights} is truncated or no safetensors file: {error}") from error
 
 
 def place(download: Path, part: Part, folder: Path) -> None:

@@ -1,77 +1,17 @@
-"""Downloads the published weights: just the files that are needed, whole and as published.
+"""Downloads: which files of the published repositories, and of others, are needed.
 
-A file has its name once its checksum has been compared with the Hub's; until then it ends in ``.incomplete``, and the
-next download goes on with it. ``download.json`` is written when all of its files are there. huggingface_hub's own
-functions for whole files begin again after a killed process, so the one below them, which can resume, is called here.
+``download.json`` is written when all of the files are there.
 """
 
-import fcntl
-import hashlib
-import json
-import logging
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from http import HTTPStatus
-from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import urlsplit
+import re
+from pathlib import Path, PurePosixPath
 
-import httpx
-from huggingface_hub import HfApi, constants, get_token, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
-
-from cascade.weights.manifest import INCOMPLETE, LOCK, DownloadError, Manifest, amount, sha256
+from cascade.weights.hub import BRANCH, HubError, RemoteFile, explained, fetched, list_files
+from cascade.weights.manifest import Manifest
+from cascade.weights.names import COMPONENT_FOLDERS, SMALL_FILES, STEMS, SUFFIX, VARIANTS, index_names
 from cascade.weights.published import ALWAYS, DECODERS, EXTRAS, PARTS, PRIORS, Repository
 
-logger = logging.getLogger(__name__)
-
-
-class HubError(DownloadError):
-    """The Hub, the way to it or the disk denies a download. One sentence says which, and what can be done."""
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file as the Hub describes it: `sha256` if it is in large-file storage, else git's `blob`."""
-
-    repository: Repository
-    path: str
-    size: int
-    sha256: str | None
-    blob: str
-
-    def local(self, folder: Path) -> Path:
-        return folder / self.repository.folder / self.path
-
-    def incomplete(self, folder: Path) -> Path:
-        """Where its first bytes are; the name changes with the content, so that bytes of two files never mix."""
-        local = self.local(folder)
-        return local.with_name(f"{local.name}.{(self.sha256 or self.blob)[:12]}{INCOMPLETE}")
-
-    def is_in(self, folder: Path) -> bool:
-        """Whether it is there whole. A large one was compared before it got its name; reading it again takes long."""
-        local = self.local(folder)
-        if not local.is_file() or local.stat().st_size != self.size:
-            return False
-        return self.sha256 is not None or git_blob(local) == self.blob
-
-    def left(self, folder: Path) -> int:
-        """How many of its bytes are not there yet."""
-        if self.is_in(folder):
-            return 0
-        incomplete = self.incomplete(folder)
-        return max(self.size - incomplete.stat().st_size, 0) if incomplete.is_file() else self.size
+NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def select_parts(prior: str, decoder: str, extras: list[str], *, only: bool = False) -> list[str]:
@@ -95,18 +35,7 @@ def download(parts: list[str], folder: Path, *, add: bool = False) -> None:
     """
     earlier = Manifest.read(folder) if add and Manifest.file(folder).is_file() else Manifest([], {})
     files = find_files(parts)
-    left = sum(file.left(folder) for file in files)
-    total = sum(file.size for file in files)
-    logger.info("%s in %d files into %s; %s to fetch.", amount(total), len(files), folder, amount(left))
-    check_free(folder, left)
-    with locked(folder):
-        checksums = {}
-        for file in files:
-            if not file.is_in(folder):
-                with explained(file.repository):
-                    fetch(file, folder)
-            local = file.local(folder)
-            checksums[local.relative_to(folder).as_posix()] = file.sha256 or sha256(local)
+    with fetched(files, folder) as checksums:
         earlier.updated(Manifest(parts, checksums)).write(folder)
 
 
@@ -130,142 +59,95 @@ def find_files(parts: list[str]) -> list[RemoteFile]:
     return found
 
 
-def list_files(repository: Repository) -> dict[str, RemoteFile]:
-    """All files of a repository by their paths. Raises what huggingface_hub raises if they may not be read."""
-    api = HfApi()
-    # Of a gated repository everyone may see the list.
-    api.auth_check(repository.name)
-    info = api.model_info(repository.name, revision=repository.revision, files_metadata=True)
-    return {
-        file.rfilename: RemoteFile(
-            repository,
-            file.rfilename,
-            file.lfs.size if file.lfs else file.size,
-            file.lfs.sha256 if file.lfs else None,
-            file.blob_id,
-        )
-        for file in info.siblings
-    }
+def download_repository(name: str, folder: Path) -> Path:
+    """Fetch what a repository other than the published has of Stable Cascade, in addition to what is there.
+
+    Args:
+        name: ``owner/name``, or ``owner/name/path`` of one of its files or folders.
+        folder: the directory; it need not exist.
+
+    Returns:
+        The folder or file that has been fetched.
+
+    Raises:
+        DownloadError: as `download`; or the name is none, or the repository has nothing that can be used.
+    """
+    repository, path = named_repository(name)
+    earlier = Manifest.read(folder) if Manifest.file(folder).is_file() else Manifest([], {})
+    with explained(repository):
+        listed = list_files(repository)
+    files = [listed[one] for one in select_files(repository.name, list(listed), path)]
+    with fetched(files, folder) as checksums:
+        earlier.updated(Manifest([], {}, {name: checksums})).write(folder)
+    return folder / repository.folder / path
 
 
-def check_free(folder: Path, needed: int) -> None:
-    """Raise a HubError unless the disk of a folder, which need not exist, has that many bytes to spare."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise HubError(
-            f"{amount(needed)} are still to be fetched, but the disk of {folder} has only {amount(free)} to spare: "
-            "free some, or name a folder on another disk with --output."
-        )
+def named_repository(name: str) -> tuple[Repository, str]:
+    """The repository and the path in it that ``owner/name/path`` is. Raises a HubError if it is none."""
+    owner, _, rest = name.partition("/")
+    called, _, path = rest.strip("/").partition("/")
+    if not NAME.fullmatch(f"{owner}/{called}") or ".." in path.split("/"):
+        raise HubError(f"{name!r} is no name of a repository: it must be like owner/name.")
+    return Repository(f"{owner}/{called}", BRANCH), path
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other downloads out of it: two that append to one file would spoil it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HubError(f"Another download into {folder} is running: wait for it, or end it.") from None
-        yield
+def select_files(name: str, paths: list[str], below: str = "") -> list[str]:
+    """Which files of a repository make components, or the one that it consists of. Networks are taken in bfloat16, where
+    there are several; nothing but safetensors files, configurations and tokenizers is taken.
+
+    Args:
+        name: the repository's.
+        paths: of its files.
+        below: a file or folder of it; "" is all of it.
+
+    Raises:
+        HubError: nothing of it can be used, or what is meant is unclear.
+    """
+    if below in paths:
+        chosen = [below]
+        config = str(PurePosixPath(below).with_name("config.json"))
+        return [*chosen, config] if config in paths else chosen
+    inside = [path for path in paths if path.startswith(f"{below}/")] if below else paths
+    if below and not inside:
+        raise HubError(f"{name} has no file or folder {below}.")
+    root = f"{below}/" if below else ""
+    folders = sorted({path.removeprefix(root).partition("/")[0] for path in inside if "/" in path.removeprefix(root)})
+    chosen = []
+    for component in (folder for folder in folders if folder in COMPONENT_FOLDERS):
+        chosen += _select_component([path for path in inside if path.startswith(f"{root}{component}/")])
+    if chosen:
+        return chosen
+    top = [path for path in inside if "/" not in path.removeprefix(root)]
+    chosen = _select_component(top)
+    if any(path.lower().endswith(SUFFIX) for path in chosen):
+        return chosen
+    weights = [path for path in top if path.lower().endswith(SUFFIX)]
+    if len(weights) == 1:
+        return weights
+    if not weights:
+        raise HubError(f"{name} has no weights of Stable Cascade in safetensors files.")
+    some = ", ".join(weights[:4]) + (" ..." if len(weights) > 4 else "")
+    raise HubError(f"{name} has several files of weights: say which, as {name}/{weights[0]}. There are {some}.")
 
 
-def fetch(file: RemoteFile, folder: Path) -> None:
-    """Fetch the rest of a file, compare its checksum, and give it its name."""
-    local, incomplete = file.local(folder), file.incomplete(folder)
-    local.parent.mkdir(parents=True, exist_ok=True)
-    # Small files may travel compressed, where a range would mean something else. A longer file is none of ours.
-    if incomplete.is_file() and (file.sha256 is None or incomplete.stat().st_size > file.size):
-        incomplete.unlink()
-    with incomplete.open("ab") as stream:
-        receive(file, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    size = incomplete.stat().st_size
-    actual = sha256(incomplete) if file.sha256 else git_blob(incomplete)
-    if size != file.size or actual != (file.sha256 or file.blob):
-        incomplete.unlink()
-        problem = f"with {size} bytes instead of {file.size}" if size != file.size else "damaged: its checksum differs"
-        raise HubError(
-            f"{file.path} of {file.repository.name} came {problem}. It was removed; run the same command again."
-        )
-    incomplete.replace(local)
+def _select_component(paths: list[str]) -> list[str]:
+    """Of the files in a folder, those of its component: the first of the standard names, or the shards of it."""
+    names = {PurePosixPath(path).name: path for path in paths}
+    small = [names[name] for name in SMALL_FILES if name in names]
+    for stem in STEMS:
+        for variant in VARIANTS:
+            if (whole := f"{stem}{variant}{SUFFIX}") in names:
+                return [*small, names[whole]]
+            for index in index_names(stem, variant):
+                if index in names:
+                    shards = [path for name, path in names.items() if _is_shard(name, stem, variant)]
+                    return [*small, names[index], *shards]
+    return small
 
 
-def receive(file: RemoteFile, stream: BinaryIO) -> None:
-    """Append to a file what it lacks; after a broken connection again, for as long as that brings something."""
-    url = hf_hub_url(file.repository.name, file.path, revision=file.repository.revision)
-    while (have := stream.tell()) < file.size:
-        try:
-            # No size is expected, so that a file of another size is judged here, in one place.
-            http_get(url, stream, resume_size=have, headers=build_hf_headers(), displayed_filename=file.path)
-        except httpx.TransportError:
-            if stream.tell() <= have:
-                raise
-            continue
-        except HfHubHTTPError as error:
-            if error.response.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                raise
-        return  # the server has no more, be it enough or not
-
-
-@contextmanager
-def explained(repository: Repository) -> Iterator[None]:
-    """Turn what huggingface_hub and the disk raise into a HubError."""
-    hub = constants.ENDPOINT
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise HubError(why_denied(error, repository)) from error
-    except OfflineModeIsEnabled as error:
-        raise HubError(f"HF_HUB_OFFLINE forbids to ask {hub} for {repository.name}.") from error
-    except httpx.HTTPError as error:
-        raise HubError(
-            f"The connection to {hub} for {repository.name} failed ({error or type(error).__name__}). What has arrived "
-            "is kept; run the same command again."
-        ) from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise HubError(f"{hub} does not answer as the Hub does: something on the way may want a login.") from error
-    except UnicodeEncodeError as error:
-        raise HubError("Your token, in HF_TOKEN, is none: it must be of ASCII letters and digits.") from error
-    except (ValueError, ImportError) as error:  # of a proxy that httpx cannot use
-        raise HubError(f"{hub} cannot be asked for {repository.name}: {str(error).rstrip('.')}.") from error
-    except OSError as error:
-        raise HubError(
-            f"A file of {repository.name} could not be written ({error.strerror or error}). What has arrived is kept; "
-            "make room, and run the same command again."
-        ) from error
-
-
-def why_denied(error: HfHubHTTPError, repository: Repository) -> str:
-    """One sentence about an answer of the Hub's that is none of the wanted ones."""
-    hub = constants.ENDPOINT
-    page = f"{hub}/{repository.name}"
-    status = error.response.status_code
-    with_token = get_token() is not None
-    not_found = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
-    if with_token and status == HTTPStatus.UNAUTHORIZED and not not_found:
-        return f"{hub} refuses your token: make another at {hub}/settings/tokens, and put it into HF_TOKEN."
-    if isinstance(error, GatedRepoError):
-        if with_token:
-            return f"{repository.name} is gated: accept its conditions at {page} with the account of your token."
-        return (
-            f"{repository.name} is gated: accept its conditions at {page} with an account there, make a token at "
-            f"{hub}/settings/tokens, and put it into HF_TOKEN."
-        )
-    # Who may see no repository is told the same as of one that does not exist.
-    if not_found or status == HTTPStatus.UNAUTHORIZED:
-        who = "does not show it to your token" if with_token else "shows it only to those with a token, in HF_TOKEN"
-        return f"{hub} has no repository {repository.name}, or {who}."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repository.name} no longer has the revision {repository.revision}."
-    host, reason = urlsplit(str(error.response.url)).netloc, error.response.reason_phrase
-    advice = (error.server_message or "try again later").rstrip(".")
-    return f"{host} answered {status} {reason} for {repository.name}: {advice}."
-
-
-def git_blob(path: Path) -> str:
-    """What git calls a file's content."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+def _is_shard(name: str, stem: str, variant: str) -> bool:
+    number = r"-\d{5}-of-\d{5}"
+    return (
+        re.fullmatch(rf"{stem}({re.escape(variant)}{number}|{number}{re.escape(variant)})\.safetensors", name)
+        is not None
+    )

@@ -6,7 +6,12 @@ transformers or diffusers form, ``config.json`` and one safetensors file. ``mode
     {"name": str, "license": str, "native_size": int,         # pixels, the edge of the square that the model draws best
      "sampler": {"prior":   {"steps": int, "guidance": float, "shift": float, "rescale": float},
                  "decoder": {"steps": int, "guidance": float, "shift": float, "rescale": float}},
-     "files": {"prior/config.json": "<sha256>", ...}}          # every file of every component, and of ``EXTRAS``
+     "files": {"prior/config.json": "<sha256>", ...},          # every file of every component, and of ``EXTRAS``
+     "pieces": {"algorithm": "xxh3_64", "bytes": int,          # of every safetensors file, the sums of its pieces:
+                "sums": {"prior/....safetensors": "<sum> <sum> ..."}}}                  # see ``cascade.weights.sums``
+
+Whatever is loaded is compared with ``model.json``: networks by their pieces, other files by their sha256. The variable
+``CASCADE_CHECK_WEIGHTS=0`` turns that off. Folders of older versions have no pieces: only their small files are compared.
 
 The two published repositories are read as a download leaves them, component by component:
 ``<folder>/stable-cascade-prior`` and ``<folder>/stable-cascade``, or the cache folders that huggingface_hub makes of
@@ -17,21 +22,21 @@ them. Only safetensors files are ever opened; nothing is unpickled. Whatever is 
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -47,6 +52,22 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.weights import single_file
+from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.fitting import current_names, misfit
+from cascade.weights.names import PICKLES, SUFFIX
+from cascade.weights.reading import (
+    Sums,
+    check_header,
+    find_weights,
+    no_weights,
+    pickle_error,
+    read_header,
+    read_json,
+    read_tensors,
+)
+from cascade.weights.sums import ALGORITHM, PIECE, sums_of
+
+logger = logging.getLogger(__name__)
 
 # How many channels each reads.
 CONTROLNETS = {f"controlnet_{kind}": channels for kind, channels in KINDS.items()}
@@ -70,22 +91,15 @@ COMPONENTS = (*PROCESSORS, *NETWORKS)
 EXTRAS = ("safety_checker",)
 
 TRANSFORMERS_CONFIGS = {"text_encoder": CLIPTextConfig, "image_encoder": CLIPVisionConfig}
-WEIGHT_FILES = (
-    "diffusion_pytorch_model.bf16.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "model.bf16.safetensors",
-    "model.safetensors",
-)
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Threads that read a file, each some of its tensors: from the page cache onto a GPU one copied 5.5 GB/s, four 8, eight 12 (H100,
-# 16 cores).
-READERS = 8
-# Checkpoints written by old transformers hold this buffer; today's networks make it themselves.
-IGNORED_KEYS = ("embeddings.position_ids",)
-
-
-class WeightsError(Exception):
-    """A file of a model folder is missing, damaged, of the wrong kind or not the one that was published."""
+# What a model cannot do without, and which of the two published repositories has it.
+NEEDED = {
+    "tokenizer": "stable-cascade-prior",
+    "text_encoder": "stable-cascade-prior",
+    "prior": "stable-cascade-prior",
+    "decoder": "stable-cascade",
+    "vqgan": "stable-cascade",
+}
+CHECK = "CASCADE_CHECK_WEIGHTS"
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,8 @@ class ModelFolder:
         sampler: default settings by stage, ``"prior"`` and ``"decoder"``.
         parts: where each component lies: its sub-folder, or the authors' single file.
         checksums: sha256 by path relative to ``root``; empty for the published repositories, which come without.
+        sums: by path relative to ``root``, the sums of the pieces of safetensors files.
+        checks: whether files are compared with these when they are loaded.
     """
 
     root: Path
@@ -127,18 +143,24 @@ class ModelFolder:
     sampler: Mapping[str, StageSettings]
     parts: Mapping[str, Path]
     checksums: Mapping[str, str]
+    sums: Mapping[str, Sums] = field(default_factory=dict)
+    checks: bool = True
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], *, lite: Collection[str] = ()) -> "ModelFolder":
+    def open(
+        cls, folder: str | os.PathLike[str], *, lite: Collection[str] = (), check: bool | None = None
+    ) -> "ModelFolder":
         """Open a model folder, or the folder that the two published repositories were downloaded to.
 
         Every file named in ``model.json`` must be there, and every safetensors file must be whole (its header and its
-        length are looked at, its content is not: that is :meth:`verify`).
+        length are looked at; its content is compared when a component is loaded, and by :meth:`verify`).
 
         Args:
             folder: the directory.
             lite: of the published repositories, the stages (``"prior"``, ``"decoder"``) whose lite network is taken.
                 Where only one of the two networks was downloaded, that one is taken in any case.
+            check: whether content is compared with ``model.json`` while it is loaded; None: unless the environment's
+                ``CASCADE_CHECK_WEIGHTS`` is 0.
 
         Raises:
             WeightsError: the folder or one of its files is missing, damaged or a pickle.
@@ -147,14 +169,38 @@ class ModelFolder:
         if not root.is_dir():
             raise WeightsError(f"There is no model folder {root}.")
         opened = _open_own(root) if (root / "model.json").is_file() else _open_published(root, lite)
-        for part in opened.parts.values():
-            weights = part if part.is_file() else _find_weights(part)
-            if weights is not None:
-                _check_header(weights)
-        return opened
+        for component, part in opened.parts.items():
+            for file in [] if component in PROCESSORS else _weights_of(part):
+                check_header(file)
+        return replace(opened, checks=_checks() if check is None else check)
 
     def __contains__(self, component: str) -> bool:
         return component in self.parts
+
+    def require(self, components: Collection[str] = tuple(NEEDED)) -> None:
+        """Make sure that the folder has some components; say what of it cannot be checked.
+
+        Raises:
+            WeightsError: it lacks one; the sentence names all that it lacks.
+        """
+        missing = [component for component in components if component not in self.parts]
+        if missing:
+            raise WeightsError(self._without(missing))
+        if self.checks and not self.sums:
+            logger.info("The weights in %s come without checksums: damage to them would not be noticed.", self.root)
+
+    def _without(self, missing: Sequence[str]) -> str:
+        """The sentence about missing components."""
+        sentence = f"{self.root} has no {' and no '.join(missing)}"
+        if (self.root / "model.json").is_file():
+            return f"{sentence}."
+        repositories = list(dict.fromkeys(NEEDED[component] for component in missing if component in NEEDED))
+        absent = [name for name in repositories if not _published_repository(self.root, name).is_dir()]
+        if absent:
+            return (
+                f"{sentence}: the published repository {absent[0]} is not in it. scripts/download-weights fetches both."
+            )
+        return f"{sentence}. scripts/download-weights fetches all that is needed."
 
     def load_component(
         self, component: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -163,47 +209,80 @@ class ModelFolder:
 
         Args:
             component: one of ``COMPONENTS``.
-            device, dtype: where the weights go and what they become on the way; of no matter to the tokenizer and the
+            device, dtype: where the weights go and what they become on the way. Ignored for the tokenizer and the
                 feature extractor.
 
         Returns:
             The network in evaluation mode, or the tokenizer or image processor.
 
         Raises:
-            WeightsError: the folder has no such component, or a file of it is missing, damaged or does not fit its
-                configuration.
+            WeightsError: the folder has no such component, or a file of it is missing, does not fit its
+                configuration, or differs from what ``model.json`` lists.
         """
         if component not in COMPONENTS:
             raise ValueError(f"There is no component {component!r}; there are {', '.join(COMPONENTS)}.")
         if component not in self.parts:
-            raise WeightsError(f"{self.root} has no component {component!r}.")
+            raise WeightsError(self._without([component]))
         part = self.parts[component]
+        self._compare_small_files(part)
         if component in PROCESSORS:
-            return _load_processor(component, part)
-        weights = part if part.is_file() else _find_weights(part)
-        if weights is None:
-            raise _no_weights(part)
+            return load_processor(component, part)
+        weights = _weights_of(part)
+        if not weights:
+            raise no_weights(part)
+        tensors = read_tensors(weights, device, dtype, self._sums_of(weights) if self.checks else None)
         if part.is_file():
-            network = _load_single_file(component, part, device, dtype)
+            network = _single_file_network(component, part, tensors)
         else:
-            network = _load_network(component, part / "config.json", weights, device, dtype)
+            network = _network(component, part / "config.json", weights[0], tensors)
         if component in CONTROLNETS:
-            check_channels(weights, component, network.config.in_channels)
-        return network
+            check_channels(weights[0], component, network.config.in_channels)
+        return network.to(device)
+
+    def _sums_of(self, files: Sequence[Path]) -> dict[Path, Sums]:
+        by_path = {self.root / path: sums for path, sums in self.sums.items()}
+        return {file: by_path[file] for file in files if file in by_path}
+
+    def _compare_small_files(self, part: Path) -> None:
+        """Compare the sha256 of a component's files other than weights with ``model.json``."""
+        for path, expected in self.checksums.items() if self.checks else ():
+            file = self.root / path
+            if file.suffix.lower() != SUFFIX and file.is_relative_to(part) and _sha256(file) != expected:
+                raise WeightsError(
+                    f"{file} is damaged: its checksum is not the one in {self.root / 'model.json'}. Fetch or copy the file "
+                    "again."
+                )
+
+    def compare(self, name: str) -> None:
+        """Compare the files of a component, or of one of ``EXTRAS``, with ``model.json``, as loading a component does.
+
+        Raises:
+            WeightsError: a file differs.
+        """
+        self._compare_small_files(self.root / name)
+        for path, sums in self.sums.items() if self.checks else ():
+            if path.startswith(f"{name}/") and sums_of(self.root / path, sums.least) != sums.listed:
+                raise WeightsError(
+                    f"{self.root / path} is damaged: its content differs from the checksums in {sums.where}. Fetch or copy "
+                    "the file again."
+                )
 
     def size(self, component: str, dtype: torch.dtype) -> int:
-        """The bytes of a network's tensors, those of floating point in `dtype`, by its file's header."""
-        part = self.parts[component]
-        weights = part if part.is_file() else _find_weights(part)
-        if weights is None:
-            raise _no_weights(part)
+        """The bytes of a network's tensors, those of floating point in `dtype`, by its file's header.
+
+        Raises:
+            WeightsError: the folder has no such component, or no weights of it.
+        """
+        if component not in self.parts:
+            raise WeightsError(self._without([component]))
+        weights = _weights_of(self.parts[component])
+        if not weights:
+            raise no_weights(self.parts[component])
         total = 0
-        with safe_open(weights, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (the file is no mapping)
-                described = file.get_slice(key)
-                kind = described.get_dtype()
-                itemsize = dtype.itemsize if "F" in kind else int(kind.lstrip("BIOLU") or 8) // 8
-                total += math.prod(described.get_shape()) * itemsize
+        for shape, kind in read_header(weights).values():
+            bits = re.search(r"\d+", kind)  # of F8_E4M3, 8; booleans name none
+            itemsize = dtype.itemsize if "F" in kind else int(bits.group() if bits else 8) // 8
+            total += math.prod(shape) * itemsize
         return total
 
     def verify(self) -> None:
@@ -275,15 +354,15 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
     Raises:
         WeightsError: the file is missing or no JSON, or describes no such network.
     """
-    config = _read_json(config_path)
+    config = read_json(config_path)
     # Buffers that no file holds, such as CLIP's position ids, are made for real.
     with init_empty_weights(include_buffers=False):
         try:
             if component in TRANSFORMERS_CONFIGS:
                 return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
-            return NETWORKS[component].from_config(config)
+            return NETWORKS[component].from_config(current_names(config))
         except Exception as error:  # what networks make of wrong settings
-            raise WeightsError(f"{config_path} describes no {component}: {error}") from error
+            raise WeightsError(f"{config_path} describes no {component}: {shortened(error)}") from error
 
 
 @contextlib.contextmanager
@@ -342,7 +421,7 @@ def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
 
 def _forget_origin(config_path: Path) -> None:
     """Take out of a ``config.json`` where on its maker's disk the network was read from, which diffusers notes there."""
-    config = _read_json(config_path)
+    config = read_json(config_path)
     if config.pop("_name_or_path", None) is not None:
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -355,14 +434,20 @@ def write_model_json(
     native_size: int,
     sampler: Mapping[str, StageSettings],
 ) -> None:
-    """Write ``model.json`` for the components that lie in ``folder``, with the sha256 of each of their files."""
+    """Write ``model.json`` for the components that lie in ``folder``, with the checksums of all of their files."""
     root = Path(folder)
+    files = _component_files(root)
     content = {
         "name": name,
         "license": license,
         "native_size": native_size,
         "sampler": {stage: asdict(settings) for stage, settings in sampler.items()},
-        "files": {path: _sha256(root / path) for path in _component_files(root)},
+        "files": {path: _sha256(root / path) for path in files},
+        "pieces": {
+            "algorithm": ALGORITHM,
+            "bytes": PIECE,
+            "sums": {path: " ".join(sums_of(root / path)) for path in files if path.lower().endswith(SUFFIX)},
+        },
     }
     scratch = root / ".model.json"
     scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -371,7 +456,7 @@ def write_model_json(
 
 def _open_own(root: Path) -> ModelFolder:
     path = root / "model.json"
-    content = _read_json(path)
+    content = read_json(path)
     try:
         checksums = dict(content["files"])
         opened = ModelFolder(
@@ -382,17 +467,33 @@ def _open_own(root: Path) -> ModelFolder:
             sampler={stage: StageSettings(**content["sampler"][stage]) for stage in ("prior", "decoder")},
             parts={component: root / component for component in COMPONENTS if (root / component).is_dir()},
             checksums=checksums,
+            sums=_read_sums(content.get("pieces"), path),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} lacks a field or has one of the wrong kind: {error}.") from error
     for listed in checksums:
         if PurePosixPath(listed).is_absolute() or ".." in PurePosixPath(listed).parts:
             raise WeightsError(f"{path} lists {listed!r}, which lies outside of the folder.")
         if listed.endswith(PICKLES):
-            raise _pickle(root / listed)
+            raise pickle_error(root / listed)
         if not (root / listed).is_file():
             raise WeightsError(f"{root / listed}, which model.json lists, is missing.")
     return opened
+
+
+def _read_sums(pieces: Any, path: Path) -> dict[str, Sums]:
+    """What ``model.json`` says under "pieces", by file. Other algorithms are of newer versions, and are not compared."""
+    if pieces is None or pieces["algorithm"] != ALGORITHM:
+        return {}
+    return {file: Sums(sums.split(), path, int(pieces["bytes"])) for file, sums in pieces["sums"].items()}
+
+
+def _checks() -> bool:
+    """Whether the environment leaves checks on."""
+    said = os.environ.get(CHECK) or "1"
+    if said not in ("0", "1"):
+        raise WeightsError(f"{CHECK} is {shortened(said)!r}; it must be 1, or 0 for no checks.")
+    return said == "1"
 
 
 def _open_published(root: Path, lite: Collection[str]) -> ModelFolder:
@@ -421,7 +522,7 @@ def _open_published(root: Path, lite: Collection[str]) -> ModelFolder:
     for component, candidates in places.items():
         there = [place for place in candidates if place.exists()]
         # A folder that has only its config.json was left out of the download: the other one is meant.
-        whole = [place for place in there if component in PROCESSORS or place.is_file() or _find_weights(place)]
+        whole = [place for place in there if component in PROCESSORS or place.is_file() or find_weights(place)]
         if there:
             parts[component] = (whole or there)[0]
     return ModelFolder(
@@ -442,54 +543,17 @@ def _published_repository(root: Path, name: str) -> Path:
     return cache / "snapshots" / main.read_text().strip() if main.is_file() else root / name
 
 
-def _find_weights(folder: Path) -> Path | None:
-    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+def _weights_of(part: Path) -> list[Path]:
+    """The files of a network's weights: the component's single file, or those in its folder; [] if there are none."""
+    return [part] if part.is_file() else find_weights(part)
 
 
-def _no_weights(folder: Path) -> WeightsError:
-    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        return _pickle(pickles[0])
-    return WeightsError(f"{folder} has no weights: it should hold one of {', '.join(WEIGHT_FILES)}.")
+def load_processor(component: str, folder: Path) -> Any:
+    """The tokenizer or image processor of a folder.
 
-
-def _pickle(path: Path) -> WeightsError:
-    return WeightsError(f"{path} is a pickle, which can run code when it is read; only safetensors files are opened.")
-
-
-def _check_header(path: Path) -> None:
-    """safetensors compares the header's offsets with the file's length, so this finds a truncated file at once."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is truncated or no safetensors file: {error}") from error
-
-
-def _read_tensors(path: Path, device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    def read(share: int) -> dict[str, torch.Tensor]:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return {key: file.get_tensor(key) for key in list(file.keys())[share::READERS]}
-
-    try:
-        with ThreadPoolExecutor(READERS) as threads:
-            shares = threads.map(read, range(READERS))
-            tensors = {key: tensor for share in shares for key, tensor in share.items()}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is truncated or no safetensors file: {error}") from error
-    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path} is missing.") from error
-    except ValueError as error:
-        raise WeightsError(f"{path} is not valid JSON: {error}") from error
-
-
-def _load_processor(component: str, folder: Path) -> Any:
+    Raises:
+        WeightsError: a file is missing or damaged.
+    """
     # Without its files the tokenizer would come back empty, and take every word for an unknown one.
     if not any(all((folder / name).is_file() for name in names) for names in PROCESSOR_FILES[component]):
         wanted = ", or ".join(" and ".join(names) for names in PROCESSOR_FILES[component])
@@ -497,37 +561,42 @@ def _load_processor(component: str, folder: Path) -> Any:
     try:
         return PROCESSORS[component].from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise WeightsError(f"{folder} holds no readable {component}: {error}") from error
+        raise WeightsError(f"{folder} holds no readable {component}: {shortened(error)}") from error
 
 
-def _load_network(
-    component: str, config_path: Path, weights: Path, device: str | torch.device, dtype: torch.dtype
-) -> nn.Module:
+def _network(component: str, config_path: Path, weights: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A network in evaluation mode, of a ``config.json`` and of the tensors that `weights` holds."""
     network = empty_network(component, config_path)
-    tensors = _read_tensors(weights, device, dtype)
-    try:
-        result = network.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise WeightsError(f"{weights} does not fit {config_path}: {error}") from error
-    unexpected = [key for key in result.unexpected_keys if not key.endswith(IGNORED_KEYS)]
-    if result.missing_keys or unexpected:
-        raise WeightsError(
-            f"{weights} does not fit {config_path}: it lacks {result.missing_keys[:3] or 'nothing'} and has "
-            f"{unexpected[:3] or 'nothing'} too many."
-        )
-    return network.to(device).eval()
+    wrong = misfit(_shapes(network.state_dict()), _shapes(tensors))
+    if wrong is not None:
+        raise WeightsError(f"{weights}{wrong}, by {config_path}{_what_else(component, tensors)}.")
+    return single_file.filled(network, tensors)
 
 
-def _load_single_file(component: str, path: Path, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    """A network of the published size from the authors' own file, which has no configuration."""
-    tensors = single_file.convert(_read_tensors(path, device, dtype))
+def _single_file_network(component: str, path: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A network of the published size, in evaluation mode, of the authors' own file, which has no configuration."""
     network, config = NETWORKS[component], None
     try:
+        tensors = single_file.convert(tensors)
         if network is ControlNet:  # of which several kinds were published
-            config = single_file.controlnet_config({key: tensor.shape for key, tensor in tensors.items()})
-        return single_file.build(tensors, network, config).to(device)
+            config = single_file.controlnet_config(_shapes(tensors))
+        return single_file.build(tensors, network, config)
     except ValueError as error:
         raise WeightsError(f"{path} is not the published {component}: {error}") from error
+
+
+def _what_else(component: str, tensors: Mapping[str, Tensor]) -> str:
+    """What a file is that does not fit, where that helps."""
+    try:
+        (held,) = single_file.split({key: tensor.to("meta") for key, tensor in tensors.items()}).values()
+        return f"; it is {single_file.what_it_is(held)}"
+    except ValueError as error:
+        said = str(error)
+        return f"; {said.rstrip('.')}" if said.startswith("it is ") else ""
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in tensors.items()}
 
 
 def _component_files(root: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """The folder of a download: a sub-folder a repository, and ``download.json``. That says what is there::
 
     {"parts": ["prior_lite", ...],                              # keys of ``cascade.weights.published.PARTS``
-     "files": {"stable-cascade-prior/prior_lite/config.json": "<sha256>", ...}}
+     "files": {"stable-cascade-prior/prior_lite/config.json": "<sha256>", ...},
+     "repositories": {"owner/name": {"owner--name/prior/config.json": "<sha256>", ...}}}    # others than the published
 
 What it lists is whole, and as the Hub has it. Files that it does not list may be on their way, or of an earlier time.
 """
@@ -9,7 +10,7 @@ What it lists is whole, and as the Hub has it. Files that it does not list may b
 import contextlib
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cascade.weights.published import PARTS
@@ -29,10 +30,12 @@ class Manifest:
     Attributes:
         parts: keys of ``PARTS``.
         files: sha256 by path in the folder, of every file of these parts.
+        repositories: by the name of a repository other than the published, the same of its files.
     """
 
     parts: list[str]
     files: dict[str, str]
+    repositories: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @staticmethod
     def file(folder: Path) -> Path:
@@ -47,10 +50,12 @@ class Manifest:
             parts = [name for name in PARTS if name in content["parts"]]
             if len(parts) != len(content["parts"]):
                 raise ValueError("an unknown part")
-            return cls(parts, {path: content["files"][path] for name in parts for path in PARTS[name].paths})
+            files = {path: content["files"][path] for name in parts for path in PARTS[name].paths}
+            others = {name: dict(listed) for name, listed in content.get("repositories", {}).items()}
+            return cls(parts, files, others)
         except FileNotFoundError:
             raise DownloadError(f"{folder} holds no complete download: run scripts/download-weights first.") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise DownloadError(f"{file} is damaged: delete it, and run scripts/download-weights again.") from None
 
     def updated(self, newer: "Manifest") -> "Manifest":
@@ -58,7 +63,8 @@ class Manifest:
         replaced = {PARTS[name].component for name in newer.parts}
         parts = [*(name for name in self.parts if PARTS[name].component not in replaced), *newer.parts]
         files = {**self.files, **newer.files}
-        return Manifest(parts, {path: files[path] for name in parts for path in PARTS[name].paths})
+        listed = {path: files[path] for name in parts for path in PARTS[name].paths}
+        return Manifest(parts, listed, {**self.repositories, **newer.repositories})
 
     def write(self, folder: Path) -> None:
         scratch = folder / ".download.json"
@@ -68,9 +74,11 @@ class Manifest:
 
 def remove_download(folder: Path) -> None:
     """Delete every file that a download may have put into a folder, and what is empty then. Other files stay."""
+    files = [folder / path for part in PARTS.values() for path in part.paths]
+    with contextlib.suppress(DownloadError):
+        files += [folder / path for listed in Manifest.read(folder).repositories.values() for path in listed]
     Manifest.file(folder).unlink(missing_ok=True)
     (folder / LOCK).unlink(missing_ok=True)
-    files = [folder / path for part in PARTS.values() for path in part.paths]
     for file in files:
         for found in (file, *file.parent.glob(f"{file.name}.*{INCOMPLETE}")):
             found.unlink(missing_ok=True)

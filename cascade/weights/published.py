@@ -18,8 +18,8 @@ class Repository:
 
     @property
     def folder(self) -> str:
-        """What it is called in the folder of a download."""
-        return self.name.rpartition("/")[2]
+        """What it is called in the folder of a download: others may have the same name as the published, of other owners."""
+        return self.name.rpartition("/")[2] if self in PUBLISHED else self.name.replace("/", "--")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Part:
 PRIOR = Repository("stabilityai/stable-cascade-prior", "7ca32c21c3b4d4e35bbb94fcfedfb4fa2259bd91")
 DECODER = Repository("stabilityai/stable-cascade", "a89f66d459ae653e3b4d4f992a7c3789d0dc4d16")
 SAFETY = Repository("Falconsai/nsfw_image_detection", "96cb0d0342c7afb80cab76ecc58b265fa44da256")
+PUBLISHED = (PRIOR, DECODER, SAFETY)
 
 
 def _network(component: str, repository: Repository, folder: str, weights: str) -> Part:

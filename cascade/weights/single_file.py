@@ -1,48 +1,38 @@
-"""Reads checkpoints that are not in the standard folder form: the authors' single files and ComfyUI's.
+"""Checkpoints of other programs: which networks a file holds, under which names, and in which precision.
 
-A file may hold one network or several under prefixes; key names may be the authors' or diffusers'. `read` answers with
-one state dict a component, in the key names of `cascade.networks`; `build` makes the network of one.
-Mapping of the authors' names: fused attention projections are split, Stage B's `clip_mapper` and Stage A's `codebook`
-are renamed, all else is the same. Only safetensors files are opened.
+A file may hold one network, or several under prefixes; names may be the authors', ComfyUI's, kohya's or diffusers'. A
+network is found by a tensor that no other has; what stands before that tensor's name is the prefix, whoever made it up.
+`split` answers with one state dict a component, in the names of `cascade.networks`. It needs names and shapes alone, so
+that it can be asked of tensors on the meta device before anything is read.
+
+Of the authors' names, fused attention projections are split, Stage B's `clip_mapper` and Stage A's `codebook` are renamed,
+all else is the same. Weights in 8-bit floating point become bfloat16, multiplied by their scales if they have any.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from cascade.networks.controlnet import PUBLISHED_BLOCKS, ControlNet
-from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.effnet import IMAGENET_MEAN, IMAGENET_STD, SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
+from cascade.weights.fitting import OPTIONAL_KEYS, misfit
+from cascade.weights.recognise import recognise
 
 logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
-# Longest first. Keys of one group make one component; the bare prefix is a file of one network.
-PREFIXES = {
-    "model.diffusion_model.": "unet",
-    "vae.encoder.": "encoder",
-    "vae.previewer.": "previewer",
-    "vae.": "vae",
-    "text_encoder.clip_g.transformer.": "text_encoder",
-    "text_encoder.clip_g.": "text_encoder",
-    "text_encoder.": "text_encoder",
-    "clip_l_vision.": "image_encoder",
-    "encoder.": "encoder",
-    "previewer.": "previewer",
-    "": "bare",
-}
-
-# A component is the first whose key is there. Both UNets have a `clf`, so these look for what only one of them has.
+# A component, and a tensor that it has in every program's names, and no other component has. Both UNets have a `clf`, so
+# these look for what only one of them has.
 SIGNATURES = {
     "clip_txt_mapper.weight": "prior",
     "effnet_mapper.0.weight": "decoder",
@@ -53,6 +43,25 @@ SIGNATURES = {
     "text_model.final_layer_norm.weight": "text_encoder",
     "vision_model.post_layernorm.weight": "image_encoder",
 }
+# What people call them.
+TITLES = {
+    "prior": "Stage C (prior)",
+    "decoder": "Stage B (decoder)",
+    "vqgan": "Stage A (vqgan)",
+    "effnet": "the semantic encoder (effnet)",
+    "previewer": "the previewer",
+    "controlnet": "a ControlNet of Stable Cascade",
+    "text_encoder": "a text encoder",
+    "image_encoder": "an image encoder",
+}
+# Tensors that ComfyUI's files hold beside the networks', by their last name: OpenCLIP's scale, of CLIP's objective; marks
+# of files in 8 bits; the scales of activations, of which no network here rounds any.
+SURPLUS = ("logit_scale", "scaled_fp8", "scale_input", "input_scale", "comfy_quant")
+# Of a tensor `x.weight`, the scale is one of these.
+SCALES = ("scale_weight", "weight_scale")
+# What ComfyUI's semantic encoder holds: pixels are normalised with it. Here, that is the network's own.
+NORMALISATION = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,17 @@ class Variant:
 
     name: str
     component: str
-    network: type[ModelMixin]
+    network: type[nn.Module]
     width_key: str
     width: int
     config: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """What people call it: "the lite Stage C (prior)"."""
+        title = TITLES[self.component]
+        sizes = [variant for variant in VARIANTS if variant.component == self.component]
+        return title if len(sizes) == 1 else f"the {'lite' if self.name.endswith('_lite') else 'full'} {title}"
 
 
 _RES_TIME = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
@@ -87,6 +103,27 @@ _DECODER = {
     "dropout": (0.0, 0.0, 0.1, 0.1),
     "timestep_conditioning_type": ("sca",),
 }
+_TEXT_ENCODER = {  # laion/CLIP-ViT-bigG-14-laion2B-39B-b160k
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "vocab_size": 49408,
+    "hidden_act": "gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+_IMAGE_ENCODER = {  # openai/clip-vit-large-patch14
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+CONFIG_CLASSES = {CLIPTextModelWithProjection: CLIPTextConfig, CLIPVisionModelWithProjection: CLIPVisionConfig}
 _UNET_WIDTH = "down_blocks.1.0.depthwise.weight"
 
 # Sizes: Stability-AI/StableCascade train/train_c.py and train/train_b.py.
@@ -141,46 +178,90 @@ VARIANTS = (
     Variant("vqgan", "vqgan", StageA, "in_block.1.weight", 192, {"scale_factor": 0.43}),
     Variant("effnet", "effnet", SemanticEncoder, "mapper.0.weight", 16, {}),
     Variant("previewer", "previewer", Previewer, "blocks.0.weight", 512, {}),
+    Variant(
+        "text_encoder",
+        "text_encoder",
+        CLIPTextModelWithProjection,
+        "text_model.final_layer_norm.weight",
+        1280,
+        _TEXT_ENCODER,
+    ),
+    Variant(
+        "image_encoder",
+        "image_encoder",
+        CLIPVisionModelWithProjection,
+        "vision_model.post_layernorm.weight",
+        1024,
+        _IMAGE_ENCODER,
+    ),
 )
 
 
-def read(path: Path | str) -> dict[str, StateDict]:
-    """Reads a safetensors file into {component: state dict}, tensors as stored, on the CPU.
+def split(state_dict: Mapping[str, Tensor], only: str | None = None) -> dict[str, StateDict]:
+    """A file's tensors by component, with prefixes taken off and in our names.
 
-    Components: prior, decoder, vqgan, effnet, previewer, controlnet; of combined files also text_encoder and
-    image_encoder, in transformers' key names. Raises ValueError for another kind of file and for tensors of no known
-    component.
+    Args:
+        state_dict: on any device, "meta" too. Tensors of no component are left out, and logged.
+        only: the one component that is wanted; None: all. Those of `SIGNATURES`.
+
+    Raises:
+        ValueError: there is no component, or one is there twice; the sentence says what the file is, if that is known.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name} is not a safetensors file; only *.safetensors files are opened.")
-    try:
-        return split(load_file(path))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-
-
-def split(state_dict: StateDict) -> dict[str, StateDict]:
-    """Divides a file's tensors into {component: state dict}, with prefixes taken off and keys in our names.
-
-    Raises ValueError for tensors of no known component.
-    """
-    groups: dict[str, StateDict] = {}
+    prefixes: dict[str, str] = {}
+    for key in state_dict:
+        for signature, component in SIGNATURES.items():
+            prefix = key.removesuffix(signature)
+            if prefix != key and (not prefix or prefix.endswith(".")):
+                if component in prefixes.values():
+                    other = next(prefix for prefix, found in prefixes.items() if found == component)
+                    raise ValueError(f"it holds {TITLES[component]} twice, under {other!r} and under {prefix!r}.")
+                prefixes[prefix] = component
+    # Other programs' models have encoders of text and images, too.
+    if not set(prefixes.values()) - {"text_encoder", "image_encoder"}:
+        what = recognise({key: tensor.shape for key, tensor in state_dict.items()})
+        if what is not None:
+            raise ValueError(f"it is {what}, and nothing of Stable Cascade.")
+    if not prefixes:
+        some = ", ".join(sorted(state_dict)[:3]) or "none at all"
+        raise ValueError(f"its tensors ({some}) are those of none of Stable Cascade's networks.")
+    groups: dict[str, StateDict] = {component: {} for component in prefixes.values()}
+    strangers = []
     for key, tensor in state_dict.items():
-        prefix = next(prefix for prefix in PREFIXES if key.startswith(prefix))
-        groups.setdefault(PREFIXES[prefix], {})[key.removeprefix(prefix)] = tensor
-    converted = [convert(group) for group in groups.values()]
-    return {component_of(group): group for group in converted}
+        fitting = [prefix for prefix in prefixes if key.startswith(prefix)]
+        if fitting:
+            prefix = max(fitting, key=len)
+            groups[prefixes[prefix]][key.removeprefix(prefix)] = tensor
+        elif _is_projection(key, prefixes):
+            groups["text_encoder"][key[key.rindex("text_projection") :]] = tensor
+        elif key.rpartition(".")[2] not in SURPLUS:
+            strangers.append(key)
+    if strangers and only is None:
+        logger.warning("%d tensors are of no network, and are left out: %s ...", len(strangers), strangers[0])
+    return {component: convert(group) for component, group in groups.items() if only in (None, component)}
 
 
-def convert(state_dict: StateDict) -> StateDict:
-    """One network's tensors under our key names, from the authors', ComfyUI's or already ours.
+def _is_projection(key: str, prefixes: Mapping[str, str]) -> bool:
+    """Whether a tensor is the text encoder's projection, which ComfyUI writes beside the prefix, not behind it."""
+    above, found, _ = key.partition("text_projection")
+    return bool(found) and any(
+        prefix.startswith(above) for prefix, component in prefixes.items() if component == "text_encoder"
+    )
 
-    Split tensors are copies, so that the result can be saved.
+
+def convert(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """One network's tensors under our names, from the authors', ComfyUI's or already ours.
+
+    Split tensors are copies, so that the result can be saved. Those in 8-bit floating point become bfloat16.
+
+    Raises:
+        ValueError: a scale fits no tensor, or ComfyUI's normalisation of pixels is another than the network's own.
     """
     result: StateDict = {}
-    for key, tensor in state_dict.items():
+    for key, tensor in _in_sixteen_bits(state_dict).items():
         key = key.replace("attention.attn.", "attention.")
+        if key in NORMALISATION:
+            _check_normalisation(key, tensor)
+            continue
         if ".attention.in_proj_" in key:
             stem, kind = key.rsplit("in_proj_", 1)
             for name, part in zip(("to_q", "to_k", "to_v"), tensor.chunk(3), strict=True):
@@ -188,24 +269,57 @@ def convert(state_dict: StateDict) -> StateDict:
             continue
         if key == "text_projection":  # OpenCLIP's parameter, which transformers holds as a Linear
             key, tensor = "text_projection.weight", tensor.t().contiguous()
-        if key == "logit_scale":  # of CLIP's training objective; no network here has it
-            continue
         key = key.replace(".attention.out_proj.", ".attention.to_out.0.")
         key = key.replace("clip_mapper.", "clip_txt_pooled_mapper.")
         result[key.replace("vquantizer.codebook.", "vquantizer.embedding.")] = tensor
     return result
 
 
-def component_of(state_dict: StateDict) -> str:
+def _in_sixteen_bits(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Without 8-bit floating point, scales, and what else accompanies it."""
+    scales = {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[2] in SCALES}
+    result: StateDict = {}
+    for key, tensor in state_dict.items():
+        stem, _, name = key.rpartition(".")
+        if key in scales or name in SURPLUS:
+            continue
+        scale = next((scales[f"{stem}.{one}"] for one in SCALES if f"{stem}.{one}" in scales), None)
+        if name == "weight" and scale is not None:
+            tensor = _scaled(key, tensor, scale)
+        elif tensor.dtype in EIGHT_BITS:
+            tensor = tensor.to(torch.bfloat16)
+        result[key] = tensor
+    return result
+
+
+def _scaled(key: str, tensor: Tensor, scale: Tensor) -> Tensor:
+    if tensor.dtype not in EIGHT_BITS:
+        raise ValueError(f"{key} has a scale, but is stored as {tensor.dtype}, not in 8-bit floating point.")
+    if scale.numel() == len(tensor):  # one a row
+        scale = scale.reshape(-1, *[1] * (tensor.ndim - 1))
+    elif scale.numel() != 1:
+        raise ValueError(f"{key} has {scale.numel()} scales; only one for all, or one a row, is understood.")
+    return (tensor.float() * scale.float().reshape(scale.shape or ())).to(torch.bfloat16)
+
+
+def _check_normalisation(key: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        return
+    told = tensor.float().flatten().tolist()
+    if len(told) != 3 or any(abs(one - ours) > 0.01 for one, ours in zip(told, NORMALISATION[key], strict=True)):
+        raise ValueError(f"its semantic encoder normalises with the {key} {told}, not {NORMALISATION[key]}.")
+
+
+def component_of(state_dict: Mapping[str, Tensor]) -> str:
     """Which component a converted state dict is. Raises ValueError if it is none."""
     for key, component in SIGNATURES.items():
         if key in state_dict:
             return component
     some = ", ".join(sorted(state_dict)[:3])
-    raise ValueError(f"tensors such as {some} belong to no known component; known: {', '.join(SIGNATURES.values())}.")
+    raise ValueError(f"its tensors ({some}) are those of none of Stable Cascade's networks.")
 
 
-def variant_of(state_dict: StateDict) -> Variant:
+def variant_of(state_dict: Mapping[str, Tensor]) -> Variant:
     """Which published network a converted state dict is. Raises ValueError if it is none."""
     component = component_of(state_dict)
     variants = [variant for variant in VARIANTS if variant.component == component]
@@ -213,13 +327,21 @@ def variant_of(state_dict: StateDict) -> Variant:
         raise ValueError(f"{component} has no variants that its width would tell apart.")
     key = variants[0].width_key
     if key not in state_dict:
-        raise ValueError(f"{component} has no tensor {key}; its variant cannot be told.")
+        raise ValueError(f"it has no tensor {key}, which {TITLES[component]} has.")
     width = state_dict[key].shape[0]
     for variant in variants:
         if variant.width == width:
             return variant
-    published = {variant.name: variant.width for variant in variants}
-    raise ValueError(f"{component} has width {width}; published: {published}.")
+    published = " or ".join(str(variant.width) for variant in variants)
+    raise ValueError(f"it is {TITLES[component]} of the width {width}; published is {published}.")
+
+
+def what_it_is(state_dict: Mapping[str, Tensor]) -> str:
+    """What people call the network of a converted state dict: "the lite Stage C (prior)"."""
+    try:
+        return variant_of(state_dict).title
+    except ValueError:
+        return TITLES[component_of(state_dict)]
 
 
 def controlnet_config(
@@ -250,27 +372,44 @@ def controlnet_config(
     }
 
 
+def make(network: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
+    """A network of a class and its configuration, on the meta device: its parameters have no content."""
+    with torch.device("meta"):
+        if network in CONFIG_CLASSES:
+            return network(CONFIG_CLASSES[network](**config))
+        return network(**config)
+
+
 def build(
-    state_dict: StateDict, network: type[ModelMixin] | None = None, config: dict[str, Any] | None = None
+    state_dict: Mapping[str, Tensor], network: type[ModelMixin] | None = None, config: Mapping[str, Any] | None = None
 ) -> ModelMixin:
     """The network of a converted state dict, in eval mode, around the very tensors given (their dtype and device).
 
-    network, config: class and configuration; None finds the published variant, or what kind of ControlNet it is.
-    Raises ValueError for missing or surplus keys and for shapes that do not fit.
+    Args:
+        state_dict: of one component.
+        network, config: class and configuration; None finds the published variant, or what kind of ControlNet it is.
+
+    Raises:
+        ValueError: the first tensor that is missing, surplus or of another shape.
     """
+    shapes = {key: tensor.shape for key, tensor in state_dict.items()}
     if network is None and component_of(state_dict) == "controlnet":
-        network = ControlNet
-        config = controlnet_config({key: tensor.shape for key, tensor in state_dict.items()})
+        network, config = ControlNet, controlnet_config(shapes)
     elif network is None:
         variant = variant_of(state_dict)
         network, config = variant.network, variant.config
-    with torch.device("meta"):
-        model = network(**(config or {}))
-    # Counters of BatchNorm are of use to training with momentum None only; some files leave them out.
-    counters = {k: torch.tensor(0) for k in model.state_dict() if k.endswith("num_batches_tracked")}
-    try:
-        model.load_state_dict({**counters, **state_dict}, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"The tensors do not fit {network.__name__}: {error}") from error
-    logger.info("built %s with %d tensors", network.__name__, len(state_dict))
-    return model.eval()
+    model = make(network, config or {})
+    wrong = misfit({key: tensor.shape for key, tensor in model.state_dict().items()}, shapes)
+    if wrong is not None:
+        raise ValueError(f"it does not fit {network.__name__}:{wrong.removeprefix(':')}.")
+    return filled(model, state_dict)
+
+
+def filled(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """An empty network around the very tensors given, in eval mode. They must fit, see `misfit`."""
+    expected = network.state_dict()
+    device = next(iter(tensors.values())).device
+    counters = {key: torch.tensor(0, device=device) for key in expected if key.endswith(OPTIONAL_KEYS)}
+    known = {key: tensor for key, tensor in tensors.items() if key in expected}
+    network.load_state_dict({**counters, **known}, assign=True)
+    return network.eval()

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import termios
 import time
 from collections.abc import Callable
@@ -264,8 +265,8 @@ def test_a_disk_that_fills_up(hub: Hub, folder: Path, fail: Run, succeed: Run) -
 
     sentence = fail(*arguments, preexec_fn=limited)
     assert sentence == (
-        f"A file of {DECODER.name} could not be written (File too large). What has arrived is kept; make room, and "
-        "run the same command again."
+        f"{folder / 'stable-cascade' / PREVIEWER} could not be written (File too large). What has arrived is kept; make "
+        "room, and run the same command again."
     )
     assert incomplete_size(folder) == limit
     assert not (folder / "download.json").exists()
@@ -326,6 +327,10 @@ def nothing(hub: Hub) -> None:
     pass
 
 
+def speak_plainly(hub: Hub) -> None:
+    """As it does anyway, where TLS is spoken to it."""
+
+
 @pytest.mark.parametrize(
     ("arrange", "variables", "sentence"),
     [
@@ -377,6 +382,28 @@ def nothing(hub: Hub) -> None:
             {"ALL_PROXY": "quick://127.0.0.1"},
             "{hub} cannot be asked for {prior}: Unknown scheme for proxy URL URL('quick://127.0.0.1').",
         ),
+        (
+            nothing,
+            {"ALL_PROXY": "socks5://127.0.0.1:9"},
+            "{hub} is to be asked through a SOCKS proxy, for which the package socksio is needed: "
+            f"{sys.executable} -m pip install socksio",
+        ),
+        (
+            nothing,
+            {"SSL_CERT_FILE": "/nowhere/ca.pem"},
+            "SSL_CERT_FILE is /nowhere/ca.pem, but there is no such file: correct the variable, or unset it.",
+        ),
+        (
+            nothing,
+            {"SSL_CERT_FILE": __file__},
+            f"SSL_CERT_FILE is {__file__}, but it holds no certificates in PEM form: correct the variable, or unset it.",
+        ),
+        (
+            speak_plainly,
+            {"HF_ENDPOINT": "https://{host}"},
+            "There is no trusted connection to https://{host} (WRONG_VERSION_NUMBER). If something on the way opens "
+            "connections, name its certificate in SSL_CERT_FILE.",
+        ),
     ],
 )
 def test_what_the_hub_denies(
@@ -384,9 +411,20 @@ def test_what_the_hub_denies(
 ) -> None:
     arrange(hub)
     names = {"hub": hub.url, "host": hub.url.partition("//")[2], "prior": PRIOR.name, "revision": PRIOR.revision}
+    variables = {name: value.format(**names) if name == "HF_ENDPOINT" else value for name, value in variables.items()}
     assert fail("download-weights", "--output", folder, **variables) == sentence.format(**names)
+    assert len(sentence.format(**names)) < 400
     assert hub.fetched() == []
     assert not folder.exists()
+
+
+def test_a_name_that_is_unknown(folder: Path, fail: Run) -> None:
+    sentence = fail("download-weights", "--output", folder, HF_ENDPOINT="http://nowhere.invalid")
+    assert re.fullmatch(
+        r"The name nowhere\.invalid, or that of a proxy, cannot be resolved \(.+\): check the network, and the variables "
+        r"HF_ENDPOINT and HTTPS_PROXY if they are set\.",
+        sentence,
+    )
 
 
 @pytest.mark.parametrize(

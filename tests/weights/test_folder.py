@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cascade.cascade import Cascade
 from cascade.networks.controlnet import KINDS, PUBLISHED_BLOCKS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
@@ -280,11 +281,128 @@ def test_loading_names_the_damaged_file(copy: Path, damage: Callable[[Path], Pat
     assert str(file) in str(caught.value)
 
 
+def write_shards(folder: Path, index: str, stem: str, outside: str | None = None) -> list[Path]:
+    """Divide a component's file as diffusers does above a size."""
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    files = [folder / f"{stem}-{n:05}-of-00003.safetensors" for n in (1, 2, 3)]
+    shards = [dict(list(tensors.items())[n::3]) for n in range(3)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, file)
+    weight_map = {key: outside or file.name for file, shard in zip(files, shards, strict=True) for key in shard}
+    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return files
+
+
+@pytest.mark.parametrize(
+    ("index", "stem"),
+    [
+        ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model"),
+        ("diffusion_pytorch_model.safetensors.index.bf16.json", "diffusion_pytorch_model.bf16"),
+        ("diffusion_pytorch_model.bf16.safetensors.index.json", "diffusion_pytorch_model.bf16"),
+    ],
+)
+def test_shards(copy: Path, components: dict[str, Any], index: str, stem: str) -> None:
+    files = write_shards(copy / "prior", index, stem)
+    write_model_json(copy, **ABOUT)
+    opened = ModelFolder.open(copy)
+    assert_same_weights(opened.load_component("prior"), components["prior"])
+    parameters = sum(one.numel() for one in components["prior"].parameters())
+    assert opened.size("prior", torch.bfloat16) == 2 * parameters
+    files[2].write_bytes(files[2].read_bytes()[:-4] + b"0000")
+    with pytest.raises(WeightsError, match=rf"{files[2]} is damaged"):
+        opened.load_component("prior")
+    files[1].unlink()
+    with pytest.raises(WeightsError, match=rf"{files[1]}, which {index} lists, is missing"):
+        opened.load_component("prior")
+
+
+@pytest.mark.parametrize("outside", ["../vqgan/diffusion_pytorch_model.safetensors", "shard.bin"])
+def test_shards_that_are_not_opened(copy: Path, outside: str) -> None:
+    write_shards(copy / "prior", "model.safetensors.index.json", "model", outside)
+    (copy / "model.json").unlink()
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(WeightsError, match=r"outside of the folder|shard\.bin is a pickle"):
+        ModelFolder.open(copy)
+
+
+def test_a_file_of_another_name(copy: Path, components: dict[str, Any]) -> None:
+    (copy / PRIOR_FILE).rename(copy / "prior" / "Mine.SAFETENSORS")
+    write_model_json(copy, **ABOUT)
+    assert_same_weights(ModelFolder.open(copy).load_component("prior"), components["prior"])
+    shutil.copy(copy / "prior" / "Mine.SAFETENSORS", copy / "prior" / "yours.safetensors")
+    with pytest.raises(WeightsError, match=r"several files of weights.*: Mine\.SAFETENSORS, yours\.safetensors"):
+        ModelFolder.open(copy)
+
+
+def to_launch_names(config: dict[str, Any]) -> dict[str, Any]:
+    """As a UNet was described when Stable Cascade was launched, by diffusers 0.26."""
+    blocks = {"SDCascadeResBlock": "C", "SDCascadeTimestepBlock": "T", "SDCascadeAttnBlock": "A"}
+    return {
+        "_class_name": "StableCascadeUnet",
+        "c_in": config["in_channels"],
+        "c_out": config["out_channels"],
+        "c_r": config["timestep_ratio_embedding_dim"],
+        "patch_size": config["patch_size"],
+        "c_cond": config["conditioning_dim"],
+        "c_hidden": config["block_out_channels"],
+        "nhead": [heads or -1 for heads in config["num_attention_heads"]],
+        "blocks": [config["down_num_layers_per_block"], config["up_num_layers_per_block"]],
+        "block_repeat": [config["down_blocks_repeat_mappers"], config["up_blocks_repeat_mappers"]],
+        "level_config": ["".join(blocks[one] for one in level) for level in config["block_types_per_layer"]],
+        "c_clip_text": config["clip_text_in_channels"],
+        "c_clip_text_pooled": config["clip_text_pooled_in_channels"],
+        "c_clip_img": config["clip_image_in_channels"],
+        "c_clip_seq": config["clip_seq"],
+        "c_effnet": config["effnet_in_channels"],
+        "c_pixels": config["pixel_mapper_in_channels"],
+        "kernel_size": config["kernel_size"],
+        "dropout": config["dropout"],
+        "self_attn": config["self_attn"],
+        "t_conds": config["timestep_conditioning_type"],
+        "switch_level": config["switch_level"],
+    }
+
+
+@pytest.mark.parametrize("component", ["prior", "decoder"])
+def test_configurations_with_the_launch_s_names(copy: Path, components: dict[str, Any], component: str) -> None:
+    file = copy / component / "config.json"
+    before = ModelFolder.open(copy).load_component(component)
+    launch = to_launch_names(json.loads(file.read_text()))
+    file.write_text(json.dumps(launch))
+    write_model_json(copy, **ABOUT)
+    loaded = ModelFolder.open(copy).load_component(component)
+    assert_same_weights(loaded, components[component])
+    ours = {key: value for key, value in before.config.items() if not key.startswith("_")}
+    assert {key: loaded.config[key] for key in ours} == ours
+    file.write_text(json.dumps({**launch, "blocks": 3, "level_config": ["CXA"]}))
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(WeightsError, match=rf"{file} describes no {component}: "):
+        ModelFolder.open(copy).load_component(component)
+
+
+@pytest.mark.parametrize("component", ["prior", "decoder", "text_encoder", "vqgan"])
+def test_the_first_shape_that_does_not_fit_is_named(copy: Path, component: str) -> None:
+    """Of a configuration with other widths, no tensor fits."""
+    file = copy / component / "config.json"
+    config = json.loads(file.read_text())
+    wider = {"block_out_channels": [2 * width for width in config.get("block_out_channels", [])]}
+    wider |= {"hidden_size": 64, "intermediate_size": 128, "embed_dim": 32}
+    file.write_text(json.dumps({**config, **{key: wider[key] for key in wider if key in config}}))
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(
+        WeightsError, match=r": \S+ has the shape \(.*\) instead of \(.*\), by .*config\.json"
+    ) as caught:
+        ModelFolder.open(copy).load_component(component)
+    assert len(str(caught.value).replace(str(copy), "")) < 300
+
+
 def test_old_position_ids_are_ignored(copy: Path) -> None:
     file = copy / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
     tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(tensors, file)
+    write_model_json(copy, **ABOUT)
     ModelFolder.open(copy).load_component("text_encoder")
 
 
@@ -336,12 +454,35 @@ def test_no_folder_and_no_model(tmp_path: Path) -> None:
         ModelFolder.open(tmp_path)
 
 
+@pytest.mark.parametrize("component", ["tokenizer", "text_encoder", "prior", "decoder", "vqgan"])
+def test_a_model_that_lacks_a_component(copy: Path, component: str) -> None:
+    shutil.rmtree(copy / component)
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(WeightsError) as caught:
+        Cascade.load(copy)
+    assert str(caught.value) == f"{copy} has no {component}."
+
+
+@pytest.mark.parametrize(
+    ("missing", "lacks"),
+    [("stable-cascade", "decoder and no vqgan"), ("stable-cascade-prior", "prior")],
+)
+def test_one_repository_downloaded_of_two(published: Path, tmp_path: Path, missing: str, lacks: str) -> None:
+    root = shutil.copytree(published, tmp_path / "published")
+    shutil.rmtree(root / missing)
+    with pytest.raises(WeightsError) as caught:
+        Cascade.load(root)
+    assert str(caught.value) == (
+        f"{root} has no {lacks}: the published repository {missing} is not in it. scripts/download-weights fetches both."
+    )
+
+
 def test_missing_component(copy: Path) -> None:
     shutil.rmtree(copy / "previewer")
     write_model_json(copy, **ABOUT)
     folder = ModelFolder.open(copy)
     assert "previewer" not in folder
-    with pytest.raises(WeightsError, match="no component 'previewer'"):
+    with pytest.raises(WeightsError, match="has no previewer"):
         folder.load_component("previewer")
 
 

