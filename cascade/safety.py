@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from cascade.weights import WeightsError
+from cascade.weights import ModelFolder, WeightsError
 
 FOLDER = "safety_checker"
 UNSAFE_LABELS = frozenset({"nsfw", "unsafe", "porn", "hentai", "gore"})
@@ -49,11 +49,14 @@ class SafetyChecker:
             device: where it computes.
 
         Raises:
-            WeightsError: a file is missing or damaged, weights are missing, or no class has one of `UNSAFE_LABELS`.
+            WeightsError: a file is missing or damaged, weights are missing, or no class has one of `UNSAFE_LABELS`; or
+                a model folder's ``model.json`` lists other checksums.
         """
         for name in FILES:
             if not (folder / name).is_file():
                 raise WeightsError(f"{folder / name} is missing.")
+        if (folder.parent / "model.json").is_file():
+            ModelFolder.open(folder.parent).compare(folder.name)
         try:
             processor = _processor_class(folder).from_pretrained(folder, local_files_only=True)
             classifier, report = AutoModelForImageClassification.from_pretrained(

@@ -1,6 +1,7 @@
 """The safety checker on tiny vision transformers with random weights, whose biases say what they see."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from cascade.safety import SafetyChecker, find_safety_checker
-from cascade.weights import WeightsError
+from cascade.weights import ModelFolder, WeightsError, write_model_json
 
 PICTURE = Image.new("RGB", (50, 30), "orange")
 
@@ -137,3 +138,22 @@ def test_where_it_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert find_safety_checker(Path()) == tmp_path / "safety_checker"
     (model / "safety_checker").mkdir()
     assert find_safety_checker(model) == model / "safety_checker"
+
+
+def test_damage_to_the_checker_of_a_model_folder(model_folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    folder = save_classifier(model / "safety_checker", {"normal": 0.0, "nsfw": 5.0})
+    about = ModelFolder.open(model)
+    write_model_json(
+        model, name=about.name, license=about.license, native_size=about.native_size, sampler=about.sampler
+    )
+    SafetyChecker.load(folder)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100] + bytes(100))
+    with pytest.raises(WeightsError, match=rf"{file} is damaged: its content differs from the checksums in"):
+        SafetyChecker.load(folder)
+    file.write_bytes(content)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(WeightsError, match=rf"{folder / 'config.json'} is damaged: its checksum is not the one in"):
+        SafetyChecker.load(folder)

@@ -170,12 +170,19 @@ def save_own(
         component: [file for folder in (target, base) if (file := folder / component / "config.json").is_file()]
         for component in sources
     }
+    configs: dict[str, Any] = {}
     for component, source in sources.items():
         logger.info("Checking %s in %s.", component, source.origin)
-        source.check(known[component])
+        network = source.check(known[component])
+        if network is not None:
+            configs[component] = network.config
     for part in parts:
         check_files(download, part, listed.files)
         check_content(download, part)
+    others = {part.component: download / part.paths[0] for part in parts}
+    others |= {component: base / component / "config.json" for component in copied}
+    others |= {component: target / component / "config.json" for component in there}
+    check_agreement(configs, others, target)
     about = describe([], target if there else base if based else target)
     stage = next((sources[one].origin for one in STAGES if one in sources), None)
     if name or stage:
@@ -188,34 +195,32 @@ def save_own(
         for component, source in sources.items():
             logger.info("Writing %s.", component)
             source.write(folder / component, known[component])
-        check_agreement(folder, target)
         write_model_json(folder, **about)
         ModelFolder.open(folder)
 
 
-def check_agreement(folder: Path, shown: Path) -> None:
+def check_agreement(configs: Mapping[str, Any], others: Mapping[str, Path], target: Path) -> None:
     """Make sure that components fit each other.
 
     Args:
-        folder: of the components.
-        shown: the folder that the sentence names.
+        configs: of the networks that are new.
+        others: ``config.json`` of those that are there.
+        target: the model folder, for the sentence.
 
     Raises:
         WeightsError: two differ in a number that they share.
     """
-    there = components_in(folder)
-    configs = {
-        name: empty_network(name, folder / name / "config.json").config
-        for name in {name for first, _, second, _ in SHARED for name in (first, second)} & there
-    }
     for first, setting, second, other in SHARED:
-        if first not in configs or second not in configs:
-            continue
-        ours, theirs = getattr(configs[first], setting), getattr(configs[second], other)
-        if ours != theirs:
+        values = []
+        for component, name in ((first, setting), (second, other)):
+            if component in configs:
+                values.append(getattr(configs[component], name))
+            elif component in others:
+                values.append(getattr(empty_network(component, others[component]).config, name))
+        if {first, second} & configs.keys() and len(values) == 2 and values[0] != values[1]:
             raise WeightsError(
-                f"In {shown}, {first} and {second} would not fit each other: {setting} of {first} is {ours}, but {other} of "
-                f"{second} is {theirs}."
+                f"In {target}, {first} and {second} would not fit each other: {setting} of {first} is {values[0]}, but "
+                f"{other} of {second} is {values[1]}."
             )
 
 

@@ -98,7 +98,7 @@ def read_json(path: Path) -> Any:
 
 def unreadable(path: Path, error: Exception) -> WeightsError:
     """The error of a file that safetensors or the disk refuses."""
-    return WeightsError(f"{path} is truncated or no safetensors file: {shortened(error)}")
+    return WeightsError(f"{path} is truncated or no safetensors file: {shortened(error).rstrip('.')}.")
 
 
 def check_header(path: Path) -> None:

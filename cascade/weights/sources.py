@@ -25,7 +25,7 @@ from cascade.weights.folder import (
     save_component,
 )
 from cascade.weights.names import PICKLES, STEMS, SUFFIX
-from cascade.weights.reading import find_weights, no_weights, pickle_error, read_index, read_tensors
+from cascade.weights.reading import find_weights, no_weights, pickle_error, read_index, read_tensors, unreadable
 from cascade.weights.single_file import (
     TITLES,
     StateDict,
@@ -133,7 +133,7 @@ class Source:
         if self.component in PROCESSORS:
             save_component(folder, load_processor(self.component, self.origin), torch.bfloat16)
             return
-        tensors = split(read_tensors(self.files), self.key)[self.key]
+        tensors = _split(self.origin, read_tensors(self.files), self.key)[self.key]
         save_component(folder, filled(self._network(tensors, known), tensors), _dtype(self.component, tensors))
 
 
@@ -277,5 +277,5 @@ def _check_kind(path: Path) -> None:
         if path.suffix.lower() in PICKLES or start.startswith((b"PK", b"\x80")):
             raise pickle_error(path) from error
         if path.suffix.lower() == SUFFIX:
-            raise WeightsError(f"{path} is truncated or no safetensors file: {shortened(error)}") from error
+            raise unreadable(path, error) from error
         raise WeightsError(f"{path} is no safetensors file, the only kind that is opened.") from error

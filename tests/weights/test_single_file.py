@@ -85,9 +85,7 @@ def test_unpublished_width():
     with pytest.raises(ValueError, match=r"it is Stage C \(prior\) of the width 64; published is 2048 or 1536\."):
         single_file.variant_of(single_file.convert(fixture_data.weights("stage_c")))
 
-    with pytest.raises(
-        ValueError, match=r"it has no tensor down_blocks\.1\.0\.depthwise\.weight, which Stage B"
-    ):
+    with pytest.raises(ValueError, match=r"it has no tensor down_blocks\.1\.0\.depthwise\.weight, which Stage B"):
         single_file.variant_of({"effnet_mapper.0.weight": torch.zeros(1)})
 
 
