@@ -54,6 +54,7 @@ class Predictor(BaseRunner):
 
     cascade: Cascade | None = None
     gpu_is_lost = False
+    urls = UrlSettings()
 
     def setup(self) -> None:
         """Load the safety checker and the model, onto the GPU if there is one. Fetches nothing.

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from scripts.model_folder import save_model
-from scripts.published import PARTS
+from cascade.weights.build import save_model
+from cascade.weights.published import PARTS
 from tests.http.drawn import KINDS, Drawn, Model, bad_inputs, check, draw
 from tests.http.serving import Server, wait_for
 from tests.hub.repositories import write_download

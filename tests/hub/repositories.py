@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascade.networks.controlnet import ControlNet
 from cascade.weights import CONTROLNETS, NETWORKS, TRANSFORMERS_CONFIGS
 from cascade.weights.manifest import Manifest, sha256
 from cascade.weights.published import PARTS
@@ -154,9 +153,12 @@ CONFIGS: dict[str, Config] = {
         "torch_dtype": "bfloat16",
         "transformers_version": "4.38.0.dev0",
     },
-    # The authors' single files come without; these are the defaults of their networks.
+    # The authors' single files come without: these are what their networks are made with.
     "effnet": {},
     "previewer": {},
+    "controlnet_canny": {"in_channels": 1, "out_channels": 2048, "bottleneck_mode": "effnet"},
+    "controlnet_inpainting": {"in_channels": 4, "out_channels": 2048, "bottleneck_mode": "effnet"},
+    "controlnet_super_resolution": {"in_channels": 16, "out_channels": 2048, "bottleneck_mode": "large"},
 }
 
 _SMALL_PRIOR = {
@@ -204,6 +206,8 @@ _DIMENSIONS: dict[str, Config] = {
     },
     "effnet": {},
     "previewer": {},
+    # With the smallest of the backbones, for the small Stage C.
+    **{name: {"out_channels": 16, "bottleneck_mode": "simple"} for name in CONTROLNETS},
 }
 SMALL: dict[str, Config] = {name: {**config, **_DIMENSIONS[name]} for name, config in CONFIGS.items()}
 
@@ -329,10 +333,6 @@ def _write_part(name: str, repository: Path, configs: Mapping[str, Config], devi
             _write_json(repository / path, content)
     elif name == "feature_extractor":
         _write_json(repository / part.files[0], CLIP_PROCESSOR)
-    elif name in CONTROLNETS:  # with the smallest of the backbones, for the small Stage C
-        with torch.device("meta"):
-            network = ControlNet(CONTROLNETS[name], SMALL["prior"]["block_out_channels"][0], bottleneck_mode="simple")
-        save_file(random_tensors(network, _DTYPES[part.dtype]), repository / part.files[0])
     else:
         _write_network(name, repository / part.files[-1], configs, _DTYPES[part.dtype], device)
 
@@ -341,7 +341,7 @@ def _write_network(
     name: str, file: Path, configs: Mapping[str, Config], dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    if configs[name]:
+    if not PARTS[name].is_checkpoint:
         _write_json(file.with_name("config.json"), configs[name])
     save_file(random_tensors(empty_network(name, configs[name]), dtype, device), file, metadata={"format": "pt"})
 
