@@ -7,15 +7,11 @@ this file, a description is one literal, and an input that may be left out is ``
 import base64
 import contextlib
 import functools
-import inspect
 import io
 import itertools
 import logging
-import math
 import os
-import reprlib
 import resource
-import secrets
 import shutil
 import sys
 import tempfile
@@ -33,16 +29,12 @@ from cog import BaseRunner, Input, Path
 from PIL import Image
 from tqdm import tqdm
 
-from cascade import sizes
 from cascade.cascade import Cascade, Progress, find_device
-from cascade.controls import Control
 from cascade.images.metadata import save_picture
-from cascade.inpainting import extend
-from cascade.networks.controlnet import KINDS
-from cascade.pictures import read_picture
-from cascade.request import MOST_IMAGES, Request, upscaling
+from cascade.request import Request, smaller_requests
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
+from serving.inputs import PICTURES, check_inputs, downloaded, parts_of, request_from, seeds_of
 from serving.metadata import Detail, metadata
 from serving.record import Origin, Record
 
@@ -51,7 +43,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS = FilePath(__file__).parent / "weights"
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
 FORMATS = ["webp", "jpg", "png"]
-SEEDS = 2**32
 # Seconds. What is logged just before setup ends, Cog may lose: on a busy machine, the last line in one start of six.
 LAST_LINES = 0.2
 # Four pictures of the largest size, as PNG, and some.
@@ -118,127 +109,133 @@ class Predictor(BaseRunner):
     def run(
         self,
         prompt: str = Input(
-            description="What the picture shows: any text, of which the first 77 tokens count; it may be empty.",
+            description="What the picture shows. Any text, or none; only its first 75 tokens are used.",
             default="a red apple on a green background",
         ),
         negative_prompt: str = Input(
-            description="What it should not show: any text, of which the first 77 tokens count; needs guidance above 1.",
+            description="What the picture should not show. Only its first 75 tokens are used; ignored without guidance above 1.",
             default="",
         ),
         width: int | None = Input(
-            description="Width in pixels, 64 to 2048; left out: that of aspect_ratio.", default=None, ge=64, le=2048
+            description="Width in pixels, 64 to 2048. Default: from aspect_ratio, or from image.",
+            default=None,
+            ge=64,
+            le=2048,
         ),
         height: int | None = Input(
-            description="Height in pixels, 64 to 2048; left out: that of aspect_ratio.", default=None, ge=64, le=2048
+            description="Height in pixels, 64 to 2048. Default: from aspect_ratio, or from image.",
+            default=None,
+            ge=64,
+            le=2048,
         ),
         num_images: int = Input(
-            description="How many pictures, 1 to 4; each has a seed one higher than the one before.",
+            description="Number of pictures, 1 to 4. The seed is increased by one for each.",
             default=1,
             ge=1,
             le=4,
         ),
         steps_prior: int | None = Input(
-            description="Steps of Stage C, which composes, 1 to 50; left out: the model's own, usually 20.",
+            description="Steps of Stage C, which composes the picture, 1 to 50. Default: the model's own, usually 20.",
             default=None,
             ge=1,
             le=50,
         ),
         steps_decoder: int | None = Input(
-            description="Steps of Stage B, which adds detail, 1 to 50; left out: the model's own, usually 10.",
+            description="Steps of Stage B, which adds detail, 1 to 50. Default: the model's own, usually 10.",
             default=None,
             ge=1,
             le=50,
         ),
         guidance_scale_prior: float | None = Input(
-            description="How closely Stage C keeps to the prompt, 0 to 20; up to 1 not at all; left out: the model's own.",
+            description="Guidance scale of Stage C, 0 to 20. 1 or less turns guidance off, which is twice as fast; default: the model's own.",
             default=None,
             ge=0,
             le=20,
         ),
         guidance_scale_decoder: float | None = Input(
-            description="How closely Stage B keeps to the prompt, 0 to 20; up to 1 not at all; left out: the model's own.",
+            description="Guidance scale of Stage B, 0 to 20. 1 or less turns guidance off, which is twice as fast; default: the model's own.",
             default=None,
             ge=0,
             le=20,
         ),
         seed: int | None = Input(
-            description="Same seed, same pictures: any whole number, modulo 4294967296; left out: a random one, reported.",
+            description="Any whole number, taken modulo 4294967296. Default: a random one, reported in metrics.seeds.",
             default=None,
         ),
         aspect_ratio: str = Input(
-            description="Width to height, in the area that the model draws best; width, height or image override it.",
+            description="Ratio of width to height. Ignored with image; width and height override it.",
             default="1:1",
             choices=RATIOS,
         ),
         output_format: str = Input(
-            description="Format of the files: webp, jpg, or png, which loses nothing.", default="webp", choices=FORMATS
+            description="File format: webp, jpg or png. png is lossless.", default="webp", choices=FORMATS
         ),
         output_quality: int = Input(
-            description="Quality of webp and jpg, 0 (smallest files) to 100 (best pictures); png ignores it.",
+            description="Quality of webp and jpg files, 0 (smallest) to 100 (best). Ignored for png.",
             default=80,
             ge=0,
             le=100,
         ),
         disable_safety_checker: bool = Input(
-            description="true: return pictures that the safety checker flags; false: drop them.", default=False
+            description="true: return pictures that the safety checker flags, too. false: drop them.", default=False
         ),
         image_prompts: list[Path] | None = Input(
-            description="1 to 4 images that say, beside the prompt, what the picture shows; left out: the prompt alone.",
+            description="1 to 4 images that show what the picture shows, used beside the prompt. Default: the prompt alone.",
             default=None,
         ),
         image_prompt_strength: float = Input(
-            description="How much the image prompts say, 0 (nothing) to 2; 1 is what the model learned.",
+            description="Strength of image_prompts, 0 (none) to 2. The model was trained with 1.",
             default=1.0,
             ge=0,
             le=2,
         ),
         image_prompt_strengths: list[float] | None = Input(
-            description="The same, a number for each of image_prompts; left out: image_prompt_strength for all.",
+            description="Strength of each of image_prompts, 0 to 2. Default: image_prompt_strength for all.",
             default=None,
         ),
         image: Path | None = Input(
-            description="An image to begin with, which is painted over; left out: the picture begins with noise.",
+            description="Image to start from, instead of noise: for image-to-image, inpainting, outpainting and upscaling.",
             default=None,
         ),
         prompt_strength: float = Input(
-            description="How much of image is painted over, 0 (only redrawn) to 1 (all of it); of no matter without image.",
+            description="How much of image is changed, 0 (only redrawn) to 1 (all of it). Ignored without image.",
             default=0.8,
             ge=0,
             le=1,
         ),
         mask: Path | None = Input(
-            description="An image of image's shape: where it is white, image is repainted; the rest stays to the pixel.",
+            description="White where image is repainted, of image's shape; or alpha: repaint image where it is transparent.",
             default=None,
         ),
         outpaint: list[int] | None = Input(
-            description="Pixels to add to image and to paint: four numbers, to the left, above, to the right, below.",
+            description="Pixels to add to image and paint, 0 to 2048: four numbers, for left, top, right and bottom.",
             default=None,
         ),
         upscale: bool = Input(
-            description="true: make image anew in twice its size, which may be up to 2048; needs its ControlNet.",
+            description="true: redraw image at twice its size, at most 2048. Needs the super_resolution ControlNet.",
             default=False,
         ),
         control_images: list[Path] | None = Input(
-            description="1 to 4 images for ControlNets; each is fitted to the picture's size.", default=None
+            description="1 to 4 images for ControlNets. Each is scaled and cropped to the picture's size.", default=None
         ),
         control_types: list[str] | None = Input(
-            description="canny, inpainting or super_resolution: one for all control_images or one each; left out: canny.",
+            description="canny, inpainting or super_resolution. One for all control_images, or one each. Default: canny.",
             default=None,
         ),
         control_scales: list[float] | None = Input(
-            description="How much they count, 0 (not at all) to 2: one for all control_images or one each; left out: 1.",
+            description="Strength of the ControlNet, 0 (none) to 2. One for all control_images, or one each. Default: 1.",
             default=None,
         ),
         control_starts: list[float] | None = Input(
-            description="From which part of Stage C's steps on, 0 to 1: one for all or one each; left out: 0.",
+            description="Fraction of Stage C's steps at which a ControlNet starts, 0 to 1: one for all, or one each. Default: 0.",
             default=None,
         ),
         control_ends: list[float] | None = Input(
-            description="Up to which part of Stage C's steps, 0 to 1: one for all or one each; left out: 1.",
+            description="Fraction of Stage C's steps at which a ControlNet ends, 0 to 1: one for all, or one each. Default: 1.",
             default=None,
         ),
         previews: bool = Input(
-            description="true: the metric previews shows, after each step of Stage C, small pictures of what it has.",
+            description="true: metrics.previews shows small pictures after each step of Stage C. Needs the previewer.",
             default=False,
         ),
     ) -> list[Path]:
@@ -251,55 +248,12 @@ class Predictor(BaseRunner):
         given = dict(locals())
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
-        defaults = self.cascade.defaults
-        ratio_width, ratio_height = ratio_size(checked("aspect_ratio", aspect_ratio), self.cascade.native_size)
-        width, height = checked("width", width), checked("height", height)
-        for name, value in {"mask": mask, "outpaint": outpaint, "upscale": upscale}.items():
-            if value and image is None:
-                raise ValueError(f"{name} needs an image; there is none.")
-        if upscale and not all(one is None for one in (mask, outpaint, width, height)):
-            raise ValueError(
-                "upscale makes all of image anew in twice its size: leave mask, outpaint, width, height out."
-            )
-        source = None if image is None else read_file("image", image)
-        hidden = None if mask is None else read_file("mask", mask, background="black")
-        if outpaint is not None:
-            source, hidden = extend(source, hidden, *numbers("outpaint", outpaint, 4, int, 0, 2048))
-        prompts = read_files("image_prompts", image_prompts)
-        strength = checked("image_prompt_strength", image_prompt_strength)
-        strengths = either(image_prompt_strengths, [strength] * len(prompts))
-        asked = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "num_images": checked("num_images", num_images),
-            "seed": either(checked("seed", seed), secrets.randbelow(SEEDS)) % SEEDS,
-            "steps_prior": either(checked("steps_prior", steps_prior), defaults["prior"].steps),
-            "steps_decoder": either(checked("steps_decoder", steps_decoder), defaults["decoder"].steps),
-            "guidance_scale_prior": either(
-                checked("guidance_scale_prior", guidance_scale_prior), 1.0 if upscale else defaults["prior"].guidance
-            ),
-            "guidance_scale_decoder": either(
-                checked("guidance_scale_decoder", guidance_scale_decoder), defaults["decoder"].guidance
-            ),
-            "image_prompts": prompts,
-            "image_prompt_strengths": tuple(numbers("image_prompt_strengths", strengths, len(prompts), float, 0, 2)),
-            "prompt_strength": checked("prompt_strength", prompt_strength),
-            "controls": read_controls(
-                control_images, control_types, control_scales, control_starts, control_ends, masked=hidden is not None
-            ),
-        }
-        if upscale:
-            request = upscaling(source, **asked)
-        elif source is not None:
-            request = Request(image=source, mask=hidden, width=width, height=height, **asked)
-            height, width = self.cascade.picture_size(request)
-            request = replace(request, width=width, height=height)
-        else:
-            request = Request(width=either(width, ratio_width), height=either(height, ratio_height), **asked)
-        ending = checked("output_format", output_format)
-        quality = checked("output_quality", output_quality)
+        with downloaded(check_inputs(given)) as inputs:
+            request = request_from(inputs, self.cascade)
+            files = {name: inputs[name] for name in PICTURES}
+            record = Record.of(request, given | files, self.origin, hashed=self.detail is Detail.FULL)
+        ending, quality = inputs["output_format"], inputs["output_quality"]
         safety = None if disable_safety_checker else self.safety
-        record = Record.of(request, given, self.origin, hashed=self.detail is Detail.FULL)
 
         try:
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -400,10 +354,6 @@ class Predictor(BaseRunner):
         return f"{asked}, and so does one of {smaller.width}x{smaller.height}: something else must be using it."
 
 
-# Taken here because Cog's server puts the bare defaults into the signature before it calls `run`.
-INPUTS = inspect.signature(Predictor.run).parameters
-
-
 def find_weights() -> FilePath:
     """The folder named by CASCADE_WEIGHTS, else the published model if it was downloaded, else the miniature."""
     if os.environ.get("CASCADE_WEIGHTS"):
@@ -430,166 +380,11 @@ def size_of(opened: ModelFolder) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def checked(name: str, value: Any) -> Any:
-    """The value of an input as the kind of number, in the range or among the choices that `Predictor.run` declares.
-
-    Cog's server takes 20.0 and 1e23 for whole numbers, and hands them on as they are; without a schema it takes all.
-
-    Raises:
-        ValueError: it is none.
-    """
-    parameter = INPUTS[name]
-    kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
-    field = parameter.default
-    if value is None and type(None) in kinds:
-        return None
-    if field.choices is not None:
-        if value not in field.choices:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(field.choices)}.")
-        return value
-    kind = int if int in kinds else float
-    is_number = type(value) is int or (type(value) is float and math.isfinite(value))
-    if not is_number or kind(value) != value or not either(field.ge, value) <= value <= either(field.le, value):
-        word = "whole number" if kind is int else "number"
-        limits = "" if field.ge is None else f" from {field.ge} to {field.le}"
-        raise ValueError(f"{name} is {value!r}; it must be a {word}{limits}.")
-    return kind(value)
-
-
-def numbers(name: str, values: Any, count: int, kind: type, low: int, high: int) -> list[Any]:
-    """The values of an input that is a list of so many numbers, int or float, from `low` to `high`.
-
-    Raises:
-        ValueError: there are more or fewer, or one is something else.
-    """
-    word = "whole numbers" if kind is int else "numbers"
-    if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} values; it must have {count}.")
-    for value in values:
-        is_number = type(value) is int or (type(value) is float and math.isfinite(value))
-        if not is_number or kind(value) != value or not low <= value <= high:
-            raise ValueError(f"{name} has {reprlib.repr(value)} in it; it must have {word} from {low} to {high} only.")
-    return [kind(value) for value in values]
-
-
-def one_each(name: str, values: Any, default: Any, count: int) -> list[Any]:
-    """A value for each of so many control_images: of an input with one value, the same for all.
-
-    Raises:
-        ValueError: the number of values is neither.
-    """
-    if not values:
-        return [default] * count
-    if count == 0:
-        raise ValueError(f"{name} needs control_images; there are none.")
-    if len(values) not in (1, count):
-        raise ValueError(f"{name} has {len(values)} values; it must have 1, or one for each of {count} control_images.")
-    return values * count if len(values) == 1 else values
-
-
-def read_controls(images: Any, types: Any, scales: Any, starts: Any, ends: Any, *, masked: bool) -> tuple[Control, ...]:
-    """The controls that five inputs describe.
-
-    Args:
-        masked: whether there is a mask, which the type "inpainting" needs.
-
-    Raises:
-        ValueError: an input has a value that is not allowed, or their numbers do not fit.
-    """
-    pictures = read_files("control_images", images)
-    count = len(pictures)
-    types = one_each("control_types", types, "canny", count)
-    for kind in types:
-        if kind not in KINDS:
-            raise ValueError(f"control_types has {reprlib.repr(kind)} in it; it must have {', '.join(KINDS)} only.")
-    if "inpainting" in types and not masked:
-        raise ValueError("control_types has 'inpainting' in it, which needs mask or outpaint; there is none.")
-    columns = [
-        numbers(name, one_each(name, values, default, count), count, float, 0, high)
-        for name, values, default, high in (
-            ("control_scales", scales, 1.0, 2),
-            ("control_starts", starts, 0.0, 1),
-            ("control_ends", ends, 1.0, 1),
-        )
-    ]
-    return tuple(Control(*control) for control in zip(types, pictures, *columns, strict=True))
-
-
 def as_data_url(image: Image.Image) -> str:
     """A picture as the data URL of a JPEG file."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=PREVIEW_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def read_file(name: str, file: Any, background: str = "white") -> Image.Image:
-    """The picture of a file input; what is transparent in it is laid on the background.
-
-    Cog downloads http(s) and data URLs, and hands on every other text as it is: it could name a file of this machine.
-
-    Raises:
-        ValueError: it is no downloaded file, or no picture.
-    """
-    if not isinstance(file, Path):
-        raise ValueError(f"{name} is {reprlib.repr(file)}; it must be an http, https or data URL of a picture.")
-    return read_picture(file, name, background)
-
-
-def read_files(name: str, files: Any) -> tuple[Image.Image, ...]:
-    """The pictures of an input of several files.
-
-    Raises:
-        ValueError: there are too many, or one is no downloaded file or no picture.
-    """
-    files = files or []
-    if len(files) > MOST_IMAGES:
-        raise ValueError(f"{name} has {len(files)} pictures; {MOST_IMAGES} are the limit.")
-    # Beside a text that is no URL, Cog downloads none of the others; what is wrong is the text.
-    texts = [file for file in files if isinstance(file, str)]
-    return tuple(read_file(name, file) for file in texts or files)
-
-
-def either(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def ratio_size(ratio: str, native_size: int) -> tuple[int, int]:
-    """(width, height) of exactly this ratio, in multiples of 8, with about the area of the native square."""
-    columns, rows = map(int, ratio.split(":"))
-    shared = math.gcd(columns, rows)
-    columns, rows = columns // shared, rows // shared
-    unit = native_size / math.sqrt(columns * rows)
-    largest = sizes.LARGEST // max(columns, rows) // sizes.MULTIPLE
-    unit = sizes.MULTIPLE * min(max(round(unit / sizes.MULTIPLE), 1), largest)
-    return columns * unit, rows * unit
-
-
-def parts_of(request: Request) -> list[Request]:
-    """The request, cut in two where its seeds leave 32 bits: there they go on from 0, and can all be asked for."""
-    below = min(request.num_images, SEEDS - request.seed)
-    above = request.num_images - below
-    parts = [replace(request, num_images=below)]
-    return [*parts, replace(request, seed=0, num_images=above)] if above else parts
-
-
-def seeds_of(request: Request) -> list[int]:
-    """The seed of each picture."""
-    return [part.seed + i for part in parts_of(request) for i in range(part.num_images)]
-
-
-def smaller_requests(request: Request) -> Iterator[Request]:
-    """One picture of half the area that was asked for, of a quarter ..., of the same shape."""
-    enlarged = any(control.kind == "super_resolution" for control in request.controls)
-    smallest = 2 * sizes.SMALLEST if enlarged else sizes.SMALLEST
-    width, height = request.width, request.height
-    while max(width, height) > smallest:
-        width, height = (
-            max(int(side / math.sqrt(2)) // sizes.MULTIPLE * sizes.MULTIPLE, smallest) for side in (width, height)
-        )
-        # With a mask, pictures have the image's size.
-        image = request.image if request.mask is None else request.image.resize((width, height))
-        mask = None if request.mask is None else Image.new("L", (width, height), "white")
-        yield replace(request, num_images=1, width=width, height=height, image=image, mask=mask)
 
 
 def iterate_on(thread: ThreadPoolExecutor, steps: Generator[Progress, None, None]) -> Iterator[Progress]:

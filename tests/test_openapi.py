@@ -1,5 +1,6 @@
 """Our reading of a predictor's source against what Cog itself made of one, and against what it gets wrong."""
 
+import inspect
 import json
 import textwrap
 import typing
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 from cog import Path as CogPath
 
-from predict import INPUTS
+from predict import Predictor
 from scripts.openapi import SchemaError, make_schema
 
 ROOT = Path(__file__).parent.parent
+INPUTS = {name: one for name, one in inspect.signature(Predictor.run).parameters.items() if name != "self"}
 COGS = ROOT / "tests" / "fixtures" / "cog-schema"
 
 
@@ -41,7 +43,7 @@ def test_what_is_read_of_predict_py_is_what_python_makes_of_it() -> None:
     schemas = make_schema((ROOT / "predict.py").read_text())["components"]["schemas"]
     properties = schemas["Input"]["properties"]
     assert "required" not in schemas["Input"]
-    assert list(properties) == [name for name in INPUTS if name != "self"]
+    assert list(properties) == list(INPUTS)
     kinds = {str: "string", int: "integer", float: "number", bool: "boolean", CogPath: "string"}
     kinds |= dict.fromkeys((list[CogPath], list[str], list[int], list[float]), "array")
     for order, (name, said) in enumerate(properties.items()):

@@ -72,6 +72,27 @@ def test_what_is_not_white_is_kept_to_the_pixel(server: Server, mask: str) -> No
     assert (difference[:, 60:] > 0).mean() > 0.9
 
 
+def test_what_is_transparent_is_repainted_if_asked_for(server: Server) -> None:
+    image = source()
+    hole = image.convert("RGBA")
+    hole.putalpha(Image.eval(right_half(), lambda white: 255 - white))
+    made = picture(server.predict(**INPUTS, image=data_url(hole), mask="alpha")["output"][0])
+    difference = np.abs(np.asarray(made).astype(int) - np.asarray(image)).max(2)
+    assert not difference[:, :50].any()
+    assert (difference[:, 60:] > 0).mean() > 0.9
+    on_white = Image.composite(Image.new("RGB", (100, 75), "white"), image, right_half())
+    same = picture(server.predict(**INPUTS, image=data_url(on_white), mask=data_url(right_half()))["output"][0])
+    assert made.tobytes() == same.tobytes()
+    plain = picture(server.predict(**INPUTS, image=data_url(hole))["output"][0])
+    assert plain.tobytes() == picture(server.predict(**INPUTS, image=data_url(on_white))["output"][0]).tobytes()
+
+
+def test_an_empty_list_is_left_out(server: Server) -> None:
+    image = {"image": data_url(source()), "steps_prior": 1}
+    both = [server.predict(**{**INPUTS, **image, **empty})["output"] for empty in ({}, {"outpaint": []})]
+    assert both[0] == both[1]
+
+
 def test_what_is_white_becomes_what_the_prompt_says(server: Server) -> None:
     """A red apple into an empty ground."""
     mask = Image.new("L", (256, 256))
@@ -104,8 +125,8 @@ WHITE = data_url(Image.new("L", (80, 72), 255))
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        ({"mask": WHITE}, "mask needs an image; there is none."),
-        ({"outpaint": [8, 8, 8, 8]}, "outpaint needs an image; there is none."),
+        ({"mask": WHITE}, "mask needs image, which is left out."),
+        ({"outpaint": [8, 8, 8, 8]}, "outpaint needs image, which is left out."),
         (
             {"image": IMAGE, "mask": data_url(Image.new("L", (80, 72)))},
             "mask has no white, so that nothing of image would be made anew.",
@@ -129,15 +150,19 @@ WHITE = data_url(Image.new("L", (80, 72), 255))
         ({"image": IMAGE, "outpaint": [8, 8]}, "outpaint has 2 values; it must have 4."),
         (
             {"image": IMAGE, "outpaint": [8, 8, 8, 1.0e10]},
-            "outpaint has 10000000000.0 in it; it must have whole numbers from 0 to 2048 only.",
+            "outpaint[3] is 10000000000.0; it must be a whole number from 0 to 2048.",
         ),
         (
             {"image": IMAGE, "outpaint": [8, 8, 8, -8]},
-            "outpaint has -8 in it; it must have whole numbers from 0 to 2048 only.",
+            "outpaint[3] is -8; it must be a whole number from 0 to 2048.",
         ),
         (
             {"image": IMAGE, "outpaint": [0, 0, 0, 0]},
-            "outpaint is 0, 0, 0, 0; it must be four numbers of at least 0, one of them above it.",
+            "outpaint is 0, 0, 0, 0; one of its numbers must be above 0.",
+        ),
+        (
+            {"image": IMAGE, "mask": "alpha"},
+            "mask is 'alpha', which needs a transparent region in image; there is none.",
         ),
         (
             {"image": IMAGE, "outpaint": [0, 0, 1980, 0]},
