@@ -1,118 +1,131 @@
 """The command line of ``scripts/predict``: Cog's ``-i name=value``, ``-i name=@file`` and ``-o path``.
 
-Names, kinds, ranges and defaults of the inputs are read from the signature of the predictor's ``run``. A request that
-does not fit it is answered with one sentence and exit code 2; a prediction that fails, with one sentence and 1.
+It turns texts into values, and leaves the rules to those that HTTP has too (serving/inputs.py). A request that they
+refuse is answered with their sentence and exit code 2; a prediction that fails, with one sentence and 1.
 """
 
 import argparse
+import codecs
+import difflib
 import inspect
 import logging
+import re
 import shutil
 import sys
-import typing
 from pathlib import Path
 from typing import Any
 
-from cog import BaseRunner
-from cog import Path as CogPath
+from PIL import Image
 
+from cascade.limits import LIMITS, InputError, Limits, shown
 from cascade.weights import WeightsError
 from predict import Predictor
+from serving.inputs import URL, check_inputs
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
+# The longer marks first: UTF-16's begins UTF-32's.
+ENCODINGS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
-class InputError(ValueError):
-    """The command line asks for something that the predictor does not take."""
-
-
-def read_inputs(runner: type[BaseRunner], assignments: list[str]) -> dict[str, Any]:
-    """Turn ``name=value`` texts into the arguments of ``runner.run``, with its types, ranges and defaults.
-
-    A list is given once an element, as to ``cog predict``.
+def read_inputs(assignments: list[str]) -> dict[str, Any]:
+    """All inputs, checked, from ``name=value`` texts. A list is given once an element, as to ``cog predict``.
 
     Raises:
-        InputError: an unknown or missing name, or a value of the wrong kind or out of range.
+        InputError: an unknown name, a file that cannot be read, or a value that is not allowed.
     """
-    fields = {name: p.default for name, p in inspect.signature(runner.run).parameters.items() if name != "self"}
-    kinds = typing.get_type_hints(runner.run)
-    inputs = {}
+    given: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise InputError(f"-i {assignment} is not of the form name=value.")
-        if name not in fields:
-            raise InputError(f"There is no input {name!r}; there are {', '.join(fields)}.")
-        kind = without_none(kinds[name])
-        if typing.get_origin(kind) is list:
-            (element,) = typing.get_args(kind)
-            inputs.setdefault(name, []).append(read_value(name, text, element, fields[name]))
+            raise InputError(f"-i {shown(assignment)} is not of the form name=value.")
+        if name not in LIMITS:
+            similar = difflib.get_close_matches(name, LIMITS)
+            advice = f"did you mean {' or '.join(similar)}?" if similar else "-i help lists all."
+            raise InputError(f"There is no input {shown(name)}; {advice}")
+        limits = LIMITS[name]
+        value = read_value(name, text, limits)
+        if limits.most is None:
+            given[name] = value
         else:
-            inputs[name] = read_value(name, text, kind, fields[name])
-    for name, field in fields.items():
-        if name not in inputs:
-            if field.default is None and type(None) not in typing.get_args(kinds[name]):
-                raise InputError(f"The input {name!r} is missing: {field.description}")
-            inputs[name] = field.default
-    return inputs
+            given.setdefault(name, []).append(value)
+    try:
+        return check_inputs(given)
+    except InputError as error:
+        raise InputError(f"{error}{advice_for(str(error), given)}") from None
 
 
-def without_none(kind: Any) -> Any:
-    """X of ``X | None``; any other type as it is."""
-    kinds = typing.get_args(kind)
-    return next(k for k in kinds if k is not type(None)) if type(None) in kinds else kind
+def read_value(name: str, text: str, limits: Limits) -> Any:
+    """One input's value, or one element of a list, from its text; what is no value of its kind stays a text.
 
-
-def read_value(name: str, text: str, kind: Any, field: Any) -> Any:
-    """One input's value from its text, checked against what the signature says of it."""
+    Raises:
+        InputError: a file that cannot be read.
+    """
     if text.startswith("@"):
+        if URL.match(text[1:]):
+            raise InputError(f"{name} is {shown(text)}; a URL has no @ before it.")
         file = Path(text[1:]).expanduser()
         if not file.is_file():
-            raise InputError(f"{name}={text}: there is no file {file}.")
-        if kind is CogPath:
-            return CogPath(file)
-        try:
-            text = file.read_text(encoding="utf-8").removesuffix("\n")
-        except UnicodeDecodeError:
-            raise InputError(f"{name} is a text, and {file} holds none.") from None
-    if kind is CogPath:
-        raise InputError(f"{name} is a file: write {name}=@{text or 'file'}.")
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise InputError(f"{name} must be true or false, not {text!r}.")
-        value = text == "true"
-    else:
-        try:
-            value = kind(text)
-        except ValueError:
-            word = {int: "a whole number", float: "a number"}[kind]
-            raise InputError(f"{name} must be {word}, not {text!r}.") from None
-    if (field.ge is not None and not value >= field.ge) or (field.le is not None and not value <= field.le):
-        raise InputError(f"{name} must be {describe_range(field)}, not {text}.")
-    if field.choices is not None and value not in field.choices:
-        raise InputError(f"{name} must be one of {', '.join(map(str, field.choices))}, not {text!r}.")
-    return value
+            raise InputError(f"{name} is {shown(text)}; there is no file {shown(str(file))}.")
+        if limits.kind is Image.Image:
+            return file
+        text = read_text(name, file)
+    if limits.kind is bool:
+        return {"true": True, "false": False}.get(text, text)
+    if limits.kind in (int, float):
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+    return text
 
 
-def describe_range(field: Any) -> str:
-    if field.le is None:
-        return f"{field.ge} or more"
-    return f"{field.le} or less" if field.ge is None else f"from {field.ge} to {field.le}"
+def read_text(name: str, file: Path) -> str:
+    """A file's text, without a newline at its end. A byte order mark tells its encoding; without one it is UTF-8.
+
+    Raises:
+        InputError: it cannot be read, or is no text.
+    """
+    try:
+        content = file.read_bytes()
+        encoding = next((name for mark, name in ENCODINGS.items() if content.startswith(mark)), "utf-8")
+        text = content.decode(encoding)
+    except OSError as error:
+        raise InputError(f"{name}: {shown(str(file))} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # as UTF-16 has it without its mark
+        raise InputError(f"{name}: {shown(str(file))} is no text in UTF-8, nor in UTF-16 with a byte order mark.")
+    return re.sub("\r\n?", "\n", text).removesuffix("\n")
 
 
-def list_inputs(runner: type[BaseRunner]) -> str:
+def advice_for(sentence: str, given: dict[str, Any]) -> str:
+    """What else the command line has for a picture that is a text and no URL."""
+    name = re.match(r"\w*", sentence)[0]
+    if name not in LIMITS or LIMITS[name].kind is not Image.Image:
+        return ""
+    values = given.get(name)
+    texts = [text for text in (values if isinstance(values, list) else [values]) if isinstance(text, str)]
+    local = next((text for text in texts if not URL.match(text) and text not in LIMITS[name].choices), None)
+    return "" if local is None else f" A file is given as {name}=@{shown(local or 'file')[1:-1]}."
+
+
+def list_inputs() -> str:
     """A line an input: name, description, default, range or choices."""
     lines = []
-    for name, parameter in inspect.signature(runner.run).parameters.items():
-        if name == "self":
-            continue
-        field = parameter.default
-        bounded = field.ge is not None or field.le is not None
-        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    for name, limits in LIMITS.items():
+        description = inspect.signature(Predictor.run).parameters[name].default.description
+        default = str(limits.default).lower() if isinstance(limits.default, bool) else limits.default
         notes = [] if default in (None, "") else [f"default {default}"]
-        notes += [describe_range(field)] if bounded else []
-        notes += [f"one of {', '.join(map(str, field.choices))}"] if field.choices else []
-        lines.append(f"{name:24}{field.description}" + (f" ({', '.join(notes)})" if notes else ""))
+        notes += [limits.range] if limits.range else []
+        notes += [f"one of {', '.join(limits.choices)}"] if limits.choices and limits.kind is str else []
+        lines.append(f"{name:24}{description}" + (f" ({', '.join(notes)})" if notes else ""))
     return "\n".join(lines)
 
 
@@ -160,7 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an input; NAME=@FILE takes it from a file; a list is given once an element; 'help' lists what there is",
+        help="an input; NAME=@FILE takes it from a file; pictures may also be URLs; a list is given once an element; "
+        "'help' lists what there is",
     )
     parser.add_argument(
         "-o",
@@ -173,11 +187,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.input == ["help"]:
-        sys.stdout.write(list_inputs(Predictor) + "\n")
+        sys.stdout.write(list_inputs() + "\n")
         return 0
     try:
         wanted = read_format(options.output)
-        inputs = read_inputs(Predictor, [f"output_format={wanted}", *options.input] if wanted else options.input)
+        inputs = read_inputs([f"output_format={wanted}", *options.input] if wanted else options.input)
         if wanted and inputs["output_format"] != wanted:
             raise InputError(f"output_format is {inputs['output_format']}, but -o is {options.output}.")
     except InputError as error:

@@ -1,19 +1,23 @@
 """The environment that scripts make for themselves, with real virtual environments, and the command line of predict."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
-from cog import BaseRunner, Input
-from cog import Path as CogPath
 from PIL import Image
 
+from cascade.limits import LIMITS, InputError
 from scripts import environment
-from scripts.command_line import InputError, list_inputs, main, read_inputs, save
+from scripts.command_line import list_inputs, main, read_inputs, save
 from tests.metadata import read_record
 
 SYSTEM_PYTHON = Path(sys.base_prefix) / "bin" / "python3"
@@ -25,24 +29,6 @@ import beside
 import tiny
 print(tiny.VERSION, beside.NAME, os.environ["OMP_WAIT_POLICY"], *sys.argv[1:])
 """
-
-
-class Example(BaseRunner):
-    """One input of every kind."""
-
-    def run(
-        self,
-        prompt: str = Input(description="What to draw.", default=""),
-        title: str = Input(description="A title."),
-        count: int = Input(description="How many.", default=2, ge=1, le=4),
-        scale: float = Input(description="How much.", default=1.5, ge=0),
-        size: int | None = Input(description="How large.", default=None, le=64),
-        fast: bool = Input(description="A switch.", default=False),
-        shape: str = Input(description="A shape.", default="round", choices=["round", "square"]),
-        image: CogPath | None = Input(description="A picture.", default=None),
-        images: list[CogPath] | None = Input(description="Pictures.", default=None),
-    ) -> list[CogPath]:
-        return []
 
 
 def make_wheel(folder: Path, version: str) -> Path:
@@ -141,87 +127,126 @@ def test_inputs_of_every_kind(tmp_path: Path) -> None:
     text, image = tmp_path / "prompt.txt", tmp_path / "a.png"
     text.write_text("two words = three\n")
     image.touch()
-    given = ["title=a=b", "count=3", "scale=2", "size=64", "fast=true", "shape=square", f"image=@{image}"]
-    given += [f"images=@{image}", f"images=@{text}"]
-    inputs = read_inputs(Example, [f"prompt=@{text}", *given])
-    assert inputs == {
+    given = [
+        "negative_prompt=a=b",
+        "num_images=3",
+        "guidance_scale_prior=2",
+        "height=64.0",
+        "disable_safety_checker=true",
+    ]
+    given += ["aspect_ratio=16:9", f"image=@{image}", "mask=alpha", *["outpaint=8"] * 4, f"image_prompts=@{image}"]
+    given += ["image_prompts=https://host/b.png", "image_prompt_strengths=0.5", "image_prompt_strengths=2"]
+    inputs = read_inputs([f"prompt=@{text}", "seed=1", "seed=2", *given])
+    expected = {
         "prompt": "two words = three",
-        "title": "a=b",
-        "count": 3,
-        "scale": 2.0,
-        "size": 64,
-        "fast": True,
-        "shape": "square",
-        "image": CogPath(image),
-        "images": [CogPath(image), CogPath(text)],
+        "negative_prompt": "a=b",
+        "num_images": 3,
+        "guidance_scale_prior": 2.0,
+        "height": 64,
+        "disable_safety_checker": True,
+        "aspect_ratio": "16:9",
+        "image": image,
+        "mask": "alpha",
+        "outpaint": (8, 8, 8, 8),
+        "image_prompts": (image, "https://host/b.png"),
+        "image_prompt_strengths": (0.5, 2.0),
+        "seed": 2,
     }
-    assert isinstance(inputs["scale"], float)
+    assert {name: value for name, value in inputs.items() if name in expected} == expected
+    assert isinstance(inputs["guidance_scale_prior"], float)
+    left_out = {name: value for name, value in inputs.items() if name not in expected}
+    assert left_out == {name: LIMITS[name].check(name, LIMITS[name].default) for name in left_out}
 
 
-def test_defaults() -> None:
-    inputs = read_inputs(Example, ["title="])
-    expected = {"prompt": "", "title": "", "count": 2, "scale": 1.5, "size": None, "fast": False, "shape": "round"}
-    assert inputs == {**expected, "image": None, "images": None}
+PROMPT = "a red apple on a green background"
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [
+        (PROMPT.encode(), PROMPT),
+        (b"\xef\xbb\xbf" + PROMPT.encode(), PROMPT),
+        (PROMPT.encode() + b"\r\n", PROMPT),
+        (b"\xef\xbb\xbf" + b"one\r\n\r\ntwo\r\n", "one\n\ntwo"),
+        (PROMPT.encode("utf-16"), PROMPT),
+        (b"\xfe\xff" + PROMPT.encode("utf-16-be"), PROMPT),
+        (PROMPT.encode("utf-32"), PROMPT),
+        ("é\u2028\ufeffü".encode(), "é\u2028\ufeffü"),
+        (b"", ""),
+    ],
+    ids=["utf-8", "mark", "crlf", "mark and crlf", "utf-16", "utf-16-be", "utf-32", "mark within", "empty"],
+)
+def test_a_text_file_is_read_as_an_editor_shows_it(tmp_path: Path, content: bytes, prompt: str) -> None:
+    """Windows' editors write a byte order mark, which would be a token, and make another picture."""
+    (tmp_path / "prompt.txt").write_bytes(content)
+    assert read_inputs([f"prompt=@{tmp_path}/prompt.txt"])["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xe9", PROMPT.encode("utf-16-le"), b"\xff\xfea", b"\x00", b"\x89PNG\r\n\x1a\n\x00"]
+)
+def test_a_file_that_is_no_text(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "p").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_inputs([f"prompt=@{tmp_path}/p"])
+    assert re.fullmatch(r"prompt: '.*' is no text in UTF-8, nor in UTF-16 with a byte order mark\.", str(caught.value))
 
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("prompt", "-i prompt is not of the form name=value."),
+        ("prompt", "-i 'prompt' is not of the form name=value."),
+        ("promt=x", "There is no input 'promt'; did you mean prompt?"),
+        ("xyz=x", "There is no input 'xyz'; -i help lists all."),
+        ("num_images=two", "num_images is 'two'; it must be a whole number from 1 to 4."),
+        ("num_images=2.5", "num_images is 2.5; it must be a whole number from 1 to 4."),
+        ("num_images=5", "num_images is 5; it must be a whole number from 1 to 4."),
+        ("guidance_scale_prior=", "guidance_scale_prior is ''; it must be a number from 0 to 20."),
+        ("guidance_scale_prior=nan", "guidance_scale_prior is nan; it must be a number from 0 to 20."),
+        ("upscale=yes", "upscale is 'yes'; it must be true or false."),
+        ("aspect_ratio=flat", "aspect_ratio is 'flat'; it must be one of 1:1, 16:9, "),
         (
-            "promt=x",
-            "There is no input 'promt'; there are prompt, title, count, scale, size, fast, shape, image, images.",
+            "image=a.png",
+            "image is 'a.png'; it must be an http, https or data URL of a picture. A file is given as image=@a.png.",
         ),
-        ("count=two", "count must be a whole number, not 'two'."),
-        ("count=2.5", "count must be a whole number, not '2.5'."),
-        ("count=5", "count must be from 1 to 4, not 5."),
-        ("scale=", "scale must be a number, not ''."),
-        ("scale=nan", "scale must be 0 or more, not nan."),
-        ("size=65", "size must be 64 or less, not 65."),
-        ("fast=yes", "fast must be true or false, not 'yes'."),
-        ("shape=flat", "shape must be one of round, square, not 'flat'."),
-        ("image=a.png", "image is a file: write image=@a.png."),
-        ("image=@/no/such.png", "image=@/no/such.png: there is no file /no/such.png."),
-        ("images=a.png", "images is a file: write images=@a.png."),
-        ("prompt=@/no/such.txt", "prompt=@/no/such.txt: there is no file /no/such.txt."),
-        (f"prompt=@{sys.executable}", f"prompt is a text, and {sys.executable} holds none."),
+        ("image=", "image is ''; it must be an http, https or data URL of a picture. A file is given as image=@file."),
+        (
+            "image_prompts=a.png",
+            "image_prompts[0] is 'a.png'; it must be an http, https or data URL of a picture. "
+            "A file is given as image_prompts=@a.png.",
+        ),
+        ("image=@/no/such.png", "image is '@/no/such.png'; there is no file '/no/such.png'."),
+        ("image=@https://host/a.png", "image is '@https://host/a.png'; a URL has no @ before it."),
+        ("prompt=@/no/such.txt", "prompt is '@/no/such.txt'; there is no file '/no/such.txt'."),
+        ("image_prompt_strengths=7", "image_prompt_strengths[0] is 7; it must be a number from 0 to 2."),
     ],
 )
 def test_bad_inputs(assignment: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        read_inputs(Example, ["title=x", assignment])
-    assert str(caught.value) == message
-
-
-def test_missing_input() -> None:
-    with pytest.raises(InputError, match=r"The input 'title' is missing: A title\."):
-        read_inputs(Example, [])
+        read_inputs([assignment])
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value)) < 300
 
 
 def test_list_of_inputs() -> None:
-    lines = list_inputs(Example).splitlines()
-    assert [line.split(maxsplit=1) for line in lines] == [
-        ["prompt", "What to draw."],
-        ["title", "A title."],
-        ["count", "How many. (default 2, from 1 to 4)"],
-        ["scale", "How much. (default 1.5, 0 or more)"],
-        ["size", "How large. (64 or less)"],
-        ["fast", "A switch. (default false)"],
-        ["shape", "A shape. (default round, one of round, square)"],
-        ["image", "A picture."],
-        ["images", "Pictures."],
-    ]
+    lines = dict(line.split(maxsplit=1) for line in list_inputs().splitlines())
+    assert list(lines) == list(LIMITS)
+    assert lines["num_images"].endswith(" (default 1, from 1 to 4)")
+    assert lines["disable_safety_checker"].endswith(" (default false)")
+    assert lines["output_format"].endswith(" (default webp, one of webp, jpg, png)")
+    assert lines["image"].endswith(".")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-i", "promt=x"], "There is no input 'promt'; there are prompt, "),
-        (["-i", "width=wide"], "width must be a whole number, not 'wide'.\n"),
-        (["-i", "steps_prior=0"], "steps_prior must be from 1 to 50, not 0.\n"),
-        (["-i", "aspect_ratio=2:1"], "aspect_ratio must be one of 1:1, 16:9, "),
-        (["-i", "disable_safety_checker=1"], "disable_safety_checker must be true or false, not '1'.\n"),
-        (["-i", "output_format=gif"], "output_format must be one of webp, jpg, png, not 'gif'.\n"),
+        (["-i", "promt=x"], "There is no input 'promt'; did you mean prompt?\n"),
+        (["-i", "width=wide"], "width is 'wide'; it must be a whole number from 64 to 2048.\n"),
+        (["-i", "steps_prior=0"], "steps_prior is 0; it must be a whole number from 1 to 50.\n"),
+        (["-i", "aspect_ratio=2:1"], "aspect_ratio is '2:1'; it must be one of 1:1, 16:9, "),
+        (["-i", "disable_safety_checker=1"], "disable_safety_checker is '1'; it must be true or false.\n"),
+        (["-i", "output_format=gif"], "output_format is 'gif'; it must be one of webp, jpg, png.\n"),
+        (["-i", "mask=alpha"], "mask needs image, which is left out.\n"),
         (["-i", "output_format=jpg"], "output_format is jpg, but -o is output.png.\n"),
         (
             ["-o", "apple.txt"],
@@ -288,6 +313,39 @@ def test_a_picture_is_made_in_the_format_that_its_name_asks_for(
     with Image.open(file) as picture:
         assert (picture.format, picture.size) == (kind, (64, 72))
     assert read_record(file)["picture"]["seed"] == 3
+
+
+def test_a_picture_may_be_a_file_or_a_url(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CASCADE_WEIGHTS", str(model_folder))
+    image = Image.effect_noise((64, 72), 90).convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 32, 72))
+    image.save(tmp_path / "a.png")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"127.0.0.1:{server.server_port}"
+    try:
+        for place in (f"@{tmp_path}/a.png", f"http://{url}/a.png", f"HTTP://{url}/a.png"):
+            inputs = [f"image={place}", "mask=alpha", "seed=1", "steps_prior=1", "steps_decoder=1"]
+            assert (
+                main([*(word for text in inputs for word in ("-i", text)), "-o", f"{tmp_path}/{len(place)}.png"]) == 0
+            )
+        assert main(["-i", f"image=http://{url}/gone.png"]) == 1
+    finally:
+        server.shutdown()
+        server.server_close()
+    made = [read_pixels(file) for file in tmp_path.glob("[0-9]*.png")]
+    assert len({one.tobytes() for one in made}) == 1
+    assert (made[0][:, 32:] == read_pixels(tmp_path / "a.png")[:, 32:]).all()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("image is 'http://127.0.0.1:")
+    assert "cannot be downloaded" in said
+
+
+def read_pixels(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(
