@@ -33,7 +33,7 @@ from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
 from serving.cog_files import takes_urls
 from serving.files import UrlSettings, fetch
-from serving.inputs import FILES, check_inputs, parts_of, request_from, seeds_of
+from serving.inputs import PICTURES, check_inputs, parts_of, request_from, seeds_of
 from serving.metadata import Detail, metadata
 from serving.progress import Stopwatch, iterate_on, shown, timed, with_previews
 from serving.record import Origin, Record
@@ -269,7 +269,7 @@ class Predictor(BaseRunner):
     def _run(self, given: dict[str, Any], folder: FilePath) -> list[Path]:
         """`run`, of the inputs as they were given; files go into the folder."""
         inputs = check_inputs(given)
-        files = fetch({name: inputs[name] for name in FILES}, folder, self.urls)
+        files = fetch({name: inputs[name] for name in PICTURES}, folder, self.urls)
         request = request_from(inputs | files, self.cascade)
         ending, quality = inputs["output_format"], inputs["output_quality"]
         safety = None if inputs["disable_safety_checker"] else self.safety

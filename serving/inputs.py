@@ -21,7 +21,7 @@ from cascade.pictures import read_picture
 from cascade.request import Request, check_kind, check_strengths, upscaling
 
 SEEDS = 2**32
-FILES = ("image", "mask", "image_prompts", "control_images")
+PICTURES = tuple(name for name, limits in LIMITS.items() if limits.kind is Image.Image)
 URL = re.compile("(https?|data):", re.IGNORECASE)
 FILE = "it must be an http, https or data URL of a picture"
 
@@ -39,7 +39,7 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
         InputError: one is wrong, or does not go with another.
     """
     inputs = {
-        name: limits.check(name, given.get(name, limits.default), check_picture if limits.kind is Image.Image else None)
+        name: limits.check(name, given.get(name, limits.default), check_picture if name in PICTURES else None)
         for name, limits in LIMITS.items()
     }
     for name in ("mask", "outpaint", "upscale"):

@@ -73,7 +73,7 @@ def refusal(server: Server, **inputs: Any) -> str:
     assert answer.status_code == 200, answer.text
     assert answer.json()["status"] == "failed", answer.text
     server.predict(**SMALL)
-    return answer.json()["error"].partition("InputError: ")[2]
+    return answer.json()["error"].partition("Error: ")[2]
 
 
 @pytest.fixture
