@@ -44,7 +44,8 @@ from cascade.pictures import read_picture
 from cascade.request import MOST_IMAGES, Request, upscaling
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
-from serving.cog_files import UrlSettings, with_files
+from serving.cog_files import with_files
+from serving.image_urls import UrlSettings
 from serving.metadata import Detail, metadata
 from serving.record import Origin, Record
 

@@ -61,13 +61,13 @@ def test_failed_downloads_leave_nothing(server: Server, web: Web) -> None:
         ({"image": gone}, f"image could not be downloaded from {host}: the server answered 404 Not Found."),
         (
             {"image": good, "mask": data_url(hosts.picture()), "image_prompts": [good, gone, good, good]},
-            f"Picture 2 of image_prompts could not be downloaded from {host}: the server answered 404 Not Found.",
+            f"image_prompts[1] could not be downloaded from {host}: the server answered 404 Not Found.",
         ),
         ({"image": good, "mask": endless}, f"mask could not be downloaded from {host}: it is larger than 100 MB."),
         ({"image": good, "mask": "data:image/png;base64,A"}, "mask is a data URL that cannot be decoded."),
         (
             {"image": good, "image_prompts": [good, "/etc/passwd"]},
-            "Picture 2 of image_prompts is '/etc/passwd'; it must be an http, https or data URL of a picture.",
+            "image_prompts is '/etc/passwd'; it must be an http, https or data URL of a picture.",
         ),
     ]
     for inputs, sentence in itertools.islice(itertools.cycle(cases), 20):
