@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
 from serving.cog_files import takes_urls
-from serving.files import UrlSettings, fetch
+from serving.image_urls import UrlSettings, downloaded
 from serving.inputs import PICTURES, check_inputs, parts_of, request_from, seeds_of
 from serving.metadata import Detail, metadata
 from serving.progress import Stopwatch, iterate_on, shown, timed, with_previews
@@ -262,19 +262,16 @@ class Predictor(BaseRunner):
         given = dict(locals())
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
-        # Its making and its end are what scripts/healthcheck knows a run's beginning and end by.
-        with tempfile.TemporaryDirectory(prefix="cascade-inputs-") as folder:
-            return self._run(given, FilePath(folder))
+        with downloaded(check_inputs(given), PICTURES, self.urls) as inputs:
+            request = request_from(inputs, self.cascade)
+            files = {name: inputs[name] for name in PICTURES}
+            record = Record.of(request, given | files, self.origin, hashed=self.detail is Detail.FULL)
+            return self._run(request, record, inputs)
 
-    def _run(self, given: dict[str, Any], folder: FilePath) -> list[Path]:
-        """`run`, of the inputs as they were given; files go into the folder."""
-        inputs = check_inputs(given)
-        files = fetch({name: inputs[name] for name in PICTURES}, folder, self.urls)
-        request = request_from(inputs | files, self.cascade)
+    def _run(self, request: Request, record: Record, inputs: Mapping[str, Any]) -> list[Path]:
+        """`_make`, and what has to be done when it fails."""
         ending, quality = inputs["output_format"], inputs["output_quality"]
         safety = None if inputs["disable_safety_checker"] else self.safety
-        record = Record.of(request, given | files, self.origin, hashed=self.detail is Detail.FULL)
-
         try:
             try:
                 return self._make(request, record, ending, quality, safety, inputs["previews"])

@@ -3,7 +3,7 @@
 Cog's worker downloads the inputs of `run` that are annotated with `cog.Path` before it calls `run`. It sets no limits,
 hears no cancellation meanwhile, and leaves what it has downloaded when another download of the request fails. It reads
 the annotations anew for every prediction, from the instance's `run`, and hands on text as it is. So `takes_urls` wraps
-`run` in a function that says of these inputs that they are text; `serving.files` downloads them. The schema keeps
+`run` in a function that says of these inputs that they are text; `serving.image_urls` downloads them. The schema keeps
 `format: uri`: it is made from predict.py's source.
 
 Cog also leaves three empty folders of every prediction; `sweep` removes them.

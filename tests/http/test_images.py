@@ -212,8 +212,8 @@ def test_downloaded_inputs_are_deleted(server: Server) -> None:
     inputs = {"image": data_url(halves()), "image_prompts": [data_url(halves())]}
     with server.beginning():
         server.put("images", {**SLOW, **inputs}, {"Prefer": "respond-async"})
-    while_it_runs = list(server.temporary.glob("*.png"))
+    while_it_runs = list(server.temporary.glob("cascade-inputs-*/*"))
     server.cancel("images")
     refusal(server, image=data_url(b"not a picture"))
     assert len(while_it_runs) == 2
-    assert not list(server.temporary.glob("*.png"))
+    assert not list(server.temporary.glob("cascade-inputs-*"))

@@ -132,7 +132,7 @@ def test_it_can_be_stopped(web: Web, target: Path) -> None:
 def test_a_resolver_and_a_handshake_that_take_for_ever(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with raw_server(lambda connection: time.sleep(5)) as port:
         assert fail(f"https://127.0.0.1:{port}/", target) == "it took longer than 0.6 seconds"
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5) or [])
     assert fail("http://slow.invalid/", target) == "it took longer than 0.6 seconds"
 
 

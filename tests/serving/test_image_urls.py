@@ -8,20 +8,26 @@ import pytest
 
 from cascade.limits import InputError
 from serving.download import Limits
-from serving.files import UrlSettings, fetch
+from serving.image_urls import UrlSettings, downloaded
 from tests.serving.web import Web, picture
 
 SETTINGS = UrlSettings(Limits(size=1_000_000))
+
+
+def fetch(inputs: dict[str, Any]) -> None:
+    with downloaded(inputs, list(inputs), SETTINGS):
+        pass
 
 
 def test_urls_become_files(web: Web, tmp_path: Path) -> None:
     own = tmp_path / "own.png"
     own.write_bytes(b"own")
     images = (f"{web.url}/picture", "data:,hi%20there", "DATA:,hi", own)
-    made = fetch({"image": own, "mask": "alpha", "images": images, "none": None, "empty": ()}, tmp_path, SETTINGS)
-    assert (made["image"], made["mask"], made["none"], made["empty"]) == (own, "alpha", None, ())
-    assert [file.read_bytes() for file in made["images"]] == [picture(), b"hi there", b"hi", b"own"]
-    assert {file.parent for file in made["images"]} == {tmp_path}
+    inputs = {"image": own, "mask": "alpha", "images": images, "none": None, "empty": (), "prompt": web.url}
+    with downloaded(inputs, set(inputs) - {"prompt"}, SETTINGS) as made:
+        assert [file.read_bytes() for file in made["images"]] == [picture(), b"hi there", b"hi", b"own"]
+    assert {**made, "images": images} == inputs
+    assert [file.exists() for file in made["images"]] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -38,17 +44,17 @@ def test_urls_become_files(web: Web, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_sentences(tmp_path: Path, inputs: dict[str, Any], sentence: str) -> None:
+def test_sentences(inputs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=r"^.*\.$") as error:
-        fetch(inputs, tmp_path, SETTINGS)
+        fetch(inputs)
     assert str(error.value).startswith(sentence)
     for secret in ("secret", "word"):
         assert secret not in str(error.value)
 
 
-def test_one_failure_ends_the_others(web: Web, tmp_path: Path) -> None:
+def test_one_failure_ends_the_others(web: Web) -> None:
     with pytest.raises(InputError, match=r"^images\[1\] could not"):
-        fetch({"images": (f"{web.url}/slow-body", f"{web.url}/status?code=404")}, tmp_path, SETTINGS)
+        fetch({"images": (f"{web.url}/slow-body", f"{web.url}/status?code=404")})
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
 
 

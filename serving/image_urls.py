@@ -1,12 +1,14 @@
-"""Inputs that are URLs become files: all of a request together, within limits, and stopped when the request is."""
+"""Files for the URLs of a request: all of them together, within limits, and gone afterwards."""
 
 import contextlib
+import itertools
 import os
 import socket
+import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,38 +60,42 @@ def positive(name: str, default: float) -> float:
     raise ValueError(f"{name} is {text!r}; it must be a number above 0 and below 1000000.")
 
 
-def fetch(inputs: Mapping[str, Any], folder: Path, settings: UrlSettings) -> dict[str, Any]:
-    """Those of the inputs that have URLs, with files in their place: all downloaded together, into a folder.
+@contextlib.contextmanager
+def downloaded(inputs: Mapping[str, Any], names: Collection[str], settings: UrlSettings) -> Iterator[dict[str, Any]]:
+    """Inputs with a file in the place of every http, https and data URL; the files are deleted afterwards.
 
     Args:
-        inputs: by name: files, http, https and data URLs, lists or tuples of these, or anything else, which stays.
-        folder: where the files go.
-        settings: limits, and which addresses are allowed.
+        inputs: by name, checked.
+        names: of the inputs that are files, or lists or tuples of files. What is neither file nor URL in them stays as it is.
 
     Raises:
-        InputError: one cannot be decoded or downloaded. The rest is then stopped.
+        InputError: a URL cannot be decoded or downloaded. The rest is then stopped.
     """
-    fetched: dict[str, Any] = {}
+    found = dict(inputs)
     urls: dict[str, tuple[str, Path]] = {}
+    numbers = itertools.count()
+    # Its making and its end are what scripts/healthcheck knows a run's beginning and end by.
+    with tempfile.TemporaryDirectory(prefix="cascade-inputs-") as folder:
 
-    def file_of(label: str, value: Any) -> Any:
-        scheme = value.partition(":")[0].lower() if isinstance(value, str) else ""
-        if scheme not in ("data", "http", "https"):
-            return value
-        target = folder / label
-        if scheme == "data":
-            target.write_bytes(decode(label, value))
-        else:
-            urls[label] = (value, target)
-        return target
+        def file_of(label: str, value: Any) -> Any:
+            scheme = value[:6].partition(":")[0].lower() if isinstance(value, str) and ":" in value[:6] else ""
+            target = Path(folder) / str(next(numbers))
+            if scheme == "data":
+                target.write_bytes(decode(label, value))
+            elif scheme in ("http", "https"):
+                urls[label] = value, target
+            else:
+                return value
+            return target
 
-    for name, value in inputs.items():
-        if isinstance(value, list | tuple):
-            fetched[name] = tuple(file_of(f"{name}[{place}]", one) for place, one in enumerate(value))
-        else:
-            fetched[name] = file_of(name, value)
-    download_all(urls, settings)
-    return fetched
+        for name in names:
+            value = inputs[name]
+            if isinstance(value, list | tuple):
+                found[name] = tuple(file_of(f"{name}[{place}]", one) for place, one in enumerate(value))
+            else:
+                found[name] = file_of(name, value)
+        download_all(urls, settings)
+        yield found
 
 
 def decode(label: str, url: str) -> bytes:
