@@ -20,6 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
+
+from training.errors import TrainingError
+from training.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -416,7 +420,8 @@ def select_objects(sets: Sequence[Mapping[str, str]]) -> list[IconObject]:
 def save_objects(objects: Iterable[IconObject], path: Path = OBJECT_LIST) -> None:
     """Write the object list as JSON, one object a line."""
     lines = [json.dumps({"name": o.name, "slugs": o.slugs, **({"also": o.also} if o.also else {})}) for o in objects]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    with whole_file(path) as part:
+        part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def load_objects(path: Path = OBJECT_LIST) -> list[IconObject]:
@@ -463,14 +468,20 @@ def _render_packed(svg: str) -> bytes:
 
 
 def pack_drawings(objects: Sequence[IconObject], sets: Sequence[Mapping[str, str]], path: Path) -> None:
-    """Render every object in every style and write one zip file to `path`: `catalogue.json` and one WebP a drawing."""
+    """Render every object in every style and write one zip file to `path`: `catalogue.json` and one WebP a drawing.
+
+    The file appears when it is complete. Shows a progress bar.
+    """
     svgs = [icons[slug] for item in objects for icons, slug in zip(sets, item.slugs, strict=True)]
     catalogue = {"names": [item.name for item in objects], "styles": STYLES, "size": DRAWING_SIZE}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor() as pool, zipfile.ZipFile(path, "w") as archive:
+    with whole_file(path) as part, ProcessPoolExecutor() as pool, zipfile.ZipFile(part, "w") as archive:
         archive.writestr("catalogue.json", json.dumps(catalogue))
-        for index, packed in enumerate(pool.map(_render_packed, svgs, chunksize=16)):
-            archive.writestr(f"{index:05d}.webp", packed)
+        drawn = pool.map(_render_packed, svgs, chunksize=4)
+        try:
+            for index, packed in enumerate(tqdm(drawn, desc="drawing", total=len(svgs), mininterval=1)):
+                archive.writestr(f"{index:05d}.webp", packed)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an interruption, nobody waits for thousands of drawings
     logger.info("%d objects, %d drawings in %s", len(objects), len(svgs), path)
 
 
@@ -481,11 +492,19 @@ def load_drawings(path: Path | str) -> tuple[torch.Tensor, list[str], list[str]]
         drawings: uint8 (objects * styles, 4, 192, 192), RGBA with colour premultiplied by alpha, 0..255.
         names: one a object; drawing `object * len(styles) + style` shows object `names[object]` in `styles[style]`.
         styles: the style words, `STYLES`.
+
+    Raises:
+        TrainingError: there is no such file, or it is not whole.
     """
-    with zipfile.ZipFile(path) as archive:
-        catalogue = json.loads(archive.read("catalogue.json"))
-        names, styles, size = catalogue["names"], catalogue["styles"], catalogue["size"]
-        files = [archive.read(f"{index:05d}.webp") for index in range(len(names) * len(styles))]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            catalogue = json.loads(archive.read("catalogue.json"))
+            names, styles, size = catalogue["names"], catalogue["styles"], catalogue["size"]
+            files = [archive.read(f"{index:05d}.webp") for index in range(len(names) * len(styles))]
+    except FileNotFoundError:
+        raise TrainingError(f"There is no file {path}: scripts/build-mini-data makes it.") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise TrainingError(f"{path} is no whole file of drawings: scripts/build-mini-data makes it.") from error
     drawings = np.empty((len(files), 4, size, size), np.uint8)
 
     def decode(index: int) -> None:
