@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from cascade.sizes import Size
 
+FEW_TIMES = 64
+"""Draws are made different where there are at most so many times as many pictures; else hardly any is drawn twice."""
+
 
 class Dataset(ABC):
     """Captioned pictures by index, of any size asked for.
@@ -42,6 +45,16 @@ class Dataset(ABC):
         """Indices (count,) of random pictures, on the CPU so that fetching them waits for nothing on the device."""
         own = torch.Generator().manual_seed(generator.initial_seed())
         return torch.randint(len(self), (count,), generator=own)
+
+    def draw_different(self, count: int, generator: torch.Generator) -> Tensor:
+        """As `draw`, but of few pictures none twice: at most as many as there are.
+
+        A contrast of pictures and captions would take a picture's own caption for another one's.
+        """
+        if len(self) > FEW_TIMES * count:
+            return self.draw(count, generator)
+        own = torch.Generator().manual_seed(generator.initial_seed())
+        return torch.randperm(len(self), generator=own)[:count]
 
     @abstractmethod
     def images(self, indices: Tensor, size: Size | None = None) -> Tensor:

@@ -5,13 +5,13 @@ and clipping, any number of processes, EMA, progress bar, TensorBoard, evaluatio
 Exactness rests on one rule: what a step sees is a function of the seed, the step and the process, never of what came before.
 """
 
+import contextlib
 import logging
 import math
-import shutil
+import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,38 +22,33 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training.checkpoint import Checkpoint, Progress
+from training.dataset import Dataset
+from training.errors import writing
+from training.files import write_components
+from training.interruption import Interruption, Stopped
+from training.options import Options, compiles, learning_rate_factor
+
 logger = logging.getLogger(__name__)
 
 STATISTICS_BATCHES = 40
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a stage is trained; one table of the configuration file.
-
-    ``batch_size`` counts samples of the native size, of one process and one micro-batch. The learning rate rises over
-    ``warmup`` steps, stays, and falls along a half cosine to nothing over the last ``decay`` steps.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup: int = 200
-    decay: int = 0
-    weight_decay: float = 0.01
-    beta2: float = 0.99
-    clip: float = 1.0
-    accumulate: int = 1
-    ema: float = 0.999
-    precision: str = "bf16"
-    compile: bool = True
-    evaluate_every: int = 5000
-    checkpoint_seconds: float = 60.0
-    seed: int = 0
+"""Batches that running statistics are measured on; of few pictures, as many as show each one twice."""
+FEW_PICTURES = 16
+"""An evaluation of fewer held-out pictures says little, and its log line says so."""
+AGREE_EVERY = 16
+"""Steps after which several processes agree on whether to save or to stop. Their clocks and signals differ."""
 
 
 class Task(nn.Module, ABC):
-    """One stage's training: the trained networks as sub-modules, and the loss as ``forward(**batch)``."""
+    """One stage's training: the trained networks as sub-modules, and the loss as ``forward(**batch)``.
+
+    Attributes:
+        dataset: what it learns from, if that has an end.
+        unseen: the held-out pictures that `evaluate` looks at.
+    """
+
+    dataset: Dataset | None = None
+    unseen: Dataset | None = None
 
     @abstractmethod
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -72,16 +67,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes each trained component to its sub-folder of the model folder ``folder``."""
-
-
-def learning_rate_factor(step: int, options: Options) -> float:
-    """Share of the full learning rate at ``step``: warm-up, plateau, half cosine."""
-    factor = min(1.0, (step + 1) / max(1, options.warmup))
-    left = options.steps - step
-    if options.decay and left < options.decay:
-        factor *= 0.5 * (1 - math.cos(math.pi * left / options.decay))
-    return factor
+        """Writes each trained component to its sub-folder of ``folder``."""
 
 
 def step_generator(seed: int, step: int, rank: int, device: torch.device) -> torch.Generator:
@@ -119,17 +105,18 @@ def refresh_statistics(task: Task, batches: Iterable[dict[str, Tensor]]) -> None
         norm.momentum = momentum
 
 
-class Progress:
-    """How many optimizer steps are done; saved with every checkpoint."""
+@contextlib.contextmanager
+def same_random_state(device: torch.device) -> Iterator[None]:
+    """Whatever the block draws, training goes on with the random numbers that it would have had without it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
-    def __init__(self) -> None:
-        self.step = 0
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+def statistics_batches(task: Task, options: Options) -> int:
+    """How many batches the running statistics are measured on."""
+    if task.dataset is None:
+        return STATISTICS_BATCHES
+    return min(STATISTICS_BATCHES, max(4, math.ceil(2 * len(task.dataset) / options.batch_size)))
 
 
 def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: float = math.inf) -> bool:
@@ -145,15 +132,23 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
     Returns:
         True when the last step was reached, False when the deadline came first. A later call goes on where this one stopped,
         with the same result as if it had never stopped.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came; a checkpoint was saved.
+        TrainingError: the checkpoint does not fit, or something could not be written.
     """
+    on_gpu = torch.cuda.is_available()
+    compiled = compiles(options, torch.device("cuda" if on_gpu else "cpu"))
+    if not compiled and options.compile:
+        logger.info("%s: not compiled, because there is no GPU.", folder.name)
     accelerator = Accelerator(
-        mixed_precision=options.precision if torch.cuda.is_available() else "no",
+        mixed_precision=options.precision if on_gpu else "no",
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
         # CUDA graphs: the miniature's steps are bound by launches (Stage B, batch 256: 33 ms of kernels in a step of 74 ms).
         # Sizes are constants: inductor fails on these networks with dynamic ones (torch 2.13).
         dynamo_plugin=TorchDynamoPlugin(
-            backend="inductor" if options.compile else "no", mode="reduce-overhead", dynamic=False
+            backend="inductor" if compiled else "no", mode="reduce-overhead", dynamic=False
         ),
     )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -171,25 +166,12 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
     ema = EMAModel(trained, decay=options.ema, use_ema_warmup=True, power=0.75, foreach=True)
     progress = Progress()
     accelerator.register_for_checkpointing(ema, progress)
-    accelerator.init_trackers(folder.name)
-    state = folder / "state"
-    if state.exists():
-        accelerator.load_state(str(state))
+    with writing(folder):
+        accelerator.init_trackers(folder.name)
+    checkpoint = Checkpoint(accelerator, folder)
+    if checkpoint.load():
         ema.to(accelerator.device)
         logger.info("%s: resumed at step %d", folder.name, progress.step)
-
-    def checkpoint() -> None:
-        # Every process writes a part of it.
-        fresh = folder / "state.new"
-        if accelerator.is_main_process:
-            shutil.rmtree(fresh, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(fresh), safe_serialization=True)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            shutil.rmtree(state, ignore_errors=True)
-            fresh.rename(state)
-        accelerator.wait_for_everyone()
 
     def batch_at(index: int) -> dict[str, Tensor]:
         generator = step_generator(options.seed, index, accelerator.process_index, accelerator.device)
@@ -200,20 +182,33 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
         ema.store(trained)
         ema.copy_to(trained)
         if accelerator.is_main_process:
-            with torch.no_grad(), accelerator.autocast():
-                refresh_statistics(task, map(batch_at, range(STATISTICS_BATCHES)))
+            with torch.no_grad(), accelerator.autocast(), same_random_state(accelerator.device):
+                refresh_statistics(task, map(batch_at, range(statistics_batches(task, options))))
                 task.eval()
                 figures, picture = task.evaluate()
             accelerator.log(figures, step=progress.step)
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
-            picture.save(folder / "samples" / f"{progress.step:06d}.png")
-            logger.info("%s: step %d %s", folder.name, progress.step, figures)
-            task.save(model)
+            few = task.unseen is not None and len(task.unseen) < FEW_PICTURES
+            note = f" (of {len(task.unseen)} held-out pictures: too few to tell much)" if few else ""
+            logger.info("%s: step %d %s%s", folder.name, progress.step, figures, note)
+            with writing(folder / "samples"):
+                (folder / "samples").mkdir(parents=True, exist_ok=True)
+                picture.save(folder / "samples" / f"{progress.step:06d}.png")
+            with writing(model):
+                write_components(model, folder.name, task.save)
         task.train()
         ema.restore(trained)
         accelerator.wait_for_everyone()
 
+    def agreed(*wishes: bool) -> list[bool]:
+        """What any process wishes. All must save and stop at the same step, or they wait for one another for ever."""
+        if accelerator.num_processes == 1:
+            return list(wishes)
+        values = torch.tensor(wishes, dtype=torch.float32, device=accelerator.device)
+        return (accelerator.reduce(values) > 0).tolist()
+
     saved = time.time()
+    first = progress.step
+    log_every = max(1, min(100, options.steps // 50))
     bar = tqdm(
         total=options.steps,
         initial=progress.step,
@@ -222,37 +217,55 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
         disable=not accelerator.is_main_process,
     )
     network.train()
-    compiled = shapes(batch_at(0)) if options.compile else None
-    while progress.step < options.steps and time.time() < deadline:
-        factor = learning_rate_factor(progress.step, options)
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * factor
-        for part in range(options.accumulate):
-            batch = batch_at(progress.step * options.accumulate + part)
-            # Pictures of other sizes are rare: compiling for one takes as long as thousands of steps (60 to 100 s on an H100).
-            stance = "default" if shapes(batch) == compiled else "force_eager"
-            torch.compiler.cudagraph_mark_step_begin()
-            with accelerator.autocast(), torch.compiler.set_stance(stance):
-                outputs = network(**batch)
-            accelerator.backward(outputs["loss"] / options.accumulate)
-            task.after_step(outputs, batch)
-        accelerator.clip_grad_norm_(trained, options.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.step(trained)
-        progress.step += 1
-        bar.update()
-        if progress.step % 100 == 0:
-            figures = {name: value.item() for name, value in outputs.items() if value.ndim == 0}
-            bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()}, refresh=False)
-            accelerator.log({**figures, "learning_rate": options.learning_rate * factor}, step=progress.step)
-        if progress.step % options.evaluate_every == 0 and progress.step < options.steps:
-            review()
-        if time.time() - saved > options.checkpoint_seconds:
-            checkpoint()
-            saved = time.time()
-    bar.close()
-    checkpoint()
+    compiled_shapes = shapes(batch_at(0)) if compiled else None
+    with Interruption() as interruption, contextlib.closing(bar):
+        while progress.step < options.steps:
+            if accelerator.num_processes == 1 or progress.step == first or progress.step % AGREE_EVERY == 0:
+                interrupted, late, due = agreed(
+                    interruption.signal is not None,
+                    time.time() >= deadline,
+                    time.time() - saved > options.checkpoint_seconds,
+                )
+                if interrupted:
+                    checkpoint.save()
+                    raise Stopped(interruption.signal or signal.SIGTERM, progress.step)
+                if late:
+                    break
+                if due and progress.step > first:
+                    checkpoint.save()
+                    saved = time.time()
+            factor = learning_rate_factor(progress.step, options)
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * factor
+            for part in range(options.accumulate):
+                batch = batch_at(progress.step * options.accumulate + part)
+                # Pictures of other sizes are rare: compiling for one takes as long as thousands of steps (60 to 100 s on an
+                # H100).
+                stance = "default" if shapes(batch) == compiled_shapes else "force_eager"
+                # Gradients of several processes are averaged once a step, with its last micro-batch.
+                last = part == options.accumulate - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(network):
+                    torch.compiler.cudagraph_mark_step_begin()
+                    with accelerator.autocast(), torch.compiler.set_stance(stance):
+                        outputs = network(**batch)
+                    accelerator.backward(outputs["loss"] / options.accumulate)
+                task.after_step(outputs, batch)
+            accelerator.clip_grad_norm_(trained, options.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.step(trained)
+            progress.step += 1
+            bar.update()
+            if progress.step % log_every == 0:
+                figures = {name: value.item() for name, value in outputs.items() if value.ndim == 0}
+                bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()}, refresh=False)
+                accelerator.log({**figures, "learning_rate": options.learning_rate * factor}, step=progress.step)
+            if progress.step % options.evaluate_every == 0 and progress.step < options.steps:
+                # First the checkpoint: after a kill, training must not begin with the components that it wrote itself.
+                checkpoint.save()
+                saved = time.time()
+                review()
+    checkpoint.save()
     review()
     accelerator.end_training()
     return progress.step >= options.steps

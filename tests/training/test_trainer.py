@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.trainer import Options, Task, fit, learning_rate_factor, step_generator
+from training.options import Options, learning_rate_factor
+from training.trainer import Task, fit, step_generator
 
 OPTIONS = Options(
     steps=8, batch_size=16, learning_rate=1e-2, warmup=2, decay=3, precision="no", compile=False, evaluate_every=5

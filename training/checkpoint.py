@@ -1,0 +1,81 @@
+"""The state of a training on disk."""
+
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from training.errors import FILE_ERRORS, TrainingError, summary, writing
+
+
+class Progress:
+    """How many optimizer steps are done; saved with every checkpoint."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a stage's folder has a checkpoint to resume from."""
+    return any((folder / name).is_dir() for name in ("state", "state.new"))
+
+
+class Checkpoint:
+    """The state of a training on disk: complete, whenever the process is killed.
+
+    It is written as ``state.part``, and renamed to ``state.new`` when it is complete; only then ``state`` gives way to it. A
+    kill between these lines leaves ``state.new``, which is used at the next start.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+        self.accelerator = accelerator
+        self.path, self.new, self.part = (folder / name for name in ("state", "state.new", "state.part"))
+
+    def _put_in_place(self) -> None:
+        if self.new.is_dir():
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.new.rename(self.path)
+
+    def load(self) -> bool:
+        """Loads the newest checkpoint; False if there is none.
+
+        Raises:
+            TrainingError: it cannot be read, or does not fit the networks.
+        """
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.part, ignore_errors=True)
+            self._put_in_place()
+        self.accelerator.wait_for_everyone()
+        if not self.path.is_dir():
+            return False
+        try:
+            self.accelerator.load_state(str(self.path))
+        except FILE_ERRORS as error:
+            raise TrainingError(
+                f"The checkpoint {self.path} does not fit this configuration, or is damaged ({summary(error)}); move it away "
+                "to begin the stage anew."
+            ) from error
+        return True
+
+    def save(self) -> None:
+        """Writes a checkpoint; every process writes a part of it.
+
+        Raises:
+            TrainingError: it could not be written; the one before is still there.
+        """
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with writing(self.part):
+            self.accelerator.save_state(str(self.part), safe_serialization=True)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.part.rename(self.new)
+            self._put_in_place()
+        self.accelerator.wait_for_everyone()

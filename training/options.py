@@ -1,0 +1,104 @@
+"""The options of a stage, and its learning rate."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from training.errors import TrainingError
+
+RANGES = {
+    "steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "accumulate": (1, math.inf),
+    "evaluate_every": (1, math.inf),
+    "warmup": (0, math.inf),
+    "decay": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "checkpoint_seconds": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a stage is trained; one table of the configuration file.
+
+    Attributes:
+        steps: optimizer steps, at least 1.
+        batch_size: samples of the native size, of one process and one micro-batch.
+        learning_rate: the largest. It rises over ``warmup`` steps, stays, and falls along a half cosine to nothing over the
+            last ``decay`` steps.
+        warmup: steps; None: 200, or a tenth of all steps where that is less.
+        decay: steps; 0: the learning rate does not fall. ``warmup`` and ``decay`` together are at most ``steps``.
+        weight_decay, beta2: AdamW's.
+        clip: largest norm of the gradient.
+        accumulate: micro-batches of a step.
+        ema: decay of the averaged weights, below 1.
+        precision: of a GPU's matrix products, ``bf16``, ``fp16`` or ``no``; a CPU computes in float32.
+        compile: whether the network is compiled; ``auto``: on a GPU only.
+        evaluate_every: steps from one evaluation to the next; there is one at the end in any case.
+        checkpoint_seconds: time from one checkpoint to the next.
+        seed: decides the initial weights, and everything that is drawn.
+
+    Raises:
+        TrainingError: a value is out of its range, or the schedule is longer than the training.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int | None = None
+    decay: int = 0
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    clip: float = 1.0
+    accumulate: int = 1
+    ema: float = 0.999
+    precision: Literal["bf16", "fp16", "no"] = "bf16"
+    compile: bool | Literal["auto"] = "auto"
+    evaluate_every: int = 5000
+    checkpoint_seconds: float = 60.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", max(0, min(200, self.steps // 10, self.steps - self.decay)))
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise TrainingError(f"{name} is {value}; it must be {allowed}.")
+        for name in ("beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise TrainingError(f"{name} is {getattr(self, name)}; it must be greater than 0.")
+        if self.warmup + self.decay > self.steps:
+            raise TrainingError(
+                f"warmup ({self.warmup}) and decay ({self.decay}) take {self.warmup + self.decay} steps, more than steps, "
+                f"{self.steps}: the learning rate would never reach {self.learning_rate}."
+            )
+
+    def scaled(self, steps: int) -> "Options":
+        """The same schedule over another number of steps: warm-up and decay keep their shares."""
+        share = steps / self.steps
+        return replace(self, steps=steps, warmup=math.floor(self.warmup * share), decay=math.floor(self.decay * share))
+
+
+def learning_rate_factor(step: int, options: Options) -> float:
+    """Share of the full learning rate at ``step``: warm-up, plateau, half cosine."""
+    factor = min(1.0, (step + 1) / max(1, options.warmup))
+    left = options.steps - step
+    if options.decay and left < options.decay:
+        factor *= 0.5 * (1 - math.cos(math.pi * left / options.decay))
+    return factor
+
+
+def compiles(options: Options, device: torch.device) -> bool:
+    """Whether the network is compiled on this device."""
+    if options.compile == "auto":
+        return device.type == "cuda"
+    return options.compile
