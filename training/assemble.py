@@ -5,51 +5,65 @@ configuration's table ``[model]`` and a checksum of every file.
 """
 
 import argparse
-import tomllib
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil
 
 from cascade.weights import CONTROLNETS, NETWORKS, StageSettings, save_model_folder
+from training.configuration import read_configuration
+from training.errors import TrainingError, writing
+from training.stages import advice
+from training.workshop import load_component
 
 
-def assemble(config: dict[str, Any], trained: Path, folder: Path) -> None:
+def assemble(config: Mapping[str, Any], trained: Path, folder: Path) -> None:
     """Writes the model folder ``folder`` from the components below ``trained``.
 
     Raises:
-        OSError: a component other than a ControlNet is missing.
+        TrainingError: the configuration lacks a table, a component other than a ControlNet is missing or damaged, or the folder
+            cannot be written.
     """
-    size = config["image_encoder"]["image_size"]
-    components: dict[str, Any] = {
-        name: network.from_pretrained(trained / name)
-        for name, network in NETWORKS.items()
-        if name not in CONTROLNETS or (trained / name).is_dir()
-    }
-    components["tokenizer"] = AutoTokenizer.from_pretrained(trained / "tokenizer")
+    if "model" not in config:
+        raise TrainingError("The configuration has no table [model], with the model's name, license and samplers.")
+    names = ["tokenizer", *(name for name in NETWORKS if name not in CONTROLNETS)]
+    lacking = [name for name in names if not (trained / name).is_dir()]
+    if lacking:
+        raise TrainingError(f"{trained} has no {', '.join(lacking)}: {advice(lacking)}.")
+    names += [name for name in CONTROLNETS if (trained / name).is_dir()]
+    components = {name: load_component(trained, name) for name in names}
+    size = components["image_encoder"].config.image_size
     components["feature_extractor"] = CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
     model = config["model"]
-    save_model_folder(
-        folder,
-        components,
-        name=model["name"],
-        license=model["license"],
-        native_size=config["data"]["size"],
-        sampler={stage: StageSettings(**model[stage]) for stage in ("prior", "decoder")},
-    )
+    with writing(folder):
+        save_model_folder(
+            folder,
+            components,
+            name=model["name"],
+            license=model["license"],
+            native_size=config["data"]["size"],
+            sampler={stage: StageSettings(**model[stage]) for stage in ("prior", "decoder")},
+        )
 
 
-def main() -> None:
-    """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; see the module's docstring. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="training.assemble", description=__doc__.split("\n")[0])
     parser.add_argument("config", type=Path)
-    parser.add_argument("trained", type=Path)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
-    assemble(tomllib.loads(options.config.read_text()), options.trained, options.folder)
+    parser.add_argument("trained", type=Path, help="the folder model in a training's folder")
+    parser.add_argument("folder", type=Path, help="the model folder to write")
+    options = parser.parse_args(arguments)
+    try:
+        assemble(read_configuration(options.config), options.trained, options.folder)
+    except TrainingError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

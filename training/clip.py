@@ -64,7 +64,7 @@ class ClipTask(Task):
         return {"tokens": tokens, "mask": mask, "pixels": pixels}
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.inputs(self.dataset, self.dataset.draw(size, generator))
+        return self.inputs(self.dataset, self.dataset.draw_different(size, generator))
 
     def forward(self, tokens: Tensor, mask: Tensor, pixels: Tensor) -> dict[str, Tensor]:
         """``tokens`` and ``mask`` (B, 77), ``pixels`` (B, 3, S, S) normalised."""
@@ -74,9 +74,12 @@ class ClipTask(Task):
         return {"loss": loss, "accuracy": accuracy}
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        """How well captions find their pictures among 256 held-out ones, or as many as there are; of one, nothing."""
         indices = torch.arange(min(256, len(self.unseen)))
-        outputs = self.forward(**self.inputs(self.unseen, indices))
-        figures = {f"unseen_{name}": value.item() for name, value in outputs.items()}
+        figures = {}
+        if len(indices) > 1:
+            outputs = self.forward(**self.inputs(self.unseen, indices))
+            figures = {f"unseen_{name}": value.item() for name, value in outputs.items()}
         return figures, grid([self.unseen.images(indices[:8])])
 
     def save(self, folder: Path) -> None:

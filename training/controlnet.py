@@ -23,6 +23,7 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import diffuse
 from training.dataset import Dataset
+from training.errors import TrainingError
 from training.latents import Encoded, stage_c_encoder
 from training.masks import random_masks
 from training.objective import diffusion_losses, loss_weight
@@ -85,6 +86,14 @@ class Inpainting(ControlKind):
 CONTROL_KINDS: dict[str, Callable[..., ControlKind]] = {"canny": Canny, "inpainting": Inpainting}
 
 
+def res_blocks(config: Mapping[str, Any]) -> int:
+    """How many ResBlocks a UNet of this configuration runs, down and up, repeated ones as often as they run."""
+    each = [list(kinds).count("SDCascadeResBlock") for kinds in config["block_types_per_layer"]]
+    down = zip(each, config["down_num_layers_per_block"], config["down_blocks_repeat_mappers"], strict=True)
+    up = zip(reversed(each), config["up_num_layers_per_block"], config["up_blocks_repeat_mappers"], strict=True)
+    return sum(blocks * layers * times for blocks, layers, times in (*down, *up))
+
+
 def new_controlnet(
     prior: StableCascadeUNet, encoder: SemanticEncoder, channels: int, proj_blocks: Sequence[int]
 ) -> ControlNet:
@@ -92,7 +101,14 @@ def new_controlnet(
 
     The encoder's pictures are normalised, controls are not; the deviation goes into the first convolution's weights, the mean
     is left to the normalisation after it. One channel counts as a gray picture; those after the third are not seen at first.
+
+    Raises:
+        TrainingError: Stage C has no such ResBlock.
     """
+    there = res_blocks(prior.config)
+    for block in proj_blocks:
+        if not 0 <= block < there:
+            raise TrainingError(f"proj_blocks holds {block}; Stage C has {there} ResBlocks, from 0 to {there - 1}.")
     arguments = ("stem_channels", "channels", "repeats", "expansions", "strides", "fused_stages", "head_channels")
     network = ControlNet(
         in_channels=channels,
@@ -150,7 +166,7 @@ class ControlNetTask(Task):
             key: network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
             for key, network in networks.items()
         }
-        self.unseen = unseen
+        self.dataset, self.unseen = dataset, unseen
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch, (kept,) = prior_batch(

@@ -96,7 +96,6 @@ class Encoded:
             self.parts = {
                 size: (indices, encode_pictures(dataset, indices, size, encode))
                 for size, indices in shapes.split(len(dataset)).items()
-                if len(indices)
             }
 
     def draw(self, index: int, native_batch: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:

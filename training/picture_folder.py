@@ -1,5 +1,8 @@
 """Training data of one's own: a folder of pictures, each with its caption in a text file of the same name."""
 
+import hashlib
+import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,66 +10,117 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from cascade.pictures import to_rgb
+from cascade.pictures import read_picture
 from cascade.sizes import Size
 from training.dataset import Dataset
+from training.errors import TrainingError, writing
+from training.files import whole_file
+
+logger = logging.getLogger(__name__)
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+HELD_OUT = 50
+"""One picture of so many is held out for evaluation."""
+
+Captioned = tuple[Path, str]
 
 
-def captioned_pictures(folder: Path) -> list[tuple[Path, str]]:
+def captioned_pictures(folder: Path) -> list[Captioned]:
     """The pictures of ``folder`` and its sub-folders with their captions, in the order of their names.
 
+    Files whose name begins with a dot are left out.
+
     Raises:
-        ValueError: there is no picture, or one has no caption.
+        TrainingError: there is no picture, or one has no caption, or a caption is not UTF-8.
     """
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
     found = []
-    for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS):
+    for file in sorted(files):
         caption = file.with_suffix(".txt")
         if not caption.is_file():
-            raise ValueError(f"{file} has no caption: {caption.name} is not beside it.")
-        found.append((file, caption.read_text(encoding="utf-8").strip()))
+            raise TrainingError(f"{file} has no caption: {caption.name} is not beside it.")
+        try:
+            found.append((file, caption.read_text(encoding="utf-8-sig").strip()))
+        except UnicodeDecodeError as error:
+            raise TrainingError(
+                f"{caption} is not UTF-8: byte {error.start + 1} is {error.object[error.start]:#04x}."
+            ) from None
     if not found:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(ENDINGS)}).")
+        raise TrainingError(f"{folder} holds no pictures ({', '.join(ENDINGS)}).")
     return found
 
 
-class PictureFolder(Dataset):
-    """The part of a folder's pictures that one split gets: every ``held_out``-th is ``heldout``, all others ``train``.
+def read(file: Path) -> Image.Image:
+    """A training picture in RGB.
 
-    Pictures are scaled to cover the size asked for, and cropped centrally.
+    Raises:
+        TrainingError: it is cut, too large, or no picture.
     """
+    try:
+        return read_picture(file, str(file))
+    except (ValueError, OSError) as error:
+        message = str(error)
+        raise TrainingError(message if str(file) in message else f"{file} cannot be read: {message}") from error
+
+
+def check_pictures(files: Sequence[Path], record: Path) -> None:
+    """Reads every picture once, so that a damaged one is found before training and not hours later.
+
+    Args:
+        files: the pictures.
+        record: a file that notes which ones were read: their names, sizes and times. The same ones are not read again.
+
+    Raises:
+        TrainingError: one cannot be read; the sentence names it.
+    """
+    listing = "\n".join(f"{file}\t{(about := file.stat()).st_size}\t{about.st_mtime_ns}" for file in files)
+    digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+    if record.is_file() and record.read_text() == digest:
+        return
+    with ThreadPoolExecutor() as pool:
+        # In lots: with all pictures submitted at once, those behind a damaged one would be read before it is reported.
+        for first in tqdm(range(0, len(files), 64), desc="reading pictures", unit_scale=64, delay=3, leave=False):
+            list(pool.map(read, files[first : first + 64]))
+    with writing(record), whole_file(record) as part:
+        part.write_text(digest)
+
+
+def split_pictures(pictures: Sequence[Captioned], split: str) -> list[Captioned]:
+    """The part of a folder's pictures that one split gets: every 50th is ``heldout``, all others ``train``.
+
+    Of fewer than 200 pictures, which would leave three or less to look at, about four are held out.
+
+    Raises:
+        TrainingError: there is a single picture.
+    """
+    every = min(HELD_OUT, max(3, len(pictures) // 4))
+    chosen = [pair for index, pair in enumerate(pictures) if (index % every == 0) == (split == "heldout")]
+    if not chosen:
+        raise TrainingError(f"{pictures[0][0].parent} holds a single picture; training needs another one to look at.")
+    return chosen
+
+
+class PictureFolder(Dataset):
+    """Pictures of files, scaled to cover the size asked for, and cropped centrally."""
 
     def __init__(
-        self,
-        folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        size: Size,
-        split: str,
-        device: torch.device,
-        held_out: int = 50,
+        self, pictures: Sequence[Captioned], tokenizer: PreTrainedTokenizerBase, *, size: Size, device: torch.device
     ) -> None:
-        chosen = [
-            pair
-            for index, pair in enumerate(captioned_pictures(folder))
-            if (index % held_out == 0) == (split == "heldout")
-        ]
-        if not chosen:
-            raise ValueError(f"{folder} holds a single picture; training needs another one to look at.")
-        self.files = [file for file, _ in chosen]
-        super().__init__([caption for _, caption in chosen], tokenizer, size, device)
+        self.files = [file for file, _ in pictures]
+        super().__init__([caption for _, caption in pictures], tokenizer, size, device)
 
     def images(self, indices: Tensor, size: Size | None = None) -> Tensor:
         height, width = size or self.size
 
-        def read(index: int) -> np.ndarray:
-            with Image.open(self.files[index % len(self.files)]) as picture:
-                whole = to_rgb(ImageOps.exif_transpose(picture))
+        def fitted(index: int) -> np.ndarray:
+            whole = read(self.files[index % len(self.files)])
             return np.asarray(ImageOps.fit(whole, (width, height), Image.Resampling.LANCZOS))
 
+        pixels = np.empty((len(indices), height, width, 3), np.uint8)
         with ThreadPoolExecutor() as pool:
-            pixels = np.stack(list(pool.map(read, indices.tolist())))
+            for row, picture in zip(pixels, pool.map(fitted, indices.tolist()), strict=True):
+                row[:] = picture
         return torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255

@@ -2,241 +2,114 @@
 
 DATA is a folder of pictures, each with its caption in a text file of the same name, or the miniature's drawings. FOLDER gets
 one sub-folder a stage (checkpoints, samples, TensorBoard logs, and at the end a file ``finished``) and ``model``, the model
-folder that grows with every stage. Stages need what earlier ones made: tokenizer, then stage_a and clip in any order, vision,
-semantic, stage_b, stage_c, previewer and the ControlNets. A component that ``model`` already has is trained further. Every
-figure comes from the configuration; under ``accelerate launch -m training.run ...`` the same call runs on several processes.
+folder that grows with every stage. What a stage needs of earlier ones: `training.stages`. Every figure comes from the
+configuration; under ``accelerate launch -m training.run ...`` the same call runs on several processes.
 """
 
 import argparse
 import logging
 import math
+import os
+import sys
 import time
-import tomllib
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from transformers import (
-    AutoTokenizer,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
-from cascade.networks.controlnet import ControlNet
-from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.previewer import Previewer
-from cascade.networks.stage_a import StageA
-from cascade.networks.unet import StableCascadeUNet
-from training.clip import ClipTask
-from training.controlnet import CONTROL_KINDS, ControlNetTask, new_controlnet
-from training.dataset import Dataset
-from training.picture_folder import PictureFolder, captioned_pictures
-from training.previewer import PreviewerTask
-from training.scenes import Scenes, scene_captions
-from training.semantic import SemanticTask
-from training.shapes import Shapes
-from training.stage_a import StageATask
-from training.stage_b import StageBTask
-from training.stage_c import StageCTask
+from training.agreement import check_agreement
+from training.checkpoint import has_checkpoint
+from training.configuration import read_configuration
+from training.errors import TrainingError, writing
+from training.files import write_components
+from training.interruption import Stopped
+from training.options import Options
+from training.stages import ORDER, STAGES, check_needs
 from training.tokenizer import train_tokenizer
-from training.trainer import Options, Task, fit
-from training.vision import VisionTask
+from training.trainer import fit
+from training.workshop import Workshop
 
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished"
-CAPTIONS_FOR_TOKENIZER = 100_000
+
+__all__ = ["FINISHED", "ORDER", "STAGES", "main", "train"]
 
 
-class Workshop:
-    """The configuration, the data and the model folder of one training; builds new components and loads finished ones."""
+def start_processes() -> PartialState:
+    """This process's place among those that train together.
 
-    def __init__(self, config: dict[str, Any], data: Path, output: Path, device: torch.device) -> None:
-        self.config, self.data, self.device = config, data, device
-        self.model = output / "model"
-
-    @property
-    def shapes(self) -> Shapes:
-        """The sizes of training pictures."""
-        options = self.config["data"]
-        return Shapes((options["size"],) * 2, tuple(tuple(size) for size in options.get("other_sizes", ())))
-
-    def captions(self) -> list[str]:
-        """Captions for the tokenizer to learn from."""
-        if self.data.is_dir():
-            return [caption for _, caption in captioned_pictures(self.data)]
-        return scene_captions(self.data, CAPTIONS_FOR_TOKENIZER, seed=self.config["data"]["seed"])
-
-    def dataset(self, split: Literal["train", "heldout"], stage: str) -> Dataset:
-        """What is trained on (``train``), and what is only looked at (``heldout``: of scenes, unseen combinations).
-
-        The configuration's table ``[stage.data]`` says in what a stage's data differ from ``[data]``.
-        """
-        options = self.config["data"] | self.config[stage].get("data", {})
-        tokenizer = AutoTokenizer.from_pretrained(self.model / "tokenizer")
-        if self.data.is_dir():
-            return PictureFolder(self.data, tokenizer, size=self.shapes.native, split=split, device=self.device)
-        count = options["scenes"] if split == "train" else options["unseen"]
-        return Scenes(
-            self.data,
-            count,
-            tokenizer,
-            size=self.shapes.native,
-            seed=options["seed"],
-            split=split,
-            device=self.device,
-            unsaid=options.get("unsaid", 0.0),
+    Without a GPU, accelerate puts several processes together only where it is told that this is meant.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    # accelerate's launcher sets this for several processes; but without GPUs, and without MPI, it starts one.
+    if state.num_processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        logger.warning(
+            "One process trains: without GPUs, accelerate launch starts no more. On CPUs, several are started by: "
+            "python -m torch.distributed.run --standalone --nproc_per_node 2 -m training.run ..."
         )
-
-    def task(self, task: type[Task], stage: str, *networks: Any, **frozen: Any) -> Task:
-        """``task`` with the datasets, and the arguments of the configuration's table ``[stage.task]``."""
-        arguments = self.config[stage].get("task", {})
-        data = {"dataset": self.dataset("train", stage), "unseen": self.dataset("heldout", stage)}
-        return task(*networks, **frozen, **data, **arguments)
-
-    def new(self, network: type, name: str) -> Any:
-        """A diffusers-style network with the arguments of the configuration's table ``name``."""
-        component = self.model / name.removesuffix("_network")
-        if component.exists():
-            return network.from_pretrained(component).float().train()
-        return network(**self.config[name])
-
-    def finished(self, network: type, name: str) -> Any:
-        """A component that an earlier stage has written, on the training device, in float32."""
-        return network.from_pretrained(self.model / name).to(self.device, torch.float32)
-
-    def tokens(self) -> dict[str, int]:
-        """The special tokens' ids and the vocabulary size, as CLIP's configurations name them."""
-        tokenizer = AutoTokenizer.from_pretrained(self.model / "tokenizer")
-        return {
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+    return state
 
 
-def stage_a(shop: Workshop) -> Task:
-    """Stage A, from pixels alone."""
-    return shop.task(StageATask, "stage_a", shop.new(StageA, "vqgan"))
+def train(
+    config_file: Path, stage: str, data: Path, output: Path, *, deadline: float = math.inf, steps: int | None = None
+) -> bool:
+    """Trains one stage.
 
+    Args:
+        config_file: the configuration.
+        stage: a name in `ORDER`.
+        data: a folder of pictures with captions, or the packed drawings.
+        output: the training's folder.
+        deadline: wall-clock time at which to save and stop early.
+        steps: instead of the configuration's; its schedule is scaled.
 
-def clip(shop: Workshop) -> Task:
-    """Both towers of CLIP."""
-    text = CLIPTextModelWithProjection(CLIPTextConfig(**shop.config["text_encoder"], **shop.tokens()))
-    image = CLIPVisionModelWithProjection(CLIPVisionConfig(**shop.config["image_encoder"]))
-    return shop.task(ClipTask, "clip", text, image)
+    Returns:
+        Whether the stage is finished; otherwise a later call goes on.
 
-
-def vision(shop: Workshop) -> Task:
-    """The vision tower alone; needs both towers."""
-    return shop.task(
-        VisionTask,
-        "vision",
-        shop.finished(CLIPVisionModelWithProjection, "image_encoder").train(),
-        text_encoder=shop.finished(CLIPTextModelWithProjection, "text_encoder"),
-    )
-
-
-def semantic(shop: Workshop) -> Task:
-    """The semantic encoder with Stage B; needs Stage A and the text tower."""
-    return shop.task(
-        SemanticTask,
-        "semantic",
-        shop.new(StableCascadeUNet, "decoder"),
-        shop.new(SemanticEncoder, "effnet"),
-        shop.new(Previewer, "previewer_network"),
-        vqgan=shop.finished(StageA, "vqgan"),
-        text_encoder=shop.finished(CLIPTextModelWithProjection, "text_encoder"),
-    )
-
-
-def stage_b(shop: Workshop) -> Task:
-    """Stage B by itself; needs Stage A, the semantic encoder and the text tower."""
-    return shop.task(
-        StageBTask,
-        "stage_b",
-        shop.new(StableCascadeUNet, "decoder"),
-        effnet=shop.finished(SemanticEncoder, "effnet"),
-        vqgan=shop.finished(StageA, "vqgan"),
-        text_encoder=shop.finished(CLIPTextModelWithProjection, "text_encoder"),
-        shapes=shop.shapes,
-    )
-
-
-def stage_c(shop: Workshop) -> Task:
-    """Stage C; needs the semantic encoder, the previewer and both towers."""
-    return shop.task(
-        StageCTask,
-        "stage_c",
-        shop.new(StableCascadeUNet, "prior"),
-        effnet=shop.finished(SemanticEncoder, "effnet"),
-        previewer=shop.finished(Previewer, "previewer"),
-        text_encoder=shop.finished(CLIPTextModelWithProjection, "text_encoder"),
-        image_encoder=shop.finished(CLIPVisionModelWithProjection, "image_encoder"),
-        shapes=shop.shapes,
-    )
-
-
-def previewer(shop: Workshop) -> Task:
-    """The previewer for good; starts from the one that helped to train the semantic encoder."""
-    return shop.task(
-        PreviewerTask,
-        "previewer",
-        shop.finished(Previewer, "previewer"),
-        effnet=shop.finished(SemanticEncoder, "effnet"),
-    )
-
-
-def controlnet(kind: str, shop: Workshop) -> Task:
-    """A ControlNet of Stage C; starts from the semantic encoder's backbone."""
-    name = f"controlnet_{kind}"
-    prior = shop.finished(StableCascadeUNet, "prior")
-    effnet = shop.finished(SemanticEncoder, "effnet")
-    control = CONTROL_KINDS[kind](**shop.config[name].get("control", {}))
-    if (shop.model / name).exists():
-        network = ControlNet.from_pretrained(shop.model / name).float().train()
+    Raises:
+        TrainingError: the configuration, the data or the model folder is wrong.
+        Stopped: Ctrl-C or SIGTERM came.
+    """
+    config = read_configuration(config_file)
+    model, folder = output / "model", output / stage
+    check_agreement(config, model, stage)
+    check_needs(stage, model)
+    state = start_processes()
+    shop = Workshop(config, data, output, state.device)
+    with state.main_process_first():
+        shop.check_data()
+    if stage == "tokenizer":
+        with writing(model):
+            tokenizer = train_tokenizer(shop.captions(), config["tokenizer"]["vocabulary"])
+            write_components(model, stage, lambda made: tokenizer.save_pretrained(made / "tokenizer"))
+        logger.info("tokenizer: %d tokens", len(tokenizer))
+        finished = True
     else:
-        network = new_controlnet(prior, effnet, control.channels, **shop.config["controlnet"])
-    return shop.task(
-        ControlNetTask,
-        name,
-        network,
-        control=control,
-        name=name,
-        prior=prior,
-        effnet=effnet,
-        previewer=shop.finished(Previewer, "previewer"),
-        text_encoder=shop.finished(CLIPTextModelWithProjection, "text_encoder"),
-        image_encoder=shop.finished(CLIPVisionModelWithProjection, "image_encoder"),
-        shapes=shop.shapes,
-    )
+        options = Options(**config[stage]["options"])
+        if steps is not None:
+            options = options.scaled(steps)
+        task = shop.build(stage, options, resumes=has_checkpoint(folder))
+        trained = sum(parameter.numel() for parameter in task.parameters())
+        logger.info(
+            "%s: %.2f M parameters, %d steps of %d, on %d pictures and %d held-out ones",
+            stage,
+            trained / 1e6,
+            options.steps,
+            options.batch_size,
+            len(task.dataset),
+            len(task.unseen),
+        )
+        finished = fit(task, options, folder, model, deadline=deadline)
+    if finished and state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FINISHED).touch()
+    return finished
 
 
-STAGES: dict[str, Callable[[Workshop], Task]] = {
-    "stage_a": stage_a,
-    "clip": clip,
-    "vision": vision,
-    "semantic": semantic,
-    "stage_b": stage_b,
-    "stage_c": stage_c,
-    "previewer": previewer,
-    **{f"controlnet_{kind}": partial(controlnet, kind) for kind in CONTROL_KINDS},
-}
-
-ORDER = ("tokenizer", *STAGES)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("config", type=Path)
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="training.run", description=__doc__.split("\n")[0])
+    parser.add_argument("config", type=Path, help="a TOML file, such as training/configs/mini.toml")
     parser.add_argument("stage", choices=ORDER)
     parser.add_argument(
         "--data",
@@ -244,39 +117,41 @@ def main(arguments: list[str] | None = None) -> None:
         required=True,
         help="a folder of pictures with captions, or the drawings that scripts/build-mini-data makes",
     )
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="the training's folder")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="save and stop after this long; call again to go on"
     )
-    parser.add_argument("--steps", type=int, help="instead of the configuration's steps")
+    parser.add_argument(
+        "--steps", type=int, help="instead of the configuration's; warm-up and decay are scaled with them"
+    )
     options = parser.parse_args(arguments)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps is {options.steps}; it must be at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; see the module's docstring. Returns the exit code."""
+    options = parse(arguments)
     deadline = time.time() + 60 * options.minutes
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    config = tomllib.loads(options.config.read_text())
-    # Without a GPU, accelerate puts several processes together only where it is told that this is meant.
-    device = PartialState(cpu=not torch.cuda.is_available()).device
-    shop = Workshop(config, options.data, options.output, device)
-    folder = options.output / options.stage
-    if options.stage == "tokenizer":
-        tokenizer = train_tokenizer(shop.captions(), config["tokenizer"]["vocabulary"], shop.model / "tokenizer")
-        logger.info("tokenizer: %d tokens", len(tokenizer))
-        finished = True
-    else:
-        settings = Options(**config[options.stage]["options"])
-        if options.steps:
-            settings = replace(settings, steps=options.steps)
-        task = STAGES[options.stage](shop)
-        trained = sum(parameter.numel() for parameter in task.parameters())
-        logger.info(
-            "%s: %.2f M parameters, %d steps of %d", options.stage, trained / 1e6, settings.steps, settings.batch_size
+    try:
+        finished = train(
+            options.config, options.stage, options.data, options.output, deadline=deadline, steps=options.steps
         )
-        finished = fit(task, settings, folder, shop.model, deadline=deadline)
-    if finished:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FINISHED).touch()
-    else:
+    except TrainingError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except Stopped as stopped:
+        sys.stderr.write(f"{options.stage}: stopped and saved at step {stopped.step}; call again to go on.\n")
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{options.stage}: interrupted; what was saved before is there. Call again to go on.\n")
+        return 130
+    if not finished:
         logger.info("%s: stopped at the time limit; call again to go on", options.stage)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,8 +30,12 @@ class Shapes:
         return max(1, native_batch * self.native[0] * self.native[1] // (size[0] * size[1]))
 
     def split(self, count: int) -> dict[Size, range]:
-        """``count`` pictures divided among the sizes: ``others`` share an eighth of them, the rest is native."""
-        each = count // 8 // len(self.others) if self.others else 0
-        starts = {size: index * each for index, size in enumerate(self.others)}
+        """``count`` pictures, at least 1, divided among the sizes: ``others`` share an eighth of them, the rest is native.
+
+        Each size has a picture at least; fewer pictures than sizes serve several.
+        """
+        each = max(1, count // 8 // len(self.others)) if self.others else 0
+        starts = {size: index * each % count for index, size in enumerate(self.others)}
         parts = {size: range(start, start + each) for size, start in starts.items()}
-        return {self.native: range(each * len(self.others), count), **parts}
+        first = each * len(self.others)
+        return {self.native: range(first if first < count else 0, count), **parts}

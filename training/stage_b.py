@@ -83,7 +83,7 @@ class StageBTask(Task):
         self.drop_semantic, self.drop_text = drop_semantic, drop_text
         self.data = Encoded(dataset, shapes, text_encoder, stage_b_encoder(vqgan, effnet))
         self.frozen = {"vqgan": vqgan.eval(), "effnet": effnet.eval(), "text_encoder": text_encoder.eval()}
-        self.unseen = unseen
+        self.dataset, self.unseen = dataset, unseen
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         indices, (latents, semantic) = self.data.draw(index, size, generator)

@@ -109,7 +109,7 @@ class StageCTask(Task):
         encoder = stage_c_encoder(effnet, image_encoder)
         self.data = Encoded(dataset, shapes, text_encoder, encoder, with_tokens=True)
         self.frozen = {"text": text_encoder.eval(), "previewer": previewer.eval()}
-        self.unseen = unseen
+        self.dataset, self.unseen = dataset, unseen
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch, _ = prior_batch(self.data, index, size, generator, drop_text=self.drop_text, keep_image=self.keep_image)

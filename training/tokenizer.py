@@ -2,22 +2,22 @@
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+SMALLEST_VOCABULARY = 2 * 256 + 2
+"""Each byte alone and at the end of a word, and the two special tokens."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
-def train_tokenizer(captions: Iterable[str], vocabulary: int, folder: Path) -> CLIPTokenizer:
-    """Learns byte-pair merges in CLIP's form and writes the tokenizer to ``folder``.
+def train_tokenizer(captions: Iterable[str], vocabulary: int) -> CLIPTokenizer:
+    """Learns byte-pair merges in CLIP's form.
 
     Args:
         captions: text to learn from.
         vocabulary: upper bound on the number of tokens, the 512 byte symbols and the two special tokens among them.
-        folder: where ``save_pretrained`` writes.
 
     Returns:
         The tokenizer: 77 tokens at most, padded with ``<|endoftext|>``, the last two ids being start and end, as in the
@@ -42,6 +42,4 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, folder: Path) -> C
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, START, END]))}
-    learned = CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in merges], model_max_length=77)
-    learned.save_pretrained(folder)
-    return learned
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in merges], model_max_length=77)

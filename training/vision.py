@@ -15,6 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 
 from training.clip import contrast, factor, normalise
 from training.dataset import Dataset
+from training.errors import TrainingError
 from training.latents import TextTable
 from training.pictures import grid
 from training.trainer import Task
@@ -32,7 +33,7 @@ class VisionTask(Task):
         naming: weight of the names' part.
 
     Raises:
-        ValueError: the dataset has no names, and ``naming`` is not 0.
+        TrainingError: the dataset has no names, and ``naming`` is not 0.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class VisionTask(Task):
     ) -> None:
         super().__init__()
         if naming and not dataset.names:
-            raise ValueError(f"naming is {naming}, but the data have no names; with such data it must be 0.")
+            raise TrainingError(f"naming is {naming}, but the data have no names; with such data it must be 0.")
         self.image_encoder, self.naming = image_encoder, naming
         self.dataset, self.unseen = dataset, unseen
         self.side = image_encoder.config.image_size
@@ -60,7 +61,7 @@ class VisionTask(Task):
         self.log_temperatures = nn.Parameter(torch.full((2,), 1 / 0.07).log())
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        indices = self.dataset.draw(size, generator)
+        indices = self.dataset.draw_different(size, generator)
         return {
             "pixels": self._pixels(self.dataset, indices),
             "text": self.captions[indices.to(self.captions.device)].float(),
@@ -78,7 +79,7 @@ class VisionTask(Task):
         return {"loss": contrasted + self.naming * named, "contrast": contrasted, "named": named}
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
-        """The share of what is on unseen pictures than which fewer than five other names are nearer."""
+        """Top-5 accuracy: the share of objects on held-out pictures whose name is among the five nearest."""
         indices = torch.arange(min(512, len(self.unseen)))
         figures = {}
         if self.naming:

@@ -18,136 +18,11 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.weights import ModelFolder
+from tests.training.small import CONFIG, write_config
 from training import run
 from training.data.icons import STYLES, IconObject, pack_drawings
 
 ROOT = Path(__file__).parent.parent.parent
-CONFIG = """
-[model]
-name = "Test"
-license = "none"
-prior = { steps = 2, guidance = 4.0, shift = 2.0, rescale = 0.7 }
-decoder = { steps = 2, guidance = 1.0, shift = 1.0, rescale = 0.7 }
-[data]
-size = 128
-other_sizes = [[192, 128]]
-scenes = 64
-unseen = 64
-seed = 0
-[tokenizer]
-vocabulary = 700
-[vqgan]
-embed_dim = 16
-bottleneck_blocks = 1
-num_vq_embeddings = 8
-scale_factor = 0.43
-[text_encoder]
-hidden_size = 16
-intermediate_size = 32
-num_hidden_layers = 1
-num_attention_heads = 2
-max_position_embeddings = 77
-projection_dim = 16
-[image_encoder]
-hidden_size = 16
-intermediate_size = 32
-num_hidden_layers = 1
-num_attention_heads = 2
-image_size = 32
-patch_size = 16
-projection_dim = 16
-[effnet]
-stem_channels = 8
-channels = [8, 8, 8, 8, 8, 8]
-repeats = [1, 1, 1, 1, 1, 1]
-expansions = [1, 2, 2, 2, 2, 2]
-strides = [1, 2, 2, 2, 1, 2]
-head_channels = 16
-[previewer_network]
-hidden = 16
-[decoder]
-in_channels = 4
-out_channels = 4
-patch_size = 2
-conditioning_dim = 16
-block_out_channels = [16, 16]
-num_attention_heads = [0, 2]
-down_num_layers_per_block = [1, 1]
-up_num_layers_per_block = [1, 1]
-down_blocks_repeat_mappers = [1, 1]
-up_blocks_repeat_mappers = [1, 1]
-block_types_per_layer = [
-    ["SDCascadeResBlock", "SDCascadeTimestepBlock"],
-    ["SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"],
-]
-clip_text_pooled_in_channels = 16
-effnet_in_channels = 16
-pixel_mapper_in_channels = 3
-timestep_conditioning_type = ["sca"]
-[prior]
-conditioning_dim = 16
-block_out_channels = [16, 16]
-num_attention_heads = [2, 2]
-down_num_layers_per_block = [1, 1]
-up_num_layers_per_block = [1, 1]
-clip_text_in_channels = 16
-clip_text_pooled_in_channels = 16
-clip_image_in_channels = 16
-switch_level = [false]
-[stage_a]
-options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
-task = { crop = 64, latent_noise = 0.05 }
-[clip]
-options = { steps = 2, batch_size = 4, learning_rate = 1e-3, compile = false }
-[vision]
-options = { steps = 2, batch_size = 4, learning_rate = 1e-3, compile = false }
-task = { naming = 1.0 }
-[semantic]
-options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
-[semantic.task]
-weight = { kind = "p2", k = 0.01, floor = 0.1 }
-pyramid = 0.75
-semantic_noise = 0.1
-preview_weight = 1.0
-drop_semantic = 0.1
-drop_text = 0.1
-[stage_b]
-options = { steps = 8, batch_size = 3, learning_rate = 1e-3, compile = false }
-[stage_b.task]
-weight = { kind = "adaptive" }
-pyramid = 0.75
-semantic_noise = 0.1
-drop_semantic = 0.1
-drop_text = 0.1
-[stage_c]
-options = { steps = 8, batch_size = 4, learning_rate = 1e-3, compile = false }
-[stage_c.task]
-weight = { kind = "p2" }
-drop_text = 0.1
-keep_image = 0.1
-[previewer]
-options = { steps = 2, batch_size = 2, learning_rate = 1e-3, compile = false }
-task = { semantic_noise = 0.1 }
-[controlnet]
-proj_blocks = [0, 3]
-[controlnet_canny]
-options = { steps = 8, batch_size = 2, learning_rate = 1e-3, compile = false }
-data = { scenes = 32, unsaid = 0.5 }
-[controlnet_canny.task]
-weight = { kind = "p2" }
-drop_text = 0.1
-keep_image = 0.1
-offset_noise = 0.0
-[controlnet_inpainting]
-options = { steps = 8, batch_size = 2, learning_rate = 1e-3, compile = false }
-control = { inverted = 0.25 }
-[controlnet_inpainting.task]
-weight = { kind = "adaptive" }
-drop_text = 0.1
-keep_image = 0.1
-offset_noise = 0.1
-"""
-
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">
 <ellipse cx="12" cy="12" rx="{radius}" ry="9" fill="hsl({hue}, 80%, {light}%)"/></svg>"""
 
@@ -232,16 +107,47 @@ def test_the_script_goes_on_where_it_was_and_writes_a_model_folder(trained: Path
     assert image.size == (128, 192)
 
 
+# The second process's clock runs ten times as fast: by its own, it would save and stop at other steps than the first.
+OWN_CLOCK = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    clock, start = time.time, time.time()
+    time.time = lambda: start + 10 * (clock() - start)
+from training.run import main
+sys.exit(main())
+"""
+
+
 def test_several_processes_train_together(trained: Path, tmp_path: Path) -> None:
-    """By torchrun, which ``accelerate launch`` uses for GPUs; on CPUs the latter starts one process only."""
-    shutil.copytree(trained / "model", tmp_path / "model")
+    """By torchrun, which ``accelerate launch`` uses for GPUs."""
+    shutil.copytree(trained / "model", tmp_path / "model", ignore=shutil.ignore_patterns("prior"))
+    (tmp_path / "own_clock.py").write_text(OWN_CLOCK)
+    config = write_config(
+        tmp_path,
+        "stage_c.options = { steps = 48, batch_size = 4, learning_rate = 1e-3, accumulate = 2, checkpoint_seconds = 1.0 }",
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     files = ["--data", trained.parent / "drawings.zip", "--output", tmp_path]
-    command = [*launch, "-m", "training.run", trained.parent / "config.toml", "stage_c", *files]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [*launch, tmp_path / "own_clock.py", config, "stage_c", *files],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
     assert (tmp_path / "stage_c" / run.FINISHED).exists()
     # Each process keeps a random state of its own, and the gradients of both are in the one network that is saved.
     assert len(list((tmp_path / "stage_c" / "state").glob("random_states_*.pkl"))) == 2
     one, two = (StableCascadeUNet.from_pretrained(folder / "model" / "prior") for folder in (trained, tmp_path))
     assert all(torch.isfinite(value).all() for value in two.state_dict().values())
     assert not torch.equal(one.clf[1].weight, two.clf[1].weight)
+
+
+def test_accelerate_says_that_it_starts_one_process_without_gpus(trained: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "training.run"]
+    files = ["--data", trained.parent / "drawings.zip", "--output", tmp_path]
+    shutil.copytree(trained / "model" / "tokenizer", tmp_path / "model" / "tokenizer")
+    command = [*launch, trained.parent / "config.toml", "stage_a", *files]
+    said = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stderr
+    assert "One process trains: without GPUs, accelerate launch starts no more." in said
+    assert len(list((tmp_path / "stage_a" / "state").glob("random_states_*.pkl"))) == 1

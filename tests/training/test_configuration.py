@@ -1,0 +1,185 @@
+"""What a configuration says wrong is one sentence, before anything is trained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.training.small import train, write_config, write_pictures
+from training.agreement import check_agreement
+from training.configuration import check_tables, read_configuration
+from training.options import Options
+
+ROOT = Path(__file__).parent.parent.parent
+MINI = ROOT / "training" / "configs" / "mini.toml"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures", 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        # Names and kinds.
+        ("stage_aa.options = {}", "The configuration has an unknown table [stage_aa]; there are model, data,"),
+        ("vqgan.embed_dims = 16", "[vqgan] has an unknown value embed_dims; there are in_channels,"),
+        ("text_encoder.wide = 32", "[text_encoder] has an unknown value wide; there are"),
+        ("stage_b.options.batch = 3", "[stage_b] options has an unknown value batch; there are steps, batch_size,"),
+        ("- stage_b.options.steps", "[stage_b] options lacks steps."),
+        (
+            "stage_a.task.latent_nois = 0.1",
+            "[stage_a] task has an unknown value latent_nois; there are crop, latent_noise.",
+        ),
+        ("- stage_c.task.keep_image", "[stage_c] task lacks keep_image."),
+        ("stage_c.options.steps = 8.5", "[stage_c] options steps is 8.5; it must be a whole number."),
+        ('vqgan.embed_dim = "16"', "[vqgan] embed_dim is '16'; it must be a whole number."),
+        ('vision.task.naming = "no"', "[vision] task naming is 'no'; it must be a number."),
+        ("controlnet_inpainting.control.inverted = 25", "control inverted is 25; it must be from 0 to 1."),
+        ('stage_b.task.weight.kind = "adapt"', "weight.kind is 'adapt'; it must be one of p2, adaptive."),
+        ("semantic.task.weight.kk = 1.0", "[semantic] task: weight has an unknown value kk; there are k, floor."),
+        ("data.seeds = 0", "[data] has an unknown value seeds; there are size, other_sizes, scenes,"),
+        ("stage_b.options.seed = -1", "[stage_b] options: seed is -1; it must be from 0 to 4294967295."),
+        ('stage_b.options.compile = "yes"', "compile is 'yes'; it must be true or false or 'auto'."),
+        (
+            "stage_b.options.decay = 9",
+            "warmup (0) and decay (9) take 9 steps, more than steps, 8: the learning rate would",
+        ),
+        ("stage_b.options.ema = 1.0", "[stage_b] options: ema is 1.0; it must be at least 0 and below 1."),
+        ("tokenizer.vocabulary = 300", "[tokenizer] vocabulary is 300; it must be at least 514"),
+        # Sizes of pictures.
+        ("data.size = 100", "[data] size is 100; it must be a multiple of 8 from 64 to 2048."),
+        ("data.other_sizes = [[192, 124]]", "[data] other_sizes holds 124; it must be a multiple of 8"),
+        (
+            "data.other_sizes = [192]",
+            "other_sizes is [192]; it must be a list, each a list of 2 values, each a whole number.",
+        ),
+        (
+            "stage_a.task.crop = 512",
+            "[stage_a] task crop is 512; it must be a multiple of 4, at most [data] size, 128.",
+        ),
+        # Networks.
+        (
+            "decoder.block_out_channels = [16, 16, 16]",
+            "[decoder] describes no decoder: num_attention_heads has 2 values;",
+        ),
+        (
+            "prior.num_attention_heads = [2, 5]",
+            "[prior]: num_attention_heads, 5, does not divide block_out_channels, 16.",
+        ),
+        ("decoder.num_attention_heads = [0, 0]", "[decoder]: num_attention_heads, 0, does not divide"),
+        (
+            "text_encoder.num_attention_heads = 3",
+            "[text_encoder]: num_attention_heads, 3, does not divide hidden_size, 16.",
+        ),
+        (
+            'prior.block_types_per_layer = [["SDAttn"], []]',
+            "[prior] describes no prior: block_types_per_layer holds 'SDAttn'",
+        ),
+        ("effnet.strides = [1, 2, 2, 2, 1, 1]", "[effnet]: strides shrink pictures 16 times"),
+        ("vqgan.levels = 3", "[vqgan]: up_down_scale_factor and levels shrink pictures 8 times; it must be 4 times."),
+        # What must agree.
+        (
+            "text_encoder.projection_dim = 24",
+            "[text_encoder] projection_dim is 24, and [decoder] clip_text_pooled_in_channels is 16; they must be equal.",
+        ),
+        (
+            "text_encoder.hidden_size = 48",
+            "hidden_size is 48, and [prior] clip_text_in_channels is 16; they must be equal.",
+        ),
+        ("image_encoder.projection_dim = 20", "projection_dim is 20, and [prior] clip_image_in_channels is 16"),
+        ("decoder.effnet_in_channels = 8", "[effnet] latent_channels is 16, and [decoder] effnet_in_channels is 8"),
+        (
+            "previewer_network.latent_channels = 8",
+            "latent_channels is 16, and [previewer_network] latent_channels is 8",
+        ),
+        ("decoder.in_channels = 8", "[vqgan] latent_channels is 4, and [decoder] in_channels is 8"),
+        ("controlnet.proj_blocks = [0, 4]", "[controlnet] proj_blocks holds 4; [prior] has 4 ResBlocks, from 0 to 3."),
+        (
+            "controlnet.proj_blocks = [-1, 3]",
+            "[controlnet] proj_blocks holds -1; [prior] has 4 ResBlocks, from 0 to 3.",
+        ),
+    ],
+)
+def test_it_is_said_at_the_first_stage(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str], change: str, sentence: str
+) -> None:
+    assert train(write_config(tmp_path, change), "tokenizer", pictures, tmp_path / "run") == 1
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [(b"[model", "config.toml is no TOML file: "), (b"# caf\xe9", "is no TOML file: 'utf-8'")]
+)
+def test_a_file_that_is_no_toml(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str], text: bytes, sentence: str
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_bytes(text)
+    assert train(config, "stage_a", pictures, tmp_path / "run") == 1
+    assert sentence in capsys.readouterr().err
+    config.unlink()
+    assert train(config, "stage_a", pictures, tmp_path / "run") == 1
+    assert capsys.readouterr().err == f"There is no configuration file {config}.\n"
+
+
+def test_right_configurations_pass(tmp_path: Path) -> None:
+    for config in (read_configuration(MINI), read_configuration(write_config(tmp_path))):
+        for stage in ("tokenizer", "stage_a", "stage_c", "controlnet_canny"):
+            check_agreement(config, tmp_path / "model", stage)
+
+
+def test_one_stage_needs_no_tables_of_others(tmp_path: Path) -> None:
+    """With a model folder, the stage's own table is enough."""
+    config = {name: table for name, table in read_configuration(MINI).items() if name in ("data", "stage_c")}
+    check_tables(config)
+    check_agreement(config, ROOT / "weights" / "mini", "stage_c")
+
+
+@pytest.mark.parametrize(
+    ("table", "stage"), [("prior", "stage_c"), ("stage_c", "stage_c"), ("controlnet", "controlnet_canny")]
+)
+def test_a_table_that_a_stage_needs_is_named(tmp_path: Path, table: str, stage: str) -> None:
+    config = read_configuration(write_config(tmp_path, f"- {table}"))
+    with pytest.raises(ValueError, match=rf"^The configuration has no table \[{table}\]"):
+        check_agreement(config, tmp_path / "model", stage)
+
+
+def test_what_the_model_folder_has_counts(tmp_path: Path) -> None:
+    """The miniature's Stage C has eight ResBlocks, whatever the configuration says of another one."""
+    config = read_configuration(MINI)
+    mini = ROOT / "weights" / "mini"
+    config["prior"]["down_num_layers_per_block"] = [1, 9]
+    check_agreement(config, mini, "controlnet_canny")
+    config["controlnet"]["proj_blocks"] = [0, 8]
+    model = tmp_path / "model"
+    shutil.copytree(mini, model, ignore=shutil.ignore_patterns("*.safetensors", "controlnet_canny"))
+    with pytest.raises(ValueError, match=r"proj_blocks holds 8; .*model/prior has 8 ResBlocks, from 0 to 7\.$"):
+        check_agreement(config, model, "controlnet_canny")
+    settings = json.loads((model / "prior" / "config.json").read_text())
+    (model / "prior" / "config.json").write_text(json.dumps(settings | {"clip_text_in_channels": 128}))
+    with pytest.raises(
+        ValueError, match=r"model/text_encoder hidden_size is 160, and .*model/prior clip_text_in_channels is 128;"
+    ):
+        check_agreement(config, model, "stage_c")
+
+
+def test_fewer_steps_keep_the_schedules_shape() -> None:
+    options = Options(**read_configuration(MINI)["stage_c"]["options"])
+    for steps in (1, 7, 100, 5000, 54000, 108000):
+        scaled = options.scaled(steps)
+        assert scaled.steps == steps
+        assert scaled.decay == steps // 2
+        assert scaled.warmup == 500 * steps // 54000
+
+
+def test_a_short_training_warms_up_in_a_tenth_of_it() -> None:
+    common = {"batch_size": 1, "learning_rate": 1.0}
+    assert Options(steps=100, **common).warmup == 10
+    assert Options(steps=5000, **common).warmup == 200
+    assert Options(steps=10, decay=10, **common).warmup == 0

@@ -1,0 +1,217 @@
+"""Whether the parts of a configuration fit together, and those of the model folder to it: before anything is trained."""
+
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+
+from cascade.sizes import ENCODER_STRIDE, STAGE_A_FACTOR, semantic_size
+from cascade.weights import NETWORKS, TRANSFORMERS_CONFIGS
+from training.configuration import NETWORK_TABLES
+from training.controlnet import res_blocks
+from training.errors import FILE_ERRORS, TrainingError, summary
+from training.stages import STAGES
+
+ATTENTION = "SDCascadeAttnBlock"
+EQUAL = (
+    (("text_encoder", "projection_dim"), ("decoder", "clip_text_pooled_in_channels")),
+    (("text_encoder", "projection_dim"), ("prior", "clip_text_pooled_in_channels")),
+    (("text_encoder", "hidden_size"), ("prior", "clip_text_in_channels")),
+    (("image_encoder", "projection_dim"), ("prior", "clip_image_in_channels")),
+    (("effnet", "latent_channels"), ("decoder", "effnet_in_channels")),
+    (("effnet", "latent_channels"), ("previewer", "latent_channels")),
+    (("effnet", "latent_channels"), ("prior", "in_channels")),
+    (("effnet", "latent_channels"), ("prior", "out_channels")),
+    (("vqgan", "latent_channels"), ("decoder", "in_channels")),
+    (("vqgan", "latent_channels"), ("decoder", "out_channels")),
+)
+"""Values of two components that must be equal."""
+TOWERS = (("text_encoder", "projection_dim"), ("image_encoder", "projection_dim"))
+"""Equal only where they are trained together: the published towers are not."""
+
+
+def table_of(component: str) -> str:
+    """The configuration's table for a component."""
+    return "previewer_network" if component == "previewer" else component
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component as it is, or as it will be made.
+
+    Attributes:
+        label: what a sentence calls it.
+        values: its configuration, complete.
+        made: whether it is in the model folder.
+    """
+
+    label: str
+    values: Mapping[str, Any]
+    made: bool
+
+
+def find_part(component: str, config: Mapping[str, Any], model: Path, *, anew: bool = False) -> Part | None:
+    """A component of the model folder, or else as the configuration describes it; None if neither has it.
+
+    Args:
+        component: its name in a model folder.
+        config, model: the configuration's tables; the model folder.
+        anew: leave out the model folder.
+
+    Raises:
+        TrainingError: its configuration is damaged, or describes no network.
+    """
+    folder, table = model / component, table_of(component)
+    if folder.is_dir() and not anew:
+        label = str(folder)
+        try:
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            values = {name: value for name, value in values.items() if not name.startswith("_")}
+        except FILE_ERRORS as error:
+            raise TrainingError(f"{folder / 'config.json'} cannot be read: {summary(error)}.") from error
+    elif table in config:
+        label, values = f"[{table}]", dict(config[table])
+    else:
+        return None
+    settings = TRANSFORMERS_CONFIGS.get(component)
+    parameters = inspect.signature(settings or NETWORKS[component]).parameters
+    values = {name: one.default for name, one in parameters.items() if one.default is not one.empty} | values
+    _check_heads(component, label, values)
+    try:
+        with init_empty_weights():
+            if settings is not None:
+                NETWORKS[component](settings.from_dict(values))
+            else:
+                NETWORKS[component](**{name: value for name, value in values.items() if name in parameters})
+    except Exception as error:  # whatever networks make of wrong values
+        raise TrainingError(f"{label} describes no {component}: {summary(error)}.") from error
+    return Part(label, values, made=label != f"[{table}]")
+
+
+def _check_heads(component: str, label: str, values: Mapping[str, Any]) -> None:
+    """Heads must divide what they share."""
+    if component in TRANSFORMERS_CONFIGS:
+        pairs = [("hidden_size", values["hidden_size"], values["num_attention_heads"])]
+    elif component in ("prior", "decoder"):
+        names = ("block_out_channels", "num_attention_heads", "block_types_per_layer")
+        levels = zip(*(values[name] for name in names), strict=False)
+        pairs = [("block_out_channels", width, heads) for width, heads, kinds in levels if ATTENTION in kinds]
+    else:
+        pairs = []
+    for name, width, heads in pairs:
+        if heads < 1 or width % heads:
+            raise TrainingError(f"{label}: num_attention_heads, {heads}, does not divide {name}, {width}.")
+
+
+def check_agreement(config: Mapping[str, Any], model: Path, stage: str) -> None:
+    """Checks that all components fit together, and that the configuration has what a stage needs.
+
+    What the model folder has counts as it is, whatever the configuration says of it.
+
+    Args:
+        config: the configuration's tables, checked by `configuration.check_tables`.
+        model: the model folder.
+        stage: what is to be trained, a name in `ORDER`.
+
+    Raises:
+        TrainingError: something is missing or does not fit.
+    """
+    plan = STAGES.get(stage)
+    own = () if plan is None else plan.trains
+    if stage not in config:
+        raise TrainingError(f"The configuration has no table [{stage}].")
+    parts = {
+        component: part
+        for component in (table.removesuffix("_network") for table in NETWORK_TABLES)
+        if (part := find_part(component, config, model, anew=component in own and plan.anew)) is not None
+    }
+    for component in own:
+        if component not in parts and not plan.control and not plan.further:
+            raise TrainingError(f"The configuration has no table [{table_of(component)}], which {stage} needs.")
+    for (one, name), (other, other_name) in (*EQUAL, TOWERS):
+        if one not in parts or other not in parts:
+            continue
+        first, second = parts[one], parts[other]
+        together = not first.made and not second.made
+        if ((one, name), (other, other_name)) != TOWERS or together:
+            _check_equal(first, name, second, other_name)
+    _check_factors(parts)
+    _check_pictures(config, parts)
+    _check_controlnets(config, model, parts, stage)
+
+
+def _check_equal(first: Part, name: str, second: Part, other: str) -> None:
+    if first.values[name] != second.values[other]:
+        raise TrainingError(
+            f"{first.label} {name} is {first.values[name]}, and {second.label} {other} is {second.values[other]}; they must "
+            "be equal."
+        )
+
+
+def _check_factors(parts: Mapping[str, Part]) -> None:
+    """Stages A and C shrink pictures as much as all code here relies on."""
+    if "vqgan" in parts:
+        values, label = parts["vqgan"].values, parts["vqgan"].label
+        factor = values["up_down_scale_factor"] * 2 ** (values["levels"] - 1)
+        if factor != STAGE_A_FACTOR:
+            raise TrainingError(
+                f"{label}: up_down_scale_factor and levels shrink pictures {factor} times; it must be {STAGE_A_FACTOR} times."
+            )
+        if values["latent_channels"] != 4:
+            raise TrainingError(f"{label} latent_channels is {values['latent_channels']}; it must be 4.")
+    if "effnet" in parts:
+        shrunk = 2 * math.prod(parts["effnet"].values["strides"])
+        if shrunk != ENCODER_STRIDE:
+            raise TrainingError(
+                f"{parts['effnet'].label}: strides shrink pictures {shrunk} times, the first convolution's 2 included; it "
+                f"must be {ENCODER_STRIDE} times."
+            )
+
+
+def _check_pictures(config: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+    """Patches must tile the latents of every size; a crop must fit."""
+    size = config["data"]["size"]
+    sizes = [(size, size), *map(tuple, config["data"].get("other_sizes", ()))]
+    for height, width in sizes:
+        latents = {
+            "decoder": (height // STAGE_A_FACTOR, width // STAGE_A_FACTOR),
+            "prior": semantic_size(height, width),
+        }
+        for component, sides in latents.items():
+            if component in parts and any(side % parts[component].values["patch_size"] for side in sides):
+                raise TrainingError(
+                    f"{parts[component].label} patch_size is {parts[component].values['patch_size']}; it does not divide the "
+                    f"{sides[1]}x{sides[0]} latents of {width}x{height} pixels."
+                )
+    crop = config.get("stage_a", {}).get("task", {}).get("crop", size)
+    if crop % STAGE_A_FACTOR or not STAGE_A_FACTOR <= crop <= size:
+        raise TrainingError(
+            f"[stage_a] task crop is {crop}; it must be a multiple of {STAGE_A_FACTOR}, at most [data] size, {size}."
+        )
+
+
+def _check_controlnets(config: Mapping[str, Any], model: Path, parts: Mapping[str, Part], stage: str) -> None:
+    """ControlNets add to ResBlocks that Stage C has."""
+    plan = STAGES.get(stage)
+    kinds = [name for name, one in STAGES.items() if one.control and (model / name).is_dir()]
+    wanted = [("[controlnet] proj_blocks", config["controlnet"]["proj_blocks"])] if "controlnet" in config else []
+    if plan is not None and plan.control:
+        if stage in kinds:
+            part = find_part(stage, config, model)
+            wanted = [(f"{part.label} proj_blocks", part.values["proj_blocks"])]
+        elif not wanted:
+            raise TrainingError(f"The configuration has no table [controlnet], which {stage} needs.")
+    if "prior" not in parts:
+        return
+    there = res_blocks(parts["prior"].values)
+    for label, blocks in wanted:
+        for block in blocks:
+            if not 0 <= block < there:
+                raise TrainingError(
+                    f"{label} holds {block}; {parts['prior'].label} has {there} ResBlocks, from 0 to {there - 1}."
+                )

@@ -1,0 +1,87 @@
+"""The stages of training: what each learns, and which earlier ones it needs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.clip import ClipTask
+from training.controlnet import CONTROL_KINDS, ControlNetTask
+from training.errors import TrainingError
+from training.previewer import PreviewerTask
+from training.semantic import SemanticTask
+from training.stage_a import StageATask
+from training.stage_b import StageBTask
+from training.stage_c import StageCTask
+from training.trainer import Task
+from training.vision import VisionTask
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        task: what it is given, beside the configuration's table ``[stage.task]``, follows from the other attributes.
+        trains: components, the task's first arguments. Those that the model folder has are trained further.
+        needs: components of earlier stages, which the task takes by their names; they stay as they are.
+        anew: what it trains always begins from nothing.
+        further: what it trains must be there already.
+        of_all_sizes: trains on pictures of all sizes of ``[data]``, and takes them as ``shapes``.
+        control: the kind of a ControlNet's control.
+    """
+
+    task: type[Task]
+    trains: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    anew: bool = False
+    further: bool = False
+    of_all_sizes: bool = False
+    control: str | None = None
+
+
+_OF_STAGE_C = ("effnet", "previewer", "text_encoder", "image_encoder")
+
+STAGES: dict[str, Stage] = {
+    "stage_a": Stage(StageATask, ("vqgan",)),
+    "clip": Stage(ClipTask, ("text_encoder", "image_encoder"), anew=True),
+    "vision": Stage(VisionTask, ("image_encoder",), ("text_encoder",), further=True),
+    "semantic": Stage(SemanticTask, ("decoder", "effnet", "previewer"), ("vqgan", "text_encoder")),
+    "stage_b": Stage(StageBTask, ("decoder",), ("effnet", "vqgan", "text_encoder"), of_all_sizes=True),
+    "stage_c": Stage(StageCTask, ("prior",), _OF_STAGE_C, of_all_sizes=True),
+    "previewer": Stage(PreviewerTask, ("previewer",), ("effnet",), further=True),
+    **{
+        f"controlnet_{kind}": Stage(
+            ControlNetTask, (f"controlnet_{kind}",), ("prior", *_OF_STAGE_C), of_all_sizes=True, control=kind
+        )
+        for kind in CONTROL_KINDS
+    },
+}
+
+ORDER = ("tokenizer", *STAGES)
+
+
+def maker(component: str) -> str:
+    """The stage that makes a component; others may train it further."""
+    if component == "tokenizer":
+        return "tokenizer"
+    return next(name for name, stage in STAGES.items() if component in stage.trains and not stage.further)
+
+
+def check_needs(name: str, model: Path) -> None:
+    """Makes sure that the model folder has what a stage needs of earlier ones.
+
+    Raises:
+        TrainingError: it lacks something; the sentence says which stages make it.
+    """
+    if name == "tokenizer":
+        return
+    stage = STAGES[name]
+    needed = ["tokenizer", *stage.needs, *(stage.trains if stage.further else ())]
+    lacking = [component for component in needed if not (model / component).is_dir()]
+    if lacking:
+        raise TrainingError(f"{name} needs {', '.join(lacking)}, which {model} lacks: {advice(lacking)}.")
+
+
+def advice(components: list[str]) -> str:
+    """Which stages make these components, as advice."""
+    stages = [stage for stage in ORDER if stage in {maker(component) for component in components}]
+    return f"run the stage{'s' * (len(stages) > 1)} {', '.join(stages)} first"
