@@ -209,6 +209,20 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(head + [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(names, cells, strict=True)])
 
 
+def doubt(count: int, what: str) -> str:
+    """A sentence about scores of fewer than 200 judged pictures; empty for more.
+
+    Args:
+        count: of pictures.
+        what: they are made from.
+    """
+    if count >= 200:
+        return ""
+    # 1.96 deviations of a share's mean, at most, where the share is a half.
+    points = 98 / max(1, count) ** 0.5
+    return f"{count} {what}: a score of so few can be off by up to {points:.0f} percentage points (95 % confidence)."
+
+
 def generate_batch(
     cascade: Cascade, texts: list[str], seeds: list[int], guidance: float | None = None
 ) -> list[Image.Image]:

@@ -14,6 +14,7 @@ from training.data.scenes import COLOUR_NAMES, HeldOut
 from training.evaluate import (
     Prompt,
     Verdict,
+    doubt,
     evaluate,
     generate_batch,
     load_prompts,
@@ -134,3 +135,10 @@ def test_stage_pictures_are_what_the_stages_leave(tiny: Cascade) -> None:
 def test_sheet() -> None:
     gray = Image.new("RGB", (8, 8), (128, 128, 128))
     assert sheet([gray] * 5, 3).size == (24, 16)
+
+
+def test_scores_of_few_pictures_come_with_their_doubt() -> None:
+    assert doubt(20, "prompts") == (
+        "20 prompts: a score of so few can be off by up to 22 percentage points (95 % confidence)."
+    )
+    assert doubt(600, "prompts") == ""
