@@ -23,7 +23,7 @@ from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode
 from cascade.graphs import GraphedUNet, Recorder, graphed
 from cascade.inpainting import latents_of, read_mask, set_into
 from cascade.memory import ALWAYS, GIB, Arena, Choice, Resident, available, choose
-from cascade.networks.controlnet import ControlNet
+from cascade.networks.controlnet import PUBLISHED_WIDTH, ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -482,9 +482,15 @@ class Cascade:
 
     def _controlnet(self, kind: str) -> ControlNet:
         if kind not in self.controlnets:
+            lacking = f"This model has no controlnet_{kind}, which a control of this kind needs; "
+            width = self.prior.config.block_out_channels[0]
+            if width == PUBLISHED_WIDTH:
+                add = "scripts/download-weights --only --with controlnet, then scripts/save-weights, add it."
+                raise ValueError(lacking + add)
+            there = ", ".join(self.controlnets) or "none"
             raise ValueError(
-                f"This model has no controlnet_{kind}, which a control of this kind needs; "
-                "scripts/download-weights --only --with controlnet, then scripts/save-weights, add it."
+                f"{lacking}the published one is for a Stage C of width {PUBLISHED_WIDTH}, and this model's has {width}. "
+                f"Kinds that it has: {there}."
             )
         if not self._fits(kind):
             raise ValueError(
