@@ -135,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     deadline = time.time() + 60 * options.minutes
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it has six lines for every checkpoint
     try:
         finished = train(
             options.config, options.stage, options.data, options.output, deadline=deadline, steps=options.steps

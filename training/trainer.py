@@ -189,7 +189,7 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
                 task.eval()
                 figures, picture = task.evaluate()
             accelerator.log(figures, step=progress.step)
-            few = task.unseen is not None and len(task.unseen) < FEW_PICTURES
+            few = figures and task.unseen is not None and len(task.unseen) < FEW_PICTURES
             note = f" (of {len(task.unseen)} held-out pictures: too few to tell much)" if few else ""
             logger.info("%s: step %d %s%s", folder.name, progress.step, figures, note)
             with writing(folder / "samples"):

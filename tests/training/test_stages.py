@@ -124,7 +124,7 @@ def test_several_processes_train_together(trained: Path, tmp_path: Path) -> None
     (tmp_path / "own_clock.py").write_text(OWN_CLOCK)
     config = write_config(
         tmp_path,
-        "stage_c.options = { steps = 48, batch_size = 4, learning_rate = 1e-3, accumulate = 2, checkpoint_seconds = 1.0 }",
+        "stage_c.options = { steps = 24, batch_size = 4, learning_rate = 1e-3, accumulate = 2, checkpoint_seconds = 0.5 }",
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     files = ["--data", trained.parent / "drawings.zip", "--output", tmp_path]
@@ -146,8 +146,6 @@ def test_several_processes_train_together(trained: Path, tmp_path: Path) -> None
 def test_accelerate_says_that_it_starts_one_process_without_gpus(trained: Path, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "training.run"]
     files = ["--data", trained.parent / "drawings.zip", "--output", tmp_path]
-    shutil.copytree(trained / "model" / "tokenizer", tmp_path / "model" / "tokenizer")
-    command = [*launch, trained.parent / "config.toml", "stage_a", *files]
+    command = [*launch, trained.parent / "config.toml", "tokenizer", *files]
     said = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stderr
-    assert "One process trains: without GPUs, accelerate launch starts no more." in said
-    assert len(list((tmp_path / "stage_a" / "state").glob("random_states_*.pkl"))) == 1
+    assert said.count("One process trains: without GPUs, accelerate launch starts no more.") == 1

@@ -1,0 +1,60 @@
+"""Training where it is meant to run: compiled on one GPU; on two, by accelerate, with clocks that differ."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade.networks.stage_a import StageA
+from cascade.networks.unet import StableCascadeUNet
+from tests.training.small import train, write_config, write_pictures
+from tests.training.test_stages import OWN_CLOCK
+from training import run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def finite(network: torch.nn.Module) -> bool:
+    return all(torch.isfinite(value).all() for value in network.state_dict().values() if value.is_floating_point())
+
+
+def test_stage_a_is_compiled_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures, output = write_pictures(tmp_path / "pictures", 40), tmp_path / "run"
+    config = write_config(tmp_path, "stage_a.options.steps = 12\nstage_a.options.evaluate_every = 5")
+    assert train(config, "tokenizer", pictures, output) == 0
+    with caplog.at_level(logging.INFO):
+        assert train(config, "stage_a", pictures, output, "--minutes", "0") == 0
+        assert not (output / "stage_a" / run.FINISHED).exists()
+        assert train(config, "stage_a", pictures, output) == 0
+    assert "not compiled" not in caplog.text
+    assert "stage_a: resumed at step 0" in caplog.text
+    assert (output / "stage_a" / run.FINISHED).exists()
+    assert finite(StageA.from_pretrained(output / "model" / "vqgan"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_save_and_stop_together(tmp_path: Path) -> None:
+    pictures, output = write_pictures(tmp_path / "pictures", 40), tmp_path / "run"
+    options = (
+        "steps = 200, batch_size = 4, learning_rate = 1e-3, accumulate = 2, checkpoint_seconds = 1.0, compile = false"
+    )
+    config = write_config(tmp_path, f"vision.task.naming = 0.0\nstage_c.options = {{ {options} }}")
+    for stage in ("tokenizer", "stage_a", "clip", "semantic"):
+        assert train(config, stage, pictures, output) == 0
+    (tmp_path / "own_clock.py").write_text(OWN_CLOCK)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    files = ["--data", pictures, "--output", output]
+    subprocess.run(
+        [*launch, tmp_path / "own_clock.py", config, "stage_c", *files],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=600,
+    )
+    assert (output / "stage_c" / run.FINISHED).exists()
+    assert len(list((output / "stage_c" / "state").glob("random_states_*.pkl"))) == 2
+    assert finite(StableCascadeUNet.from_pretrained(output / "model" / "prior"))
