@@ -3,12 +3,15 @@
 Knows which stage follows which, with which settings; not how a stage works, where files lie or who asks.
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +23,10 @@ from cascade import sizes
 from cascade.conditioning import Conditioner, TextEmbeddings
 from cascade.controls import Control, canny, inpainting
 from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode_pixels, for_encoder, tile_within
-from cascade.graphs import GraphedUNet, Recorder, graphed
+from cascade.graphs import GraphedUNet, Recorder
 from cascade.inpainting import latents_of, read_mask, set_into
-from cascade.memory import ALWAYS, GIB, Arena, Choice, Resident, available, choose
-from cascade.networks.controlnet import ControlNet
+from cascade.memory import ALWAYS, GIB, Arena, Choice, Resident, UNet, available, choose, usable
+from cascade.networks.controlnet import PUBLISHED_WIDTH, ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -32,11 +35,19 @@ from cascade.packing import Packed
 from cascade.pictures import to_rgb
 from cascade.prior import Residuals, prior_steps, steps_taken
 from cascade.request import Request
-from cascade.sampling import DIFFUSERS_SAMPLER, Noise, finish
+from cascade.running.device import choose_device, current, within
+from cascade.running.errors import is_out_of_memory
+from cascade.running.retry import Allowance, Allowances, in_parts
+from cascade.sampling import DIFFUSERS_SAMPLER, Noise, Step, finish
 from cascade.warm_up import warm_up
 from cascade.weights import CONTROLNETS, NETWORKS, ModelFolder, StageSettings
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# The widths of the published Stage C, full and lite, which the published encoders and the previewer belong to.
+PUBLISHED_WIDTHS = (PUBLISHED_WIDTH, 1536)
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,8 @@ class Numerics:
         shift, rescale: of both stages; None: as the model folder says (published: 2 in Stage C, 1 in Stage B; 0.7).
         decoder_guidance: of Stage B unless the request says otherwise; None: as the model folder says (1.1).
         sampler: None: the request's; "diffusers" tells the networks the raw time and adds no noise in the last step.
-        stage_a_scales: what Stage A's scale becomes, by what its configuration says.
+        stage_a_scale: whether Stage A's scale is the model folder's; otherwise it is that of its configuration, which in
+            the published one is wrong.
         size_from_semantic: Stage B's latents are 10.67 times the semantic ones, and pictures as large as that makes
             them. Otherwise they are a quarter of the picture, and pictures as large as asked.
         start_shift: at which an image to begin with is noised; None: the shift of Stage C.
@@ -57,30 +69,35 @@ class Numerics:
     rescale: float | None = None
     decoder_guidance: float | None = None
     sampler: str | None = None
-    stage_a_scales: tuple[tuple[float, float], ...] = ()
+    stage_a_scale: bool = True
     size_from_semantic: bool = False
     start_shift: float | None = None
 
 
-# The diffusers configuration of the published Stage A says 0.3764, where the authors train and decode with 0.43.
-_OFFICIAL = Numerics(stage_a_scales=((0.3764, 0.43),))
 NUMERICS = {
-    "official": _OFFICIAL,
+    "official": Numerics(),
     # The authors' notebook for image-to-image noises at shift 1 what it samples at 2.
-    "notebook": replace(_OFFICIAL, start_shift=1.0),
+    "notebook": Numerics(start_shift=1.0),
     "diffusers": Numerics(
-        shift=1.0, rescale=0.0, decoder_guidance=0.0, sampler=DIFFUSERS_SAMPLER, size_from_semantic=True
+        shift=1.0,
+        rescale=0.0,
+        decoder_guidance=0.0,
+        sampler=DIFFUSERS_SAMPLER,
+        stage_a_scale=False,
+        size_from_semantic=True,
     ),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """A piece of work that has just been done.
+    """A piece of work that has just been done; on a GPU, that has just been launched.
 
     Attributes:
-        stage: "prior" or "decoder", after one of its steps; "image", after a picture has been finished.
-        done, total: pieces of work of the whole request.
+        stage: "text", after the prompts have been encoded; "input_images", after the image prompts, the image to begin
+            with, or a control has been; "prior" or "decoder", after one of its steps; "image", after a picture has been
+            finished.
+        done, total: pieces of work of the whole request. The total grows when a lack of memory has work done again.
         latents: of the two stages: what they take the finished latents to be, float32 (B, C, h, w). Those of the prior
             are what `Cascade.preview` takes.
         image: the picture that has been finished.
@@ -93,6 +110,79 @@ class Progress:
     image: Image.Image | None = None
 
 
+class Count:
+    """Numbers the pieces of a request's work."""
+
+    def __init__(self) -> None:
+        self.done = self.total = 0
+
+    def expect(self, left: int) -> None:
+        """So many pieces are left to be done."""
+        self.total = self.done + left
+
+    def did(self, stage: str, **made: Any) -> Progress:
+        """One more has been done."""
+        self.done += 1
+        return Progress(stage, self.done, self.total, **made)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A request, checked against the model, with all decided that it leaves open. Nothing has been computed for it.
+
+    Attributes:
+        size: (height, width) of the pictures.
+        semantic_size, decoder_size: (h, w) of the latents of Stages C and B.
+        canvas: (height, width) that is cut out of what Stage A makes.
+        prior, decoder: how the stages are sampled.
+        strength: how much of the image to begin with is painted anew; 1 without one.
+        mask: bool (height, width), what of it is; None: all.
+        controls: those of the request, and the one that the mask brings.
+    """
+
+    request: Request
+    size: sizes.Size
+    semantic_size: sizes.Size
+    decoder_size: sizes.Size
+    canvas: sizes.Size
+    prior: StageSettings
+    decoder: StageSettings
+    sampler: str
+    strength: float
+    mask: np.ndarray | None
+    controls: tuple[Control, ...]
+
+    @property
+    def steps(self) -> int:
+        """Of both stages, for each batch."""
+        return self.decoder.steps + (steps_taken(self.prior.steps, self.strength) if self.strength else 0)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any stage sees the negative prompt."""
+        return max(self.prior.guidance, self.decoder.guidance) > 1
+
+
+@dataclass(eq=False)
+class Given:
+    """What the steps of a request are given, computed once.
+
+    Attributes:
+        text, negative: (1, 77, D) and (1, 1, D) each; no negative without guidance.
+        image_prompts: (1, N, D), times their strengths.
+        start: semantic latents (1, 16, h, w) of the image to begin with.
+        free: bool (1, 1, h, w), which of them are made anew; None: all.
+        residuals: what the ControlNets add.
+    """
+
+    text: TextEmbeddings | None = None
+    negative: TextEmbeddings | None = None
+    image_prompts: Tensor | None = None
+    start: Tensor | None = None
+    free: Tensor | None = None
+    residuals: list[Residuals] = field(default_factory=list)
+
+
 class Cascade:
     """Stable Cascade, loaded.
 
@@ -103,6 +193,7 @@ class Cascade:
         controlnets: by the kind of the controls that they read; a request with another fails.
         defaults: the settings of the stages "prior" and "decoder" where the request leaves them open.
         native_size: pixels, the edge of the square that is made when the request names no size.
+        stage_a_scale: what Stage A's latents are multiplied with; None: as its configuration says.
         numerics: "official", "notebook" or "diffusers".
         max_batch: how many pictures are made at a time; fewer if the GPU's memory does not suffice. It does not change the
             pictures.
@@ -121,6 +212,7 @@ class Cascade:
         *,
         defaults: Mapping[str, StageSettings],
         native_size: int,
+        stage_a_scale: float | None = None,
         numerics: str = "official",
         max_batch: int = 4,
         home: Resident | None = None,
@@ -139,29 +231,21 @@ class Cascade:
         self.defaults = defaults
         self.native_size = native_size
         self.numerics = NUMERICS[numerics]
+        self.stage_a_scale = stage_a_scale if self.numerics.stage_a_scale else None
         self.max_batch = max_batch
-        # By (height, width): how many at once, where it is less than max_batch; and where not even graphs have room.
-        self._most_at_once: dict[sizes.Size, int] = {}
-        self._without_graphs: set[sizes.Size] = set()
         # Where Stage C computes, and latents lie. Asking the network takes 6 ms: diffusers looks through all its layers.
         self.device = prior.device
         self.home = Resident(self.device) if home is None else home
-        unets = {"prior": prior, "decoder": decoder}
-        runs = {name: unet if self.home.streams(name) else graphed(unet) for name, unet in unets.items()}
-        self._recorder = Recorder()
-        self._recorders = [
-            self._recorder,
-            conditioner.recorder,
-            *(run.recorder for run in runs.values() if isinstance(run, GraphedUNet)),
-        ]
-        self._run_prior, self._run_decoder = (self.home.on_turn(name, run) for name, run in runs.items())
+        self._allowances = Allowances(max_batch)
+        self.recorder = conditioner.recorder = Recorder()
+        self._run_prior, self._run_decoder = self._runner("prior", prior), self._runner("decoder", decoder)
 
     @classmethod
     def load(
         cls,
         folder: str | PathLike[str],
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         *,
         lite: Collection[str] = (),
         numerics: str = "official",
@@ -173,8 +257,8 @@ class Cascade:
 
         Args:
             folder: the directory.
-            device: None: CUDA if there is a device, else the CPU.
-            dtype: of the networks; None: bfloat16 on CUDA, else float32.
+            device, dtype: where the networks run and in which dtype; None: what suits the machine, see
+                `running.device.choose_device`.
             lite: the stages, of "prior" and "decoder", whose lite network is taken from the published repositories.
             numerics, max_batch: see the class.
             memory: "resident", "offload" or "stream", see `memory`; "auto" chooses by the size of the networks and the
@@ -183,12 +267,25 @@ class Cascade:
 
         Raises:
             WeightsError: something is missing from the folder, or damaged.
-            ValueError: there is no such numerics or memory.
+            SettingError: there is no such device, dtype or memory.
+            ValueError: there is no such numerics.
         """
-        device = find_device() if device is None else torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        device, dtype, reason = choose_device(device, dtype)
+        logger.info("Device: %s in %s; %s.", device, str(dtype).removeprefix("torch."), reason)
+        with current(device):
+            return cls._load(folder, device, dtype, lite, memory, log_prompts, numerics=numerics, max_batch=max_batch)
+
+    @classmethod
+    def _load(
+        cls,
+        folder: str | PathLike[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        lite: Collection[str],
+        memory: str,
+        log_prompts: bool,
+        **options: Any,
+    ) -> "Cascade":
         opened = ModelFolder.open(folder, lite=lite)
         needed = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
         optional = ("feature_extractor", "image_encoder", "effnet", "previewer", *CONTROLNETS)
@@ -224,9 +321,9 @@ class Cascade:
             {name.removeprefix("controlnet_"): parts[name] for name in CONTROLNETS if name in parts},
             defaults=opened.sampler,
             native_size=opened.native_size,
-            numerics=numerics,
-            max_batch=max_batch,
+            stage_a_scale=opened.stage_a_scale,
             home=home,
+            **options,
         )
 
     def generate(self, request: Request, on_progress: Callable[[Progress], None] | None = None) -> list[Image.Image]:
@@ -247,113 +344,179 @@ class Cascade:
                 images.append(progress.image)
         return images
 
-    def steps(self, request: Request) -> Iterator[Progress]:
+    def steps(self, request: Request) -> Generator[Progress, None, None]:
         """`generate`, step by step. Whoever iterates may stop whenever he wants.
 
         Raises:
             ValueError: the model has no component that reads the request's images; diffusers' numerics do not have
                 this size or sampler, image-to-image or controls.
+            RuntimeError: memory does not suffice for one picture (`running.errors.is_out_of_memory`); or the stages'
+                latents are not finite.
         """
+        plan = self._plan(request)
+        with current(self.device):
+            allowance = self._allowances.of(plan.size, usable(self.device))
+        yield from within(lambda: self._at_work(plan, allowance), self._work(plan, allowance))
+
+    @contextlib.contextmanager
+    def _at_work(self, plan: Plan, allowance: Allowance) -> Iterator[None]:
+        """The context of each step."""
+        with current(self.device), self.recorder.of(plan.size, allowance.graphs):
+            yield
+
+    def _plan(self, request: Request) -> Plan:
+        """Decide what a request leaves open, and make sure that this model can do what it asks for."""
         settings = self._settings(request)
-        sampler = self._sampler(request.sampler)
         height, width = self.picture_size(request)
         # diffusers takes the size as it is asked for, and then makes a picture of another.
         base = (height, width) if self.numerics.size_from_semantic else sizes.native_size(height, width)
         semantic_size = sizes.semantic_size(*base)
-        decoder_size, picture_size = self._decoder_size(semantic_size, height, width)
-        image_prompts = self._encode_image_prompts(request)
-        start = None if request.image is None else self._encode_start(request.image, height, width)
-        strength = 1.0 if start is None else request.prompt_strength
-        mask = None if request.mask is None else read_mask(request.mask, width, height)
-        free = None if mask is None else latents_of(mask, semantic_size).to(self.device)
-        controls = self._residuals(request, mask, height, width)
-        guided = any(stage.guidance > 1 for stage in settings.values())
-        text, negative = self._encode(request.prompt, request.negative_prompt if guided else None)
-        self.home.prefetch("prior")
-        prior_work = 0 if strength == 0 else steps_taken(settings["prior"].steps, strength)
+        decoder_size, canvas = self._decoder_size(semantic_size, height, width)
+        controls = list(request.controls)
+        masked = request.mask is not None
+        if masked and self._fits("inpainting") and all(one.kind != "inpainting" for one in controls):
+            controls.append(Control("inpainting", request.image))
+        if request.image_prompts and self.conditioner.image_encoder is None:
+            raise self._missing("image encoder, which image prompts need", "image-encoder")
+        if request.image is not None:
+            if self.numerics.size_from_semantic:
+                raise ValueError("There is an image to begin with; diffusers' numerics have no image-to-image.")
+            self._check_encoder()
+        if controls and self.numerics.size_from_semantic:
+            raise ValueError("There are controls; diffusers' numerics have no ControlNet.")
+        for one in controls:
+            self._check_control(one.kind, height, width)
+        return Plan(
+            request=request,
+            size=(height, width),
+            semantic_size=semantic_size,
+            decoder_size=decoder_size,
+            canvas=canvas,
+            sampler=self._sampler(request.sampler),
+            strength=1.0 if request.image is None else request.prompt_strength,
+            mask=read_mask(request.mask, width, height) if masked else None,
+            controls=tuple(controls),
+            **settings,
+        )
+
+    def _work(self, plan: Plan, allowance: Allowance) -> Iterator[Progress]:
+        """All of a request: what is computed once, then the pictures, in as many batches as memory demands."""
+        number = plan.request.num_images
+        allocated = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        given, count = Given(), Count()
+        pieces = self._pieces(plan, given)
+        holds_graphs = len(self.recorder) > 0
+
+        def left(pictures: int) -> int:
+            batches = -(-pictures // min(allowance.most, pictures))
+            return batches * plan.steps + pictures
+
+        def prepare(first: int, last: int) -> Iterator[Progress]:
+            count.expect(len(pieces) - first + left(number))
+            for stage, compute in pieces[first:last]:
+                compute()
+                yield count.did(stage)
 
         def make(first: int, last: int) -> Iterator[Progress]:
-            """The pictures from `first` to before `last`, in one batch; without the numbers of what is done."""
-            noise = Noise(range(request.seed + first, request.seed + last), self.device)
-            if strength == 0:
-                semantic, work = start.expand(len(noise), -1, -1, -1), iter(())
-            else:
-                work = prior_steps(
-                    self._run_prior,
-                    text,
-                    negative,
-                    size=semantic_size,
-                    noise=noise,
-                    sampler=sampler,
-                    image=image_prompts,
-                    start=start,
-                    strength=strength,
-                    start_shift=self.numerics.start_shift,
-                    free=free,
-                    controls=controls,
-                    **vars(settings["prior"]),
-                )
-            for step in work:
-                semantic = step.x
-                expected = step.x0 if free is None else torch.where(free, step.x0, start)
-                yield Progress("prior", 0, 0, latents=expected)
-            work = decoder_steps(
-                self._run_decoder,
-                semantic,
-                text.pooled,
-                None if negative is None else negative.pooled,
-                size=decoder_size,
-                noise=noise,
-                sampler=sampler,
-                **vars(settings["decoder"]),
-            )
-            # The next request's text, most likely.
-            upcoming = ("prior",) if last < request.num_images else ("text_encoder", "prior")
-            self.home.prefetch(*upcoming)
-            for step in work:
-                latents = step.x
-                yield Progress("decoder", 0, 0, latents=step.x0)
-            self.home.idle()
-            self.home.prefetch(*upcoming)
-            for pixels in self._decode(latents):
-                image = to_image(sizes.crop(pixels, *picture_size))
-                if mask is not None:
-                    image = set_into(to_rgb(request.image), image, mask)
-                yield Progress("image", 0, 0, image=image)
+            count.expect(left(number - first))
+            return self._make(plan, given, first, last, count)
 
-        most = min(self._most_at_once.get((height, width), self.max_batch), request.num_images)
-        made = done = 0
-        emptied = False
-        while made < request.num_images:
-            batches = -(-(request.num_images - made) // most)
-            total = done + batches * (prior_work + settings["decoder"].steps) + request.num_images - made
-            batch = range(made, min(made + most, request.num_images))
-            for recorder in self._recorders:
-                recorder.records = (height, width) not in self._without_graphs
-            try:
-                for progress in make(batch.start, batch.stop):
-                    done += 1
-                    made += progress.image is not None
-                    yield replace(progress, done=done, total=total)
-            except torch.OutOfMemoryError:
-                if len(batch) > 1:
-                    most = self._most_at_once[height, width] = len(batch) // 2
-                elif not emptied:  # once more, without the graphs of other sizes
-                    emptied = True
-                elif (height, width) not in self._without_graphs:
-                    self._without_graphs.add((height, width))
-                else:
-                    raise
-            if made < batch.stop:  # here, what the error's traceback kept is gone
-                logger.warning(
-                    "Memory does not suffice for %d at a time of %dx%d: going on with %d, and without %s.",
-                    len(batch),
-                    width,
-                    height,
-                    most,
-                    "graphs, more slowly" if (height, width) in self._without_graphs else "the graphs so far",
-                )
-                self._forget_graphs()
+        def short_of_memory(what: str, remedy: str) -> None:
+            self._forget_graphs()
+            logger.warning("Out of memory with %s of %dx%d: %s.", what, plan.size[1], plan.size[0], remedy)
+            if not allowance.graphs or allowance.most < self.max_batch:
+                # What this request has allocated will be free again.
+                own = torch.cuda.memory_allocated(self.device) - allocated if self.device.type == "cuda" else 0
+                self._allowances.reduce(plan.size, allowance, usable(self.device) + own)
+
+        yield from in_parts(
+            len(pieces),
+            1,
+            allowance,
+            prepare,
+            finished=lambda _: True,
+            holds_graphs=holds_graphs,
+            make_room=lambda _, remedy: short_of_memory("the inputs of a picture", remedy),
+        )
+        self.home.prefetch("prior")
+        yield from in_parts(
+            number,
+            self.max_batch,
+            allowance,
+            make,
+            finished=lambda progress: progress.image is not None,
+            holds_graphs=holds_graphs,
+            make_room=lambda most, remedy: short_of_memory(f"{most} picture{'s' * (most > 1)} at a time", remedy),
+        )
+
+    def _pieces(self, plan: Plan, given: Given) -> list[tuple[str, Callable[[], None]]]:
+        """What is computed once a request: its stage, see `Progress`, and how it gets into `given`."""
+        request = plan.request
+
+        def text() -> None:
+            negative = request.negative_prompt if plan.guided else None
+            given.text, given.negative = self._encode(request.prompt, negative)
+
+        def image_prompts() -> None:
+            given.image_prompts = self._encode_image_prompts(request)
+
+        def start() -> None:
+            given.start = self._encode_start(fitted(request.image, *plan.size))
+            if plan.mask is not None:
+                given.free = latents_of(plan.mask, plan.semantic_size).to(self.device)
+
+        def control(one: Control) -> None:
+            given.residuals.append(self._residuals(one, plan))
+
+        pieces = [("text", text)]
+        if request.image_prompts:
+            pieces.append(("input_images", image_prompts))
+        if request.image is not None:
+            pieces.append(("input_images", start))
+        return [*pieces, *(("input_images", partial(control, one)) for one in plan.controls)]
+
+    def _make(self, plan: Plan, given: Given, first: int, last: int, count: Count) -> Iterator[Progress]:
+        """The pictures from `first` to before `last`, in one batch: noise, Stage C, Stage B, Stage A."""
+        request = plan.request
+        noise = Noise(range(request.seed + first, request.seed + last), self.device)
+        if plan.strength == 0:
+            semantic, work = given.start.expand(len(noise), -1, -1, -1), iter(())
+        else:
+            work = prior_steps(
+                self._run_prior,
+                given.text,
+                given.negative,
+                size=plan.semantic_size,
+                noise=noise,
+                sampler=plan.sampler,
+                image=given.image_prompts,
+                start=given.start,
+                strength=plan.strength,
+                start_shift=self.numerics.start_shift,
+                free=given.free,
+                controls=given.residuals,
+                **vars(plan.prior),
+            )
+        for step in work:
+            semantic = step.x
+            expected = step.x0 if given.free is None else torch.where(given.free, step.x0, given.start)
+            yield count.did("prior", latents=expected)
+        work = self._decoder_steps(semantic, given.text, given.negative, plan.decoder_size, noise, plan)
+        # The next request's text, most likely.
+        upcoming = ("prior",) if last < request.num_images else ("text_encoder", "prior")
+        self.home.prefetch(*upcoming)
+        for step in work:
+            latents = step.x
+            yield count.did("decoder", latents=step.x0)
+        self.home.idle()
+        self.home.prefetch(*upcoming)
+        finite = self._finite(semantic, latents)
+        for pixels in self._decode(latents):
+            finite()
+            image = to_image(sizes.crop(pixels, *plan.canvas))
+            if plan.mask is not None:
+                image = set_into(to_rgb(request.image), image, plan.mask)
+            yield count.did("image", image=image)
 
     def picture_size(self, request: Request) -> sizes.Size:
         """(height, width) of the pictures of a request."""
@@ -370,14 +533,23 @@ class Cascade:
         Raises:
             ValueError: this model has no previewer.
         """
+        self.check_previewer()
+
+        @torch.no_grad()
+        def pixels() -> Tensor:
+            return self.previewer(latents.to(self.previewer.dtype)).float().clamp(0, 1)
+
+        with current(self.device):
+            return [to_image(one) for one in self.with_room(pixels)]
+
+    def check_previewer(self) -> None:
+        """Make sure that this model can `preview`.
+
+        Raises:
+            ValueError: this model has no previewer.
+        """
         if self.previewer is None:
-            raise ValueError(
-                "This model has no previewer, which previews need; "
-                "scripts/download-weights --only --with previewer, then scripts/save-weights, add it."
-            )
-        with torch.no_grad():
-            pixels = self.previewer(latents.to(self.previewer.dtype)).float().clamp(0, 1)
-        return [to_image(one) for one in pixels]
+            raise self._missing("previewer, which previews need", "previewer")
 
     def encode(self, image: Image.Image) -> Tensor:
         """The semantic latents, float32 (1, 16, h, w), of a picture with sides from 64 to 2048 pixels.
@@ -385,17 +557,9 @@ class Cascade:
         Raises:
             ValueError: the picture is too small or too large, or this model has no semantic encoder.
         """
-        if self.effnet is None:
-            raise ValueError(
-                "This model has no semantic encoder, which reads images; "
-                "scripts/download-weights --only --with effnet, then scripts/save-weights, add it."
-            )
-        self.home.use("effnet")
-        return encode_pixels(self._run_effnet, to_pixels(image, self.device))
-
-    def _run_effnet(self, pixels: Tensor) -> Tensor:
-        (latents,) = self._recorder.run_once("effnet", lambda x: (self.effnet(x),), pixels)
-        return latents
+        self._check_encoder()
+        with current(self.device), self.recorder.of((image.height, image.width)):
+            return self.with_room(lambda: self._encode_start(image))
 
     def reconstruct(self, image: Image.Image, seed: int = 0, prompt: str = "") -> Image.Image:
         """What is left of a picture that is squeezed into semantic latents and painted anew by Stages B and A.
@@ -409,107 +573,169 @@ class Cascade:
             ValueError: as `encode`; diffusers' numerics do not have this size.
         """
         semantic = self.encode(image)
-        settings = self._settings(Request(prompt, seed=seed))["decoder"]
-        decoder_size, picture_size = self._decoder_size(semantic.shape[-2:], image.height, image.width)
-        text, negative = self._encode(prompt, "" if settings.guidance > 1 else None)
-        latents = finish(
-            decoder_steps(
-                self._run_decoder,
-                semantic,
-                text.pooled,
-                None if negative is None else negative.pooled,
-                size=decoder_size,
-                noise=Noise([seed], self.device),
-                sampler=self._sampler("ddpm"),
-                **vars(settings),
-            )
+        plan = self._plan(Request(prompt, seed=seed))
+        decoder_size, canvas = self._decoder_size(semantic.shape[-2:], image.height, image.width)
+
+        def paint() -> Tensor:
+            text, negative = self._encode(prompt, "" if plan.decoder.guidance > 1 else None)
+            noise = Noise([seed], self.device)
+            latents = finish(self._decoder_steps(semantic, text, negative, decoder_size, noise, plan))
+            finite = self._finite(semantic, latents)
+            (pixels,) = self._decode(latents)
+            finite()
+            return pixels
+
+        with current(self.device), self.recorder.of((image.height, image.width)):
+            return to_image(sizes.crop(self.with_room(paint), *canvas))
+
+    def with_room(self, work: Callable[[], T]) -> T:
+        """What `work` returns. If memory does not suffice, it is called again when all CUDA graphs have been given up.
+
+        Between the steps of a request, too: graphs are recorded again when they are needed.
+        """
+        try:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not len(self.recorder):
+                raise
+        self._forget_graphs()
+        return work()
+
+    def _decoder_steps(
+        self,
+        semantic: Tensor,
+        text: TextEmbeddings,
+        negative: TextEmbeddings | None,
+        size: sizes.Size,
+        noise: Noise,
+        plan: Plan,
+    ) -> Iterator[Step]:
+        return decoder_steps(
+            self._run_decoder,
+            semantic,
+            text.pooled,
+            None if negative is None else negative.pooled,
+            size=size,
+            noise=noise,
+            sampler=plan.sampler,
+            **vars(plan.decoder),
         )
-        (pixels,) = self._decode(latents)
-        return to_image(sizes.crop(pixels, *picture_size))
+
+    def _finite(self, semantic: Tensor, latents: Tensor) -> Callable[[], None]:
+        """Looks for NaN and infinities in the results of Stages C and B. What is returned raises if there are any.
+
+        To be called once the GPU has more to do: it waits for the answer.
+        """
+        found = torch.stack([semantic.isfinite().all(), latents.isfinite().all()])
+
+        def check() -> None:
+            for stage, network, finite in zip("CB", (self.prior, self.decoder), found.tolist(), strict=True):
+                if not finite:
+                    dtype = str(network.dtype).removeprefix("torch.")
+                    raise RuntimeError(
+                        f"Stage {stage} made latents that are not finite, in {dtype}: its weights are damaged, or need "
+                        "another dtype (CASCADE_DTYPE), such as float32."
+                    )
+
+        return check
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
         """Pictures (3, H, W) in 0..1 of Stage B's latents, in tiles if memory is scarce."""
         size = latents.shape[-2:]
         room = self.home.room(decoding_bytes(self.vqgan, *size))
-        return decode_pixels(self.vqgan, latents, self._stage_a_scale(), tile_within(self.vqgan, *size, room))
+        return decode_pixels(self.vqgan, latents, self.stage_a_scale, tile_within(self.vqgan, *size, room))
 
     def _forget_graphs(self) -> None:
         """Give up the memory that they hold."""
-        for recorder in self._recorders:
-            recorder.clear()
+        self.recorder.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _runner(self, name: str, network: StableCascadeUNet) -> UNet:
+        """Stage B or C as it is run: by graphs on a GPU, if its weights stay there meanwhile, and in its turn."""
+        graphs = self.device.type == "cuda" and not self.home.streams(name)
+        return self.home.on_turn(name, GraphedUNet(network, name, self.recorder) if graphs else network)
 
     def _encode(self, prompt: str, negative: str | None) -> tuple[TextEmbeddings, TextEmbeddings | None]:
         """Both texts in one forward: (1, 77, D) and (1, 1, D) each."""
         self.home.use("text_encoder")
-        both = self.conditioner.encode_text([prompt] if negative is None else [prompt, negative])
+        with self.recorder.of_no_size():
+            both = self.conditioner.encode_text([prompt] if negative is None else [prompt, negative])
         first, *rest = (TextEmbeddings(*one) for one in zip(both.tokens.split(1), both.pooled.split(1), strict=True))
         return first, rest[0] if rest else None
 
-    def _encode_image_prompts(self, request: Request) -> Tensor | None:
+    def _encode_image_prompts(self, request: Request) -> Tensor:
         """(1, N, D), times their strengths."""
-        if not request.image_prompts:
-            return None
         self.home.use("image_encoder")
-        embeddings = self.conditioner.encode_images([to_rgb(image) for image in request.image_prompts])
+        with self.recorder.of_no_size():
+            embeddings = self.conditioner.encode_images([to_rgb(image) for image in request.image_prompts])
         strengths = request.image_prompt_strengths or (1.0,) * len(request.image_prompts)
         return embeddings.transpose(0, 1) * embeddings.new_tensor(strengths).view(1, -1, 1)
 
-    def _encode_start(self, image: Image.Image, height: int, width: int) -> Tensor:
-        """The semantic latents (1, 16, h, w) of an image in the size of the pictures."""
-        if self.numerics.size_from_semantic:
-            raise ValueError("There is an image to begin with; diffusers' numerics have no image-to-image.")
-        return self.encode(fitted(image, height, width))
+    def _encode_start(self, image: Image.Image) -> Tensor:
+        """The semantic latents, float32 (1, 16, h, w), of a picture."""
+        self.home.use("effnet")
+        return encode_pixels(self._run_effnet, to_pixels(image, self.device))
+
+    def _run_effnet(self, pixels: Tensor) -> Tensor:
+        return self.recorder.run_once("effnet", self.effnet, pixels)
 
     @torch.no_grad()
-    def _residuals(self, request: Request, mask: np.ndarray | None, height: int, width: int) -> list[Residuals]:
-        """What the ControlNets add for pictures of this size: one forward a control."""
-        controls = list(request.controls)
-        if mask is not None and self._fits("inpainting") and all(one.kind != "inpainting" for one in controls):
-            controls.append(Control("inpainting", request.image))
-        if controls and self.numerics.size_from_semantic:
-            raise ValueError("There are controls; diffusers' numerics have no ControlNet.")
-        residuals = []
-        for one in controls:
-            network = self._controlnet(one.kind)
-            read = self._read_control(one, mask, height, width)
-            self.home.use(f"controlnet_{one.kind}")
-            made = self._recorder.run_once(one.kind, lambda x, network=network: tuple(network(x).values()), read)
-            blocks = dict(zip(network.config.proj_blocks, made, strict=True))
-            residuals.append(Residuals(blocks, one.scale, one.start, one.end))
-        return residuals
+    def _residuals(self, control: Control, plan: Plan) -> Residuals:
+        """What a ControlNet adds for pictures of this size: one forward."""
+        network = self.controlnets[control.kind]
+        read = self._read_control(control, plan.mask, *plan.size)
+        self.home.use(f"controlnet_{control.kind}")
+        blocks = self.recorder.run_once(f"controlnet_{control.kind}", network, read)
+        return Residuals(blocks, control.scale, control.start, control.end)
 
-    def _controlnet(self, kind: str) -> ControlNet:
+    def _check_encoder(self) -> None:
+        if self.effnet is None:
+            raise self._missing("semantic encoder, which reads images", "effnet")
+
+    def _check_control(self, kind: str, height: int, width: int) -> None:
+        """Make sure that this model has a ControlNet for pictures of this size."""
         if kind not in self.controlnets:
-            raise ValueError(
-                f"This model has no controlnet_{kind}, which a control of this kind needs; "
-                "scripts/download-weights --only --with controlnet, then scripts/save-weights, add it."
-            )
+            what = "upscale and controls" if kind == "super_resolution" else "controls"
+            raise self._missing(f"controlnet_{kind}, which {what} of the kind {kind!r} need", "controlnet")
         if not self._fits(kind):
             raise ValueError(
                 f"controlnet_{kind} was trained with a Stage C of width {self.controlnets[kind].config.out_channels}; "
-                f"this model's has {self.prior.config.block_out_channels[0]}."
+                f"this model's has {self._width}."
             )
-        return self.controlnets[kind]
+        if kind == "super_resolution":
+            self._check_encoder()
+            smallest = 2 * sizes.SMALLEST
+            if min(height, width) <= smallest - 2:
+                raise ValueError(
+                    f"The picture has {width}x{height} pixels; with a control of the kind {kind!r}, it must have at "
+                    f"least {smallest}x{smallest}."
+                )
 
     def _fits(self, kind: str) -> bool:
         """Whether there is such a ControlNet, for this Stage C: the published ones are not for the lite one."""
         network = self.controlnets.get(kind)
-        return network is not None and network.config.out_channels == self.prior.config.block_out_channels[0]
+        return network is not None and network.config.out_channels == self._width
+
+    @property
+    def _width(self) -> int:
+        """Channels of Stage C's finest level, by which one tells published networks from others."""
+        return self.prior.config.block_out_channels[0]
+
+    def _missing(self, what: str, download: str) -> ValueError:
+        """This model lacks something; says where it comes from: what was published serves the published model only."""
+        widths = (PUBLISHED_WIDTH,) if download == "controlnet" else PUBLISHED_WIDTHS
+        advice = f"none was published for a Stage C of width {self._width}, but docs/training.md says how to train one"
+        if self._width in widths:
+            advice = f"scripts/download-weights --only --with {download}, then scripts/save-weights, add it"
+        return ValueError(f"This model has no {what}; {advice}.")
 
     def _read_control(self, control: Control, mask: np.ndarray | None, height: int, width: int) -> Tensor:
         """What a ControlNet is given for pictures of this size."""
         if control.kind == "super_resolution":
             half = -(-height // 2), -(-width // 2)
-            if min(half) < sizes.SMALLEST:
-                smallest = 2 * sizes.SMALLEST
-                raise ValueError(
-                    f"The picture has {width}x{height} pixels; with a control of the kind {control.kind!r}, it must "
-                    f"have at least {smallest}x{smallest}."
-                )
             # controls.super_resolution halves a picture of full size, to train with; this one is of half the size.
-            return F.interpolate(self.encode(fitted(control.image, *half)), scale_factor=2, mode="nearest")
+            return F.interpolate(self._encode_start(fitted(control.image, *half)), scale_factor=2, mode="nearest")
         native = sizes.native_size(height, width)
         pixels = sizes.pad(to_pixels(fitted(control.image, height, width), self.device), *native)
         if control.kind == "canny":
@@ -546,15 +772,6 @@ class Cascade:
             rows, columns = sizes.diffusers_decoder_size(semantic)
             return (rows, columns), (rows * sizes.STAGE_A_FACTOR, columns * sizes.STAGE_A_FACTOR)
         return sizes.decoder_size(*sizes.native_size(height, width)), (height, width)
-
-    def _stage_a_scale(self) -> float:
-        said = self.vqgan.config.scale_factor
-        return dict(self.numerics.stage_a_scales).get(said, said)
-
-
-def find_device() -> torch.device:
-    """CUDA if there is such a device, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _choose(mode: str, opened: ModelFolder, names: Collection[str], device: torch.device, dtype: torch.dtype) -> Choice:

@@ -1,7 +1,9 @@
 """The chain: requests, progress, randomness, sizes."""
 
+import functools
 import itertools
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from cascade.sampling import Noise, diffuse
 from cascade.weights import CONTROLNETS, WeightsError
 from tests.tiny import count_calls, make_cascade
 
+WITHOUT_CONTROLNET = ("previewer", "effnet", "image-encoder")
 SMALL = {"width": 64, "height": 64, "steps_prior": 2, "steps_decoder": 2}
 
 
@@ -70,16 +73,25 @@ def test_optional_components_may_be_missing(model_folder: Path, tmp_path: Path) 
     assert len(cascade.generate(Request("a cat", **SMALL))) == 1
     with pytest.raises(ValueError, match="no previewer"):
         cascade.preview(torch.zeros(1, 16, 2, 2))
-    with pytest.raises(ValueError, match=r"no semantic encoder.*--with effnet, then scripts/save-weights, add it\."):
-        cascade.generate(Request("a cat", image=photo(64, 64), **SMALL))
-    with pytest.raises(
-        ValueError, match=r"no image encoder.*--with image-encoder, then scripts/save-weights, add it\."
-    ):
-        cascade.generate(Request("a cat", image_prompts=(photo(64, 64),), **SMALL))
-    with pytest.raises(
-        ValueError, match=r"no controlnet_canny, .*--with controlnet, then scripts/save-weights, add it\."
-    ):
-        cascade.generate(Request("a cat", controls=(Control("canny", photo(64, 64)),), **SMALL))
+    for width, published in ((16, ()), (1536, WITHOUT_CONTROLNET), (2048, (*WITHOUT_CONTROLNET, "controlnet"))):
+        cascade.prior.register_to_config(block_out_channels=(width, width))
+        for what, part, options in (
+            ("no previewer, which previews need", "previewer", None),
+            ("no semantic encoder, which reads images", "effnet", {"image": photo(64, 64)}),
+            ("no image encoder, which image prompts need", "image-encoder", {"image_prompts": (photo(64, 64),)}),
+            ("no controlnet_canny, which", "controlnet", {"controls": (Control("canny", photo(64, 64)),)}),
+        ):
+            needs = cascade.check_previewer
+            if options is not None:
+                needs = functools.partial(cascade.generate, Request("a cat", **options, **SMALL))
+            with pytest.raises(ValueError, match=f"^This model has {what}.*; ") as caught:
+                needs()
+            advice = f"scripts/download-weights --only --with {part}, then scripts/save-weights, add it."
+            if part not in published:
+                advice = (
+                    f"none was published for a Stage C of width {width}, but docs/training.md says how to train one."
+                )
+            assert str(caught.value).endswith(f"; {advice}")
 
 
 def test_a_needed_component_may_not(model_folder: Path, tmp_path: Path) -> None:
@@ -94,25 +106,54 @@ def test_progress_counts_all_work(cascade: Cascade) -> None:
     request = Request("a cat", num_images=5, **{**SMALL, "steps_decoder": 1})
     progress = list(cascade.steps(request))
     batch = ["prior", "prior", "decoder"]
-    assert [one.stage for one in progress] == [*batch, *["image"] * 4, *batch, "image"]
+    assert [one.stage for one in progress] == ["text", *batch, *["image"] * 4, *batch, "image"]
     assert [one.done for one in progress] == list(range(1, len(progress) + 1))
     assert {one.total for one in progress} == {len(progress)}
     for one in progress:
         assert (one.image is None) == (one.stage != "image")
-        assert (one.latents is None) == (one.stage == "image")
-    assert [tuple(one.latents.shape) for one in progress[:3]] == [(4, 16, 2, 2)] * 2 + [(4, 4, 16, 16)]
+        assert (one.latents is not None) == (one.stage in ("prior", "decoder"))
+    assert [tuple(one.latents.shape) for one in progress[1:4]] == [(4, 16, 2, 2)] * 2 + [(4, 4, 16, 16)]
+
+
+def test_every_input_image_is_a_piece_of_work(cascade: Cascade) -> None:
+    image = photo(128, 128)
+    request = Request(
+        "a cat",
+        image_prompts=(image, image),
+        image=image,
+        mask=Image.new("L", (128, 128), 255),
+        controls=(Control("canny", image), Control("super_resolution", image)),
+        steps_prior=1,
+        steps_decoder=1,
+    )
+    progress = list(cascade.steps(request))
+    # The image prompts, the image to begin with, two controls, and the one that the mask brings.
+    assert [one.stage for one in progress] == ["text", *["input_images"] * 5, "prior", "decoder", "image"]
+    assert [one.done for one in progress] == list(range(1, 10))
+    assert {one.total for one in progress} == {9}
+
+
+def test_nothing_is_computed_for_what_cannot_be_made(
+    components: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cascade = make_cascade({name: part for name, part in components.items() if name not in CONTROLNETS})
+    texts = count_calls(cascade.conditioner.text_encoder, monkeypatch)
+    images = count_calls(cascade.effnet, monkeypatch)
+    with pytest.raises(ValueError, match="no controlnet_canny"):
+        cascade.generate(Request("a cat", image=photo(64, 64), controls=(Control("canny", photo(64, 64)),)))
+    assert texts == images == []
 
 
 def test_whoever_iterates_may_stop(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
     forwards = count_calls(cascade.prior, monkeypatch)
     steps = cascade.steps(Request("a cat", **{**SMALL, "steps_prior": 9}))
-    for _ in itertools.islice(steps, 2):
+    for _ in itertools.islice(steps, 3):
         pass
     steps.close()
     assert len(forwards) == 2
 
     def cancel(progress: Progress) -> None:
-        if progress.done == 3:
+        if progress.done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -196,7 +237,7 @@ def test_as_many_steps_as_belong_to_the_strength(
     progress = list(cascade.steps(request))
     assert len(forwards) == sum(one.stage == "prior" for one in progress) == steps
     assert [one.done for one in progress] == list(range(1, len(progress) + 1))
-    assert {one.total for one in progress} == {steps + 2 + 1}
+    assert {one.total for one in progress} == {1 + 1 + steps + 2 + 1}
 
 
 def test_strength_0_is_a_reconstruction(cascade: Cascade) -> None:
@@ -337,17 +378,34 @@ def test_pictures_and_pixels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("configured", "numerics", "expected"),
-    [(0.3764, "official", 0.43), (0.3764, "diffusers", 0.3764), (0.5, "official", 0.5), (0.5, "diffusers", 0.5)],
+    ("configured", "said", "numerics", "expected"),
+    [
+        (0.3764, 0.43, "official", 0.43),
+        (0.3764, 0.43, "diffusers", 0.3764),
+        (0.3764, None, "official", 0.3764),
+        (0.5, None, "official", 0.5),
+        (0.5, None, "diffusers", 0.5),
+    ],
 )
-def test_published_scale_of_stage_a_is_corrected_and_any_other_left(
-    components: dict[str, Any], monkeypatch: pytest.MonkeyPatch, configured: float, numerics: str, expected: float
+def test_scale_of_stage_a(
+    components: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    configured: float,
+    said: float | None,
+    numerics: str,
+    expected: float,
 ) -> None:
-    cascade = make_cascade(components, numerics=numerics)
+    """The model folder's, which corrects the published configuration; one of one's own may be what that has, too."""
+    cascade = make_cascade(components, numerics=numerics, stage_a_scale=said)
     cascade.vqgan.register_to_config(scale_factor=configured)
     scales = []
     decode = cascade.vqgan.decode
-    monkeypatch.setattr(cascade.vqgan, "decode", lambda latents, scale: scales.append(scale) or decode(latents, scale))
+
+    def watched(latents: torch.Tensor, scale: float | None) -> torch.Tensor:
+        scales.append(cascade.vqgan.config.scale_factor if scale is None else scale)
+        return decode(latents, scale)
+
+    monkeypatch.setattr(cascade.vqgan, "decode", watched)
     cascade.generate(Request("a cat"))
     assert scales == [expected]
 
@@ -405,26 +463,145 @@ def test_wrong_options_are_refused(components: dict[str, Any]) -> None:
         make_cascade(components, max_batch=0)
 
 
-def test_where_even_one_picture_does_not_fit_it_is_made_without_graphs(
+# ---- memory that does not suffice, numbers that are none ----
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+]
+
+
+def everything(**options: Any) -> Request:
+    """A request in which every network runs."""
+    image = photo(128, 128)
+    small = {"width": 128, "height": 128, "steps_prior": 1, "steps_decoder": 1}
+    controls = (Control("canny", image), Control("super_resolution", image))
+    return Request(
+        "a cat", image=image, image_prompts=(image,), controls=controls, num_images=2, **{**small, **options}
+    )
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("part", ["text_encoder", "image_encoder", "effnet", "controlnet_canny", "prior", "vqgan"])
+def test_whatever_memory_does_not_suffice_for_is_tried_again(
+    components: dict[str, Any], monkeypatch: pytest.MonkeyPatch, part: str, error: Exception
+) -> None:
+    cascade = make_cascade(components)
+    expected = cascade.generate(everything())
+    owner = cascade.conditioner if part.endswith("encoder") else cascade
+    network = cascade.controlnets["canny"] if part == "controlnet_canny" else getattr(owner, part)
+    method = "decode" if part == "vqgan" else "forward"
+    works, failures = getattr(network, method), []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if not failures:
+            failures.append(1)
+            raise error
+        return works(*args, **options)
+
+    monkeypatch.setattr(network, method, failing)
+    progress = list(cascade.steps(everything()))
+    assert failures
+    assert progress[-1].done == progress[-1].total == len(progress)
+    made = [one.image for one in progress if one.image is not None]
+    for one, other in zip(made, expected, strict=True):
+        assert np.abs(read(one) - read(other)).max() <= 1
+
+
+def test_memory_that_never_suffices_is_an_error(components: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = make_cascade(components)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ERRORS[1]
+
+    monkeypatch.setattr(cascade.effnet, "forward", fail)
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED"):
+        cascade.generate(everything())
+    monkeypatch.undo()
+    assert len(cascade.generate(everything())) == 2
+
+
+def test_fewer_at_a_time_where_memory_does_not_suffice(
+    components: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For later requests of this size, too; until more memory is free than when that was found out."""
+    cascade = make_cascade(components)
+    free = [2**30]
+    monkeypatch.setattr("cascade.cascade.usable", lambda _: free[0])
+    room = [1]
+    batches: list[int] = []
+
+    def forward(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        batches.append(inputs[0].shape[0])
+        if batches[-1] > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    unguided = {"guidance_scale_prior": 1.0, "guidance_scale_decoder": 1.0, "num_images": 4, **SMALL}
+    with cascade.decoder.register_forward_pre_hook(forward):
+        cascade.generate(Request("a cat", **unguided))
+        assert batches == [4, 2, *[1] * 8]
+        assert [record.getMessage() for record in caplog.records] == [
+            "Out of memory with 4 pictures at a time of 64x64: going on with 2 at a time.",
+            "Out of memory with 2 pictures at a time of 64x64: going on with 1 at a time.",
+        ]
+        batches.clear()
+        cascade.generate(Request("a cat", **unguided))
+        assert batches == [1] * 8
+        cascade.generate(Request("a cat", **{**unguided, "width": 72}))
+        assert batches[8:10] == [4, 2]
+        batches.clear()
+        free[0], room[0] = 2**31, 4
+        cascade.generate(Request("a cat", **unguided))
+        assert batches == [4, 4]
+
+
+def test_where_not_even_one_picture_fits_graphs_are_given_up(
     components: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a failure, first without the graphs of other sizes; the next request of this size does not try again."""
+    """For all networks of later requests of this size, the encoders too; not for those of another size."""
     cascade = make_cascade(components)
     (expected,) = cascade.generate(Request("a cat", **SMALL))
-    records: list[bool] = []
+    recorded: list[bool] = []
+
+    def records() -> bool:
+        return cascade.conditioner.recorder.records
 
     def forward(*_: object) -> None:
-        records.append(all(recorder.records for recorder in cascade._recorders))
-        if records[-1]:
+        recorded.append(records())
+        if records():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with cascade.decoder.register_forward_pre_hook(forward):
         (image,) = cascade.generate(Request("a cat", **SMALL))
-        assert records == [True, True, False, False]
+        assert recorded == [True, False, False]
         assert np.array_equal(read(image), read(expected))
-        lines = [record.getMessage() for record in caplog.records]
-        assert [line.rpartition("without ")[2] for line in lines] == ["the graphs so far.", "graphs, more slowly."]
+        assert [record.getMessage() for record in caplog.records] == [
+            "Out of memory with 1 picture at a time of 64x64: going on without CUDA graphs, more slowly."
+        ]
+    seen: list[bool] = []
+    with cascade.conditioner.text_encoder.register_forward_pre_hook(lambda *_: seen.append(records())):
         cascade.generate(Request("a cat", **SMALL))
-        assert records[4:] == [False, False]
         cascade.generate(Request("a cat", **{**SMALL, "width": 72}))
-        assert records[6:] == [True, True, False, False]
+        cascade.generate(Request("a cat", **SMALL))
+    assert seen == [False, True, False]
+    assert records(), "outside of requests"
+
+
+@pytest.mark.parametrize(("stage", "letter"), [("prior", "C"), ("decoder", "B")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_latents_that_are_not_finite_end_the_work(
+    components: dict[str, Any], stage: str, letter: str, value: float
+) -> None:
+    cascade = make_cascade(components)
+    with torch.no_grad():
+        getattr(cascade, stage).clf[1].bias[0] = value
+    with pytest.raises(RuntimeError, match="not finite") as caught:
+        cascade.generate(Request("a cat", **SMALL))
+    assert str(caught.value) == (
+        f"Stage {letter} made latents that are not finite, in float32: its weights are damaged, or need another dtype "
+        "(CASCADE_DTYPE), such as float32."
+    )
+    if stage == "decoder":
+        with pytest.raises(RuntimeError, match="Stage B made latents that are not finite"):
+            cascade.reconstruct(photo(64, 64))

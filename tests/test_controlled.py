@@ -53,8 +53,9 @@ def test_every_setting_of_a_control_changes_the_picture(cascade: Cascade, kind: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_controlnet_that_is_not_there(cascade: Cascade, kind: str) -> None:
     others = {name: network for name, network in cascade.controlnets.items() if name != kind}
+    needed_by = "upscale and controls" if kind == "super_resolution" else "controls"
     with pytest.raises(
-        ValueError, match=rf"^This model has no controlnet_{kind}, which a control of this kind needs; "
+        ValueError, match=rf"^This model has no controlnet_{kind}, which {needed_by} of the kind '{kind}' need; "
     ):
         Cascade(**{**vars_of(cascade), "controlnets": others}).generate(request(kind))
 

@@ -15,6 +15,8 @@ from cascade.networks.effnet import SemanticEncoder
 
 # Where the published networks add their residuals: Stage C's ResBlocks in execution order, 0-31 down and 32-63 up.
 PUBLISHED_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)
+# The width of the Stage C that they are for.
+PUBLISHED_WIDTH = 2048
 # What the published networks read, and how many channels that has.
 KINDS = {"canny": 1, "inpainting": 4, "super_resolution": 16}
 # Widths of the published "large" backbone.

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from cascade.cascade import Cascade, Request
+from cascade.controls import Control
 
 SMALL = {"width": 64, "height": 64, "steps_prior": 3, "steps_decoder": 2}
 
@@ -77,6 +78,57 @@ def test_a_gpu_is_used_where_there_is_one_and_in_bfloat16(model_folder: Path) ->
             assert progress.latents.dtype == torch.float32
             assert progress.latents.isfinite().all()
     assert progress.image.size == (64, 64)
+
+
+def everything(cascade: Cascade, size: int = 128) -> list[Image.Image]:
+    """Pictures of which every network makes something."""
+    small = {"width": size, "height": size, "steps_prior": 3, "steps_decoder": 2}
+    (image,) = cascade.generate(Request("a red apple", seed=1, **small))
+    controls = tuple(Control(kind, image) for kind in cascade.controlnets)
+    mask = Image.new("L", (size, size), "white")
+    given = {"image": image, "image_prompts": (image,), "mask": mask, "controls": controls}
+    images = [image, *cascade.generate(Request("a blue cup", num_images=2, **given, **small))]
+    for progress in cascade.steps(Request("a cat", **small)):
+        if progress.stage == "prior":
+            images += cascade.preview(progress.latents)
+    return [*images, cascade.reconstruct(image)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("memory", ["resident", "offload", "stream"])
+def test_the_second_gpu_makes_the_pictures_of_the_first(
+    mini_with_controlnets: Path, memory: str, dtype: torch.dtype
+) -> None:
+    """While the first is the current one, whose memory it leaves alone; and both in one process."""
+    before = torch.cuda.memory_reserved(0)
+    second = Cascade.load(mini_with_controlnets, "cuda:1", dtype, memory=memory)
+    pictures = [everything(second) for _ in range(2)]
+    assert torch.cuda.current_device() == 0
+    assert torch.cuda.memory_reserved(0) == before
+    first = Cascade.load(mini_with_controlnets, "cuda:0", dtype, memory=memory)
+    pictures += [everything(first) for _ in range(2)]
+    for one, other in [*zip(pictures[0], pictures[2], strict=True), *zip(pictures[1], pictures[3], strict=True)]:
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+    third = everything(second, 192)  # captured after a capture on the first
+    for one, other in zip(third, everything(first, 192), strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_current_device_is_the_callers_between_steps(model_folder: Path) -> None:
+    steps = Cascade.load(model_folder, "cuda:1").steps(Request("a cat", **SMALL))
+    for _ in steps:
+        assert torch.cuda.current_device() == 0
+
+
+def test_float16_makes_the_pictures_of_float32() -> None:
+    folder = Path(__file__).parents[2] / "weights" / "mini"
+    half, exact = (Cascade.load(folder, "cuda", dtype) for dtype in ("float16", "float32"))
+    for seed in range(4):
+        request = Request("a red apple on a green background", seed=seed)
+        (one,), (other,) = half.generate(request), exact.generate(request)
+        assert np.abs(np.asarray(one).astype(float) - np.asarray(other)).mean() <= 2
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])

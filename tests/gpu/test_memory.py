@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 import cascade.cascade
-from cascade.cascade import Cascade, Request, find_device
+from cascade.cascade import Cascade, Request
 from cascade.controls import Control
 from cascade.decoder import decode_pixels
+from cascade.graphs import Recorder
 from cascade.memory import GIB, Choice
 from cascade.packing import Packed
+from tests.conftest import MINI
 from tests.gpu.full_size import make_stage_a, published_config
 from tests.hub.repositories import write_download
 
@@ -72,13 +74,6 @@ def test_every_mode_makes_the_pictures_of_the_resident_one(
     assert difference(resident.reconstruct(image), other.reconstruct(image)).max() <= 1
 
 
-class Every:
-    """Holds whatever one asks for."""
-
-    def __contains__(self, _: object) -> bool:
-        return True
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_graphs_change_no_picture(
     mini_with_controlnets: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
@@ -86,15 +81,15 @@ def test_graphs_change_no_picture(
     """Those of encoders and ControlNets, too; and what is done where memory does not suffice for graphs."""
     graphed = load(mini_with_controlnets, "resident", dtype, monkeypatch)
     plain = load(mini_with_controlnets, "resident", dtype, monkeypatch)
-    plain._without_graphs = Every()
-    for recorder in plain._recorders:
-        recorder.records = False
     (image,) = graphed.generate(Request("a green ball", width=256, height=256, steps_prior=4, steps_decoder=3))
     for request in [*make_requests(image)] * 2:
-        for one, two in zip(graphed.generate(request), plain.generate(request), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(Recorder, "run", torch.no_grad()(lambda _, key, function, *given: function(*given)))
+            expected = plain.generate(request)
+        for one, two in zip(graphed.generate(request), expected, strict=True):
             assert difference(one, two).max() <= 1
-    assert sum(len(recorder.recordings) for recorder in graphed._recorders) > 8
-    assert not any(recorder.recordings for recorder in plain._recorders)
+    assert len(graphed.recorder) > 8
+    assert len(plain.recorder) == 0
 
 
 @pytest.mark.parametrize("mode", list(CHOICES))
@@ -115,6 +110,34 @@ def test_what_runs_between_the_steps_disturbs_nothing(
     next(other.steps(request))  # stopped halfway
     for one, two in zip(resident.generate(request), other.generate(request), strict=True):
         assert difference(one, two).max() <= 1
+
+
+def test_what_was_learned_is_forgotten_when_more_memory_is_free(caplog: pytest.LogCaptureFixture) -> None:
+    """On the miniature: four pictures at a time, fewer where another takes the memory, and four again."""
+    loaded = Cascade.load(MINI, "cuda:0", memory="resident")
+    request = Request("a red apple", num_images=4, width=1024, height=1024, steps_prior=1, steps_decoder=1)
+
+    def batches() -> int:
+        progress = list(loaded.steps(request))
+        assert sum(one.image is not None for one in progress) == 4
+        return sum(one.stage == "decoder" for one in progress)
+
+    assert batches() == 1
+    total = torch.cuda.get_device_properties(0).total_memory
+    for spare in range(2000, 0, -100):  # MiB
+        loaded.recorder.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare * 2**20) / total)
+        if (made := batches()) > 1:
+            break
+    assert made > 1
+    caplog.clear()
+    assert batches() == made
+    assert "Out of memory" not in caplog.text
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert batches() == 1
+    assert "Out of memory" not in caplog.text
 
 
 def copies_beside_the_work(source: torch.Tensor) -> bool:
@@ -226,7 +249,7 @@ def test_limits_at_full_size(full_size: Path, pictures: dict[int, Image.Image], 
 
 def test_more_than_there_is_is_not_chosen() -> None:
     with limited(10):
-        assert cascade.cascade.available(find_device()) <= 10 * GIB
+        assert cascade.cascade.available(torch.device("cuda", 0)) <= 10 * GIB
         held = torch.empty(GIB, dtype=torch.uint8, device="cuda")
-        assert cascade.cascade.available(find_device()) <= 9 * GIB
+        assert cascade.cascade.available(torch.device("cuda", 0)) <= 9 * GIB
         del held

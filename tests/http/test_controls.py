@@ -133,7 +133,7 @@ def test_values_of_the_wrong_kind_are_422(controlled: Server, wrong: dict[str, A
     assert problem["loc"][2].startswith(next(iter(wrong)))
 
 
-def test_a_model_without_controlnets_says_what_fetches_them(tmp_path: Path) -> None:
+def test_a_model_without_controlnets_says_where_they_come_from(tmp_path: Path) -> None:
     folder = shutil.copytree(MINI, tmp_path / "mini")
     content = json.loads((folder / "model.json").read_text())
     content["files"] = {path: value for path, value in content["files"].items() if not path.startswith("controlnet")}
@@ -142,12 +142,14 @@ def test_a_model_without_controlnets_says_what_fetches_them(tmp_path: Path) -> N
         shutil.rmtree(part)
     server = Server(tmp_path, weights=folder)
     try:
-        command = "; scripts/download-weights --only --with controlnet, then scripts/save-weights, add it."
+        # Those that were published are for another Stage C than the miniature's.
+        advice = "; none was published for a Stage C of width 240, but docs/training.md says how to train one."
         assert refusal(server, control_images=[CONTROL]) == (
-            f"This model has no controlnet_canny, which a control of this kind needs{command}"
+            f"This model has no controlnet_canny, which controls of the kind 'canny' need{advice}"
         )
         assert refusal(server, image=CONTROL, upscale=True, width=None, height=None) == (
-            f"This model has no controlnet_super_resolution, which a control of this kind needs{command}"
+            "This model has no controlnet_super_resolution, which upscale and controls of the kind 'super_resolution' "
+            f"need{advice}"
         )
     finally:
         server.stop()
