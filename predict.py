@@ -4,12 +4,7 @@ Cog's schema generator reads this file without running it: what stands in an ``I
 this file, a description is one literal, and an input that may be left out is ``| None`` with the default None.
 """
 
-import base64
-import contextlib
-import functools
 import inspect
-import io
-import itertools
 import logging
 import math
 import os
@@ -21,29 +16,32 @@ import sys
 import tempfile
 import time
 import typing
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 from cog import BaseRunner, Input, Path
 from PIL import Image
-from tqdm import tqdm
+from torch import Tensor
 
 from cascade import sizes
-from cascade.cascade import Cascade, Progress, find_device
+from cascade.cascade import Cascade, Progress
 from cascade.controls import Control
 from cascade.images.metadata import save_picture
 from cascade.inpainting import extend
 from cascade.networks.controlnet import KINDS
 from cascade.pictures import read_picture
 from cascade.request import MOST_IMAGES, Request, upscaling
+from cascade.running.device import SettingError, choose_device
+from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
 from serving.metadata import Detail, metadata
+from serving.progress import Stopwatch, iterate_on, shown, timed, with_previews
 from serving.record import Origin, Record
 
 logger = logging.getLogger(__name__)
@@ -56,31 +54,34 @@ SEEDS = 2**32
 LAST_LINES = 0.2
 # Four pictures of the largest size, as PNG, and some.
 DISK_NEEDED = 200_000_000
-PREVIEW_QUALITY = 80
 
 
 class Predictor(BaseRunner):
     """Text and images to images."""
 
     cascade: Cascade | None = None
+    gpu_is_lost = False
 
     def setup(self) -> None:
         """Load the safety checker and the model, onto the GPU if there is one. Fetches nothing.
 
         Raises:
             WeightsError: the weights are missing or damaged.
-            ValueError: CASCADE_MEMORY is none of auto, resident, offload and stream, or CASCADE_METADATA none of full,
-                settings and none.
+            ValueError: CASCADE_DEVICE, CASCADE_DTYPE, CASCADE_MEMORY or CASCADE_METADATA has a value that is not allowed.
         """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         self.detail = Detail.from_environment()
         folder = find_weights()
         opened = ModelFolder.open(folder)
-        # First, so that the model knows how much memory is left.
-        self.safety = load_safety_checker(folder, find_device())
-        start = time.perf_counter()
-        memory = os.environ.get("CASCADE_MEMORY") or "auto"
-        cascade = Cascade.load(folder, memory=memory, log_prompts=self.detail is Detail.FULL)
+        wanted = {name: os.environ.get(f"CASCADE_{name.upper()}") or "auto" for name in ("device", "dtype", "memory")}
+        try:
+            device, _, _ = choose_device(wanted["device"], wanted["dtype"])
+            # First, so that the model knows how much memory is left.
+            self.safety = load_safety_checker(folder, device)
+            start = time.perf_counter()
+            cascade = Cascade.load(folder, **wanted, log_prompts=self.detail is Detail.FULL)
+        except SettingError as error:
+            raise ValueError(f"CASCADE_{error.name.upper()} {error.problem}") from None
         logger.info(
             "Loaded %s from %s, %.2f GB, onto %s as %s, %s, in %.1f s.",
             opened.name,
@@ -93,11 +94,6 @@ class Predictor(BaseRunner):
         )
         self.origin = Origin.of(cascade, opened)
         self.watch = Stopwatch(cascade.device)
-        conditioner = cascade.conditioner
-        conditioner.encode_text = self.watch.after(conditioner.encode_text, "text")
-        for network in (conditioner.image_encoder, cascade.effnet, *cascade.controlnets.values()):
-            if network is not None:
-                network.register_forward_hook(lambda *_: self.watch.lap("input_images"))
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         self.model_thread = ThreadPoolExecutor(1, "model")
         time.sleep(LAST_LINES)
@@ -106,14 +102,26 @@ class Predictor(BaseRunner):
     def healthcheck(self) -> bool:
         """Whether predictions can work: the model is loaded, the GPU answers, the disk has room. Takes microseconds.
 
-        Raises:
-            RuntimeError: the GPU was lost; the message is CUDA's.
+        Once the GPU has been lost, which only another process can mend, it stays False.
         """
-        if self.cascade is None:
+        if self.cascade is None or self.gpu_is_lost:
             return False
         if self.cascade.device.type == "cuda":
-            torch.cuda.current_stream(self.cascade.device).query()  # does not wait for it
-        return shutil.disk_usage(tempfile.gettempdir()).free > DISK_NEEDED
+            try:
+                torch.cuda.current_stream(self.cascade.device).query()  # does not wait for it
+            except RuntimeError:
+                self._look_after_gpu()
+        return not self.gpu_is_lost and shutil.disk_usage(tempfile.gettempdir()).free > DISK_NEEDED
+
+    def _look_after_gpu(self) -> None:
+        """Find out whether the GPU can still be used, after an error; free the memory that nothing holds."""
+        if self.cascade.device.type != "cuda" or self.gpu_is_lost:
+            return
+        if is_lost(self.cascade.device):
+            self.gpu_is_lost = True
+            logger.error("The GPU can't be used by this process any more: the health check fails from now on.")
+        else:
+            torch.cuda.empty_cache()
 
     def run(
         self,
@@ -302,8 +310,11 @@ class Predictor(BaseRunner):
         record = Record.of(request, given, self.origin, hashed=self.detail is Detail.FULL)
 
         try:
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 return self._make(request, record, ending, quality, safety, previews)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
             # Only here are the error, and all that its traceback kept in memory, gone.
             raise ValueError(self._what_would_fit(request))
         except BaseException as error:  # Cog cancels by one that is no Exception
@@ -311,8 +322,7 @@ class Predictor(BaseRunner):
                 logger.exception("The prediction failed.")  # Cog shows the message alone
             error.__traceback__ = None  # through which frames, and so tensors, would stay alive
             self.outputs.cleanup()
-            if self.cascade.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._look_after_gpu()
             raise
 
     def _make(
@@ -324,6 +334,8 @@ class Predictor(BaseRunner):
         safety: SafetyChecker | None,
         previews: bool,
     ) -> list[Path]:
+        if previews:
+            self.cascade.check_previewer()
         seeds = seeds_of(request)
         logger.info("Seeds: %s", ", ".join(map(str, seeds)))
         self.record_metric("seeds", seeds)
@@ -331,11 +343,15 @@ class Predictor(BaseRunner):
         reset_peak_memory(self.cascade.device)
 
         kept: dict[int, Path] = {}
-        steps = self._with_previews(self._steps(request), safety) if previews else self._steps(request)
+        steps = self._steps(request)
+        if previews:
+            steps = with_previews(
+                steps, lambda latents: self._preview(latents, safety), partial(self.record_metric, "previews")
+            )
         images = (progress.image for progress in steps if progress.image is not None)
         for index, image in enumerate(images):
             if safety is not None:
-                flagged = self.model_thread.submit(safety.flags, image).result()
+                flagged = self._flags(safety, image)
                 self.watch.lap("safety")
                 if flagged:
                     logger.warning("Picture %d (seed %d) was flagged by the safety checker.", index, seeds[index])
@@ -359,44 +375,37 @@ class Predictor(BaseRunner):
 
     def _steps(self, request: Request) -> Iterator[Progress]:
         """The work, shown and timed."""
-        # Lines are for Replicate, which finds the progress in those that begin with a percentage.
-        bar_class = tqdm if sys.stderr.isatty() else ProgressLines
-        with bar_class(unit="step", mininterval=0, delay=1e-6) as bar:  # the total is known after the first step
-            for part in parts_of(request):
-                before = bar.n
-                for progress in iterate_on(self.model_thread, self.cascade.steps(part)):
-                    self.watch.lap("prior" if progress.stage == "prior" else "decoder")
-                    bar.total = before + progress.total
-                    bar.set_postfix_str(progress.stage, refresh=False)
-                    bar.update()
-                    yield progress
+        parts = (iterate_on(self.model_thread, self.cascade.steps(part)) for part in parts_of(request))
+        return timed(shown(parts), self.watch)
 
-    def _with_previews(self, steps: Iterator[Progress], safety: SafetyChecker | None) -> Iterator[Progress]:
-        """The work; after each step of Stage C the metric ``previews`` has small pictures of it, as data URLs.
+    def _preview(self, latents: Tensor, safety: SafetyChecker | None) -> list[Image.Image]:
+        """Small pictures of Stage C's latents, but for those that the safety checker flags.
 
-        A metric, because whoever asks for the prediction while it runs, and every webhook, gets the latest value alone;
-        of the log, they would get all that was ever written. Server-sent events Cog has for iterators of outputs only.
+        They go into a metric, because whoever asks for the prediction while it runs, and every webhook, gets the latest
+        value alone; of the log, they would get all that was ever written. Server-sent events Cog has for iterators of
+        outputs only.
         """
-        for progress in steps:
-            if progress.stage == "prior":
-                shown = self.model_thread.submit(self.cascade.preview, progress.latents).result()
-                if safety is not None:
-                    shown = [image for image in shown if not self.model_thread.submit(safety.flags, image).result()]
-                self.record_metric("previews", [as_data_url(image) for image in shown])
-                self.watch.lap("previews")
-            yield progress
-        self.record_metric("previews", [])  # the pictures have taken their place
+        images = self.model_thread.submit(self.cascade.preview, latents).result()
+        images = [image for image in images if safety is None or not self._flags(safety, image)]
+        self.watch.lap("previews")
+        return images
+
+    def _flags(self, safety: SafetyChecker, image: Image.Image) -> bool:
+        return self.model_thread.submit(self.cascade.with_room, partial(safety.flags, image)).result()
 
     def _what_would_fit(self, request: Request) -> str:
         """One sentence about a request of which one picture exceeds the GPU's memory. What it says would fit has been tried."""
         asked = f"A picture of {request.width}x{request.height} needs more memory than the GPU has left"
         smaller = request
         for smaller in smaller_requests(request):
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 steps = self.cascade.steps(replace(smaller, steps_prior=1, steps_decoder=1))
                 for _ in iterate_on(self.model_thread, steps):
                     pass
                 return f"{asked}; one of {smaller.width}x{smaller.height} would fit."
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
         return f"{asked}, and so does one of {smaller.width}x{smaller.height}: something else must be using it."
 
 
@@ -515,13 +524,6 @@ def read_controls(images: Any, types: Any, scales: Any, starts: Any, ends: Any, 
     return tuple(Control(*control) for control in zip(types, pictures, *columns, strict=True))
 
 
-def as_data_url(image: Image.Image) -> str:
-    """A picture as the data URL of a JPEG file."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=PREVIEW_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 def read_file(name: str, file: Any, background: str = "white") -> Image.Image:
     """The picture of a file input; what is transparent in it is laid on the background.
 
@@ -590,82 +592,6 @@ def smaller_requests(request: Request) -> Iterator[Request]:
         image = request.image if request.mask is None else request.image.resize((width, height))
         mask = None if request.mask is None else Image.new("L", (width, height), "white")
         yield replace(request, num_images=1, width=width, height=height, image=image, mask=mask)
-
-
-def iterate_on(thread: ThreadPoolExecutor, steps: Generator[Progress, None, None]) -> Iterator[Progress]:
-    """Iterate, with every step computed on one thread, whichever of Cog's threads asks for it.
-
-    Cog runs predictions now on one thread, now on another, and each would have its own of what libraries keep for a
-    thread: OpenMP helpers, oneDNN buffers, malloc arenas, cuBLAS workspaces. On two cores, with no GPU, it was 70 MB.
-    """
-    try:
-        while (progress := thread.submit(next, steps, None).result()) is not None:
-            yield progress
-    finally:  # whoever cancels waits for the step that is computed
-        thread.submit(steps.close).result()
-
-
-class Stopwatch:
-    """Adds up seconds by name. Work on a GPU is timed there: waiting for each step would leave the GPU idle after it.
-
-    Args:
-        device: where the work is done.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.restart()
-
-    def restart(self) -> None:
-        self.laps: list[tuple[str, Any]] = [("", self._now())]
-
-    def lap(self, name: str) -> None:
-        """Add the time since the last lap, or the start, to a name. Returns when the GPU has finished the lap before."""
-        self.laps.append((name, self._now()))
-        if self.device.type == "cuda":
-            self.laps[-2][1].synchronize()
-
-    def after(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The function, with a lap after each call."""
-
-        @functools.wraps(function)
-        def timed(*args: Any, **options: Any) -> Any:
-            result = function(*args, **options)
-            self.lap(name)
-            return result
-
-        return timed
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """By name, in the order in which they first occurred."""
-        sums: dict[str, float] = defaultdict(float)
-        for (_, before), (name, after) in itertools.pairwise(self.laps):
-            if self.device.type == "cuda":
-                after.synchronize()
-                sums[name] += before.elapsed_time(after) / 1000
-            else:
-                sums[name] += after - before
-        return sums
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-
-class ProgressLines(tqdm):
-    """tqdm for a log: a line for every state, instead of one line that is overwritten."""
-
-    @staticmethod
-    def status_printer(file: typing.TextIO) -> Callable[[str], None]:
-        def write(state: str) -> None:
-            file.write(f"{state}\n")
-            file.flush()
-
-        return write
 
 
 def reset_peak_memory(device: torch.device) -> None:

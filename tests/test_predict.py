@@ -7,12 +7,14 @@ import ctypes
 import gc
 import inspect
 import io
+import itertools
 import math
 import random
 import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -371,8 +373,48 @@ def test_previews(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, checker
 
 
 def test_time_for_images_is_told(predictor: Predictor, metrics: dict[str, Any], apple: Path) -> None:
-    run(predictor, **TINY, image=CogPath(apple), image_prompts=[CogPath(apple)])
-    assert metrics["seconds.input_images"] > 0
+    """Each time, for itself: what the text and the images take is what the first and a later request like it say."""
+    images = {"image": CogPath(apple), "image_prompts": [CogPath(apple)]}
+    for _ in range(2):
+        metrics.clear()
+        run(predictor, **TINY, **images)
+        assert min(metrics[f"seconds.{stage}"] for stage in ("text", "input_images", "prior", "decoder")) > 0
+    metrics.clear()
+    run(predictor, **TINY)
+    assert "seconds.input_images" not in metrics
+    encoder, wait = predictor.cascade.effnet, 0.2
+    with encoder.register_forward_pre_hook(lambda *_: time.sleep(wait)):
+        run(predictor, **TINY, **images)
+    assert metrics["seconds.input_images"] > wait > metrics["seconds.text"]
+
+
+def test_previews_need_a_previewer(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is computed."""
+    monkeypatch.setattr(predictor.cascade, "previewer", None)
+    called: list[int] = []
+    text_encoder = predictor.cascade.conditioner.text_encoder
+    with text_encoder.register_forward_pre_hook(lambda *_: called.append(1)):
+        with pytest.raises(ValueError, match=r"^This model has no previewer, which previews need; "):
+            run(predictor, **TINY, previews=True)
+        assert not called
+        assert len(run(predictor, **TINY)) == 1
+
+
+def test_a_mask_is_read_once(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, apple: Path, tmp_path: Path
+) -> None:
+    Image.new("L", (256, 256), "white").save(tmp_path / "mask.png")
+    read: list[str] = []
+    convert = Image.Image.convert
+
+    def watched(image: Image.Image, mode: str | None = None, *args: Any, **options: Any) -> Image.Image:
+        if mode == "L":
+            read.append(image.mode)
+        return convert(image, mode, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "convert", watched)
+    run(predictor, steps_prior=1, steps_decoder=1, image=CogPath(apple), mask=CogPath(tmp_path / "mask.png"))
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("place", ["/etc/passwd", "file:///etc/passwd", "", "hello", 5])
@@ -554,7 +596,8 @@ def test_metrics(predictor: Predictor, metrics: dict[str, Any]) -> None:
 def test_replicate_finds_the_progress(predictor: Predictor, capfd: pytest.CaptureFixture[str]) -> None:
     run(predictor, **{**TINY, "steps_prior": 3, "steps_decoder": 2})
     found = [match.groups() for line in capfd.readouterr().err.split("\n") if (match := PROGRESS.match(line))]
-    assert found == [*((str(round(100 * i / 6)), str(i), "6") for i in range(1, 6)), *[("100", "6", "6")] * 2]
+    # The text, five steps and the picture.
+    assert found == [*((str(round(100 * i / 7)), str(i), "7") for i in range(1, 7)), *[("100", "7", "7")] * 2]
 
 
 def test_the_model_runs_on_one_thread_whichever_thread_asks(predictor: Predictor, checker: SafetyChecker) -> None:
@@ -655,10 +698,16 @@ def test_what_nobody_expected_is_logged_with_its_traceback(
     assert len(run(predictor, **TINY)) == 1
 
 
+FREE = itertools.count(2**30, 2**30)
+
+
 @pytest.fixture
-def small_memory(predictor: Predictor) -> Iterator[list[int]]:
+def small_memory(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Stage B fails, as on a GPU whose memory is full, above so many latents at a time: the list's only number."""
     room = [0]
+    # More is free than in the test before, of which nothing is remembered then.
+    free = next(FREE)
+    monkeypatch.setattr("cascade.cascade.usable", lambda _: free)
 
     def forward(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0]
@@ -667,11 +716,11 @@ def small_memory(predictor: Predictor) -> Iterator[list[int]]:
 
     with predictor.cascade.decoder.register_forward_pre_hook(forward):
         yield room
-    predictor.cascade._most_at_once.clear()
 
 
 @pytest.mark.parametrize(
-    ("room", "batches"), [(3, ["4 at a time", "with 2,"]), (1.5, ["4 at a time", "with 2,", "2 at a time", "with 1,"])]
+    ("room", "batches"),
+    [(3, ["4 pictures at", "with 2 at"]), (1.5, ["4 pictures", "with 2 at", "2 pictures", "with 1 at"])],
 )
 def test_pictures_for_which_memory_does_not_suffice_at_once_are_made_in_parts(
     predictor: Predictor, small_memory: list[int], caplog: pytest.LogCaptureFixture, room: float, batches: list[str]
@@ -679,16 +728,16 @@ def test_pictures_for_which_memory_does_not_suffice_at_once_are_made_in_parts(
     asked = {**TINY, "width": 128, "height": 96, "guidance_scale_decoder": 0, "num_images": 4, "seed": 3}
     small_memory[0] = 4 * 32 * 24
     expected = [read(file) for file in run(predictor, **asked)]
-    assert "at a time" not in caplog.text
+    assert "Out of memory" not in caplog.text
     small_memory[0] = int(room * 32 * 24)
     for file, picture in zip(run(predictor, **asked), expected, strict=True):
         assert np.abs(read(file) - picture).max() <= 1
-    lines = [record.getMessage() for record in caplog.records if "at a time" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "Out of memory" in record.getMessage()]
     assert re.search(".*".join(batches), " ".join(lines))
     assert len(lines) == len(batches) / 2
     # What has been found out is not tried again.
     run(predictor, **asked)
-    assert caplog.text.count("at a time") == len(lines)
+    assert caplog.text.count("Out of memory") == len(lines)
 
 
 @pytest.mark.parametrize(
@@ -805,8 +854,23 @@ def test_setup_says_what_it_did(
     monkeypatch.setenv("CASCADE_MEMORY", "stream")  # the CPU has no other memory
     assert set_up(model_folder, monkeypatch).cascade.home.description == "all networks resident"
     monkeypatch.setenv("CASCADE_MEMORY", "swap")
-    with pytest.raises(ValueError, match="memory is 'swap'; it must be one of auto, resident, offload, stream"):
+    with pytest.raises(
+        ValueError, match=r"^CASCADE_MEMORY is 'swap'; it must be one of auto, resident, offload, stream\.$"
+    ):
         set_up(model_folder, monkeypatch)
+    monkeypatch.delenv("CASCADE_MEMORY")
+    for name, value in (("DEVICE", "cuda:7"), ("DEVICE", "gpu"), ("DTYPE", "int8")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"CASCADE_{name}", value)
+            with pytest.raises(ValueError, match=rf"^CASCADE_{name} is '{value}'; it must be one of auto, .*\.$"):
+                set_up(model_folder, monkeypatch)
+    monkeypatch.setenv("CASCADE_DEVICE", "cpu")
+    monkeypatch.setenv("CASCADE_DTYPE", "bfloat16")
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert set_up(model_folder, monkeypatch).cascade.prior.dtype == torch.bfloat16
+    assert "Device: cpu in bfloat16; cpu was asked for, and bfloat16 was asked for." in caplog.text
+    monkeypatch.delenv("CASCADE_DTYPE")
     caplog.clear()
     run(predictor, **TINY)
     assert "checked" not in caplog.text
@@ -912,7 +976,8 @@ def test_cog_yaml() -> None:
 
 
 def test_every_package_of_the_container_is_imported_there() -> None:
-    sources = [ROOT / "predict.py", *(ROOT / "cascade").rglob("*.py"), *(ROOT / "scripts").iterdir()]
+    folders = [*(ROOT / "cascade").rglob("*.py"), *(ROOT / "serving").rglob("*.py"), *(ROOT / "scripts").iterdir()]
+    sources = [ROOT / "predict.py", *folders]
     imported = set()
     for source in sources:
         if source.is_file() and source.name not in ("test", "build-mini-data", "evaluate-mini", "train-mini"):
@@ -929,6 +994,6 @@ def test_every_package_of_the_container_is_imported_there() -> None:
 def test_the_container_gets_what_it_needs_and_little_else() -> None:
     ignored = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
     assert {".git", ".venv", "tests", "training", "docs", "__pycache__"} <= ignored
-    assert not {"predict.py", "cascade", "scripts", "weights", "requirements.txt", "weights/mini"} & ignored
+    assert not {"predict.py", "cascade", "serving", "scripts", "weights", "requirements.txt", "weights/mini"} & ignored
     assert ".cog" not in ignored, "where Cog puts the schema while it builds, for the container"
     assert not list((ROOT / "weights" / "mini").rglob("*.py")), "--separate-weights wants folders without code"
