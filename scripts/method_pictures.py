@@ -94,10 +94,12 @@ def draw_prior(cascade: Cascade) -> Image.Image:
     """What Stage C takes the semantic latents to be after some of its steps, by the previewer; the finished pictures."""
     pictures, captions = [], []
     for prompt in FOLLOWED:
+        step = 0
         for progress in cascade.steps(Request(prompt, seed=SEED, steps_prior=STEPS_PRIOR)):
-            if progress.stage == "prior" and progress.done in PRIOR_SHOWN:
+            step += progress.stage == "prior"
+            if progress.stage == "prior" and step in PRIOR_SHOWN:
                 pictures += cascade.preview(progress.latents)
-                captions.append(f"step {progress.done} of {STEPS_PRIOR}")
+                captions.append(f"step {step} of {STEPS_PRIOR}")
             if progress.image is not None:
                 pictures.append(progress.image)
                 captions.append("after Stages B and A")
@@ -109,11 +111,13 @@ def draw_decoder(cascade: Cascade) -> Image.Image:
     pictures, captions = [], []
     for prompt in FOLLOWED:
         request = Request(prompt, seed=SEED, steps_prior=STEPS_PRIOR, steps_decoder=STEPS_DECODER)
+        step = 0
         for progress in cascade.steps(request):
-            if progress.stage == "decoder" and progress.done - STEPS_PRIOR in DECODER_SHOWN:
+            step += progress.stage == "decoder"
+            if progress.stage == "decoder" and step in DECODER_SHOWN:
                 (pixels,) = decode_pixels(cascade.vqgan, progress.latents)
                 pictures.append(to_image(pixels))
-                captions.append(f"step {progress.done - STEPS_PRIOR} of {STEPS_DECODER}")
+                captions.append(f"step {step} of {STEPS_DECODER}")
     return sheet(pictures, captions, len(DECODER_SHOWN))
 
 
