@@ -65,47 +65,48 @@ def test_enlarging(controlled: Server) -> None:
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        ({"control_scales": [1]}, "control_scales needs control_images; there are none."),
+        ({"control_scales": [1]}, "control_scales needs control_images, which is left out."),
         (
             {"control_images": [CONTROL], "control_types": ["depth"]},
-            "control_types has 'depth' in it; it must have canny, inpainting, super_resolution only.",
+            "control_types[0] is 'depth'; it must be one of canny, inpainting, super_resolution.",
         ),
         (
             {"control_images": [CONTROL], "control_types": ["inpainting"]},
-            "control_types has 'inpainting' in it, which needs mask or outpaint; there is none.",
+            "control_types[0] is 'inpainting', which needs mask or outpaint.",
         ),
         (
             {"control_images": [CONTROL] * 3, "control_scales": [1, 1]},
-            "control_scales has 2 values; it must have 1, or one for each of 3 control_images.",
+            "control_scales has 2 values; it must have 1, or 3, one for each of control_images.",
         ),
         (
             {"control_images": [CONTROL], "control_scales": [2.5]},
-            "control_scales has 2.5 in it; it must have numbers from 0 to 2 only.",
+            "control_scales[0] is 2.5; it must be a number from 0 to 2.",
         ),
         (
             {"control_images": [CONTROL], "control_ends": [-1]},
-            "control_ends has -1 in it; it must have numbers from 0 to 1 only.",
+            "control_ends[0] is -1; it must be a number from 0 to 1.",
         ),
         (
             {"control_images": [CONTROL], "control_starts": [0.5], "control_ends": [0.2]},
-            "A control starts at 0.5 and ends at 0.2; these must be numbers from 0 to 1, the first one less than the",
+            "control_starts[0] is 0.5; it must be less than control_ends[0], which is 0.2.",
         ),
         (
             {"control_images": [CONTROL], "control_types": ["super_resolution"]},
-            "The picture has 64x64 pixels; with a control of the kind 'super_resolution', it must have at least 128x128.",
+            "width of the picture is 64; with super_resolution it must be at least 127.",
         ),
-        ({"upscale": True}, "upscale needs an image; there is none."),
+        ({"upscale": True}, "upscale needs image, which is left out."),
         (
             {"upscale": True, "image": CONTROL},
-            "upscale makes all of image anew in twice its size: leave mask, outpaint, width, height out.",
+            "upscale makes all of image in twice its size; leave out width, height.",
         ),
+        ({"image_prompt_strengths": [1, 1, 1]}, "image_prompt_strengths needs image_prompts, which is left out."),
         (
             {"image_prompts": [CONTROL], "image_prompt_strengths": [1, 1]},
-            "image_prompt_strengths has 2 values; it must have 1.",
+            "image_prompt_strengths has 2 values; it must have 1, one for each of image_prompts.",
         ),
         (
             {"image_prompts": [CONTROL], "image_prompt_strengths": [3]},
-            "image_prompt_strengths has 3 in it; it must have numbers from 0 to 2 only.",
+            "image_prompt_strengths[0] is 3; it must be a number from 0 to 2.",
         ),
     ],
 )
