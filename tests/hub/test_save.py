@@ -173,13 +173,16 @@ def test_the_lite_networks(lite: Path, target: Path) -> None:
     assert make_picture(target).std() > 1
 
 
-def test_a_predictor_of_it(tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_predictor_of_it(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     write_download(tmp_path / "download", [*LITE, "safety_checker"], SMALL)
     save_weights(tmp_path / "download", target)
     monkeypatch.setenv("CASCADE_WEIGHTS", str(target))
     predictor = Predictor()
     predictor.setup()
-    assert predictor.model_name == "Stable Cascade (lite prior and decoder)"
+    assert f"Loaded Stable Cascade (lite prior and decoder) from {target}" in caplog.text
     assert predictor.safety is not None
     monkeypatch.setattr(predictor, "record_metric", lambda *_: None)  # Cog's scope keeps nothing outside of its server
     (picture,) = run(predictor, **TINY)
