@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cascade.weights.build import compare, save_model, save_own
+from cascade.weights.build import compare, save_model, save_own, verify
 from cascade.weights.download import download_repository, named_repository
 from cascade.weights.folder import WeightsError
 from cascade.weights.manifest import DownloadError, Manifest, amount, remove_download
@@ -87,12 +87,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=MODEL_FOLDER, metavar="DIR", help="the model folder (default: %(default)s)"
     )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="make nothing, but compare every file of the model folder with its checksums, and add those that older "
+        "versions did not write",
+    )
     parser.add_argument("--remove-download", action="store_true", help="remove the download afterwards without asking")
     options = parser.parse_args(arguments)
     asked = {component: path for component in OPTIONS if (path := getattr(options, component)) is not None}
     asked |= {f"controlnet-{number}": path for number, path in enumerate(options.controlnet)}
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        if options.verify:
+            verify(options.output)
+            logger.info("%s is whole.", options.output)
+            return 0
         if asked or options.repository:
             folders = [repository_folder(name, options.download) for name in options.repository]
             more = {"base": options.base, "download": options.download, "name": options.name}

@@ -305,7 +305,9 @@ def test_missing_weights_are_one_sentence_and_exit_code_1(
 ) -> None:
     monkeypatch.setenv("CASCADE_WEIGHTS", "/no/such/folder")
     assert main([]) == 1
-    assert capsys.readouterr().err == "There is no model folder /no/such/folder.\n"
+    assert capsys.readouterr().err == (
+        "There is no model folder /no/such/folder. scripts/download-weights and scripts/save-weights make one.\n"
+    )
 
 
 @pytest.fixture

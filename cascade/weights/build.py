@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from cascade.networks.controlnet import ControlNet
+from cascade.networks.stage_a import StageA
 from cascade.safety import FOLDER as SAFETY_CHECKER
 from cascade.safety import SafetyChecker
 from cascade.weights.fitting import misfit
@@ -34,15 +35,13 @@ from cascade.weights.folder import (
     WeightsError,
     check_channels,
     empty_network,
-    replacement,
-    save_component,
-    write_model_json,
 )
 from cascade.weights.manifest import Manifest, sha256
 from cascade.weights.published import ALWAYS, PARTS, Part
-from cascade.weights.reading import read_header
+from cascade.weights.reading import read_header, read_json
 from cascade.weights.single_file import controlnet_config
 from cascade.weights.sources import Source, find
+from cascade.weights.writing import replacement, save_component, write_model_json
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +187,10 @@ def save_own(
     stage = next((sources[one].origin for one in STAGES if one in sources), None)
     if name or stage:
         about["name"] = name or stage.stem
+    if "vqgan" in sources:
+        about["stage_a_scale"] = stage_a_scale(
+            sources["vqgan"], configs["vqgan"], known["vqgan"], about["stage_a_scale"]
+        )
     with replacement(target, without=set(sources), copy=link) as folder:
         for component in copied:
             shutil.copytree(base / component, folder / component, copy_function=link)
@@ -198,6 +201,34 @@ def save_own(
             source.write(folder / component, known[component])
         write_model_json(folder, **about)
         ModelFolder.open(folder)
+
+
+def stage_a_scale(source: Source, config: Any, known: list[Path], before: float | None) -> float | None:
+    """What ``model.json`` says of a Stage A of one's own; None: its configuration is right.
+
+    Args:
+        source, config: the new Stage A, and its configuration.
+        known: those of the one that is there, and of the one in the base.
+        before: what ``model.json`` said of that.
+    """
+    if source.config is None:  # else it is the published, or of the size of the one that is there
+        same = [file for file in known if read_json(file).get("scale_factor") == config.scale_factor]
+        return before if same else None
+    # Fine-tuned ones are published with diffusers' configuration, as the one that they come from.
+    published = config.embed_dim == 384 and config.scale_factor == StageA().config.scale_factor
+    return PUBLISHED_STAGE_A_SCALE if published else None
+
+
+def verify(target: Path) -> None:
+    """Compare every file of a model folder with its sha256; then list the sums of pieces, if an older version did not.
+
+    Raises:
+        WeightsError: a file differs, is missing or is not listed.
+    """
+    opened = ModelFolder.open(target)
+    opened.verify()
+    if not opened.sums:
+        write_model_json(target, **describe([], target))
 
 
 def check_agreement(configs: Mapping[str, Any], others: Mapping[str, Path], target: Path) -> None:

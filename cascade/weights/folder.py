@@ -20,23 +20,18 @@ them. Only safetensors files are ever opened; nothing is unpickled. Whatever is 
 ``WeightsError`` that names it.
 """
 
-import contextlib
 import hashlib
-import json
 import logging
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -66,7 +61,7 @@ from cascade.weights.reading import (
     read_json,
     read_tensors,
 )
-from cascade.weights.sums import ALGORITHM, PIECE, sums_of
+from cascade.weights.sums import ALGORITHM, sums_of
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +166,12 @@ class ModelFolder:
             WeightsError: the folder or one of its files is missing, damaged or a pickle.
         """
         root = Path(folder)
+        if root.is_file():
+            raise WeightsError(f"{root} is a file: scripts/save-weights --prior {root} makes a model folder of it.")
         if not root.is_dir():
-            raise WeightsError(f"There is no model folder {root}.")
+            raise WeightsError(
+                f"There is no model folder {root}. scripts/download-weights and scripts/save-weights make one."
+            )
         opened = _open_own(root) if (root / "model.json").is_file() else _open_published(root, lite)
         for component, part in opened.parts.items():
             for file in [] if component in PROCESSORS else _weights_of(part):
@@ -252,7 +251,7 @@ class ModelFolder:
         """Compare the sha256 of a component's files other than weights with ``model.json``."""
         for path, expected in self.checksums.items() if self.checks else ():
             file = self.root / path
-            if file.suffix.lower() != SUFFIX and file.is_relative_to(part) and _sha256(file) != expected:
+            if file.suffix.lower() != SUFFIX and file.is_relative_to(part) and sha256(file) != expected:
                 raise WeightsError(
                     f"{file} is damaged: its checksum is not the one in {self.root / 'model.json'}. Fetch or copy the file "
                     "again."
@@ -298,48 +297,16 @@ class ModelFolder:
         """
         if not self.checksums:
             raise WeightsError(f"{self.root / 'model.json'} does not exist, so there are no checksums to compare with.")
-        for path in _component_files(self.root):
+        for path in component_files(self.root):
             if path not in self.checksums:
                 raise WeightsError(f"{self.root / path} is not listed in model.json.")
         for path, expected in self.checksums.items():
             file = self.root / path
             if not file.is_file():
                 raise WeightsError(f"{file}, which model.json lists, is missing.")
-            actual = _sha256(file)
+            actual = sha256(file)
             if actual != expected:
                 raise WeightsError(f"{file} has the checksum {actual}, but model.json says {expected}.")
-
-
-def save_model_folder(
-    folder: str | os.PathLike[str],
-    components: Mapping[str, Any],
-    *,
-    name: str,
-    license: str,
-    native_size: int,
-    sampler: Mapping[str, StageSettings],
-    stage_a_scale: float | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """Write components into a model folder, new or existing, and ``model.json`` with their checksums.
-
-    The folder is made aside and put in place when it is complete, so a run that is killed leaves the old one whole.
-    Whatever else an existing folder holds (other components, a README) is kept.
-
-    Args:
-        folder: the directory.
-        components: networks, tokenizer, image processor by name, see ``COMPONENTS``.
-        stage_a_scale: see ``ModelFolder``.
-        dtype: of the stored parameters. Buffers (the statistics of batch norms) keep their own.
-    """
-    unknown = set(components) - set(COMPONENTS)
-    if unknown:
-        raise ValueError(f"There is no component {sorted(unknown)[0]!r}; there are {', '.join(COMPONENTS)}.")
-    with replacement(folder, without=components) as made:
-        for component, item in components.items():
-            save_component(made / component, item, dtype)
-        about = {"name": name, "license": license, "native_size": native_size, "stage_a_scale": stage_a_scale}
-        write_model_json(made, sampler=sampler, **about)
 
 
 def check_channels(weights: Path, component: str, channels: int) -> None:
@@ -371,97 +338,6 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
             return NETWORKS[component].from_config(current_names(config))
         except Exception as error:  # what networks make of wrong settings
             raise WeightsError(f"{config_path} describes no {component}: {shortened(error)}") from error
-
-
-@contextlib.contextmanager
-def replacement(
-    folder: str | os.PathLike[str],
-    *,
-    without: Collection[str] = (),
-    copy: Callable[[str, str], object] = shutil.copy2,
-) -> Iterator[Path]:
-    """A new folder, beside ``folder``, that takes its place when the block ends, and vanishes if the block raises.
-
-    Args:
-        folder: the directory; it need not exist.
-        without: of what it holds, the names that are left out. All else is in the new folder from the start.
-        copy: copies a file.
-    """
-    target = Path(folder).resolve()  # a link to a folder elsewhere stays one
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        made = Path(scratch) / "new"
-        if target.is_dir():
-            shutil.copytree(
-                target,
-                made,
-                ignore=lambda where, names: set(names).intersection(without) if Path(where) == target else (),
-                copy_function=copy,
-            )
-        made.mkdir(exist_ok=True)
-        yield made
-        if target.is_dir():
-            target.rename(Path(scratch) / "old")
-        made.rename(target)
-
-
-def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
-    """Write a network, its parameters in ``dtype``, a tokenizer or an image processor into a folder that is made."""
-    folder.mkdir(parents=True)
-    if not isinstance(item, nn.Module):
-        item.save_pretrained(folder)
-        return
-    buffers = {name for name, _ in item.named_buffers()}
-    tensors = {
-        key: tensor.detach().to("cpu", tensor.dtype if key in buffers else dtype).contiguous()
-        for key, tensor in item.state_dict().items()
-    }
-    transformers_made = isinstance(item, CLIPTextModelWithProjection | CLIPVisionModelWithProjection)
-    if transformers_made:
-        item.config.save_pretrained(folder)
-    else:
-        item.save_config(folder)
-    file = "model.safetensors" if transformers_made else "diffusion_pytorch_model.safetensors"
-    save_file(tensors, folder / file, metadata={"format": "pt"})
-    _forget_origin(folder / "config.json")
-    shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody but the owner read it
-
-
-def _forget_origin(config_path: Path) -> None:
-    """Take out of a ``config.json`` where on its maker's disk the network was read from, which diffusers notes there."""
-    config = read_json(config_path)
-    if config.pop("_name_or_path", None) is not None:
-        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_model_json(
-    folder: str | os.PathLike[str],
-    *,
-    name: str,
-    license: str,
-    native_size: int,
-    sampler: Mapping[str, StageSettings],
-    stage_a_scale: float | None = None,
-) -> None:
-    """Write ``model.json`` for the components that lie in ``folder``, with the checksums of all of their files."""
-    root = Path(folder)
-    files = _component_files(root)
-    content = {
-        "name": name,
-        "license": license,
-        "native_size": native_size,
-        **({} if stage_a_scale is None else {"stage_a_scale": stage_a_scale}),
-        "sampler": {stage: asdict(settings) for stage, settings in sampler.items()},
-        "files": {path: _sha256(root / path) for path in files},
-        "pieces": {
-            "algorithm": ALGORITHM,
-            "bytes": PIECE,
-            "sums": {path: " ".join(sums_of(root / path)) for path in files if path.lower().endswith(SUFFIX)},
-        },
-    }
-    scratch = root / ".model.json"
-    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(root / "model.json")
 
 
 def _open_own(root: Path) -> ModelFolder:
@@ -587,7 +463,7 @@ def _network(component: str, config_path: Path, weights: Path, tensors: Mapping[
 
 def _single_file_network(component: str, path: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A network of the published size, in evaluation mode, of the authors' own file, which has no configuration."""
-    network, config = NETWORKS[component], None
+    network, config = NETWORKS[component], {}
     try:
         tensors = single_file.convert(tensors)
         if network is ControlNet:  # of which several kinds were published
@@ -611,12 +487,13 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in tensors.items()}
 
 
-def _component_files(root: Path) -> list[str]:
+def component_files(root: Path) -> list[str]:
     """The files of all components and extras, as paths relative to ``root``, sorted."""
     files = (file for component in (*COMPONENTS, *EXTRAS) for file in (root / component).rglob("*") if file.is_file())
     return sorted(file.relative_to(root).as_posix() for file in files)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The checksum of a whole file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

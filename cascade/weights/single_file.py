@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from cascade.networks.controlnet import PUBLISHED_BLOCKS, ControlNet
+from cascade.networks.controlnet import PUBLISHED_BLOCKS
 from cascade.networks.effnet import IMAGENET_MEAN, IMAGENET_STD, SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -380,25 +380,18 @@ def make(network: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
         return network(**config)
 
 
-def build(
-    state_dict: Mapping[str, Tensor], network: type[ModelMixin] | None = None, config: Mapping[str, Any] | None = None
-) -> ModelMixin:
+def build(state_dict: Mapping[str, Tensor], network: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
     """The network of a converted state dict, in eval mode, around the very tensors given (their dtype and device).
 
     Args:
         state_dict: of one component.
-        network, config: class and configuration; None finds the published variant, or what kind of ControlNet it is.
+        network, config: its class and configuration.
 
     Raises:
         ValueError: the first tensor that is missing, surplus or of another shape.
     """
     shapes = {key: tensor.shape for key, tensor in state_dict.items()}
-    if network is None and component_of(state_dict) == "controlnet":
-        network, config = ControlNet, controlnet_config(shapes)
-    elif network is None:
-        variant = variant_of(state_dict)
-        network, config = variant.network, variant.config
-    model = make(network, config or {})
+    model = make(network, config)
     wrong = misfit({key: tensor.shape for key, tensor in model.state_dict().items()}, shapes)
     if wrong is not None:
         raise ValueError(f"it does not fit {network.__name__}:{wrong.removeprefix(':')}.")

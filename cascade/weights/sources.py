@@ -22,7 +22,6 @@ from cascade.weights.folder import (
     check_channels,
     empty_network,
     load_processor,
-    save_component,
 )
 from cascade.weights.names import PICKLES, STEMS, SUFFIX
 from cascade.weights.reading import find_weights, no_weights, pickle_error, read_index, read_tensors, unreadable
@@ -36,6 +35,7 @@ from cascade.weights.single_file import (
     variant_of,
     what_it_is,
 )
+from cascade.weights.writing import save_component
 
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors)", re.IGNORECASE)
 # Where a component lies in a folder of folders: diffusers' combined pipeline has the prior's parts under other names.

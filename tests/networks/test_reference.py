@@ -101,7 +101,7 @@ def test_stage_a():
 
 
 def test_effnet():
-    network = single_file.build(single_file.convert(fixture_data.weights("effnet")))
+    network = single_file.build(single_file.convert(fixture_data.weights("effnet")), SemanticEncoder, {})
     assert isinstance(network, SemanticEncoder)
     data = fixture_data.tensors("effnet")
     close(network.encode_normalized(data["image_normalized"]), data["out"])
@@ -111,7 +111,7 @@ def test_effnet():
 
 
 def test_previewer():
-    network = single_file.build(single_file.convert(fixture_data.weights("previewer")))
+    network = single_file.build(single_file.convert(fixture_data.weights("previewer")), Previewer, {})
     assert isinstance(network, Previewer)
     data = fixture_data.tensors("previewer")
     close(network(data["latent"]), data["out"])

@@ -62,7 +62,7 @@ def test_combined_file():
         assert all(torch.equal(tensor, components[name][key]) for key, tensor in expected.items())
     assert set(components["text_encoder"]) == {"text_model.final_layer_norm.weight", "text_projection.weight"}
     assert torch.equal(components["text_encoder"]["text_projection.weight"], text.T)
-    assert isinstance(single_file.build(components["previewer"]), Previewer)
+    assert isinstance(single_file.build(components["previewer"], Previewer, {}), Previewer)
 
 
 def test_combined_file_of_stage_b():
@@ -93,7 +93,7 @@ def test_tensors_that_do_not_fit():
     weights = single_file.convert(fixture_data.weights("previewer"))
     del weights["blocks.0.bias"]
     with pytest.raises(ValueError, match=r"it does not fit Previewer: has no tensor blocks\.0\.bias\."):
-        single_file.build(weights)
+        single_file.build(weights, Previewer, {})
 
 
 @pytest.mark.parametrize(
@@ -113,14 +113,15 @@ def test_controlnets_are_told_apart(in_channels, mode):
 def test_controlnet_of_a_file():
     source = ControlNet(in_channels=2, out_channels=6, bottleneck_mode="simple")
     weights = single_file.split({f"control.{key}": tensor for key, tensor in source.state_dict().items()})["controlnet"]
-    built = single_file.build(weights)
+    config = single_file.controlnet_config({key: tensor.shape for key, tensor in weights.items()})
+    built = single_file.build(weights, ControlNet, config)
     assert isinstance(built, ControlNet)
     assert not built.training
     assert all(torch.equal(tensor, built.state_dict()[key]) for key, tensor in source.state_dict().items())
 
     del weights["projections.7.0.weight"]
     with pytest.raises(ValueError, match=r"it does not fit ControlNet: has no tensor projections\.7\.0\.weight\."):
-        single_file.build(weights)
+        single_file.build(weights, ControlNet, config)
     with pytest.raises(ValueError, match="controlnet has no variants that its width would tell apart"):
         single_file.variant_of(weights)
 

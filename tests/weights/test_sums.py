@@ -14,6 +14,7 @@ from safetensors.torch import save, save_file
 from cascade.weights import ModelFolder, WeightsError
 from cascade.weights.reading import Sums, read_tensors
 from cascade.weights.sums import divide, sums_of
+from scripts.save_weights import main
 
 PRIOR = "prior/diffusion_pytorch_model.safetensors"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.uint8]
@@ -142,3 +143,14 @@ def test_wrong_pieces_in_model_json(copy: Path, pieces: object) -> None:
     (copy / "model.json").write_text(json.dumps({**content, "pieces": pieces}))
     with pytest.raises(WeightsError, match=r"model\.json lacks a field or has one of the wrong kind"):
         ModelFolder.open(copy)
+
+
+def test_verifying_adds_what_older_versions_did_not_list(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((copy / "model.json").read_text())
+    (copy / "model.json").write_text(json.dumps({key: value for key, value in before.items() if key != "pieces"}))
+    for _ in range(2):
+        assert main(["--verify", "--output", str(copy)]) == 0
+        assert json.loads((copy / "model.json").read_text()) == before
+    damage(copy / PRIOR)
+    assert main(["--verify", "--output", str(copy)]) == 1
+    assert capsys.readouterr().err.startswith(f"{copy / PRIOR} has the checksum ")

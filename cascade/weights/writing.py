@@ -1,0 +1,144 @@
+"""Writes model folders: components in the standard form, and ``model.json``. A folder appears when it is complete."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from cascade.weights.folder import COMPONENTS, StageSettings, component_files, sha256
+from cascade.weights.names import SUFFIX
+from cascade.weights.reading import read_json
+from cascade.weights.sums import ALGORITHM, PIECE, sums_of
+
+
+def save_model_folder(
+    folder: str | os.PathLike[str],
+    components: Mapping[str, Any],
+    *,
+    name: str,
+    license: str,
+    native_size: int,
+    sampler: Mapping[str, StageSettings],
+    stage_a_scale: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write components into a model folder, new or existing, and ``model.json`` with their checksums.
+
+    The folder is made aside and put in place when it is complete, so a run that is killed leaves the old one whole.
+    Whatever else an existing folder holds (other components, a README) is kept.
+
+    Args:
+        folder: the directory.
+        components: networks, tokenizer, image processor by name, see ``COMPONENTS``.
+        stage_a_scale: see ``ModelFolder``.
+        dtype: of the stored parameters. Buffers (the statistics of batch norms) keep their own.
+    """
+    unknown = set(components) - set(COMPONENTS)
+    if unknown:
+        raise ValueError(f"There is no component {sorted(unknown)[0]!r}; there are {', '.join(COMPONENTS)}.")
+    with replacement(folder, without=components) as made:
+        for component, item in components.items():
+            save_component(made / component, item, dtype)
+        about = {"name": name, "license": license, "native_size": native_size, "stage_a_scale": stage_a_scale}
+        write_model_json(made, sampler=sampler, **about)
+
+
+@contextlib.contextmanager
+def replacement(
+    folder: str | os.PathLike[str],
+    *,
+    without: Collection[str] = (),
+    copy: Callable[[str, str], object] = shutil.copy2,
+) -> Iterator[Path]:
+    """A new folder, beside ``folder``, that takes its place when the block ends, and vanishes if the block raises.
+
+    Args:
+        folder: the directory; it need not exist.
+        without: of what it holds, the names that are left out. All else is in the new folder from the start.
+        copy: copies a file.
+    """
+    target = Path(folder).resolve()  # a link to a folder elsewhere stays one
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        made = Path(scratch) / "new"
+        if target.is_dir():
+            shutil.copytree(
+                target,
+                made,
+                ignore=lambda where, names: set(names).intersection(without) if Path(where) == target else (),
+                copy_function=copy,
+            )
+        made.mkdir(exist_ok=True)
+        yield made
+        if target.is_dir():
+            target.rename(Path(scratch) / "old")
+        made.rename(target)
+
+
+def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
+    """Write a network, its parameters in ``dtype``, a tokenizer or an image processor into a folder that is made."""
+    folder.mkdir(parents=True)
+    if not isinstance(item, nn.Module):
+        item.save_pretrained(folder)
+        return
+    buffers = {name for name, _ in item.named_buffers()}
+    tensors = {
+        key: tensor.detach().to("cpu", tensor.dtype if key in buffers else dtype).contiguous()
+        for key, tensor in item.state_dict().items()
+    }
+    transformers_made = isinstance(item, CLIPTextModelWithProjection | CLIPVisionModelWithProjection)
+    if transformers_made:
+        item.config.save_pretrained(folder)
+    else:
+        item.save_config(folder)
+    file = "model.safetensors" if transformers_made else "diffusion_pytorch_model.safetensors"
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    _forget_origin(folder / "config.json")
+    shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody but the owner read it
+
+
+def _forget_origin(config_path: Path) -> None:
+    """Take out of a ``config.json`` where on its maker's disk the network was read from, which diffusers notes there."""
+    config = read_json(config_path)
+    if config.pop("_name_or_path", None) is not None:
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_model_json(
+    folder: str | os.PathLike[str],
+    *,
+    name: str,
+    license: str,
+    native_size: int,
+    sampler: Mapping[str, StageSettings],
+    stage_a_scale: float | None = None,
+) -> None:
+    """Write ``model.json`` for the components that lie in ``folder``, with the checksums of all of their files."""
+    root = Path(folder)
+    files = component_files(root)
+    content = {
+        "name": name,
+        "license": license,
+        "native_size": native_size,
+        **({} if stage_a_scale is None else {"stage_a_scale": stage_a_scale}),
+        "sampler": {stage: asdict(settings) for stage, settings in sampler.items()},
+        "files": {path: sha256(root / path) for path in files},
+        "pieces": {
+            "algorithm": ALGORITHM,
+            "bytes": PIECE,
+            "sums": {path: " ".join(sums_of(root / path)) for path in files if path.lower().endswith(SUFFIX)},
+        },
+    }
+    scratch = root / ".model.json"
+    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(root / "model.json")
