@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from cascade.networks.controlnet import ControlNet
-from cascade.networks.stage_a import StageA
 from cascade.safety import FOLDER as SAFETY_CHECKER
 from cascade.safety import SafetyChecker
 from cascade.weights.fitting import misfit
@@ -49,6 +48,8 @@ STAGES = ("prior", "decoder")
 # What a file or folder may hold beside what was asked for, and what is fine-tuned with it. Anything else in it is taken
 # only where the model has none: ComfyUI's files hold encoders as published, but in half the precision.
 TRAINED = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
+# Width and scale in the published vqgan/config.json, of which the scale is not the one to use.
+PUBLISHED_STAGE_A = (384, 0.3764)
 # Numbers that two components must agree on: a component, a setting of it, and the same of the other.
 SHARED = (
     ("prior", "clip_text_in_channels", "text_encoder", "hidden_size"),
@@ -214,9 +215,9 @@ def stage_a_scale(source: Source, config: Any, known: list[Path], before: float 
     if source.config is None:  # else it is the published, or of the size of the one that is there
         same = [file for file in known if read_json(file).get("scale_factor") == config.scale_factor]
         return before if same else None
-    # Fine-tuned ones are published with diffusers' configuration, as the one that they come from.
-    published = config.embed_dim == 384 and config.scale_factor == StageA().config.scale_factor
-    return PUBLISHED_STAGE_A_SCALE if published else None
+    # Fine-tuned ones come with the configuration of the published one.
+    width, scale = PUBLISHED_STAGE_A
+    return PUBLISHED_STAGE_A_SCALE if (config.embed_dim, config.scale_factor) == (width, scale) else None
 
 
 def verify(target: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cascade.cascade import Cascade, Request
 from cascade.networks.effnet import IMAGENET_MEAN, IMAGENET_STD, SemanticEncoder
 from cascade.networks.previewer import Previewer
+from cascade.networks.stage_a import StageA
 from cascade.weights import ModelFolder, write_model_json
 from cascade.weights.single_file import VARIANTS, make
 from scripts.save_weights import main
@@ -220,6 +221,25 @@ def test_small_networks_keep_float32(save: Save, tmp_path: Path, components: dic
     (file,) = opened.parts["vqgan"].glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32, torch.int64}
     assert opened.name == "Tiny"  # no stage that the model is called by
+
+
+def test_a_fine_tuned_stage_a_keeps_the_scale(
+    save: Save, tmp_path: Path, model_folder: Path, components: dict[str, Any]
+) -> None:
+    """The scale is that of the one it comes from, unless its own configuration says another."""
+    about = ModelFolder.open(model_folder)
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    more = {"license": about.license, "native_size": about.native_size, "sampler": about.sampler}
+    write_model_json(base, name="Scaled", stage_a_scale=0.7, **more)
+    save_file(theirs(changed(components["vqgan"])), tmp_path / "a.safetensors")
+    assert save("--vqgan", tmp_path / "a.safetensors", base=base).stage_a_scale == 0.7
+    components["vqgan"].save_pretrained(tmp_path / "own")
+    opened = save("--vqgan", tmp_path / "own", base=base)
+    assert opened.stage_a_scale is None
+    torch.manual_seed(0)
+    published = StageA(bottleneck_blocks=1)
+    published.save_pretrained(tmp_path / "tuned")
+    assert save("--vqgan", tmp_path / "tuned", base=base).stage_a_scale == 0.43
 
 
 def test_comfyui_s_stage_c_in_one_file(save: Save, tmp_path: Path, components: dict[str, Any]) -> None:
