@@ -1,5 +1,6 @@
 """What scripts/serve does before the server runs; tests/http has the rest."""
 
+import errno
 import json
 import tempfile
 from pathlib import Path
@@ -70,3 +71,18 @@ def test_a_predictor_that_cannot_be_read_is_not_served(root: Path, capsys: pytes
     said = capsys.readouterr().err
     assert said.startswith("predict.py:Predictor has inputs that Cog cannot describe. Line 2: x has the default None")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "::", "0.0.0.0"])
+def test_hosts_by_name_and_of_ipv6(host: str) -> None:
+    port = free_port()
+    try:
+        sockets = server.bind(host, port)
+    except OSError as error:
+        if ":" in host and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            pytest.skip("this machine has no IPv6")
+        raise
+    assert {one.getsockname()[1] for one in sockets} == {port}
+    assert host not in ("127.0.0.1", "::1", "::", "0.0.0.0") or [one.getsockname()[0] for one in sockets] == [host]
+    for one in sockets:
+        one.close()

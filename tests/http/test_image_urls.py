@@ -34,7 +34,7 @@ def error(server: Server, **inputs: object) -> str:
     server.wait_until("READY")
     prediction = server.post({**SMALL, **inputs}).json()
     assert prediction["status"] == "failed", prediction
-    _, _, sentence = prediction["error"].partition("ValueError: ")
+    _, _, sentence = prediction["error"].partition("Error: ")
     return sentence
 
 
