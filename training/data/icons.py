@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import re
+import signal
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -474,7 +475,9 @@ def pack_drawings(objects: Sequence[IconObject], sets: Sequence[Mapping[str, str
     """
     svgs = [icons[slug] for item in objects for icons, slug in zip(sets, item.slugs, strict=True)]
     catalogue = {"names": [item.name for item in objects], "styles": STYLES, "size": DRAWING_SIZE}
-    with whole_file(path) as part, ProcessPoolExecutor() as pool, zipfile.ZipFile(part, "w") as archive:
+    # Ctrl-C reaches all processes of a terminal; this one alone answers it.
+    deaf = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with whole_file(path) as part, deaf as pool, zipfile.ZipFile(part, "w") as archive:
         archive.writestr("catalogue.json", json.dumps(catalogue))
         drawn = pool.map(_render_packed, svgs, chunksize=4)
         try:
