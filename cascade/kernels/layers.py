@@ -12,10 +12,11 @@ def is_ordinary(layer: nn.Module) -> bool:
     of a tensor subclass (torchao). Such a layer must be called.
     """
     plain = type(layer) in (nn.Linear, nn.Conv2d) and type(layer.weight) in (nn.Parameter, Tensor)
-    return plain and not _is_hooked(layer)
+    return plain and not is_hooked(layer)
 
 
-def _is_hooked(layer: nn.Module) -> bool:
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether a module has hooks, or a `forward` of its own instead of its class's."""
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
     return "forward" in layer.__dict__ or any(hooks)
 
@@ -37,7 +38,7 @@ def has_float16_weights(layer: nn.Module) -> bool:
 
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)` in float32, with the layer's weights of float16 as float32. x: float32."""
-    if _is_hooked(layer):  # by code that may have weights of its own, in float16
+    if is_hooked(layer):  # by code that may have weights of its own, in float16
         largest = torch.finfo(torch.float16).max
         return layer(x.clamp(-largest, largest).half()).float()
     half = {name: weight.float() for name, weight in layer.named_parameters() if weight.dtype == torch.float16}

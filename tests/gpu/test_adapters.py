@@ -40,7 +40,9 @@ def test_an_adapter_is_the_merged_weight(stage: str, layer: str) -> None:
     config = CONFIGS[stage]
     network = make_fast(config)
     name, first, last = linear_layers(network)[layer]
-    delta, before = 4 * small_change(network, name, first, last), predict(network, config)
+    # Attention changes a prediction of random weights by little: more of it, so that rounding is less.
+    times = 40 if "attention" in name or "kv_mapper" in name else 4
+    delta, before = times * small_change(network, name, first, last), predict(network, config)
     merged = copy.deepcopy(network)
     WAYS["merge"](merged, name, delta)
     fresh = StableCascadeUNet(**config).eval().cuda().bfloat16()
@@ -48,12 +50,12 @@ def test_an_adapter_is_the_merged_weight(stage: str, layer: str) -> None:
     fresh.use_kernels("triton")
     expected = predict(fresh, config)
     change = (expected - before).norm()
-    assert change > 0.05 * before.norm()
+    assert change > 0.01 * before.norm()
     for what, way in WAYS.items():
         changed = copy.deepcopy(network)
         way(changed, name, delta)
-        # Both are rounded, in other places.
-        assert (predict(changed, config) - expected).norm() < 0.2 * change, what
+        # Both are rounded, in other places: in plain torch on a CPU by 0.004 to 0.12 of the change. Ignored, it would be 1.
+        assert (predict(changed, config) - expected).norm() < 0.4 * change, what
 
 
 @pytest.mark.parametrize("stage", CONFIGS)

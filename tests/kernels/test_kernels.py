@@ -58,9 +58,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_both_have_the_same_functions() -> None:
     triton = kernels.load("triton")
     names = {
-        name
-        for name, function in inspect.getmembers(triton, inspect.isfunction)
-        if not name.startswith("_") and name != "is_ordinary"
+        name for name, function in inspect.getmembers(triton, inspect.isfunction) if not name.startswith(("_", "is_"))
     }
     assert names == {
         "norm", "linear", "add_linear", "depthwise_norm", "gelu_response", "attention", "timestep_maps", "mixing_block",
