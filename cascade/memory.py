@@ -7,8 +7,8 @@
                 of the others pass through slots, uploaded ahead of the blocks that need them.
 
 The places in the arena are fixed, so that CUDA graphs, which read weights where they were, hold for each turn. The hooks of
-accelerate and diffusers put weights into new memory each time, which graphs and joined weights do not survive, and move
-layers that are called, where ours are read by functions without a call: hence these streams and events.
+accelerate and diffusers put weights into new memory each time, which graphs do not survive, and move layers that are called,
+where kernels read ours without a call: hence these streams and events.
 """
 
 from bisect import bisect

@@ -17,6 +17,7 @@ Which one runs when:
 fixed addresses (`packing.Packed`, CUDA graphs). A network with "triton" must run on a GPU.
 """
 
+import functools
 import importlib
 from types import ModuleType
 from typing import NamedTuple
@@ -58,6 +59,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     return Choice("triton", f"the GPU has compute capability {'.'.join(map(str, capability))}")
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     """The module of an implementation.
 

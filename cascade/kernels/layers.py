@@ -11,12 +11,14 @@ def is_ordinary(layer: nn.Module) -> bool:
     False for a layer of another class (PEFT, quantised, parametrised), with hooks, with a replaced `forward`, or with a weight
     of a tensor subclass (torchao). Such a layer must be called.
     """
-    return (
-        type(layer) in (nn.Linear, nn.Conv2d)
-        and type(layer.weight) in (nn.Parameter, Tensor)
-        and "forward" not in layer.__dict__
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-    )
+    plain = type(layer) in (nn.Linear, nn.Conv2d) and type(layer.weight) in (nn.Parameter, Tensor)
+    return plain and not is_hooked(layer)
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether a module has hooks, or a `forward` of its own instead of its class's."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return "forward" in layer.__dict__ or any(hooks)
 
 
 def columns(layer: nn.Module, x: Tensor, first: int, last: int) -> Tensor:
@@ -35,7 +37,10 @@ def has_float16_weights(layer: nn.Module) -> bool:
 
 
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)` with the layer's parameters of float16 as float32. x: float32."""
+    """`layer(x)` in float32, with the layer's weights of float16 as float32. x: float32."""
+    if is_hooked(layer):  # by code that may have weights of its own, in float16
+        largest = torch.finfo(torch.float16).max
+        return layer(x.clamp(-largest, largest).half()).float()
     half = {name: weight.float() for name, weight in layer.named_parameters() if weight.dtype == torch.float16}
     return torch.func.functional_call(layer, half, (x,))
 

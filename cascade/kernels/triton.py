@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from cascade.kernels import plain
-from cascade.kernels.layers import is_ordinary
+from cascade.kernels.layers import is_hooked, is_ordinary
 from cascade.kernels.plain import linear as linear
 from cascade.kernels.stream import Stream
 
@@ -315,6 +315,7 @@ def _counters(device: torch.device, stream: torch.cuda.Stream) -> Tensor:
 
 def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """See `plain.gelu_response`. In place."""
+    hidden = hidden.contiguous()  # as it is, unless a replaced layer returned something else
     batch, height, width, channels = hidden.shape
     tokens, block, rows = height * width, 64, 64
     blocks = triton.cdiv(channels, block)
@@ -402,7 +403,10 @@ def attention(
     """See `plain.attention`."""
     batch, queries, channels = query.shape
     _, heads, context, size = key.shape
-    if size % 8 or dropout:  # loads are of 16 bytes
+    own_pair = () if own_key is None else (own_key, own_value)
+    # Loads are of 16 bytes; and a replaced layer may return other strides.
+    strides_fit = all(_has_even_rows(x) for x in (query, *own_pair)) and key.stride() == value.stride()
+    if size % 8 or dropout or not strides_fit or key.stride(3) != 1 or len({x.stride(1) for x in own_pair}) > 1:
         return plain.attention(query, own_key, own_value, key, value, dropout)
     out = query.new_empty(batch, queries, channels)
     own = 0 if own_key is None else own_key.shape[1]
@@ -421,6 +425,11 @@ def attention(
         D=size, DB=max(16, _power(size)), BM=block, BN=64, STAGES=3, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _has_even_rows(x: Tensor) -> bool:
+    """Whether all rows of (B, T, C) are equally far apart, also from one sample to the next, with channels side by side."""
+    return x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
 
 
 @triton.jit
@@ -559,6 +568,8 @@ def _mixed(x: Tensor, gammas: Tensor, convolution: nn.Conv2d, last: nn.Linear) -
 
 def mixing_block(x: Tensor, gammas: Tensor, depthwise: nn.Module, channelwise: nn.Module) -> Tensor:
     """See `plain.mixing_block`."""
+    if any(type(one) is not nn.Sequential or is_hooked(one) for one in (depthwise, channelwise)):
+        return plain.mixing_block(x, gammas, depthwise, channelwise)
     convolution, first, last = depthwise[1], channelwise[0], channelwise[2]
     if not (_is_served(convolution) and _is_complete(first) and _is_complete(last)):
         return plain.mixing_block(x, gammas, depthwise, channelwise)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.networks.stage_a import StageA
-from cascade.networks.unet import ResBlock, StableCascadeUNet, TimestepBlock
+from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.weights.single_file import VARIANTS
 
 TIMESTEP_DEVIATION = 0.03  # of the scale and of the shift of each block
@@ -68,13 +68,13 @@ def make_unet(
     projection = network.embedding[1]
     nn.init.normal_(projection.weight, std=projection.in_channels**-0.5)
     nn.init.normal_(projection.bias, std=EMBEDDING_BIAS)
+    mappers = network.timestep_mappers
+    for name in mappers.names:
+        # The squares of an embedding's sines and cosines add up to half of its length.
+        length = network.config.timestep_ratio_embedding_dim / 2 * len(mappers.names)
+        nn.init.normal_(getattr(mappers, name).weight, std=TIMESTEP_DEVIATION / math.sqrt(length))
     for block in network.blocks():
-        if isinstance(block, TimestepBlock):
-            # The squares of an embedding's sines and cosines add up to half of its length.
-            length = network.config.timestep_ratio_embedding_dim / 2 * len(block.mappers)
-            for mapper in block.mappers:
-                nn.init.normal_(mapper.weight, std=TIMESTEP_DEVIATION / math.sqrt(length))
-        elif isinstance(block, ResBlock):
+        if isinstance(block, ResBlock):
             first, _, response, _, last = block.channelwise
             nn.init.normal_(response.gamma, std=RESPONSE_DEVIATION)
             nn.init.normal_(response.beta, std=RESPONSE_DEVIATION)
@@ -83,7 +83,7 @@ def make_unet(
                 nn.init.xavier_uniform_(last.weight, gain=SKIP_GAIN)
             else:
                 last.weight.mul_(BRANCH_GAIN)
-        else:
+        elif isinstance(block, AttnBlock):
             block.attention.to_out[0].weight.mul_(BRANCH_GAIN)
     round_weights(network)
     fit_last_layer(network, latent_size, semantic_size)

@@ -15,7 +15,7 @@ from diffusers.schedulers import scheduling_ddpm_wuerstchen
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from cascade import sizes
+from cascade import kernels, sizes
 from cascade.conditioning import TextEmbeddings
 from cascade.decoder import decode_pixels, decoder_steps
 from cascade.networks.stage_a import StageA
@@ -181,7 +181,10 @@ def rounded(exact: Networks) -> Networks:
 
 
 def to_bfloat16(networks: Networks) -> Networks:
-    return Networks(*(copy.deepcopy(network).to(torch.bfloat16) for network in networks))
+    halves = Networks(*(copy.deepcopy(network).to(torch.bfloat16) for network in networks))
+    for network in halves:
+        network.use_kernels(kernels.choose(network.device, network.dtype).name)
+    return halves
 
 
 def measure_runs(exact: Networks, rounded: Networks) -> tuple[Run, Run, dict[str, tuple[float, float]]]:

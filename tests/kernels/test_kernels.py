@@ -12,6 +12,7 @@ from cascade import kernels
 from cascade.kernels import plain
 from cascade.kernels.stream import Stream
 from cascade.networks.stage_a import StageA
+from tests.networks.adapters import WAYS
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
 GPU = torch.device("cuda", 0)
@@ -57,9 +58,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_both_have_the_same_functions() -> None:
     triton = kernels.load("triton")
     names = {
-        name
-        for name, function in inspect.getmembers(triton, inspect.isfunction)
-        if not name.startswith("_") and name != "is_ordinary"
+        name for name, function in inspect.getmembers(triton, inspect.isfunction) if not name.startswith(("_", "is_"))
     }
     assert names == {
         "norm", "linear", "add_linear", "depthwise_norm", "gelu_response", "attention", "timestep_maps", "mixing_block",
@@ -130,13 +129,16 @@ def test_float16_adds_what_exceeds_it() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["inside", "wrap", "replace_forward", "hook"])
 @torch.no_grad()
-def test_wrapped_layers_in_16_bits(dtype: torch.dtype) -> None:
+def test_wrapped_layers_in_16_bits(way: str, dtype: torch.dtype) -> None:
     network = make(STAGE_B).to(dtype)
     sample, ratio, given = torch.randn(1, 4, 8, 8), torch.rand(1), inputs(STAGE_B, 1)
     expected = network(sample, ratio, **given)
     for name, layer in list(network.named_modules()):
-        if isinstance(layer, nn.Linear | nn.Conv2d) and ("blocks" in name or "mappers" in name):
+        if way == "inside" and isinstance(layer, nn.Linear | nn.Conv2d) and ("blocks" in name or "mappers" in name):
             network.set_submodule(name, nn.Sequential(layer))
+        elif way != "inside" and isinstance(layer, nn.Linear):
+            WAYS[way](network, name, torch.zeros_like(layer.weight))
     out = network(sample, ratio, **given)
     assert (out - expected).norm() < 1e-2 * expected.norm()
