@@ -203,7 +203,9 @@ class Recorder:
             except CaptureError as error:
                 self._pool = None
                 self._unrecordable.add(key)
-                logger.warning("%s cannot be captured as a CUDA graph and runs without, more slowly. %s", key, error)
+                # As text: a log that keeps its records would keep the error's traceback, and so tensors.
+                why = str(error)
+                logger.warning("%s cannot be captured as a CUDA graph and runs without, more slowly. %s", key, why)
         if whole_key not in of_size:
             return function(*given)
         of_size.move_to_end(whole_key)

@@ -1,15 +1,21 @@
-"""Files that the GPU makes, made again from what they say."""
+"""Files that the GPU makes, made again import inspect
+from what they say."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 
-from predict import INPUTS, Predictor
+from predict import Predictor
 from tests.conftest import MINI
 from tests.metadata import read_record
 
-DEFAULTS = {name: parameter.default.default for name, parameter in INPUTS.items() if name != "self"}
+DEFAULTS = {
+    name: parameter.default.default
+    for name, parameter in inspect.signature(Predictor.run).parameters.items()
+    if name != "self"
+}
 
 
 @pytest.mark.parametrize("memory", ["resident", "offload", "stream"])

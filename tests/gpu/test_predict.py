@@ -1,5 +1,6 @@
 """The Predictor on a GPU: times of every phase, recorded or replayed; and a GPU that is lost."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -10,10 +11,14 @@ import pytest
 from cog import Path as CogPath
 from PIL import Image
 
-from predict import INPUTS, Predictor
+from predict import Predictor
 
 ROOT = Path(__file__).parents[2]
-DEFAULTS = {name: parameter.default.default for name, parameter in INPUTS.items() if name != "self"}
+DEFAULTS = {
+    name: parameter.default.default
+    for name, parameter in inspect.signature(Predictor.run).parameters.items()
+    if name != "self"
+}
 SMALL = {"width": 128, "height": 128, "steps_prior": 4, "steps_decoder": 2, "output_format": "png"}
 
 
@@ -102,7 +107,8 @@ print("as it should be")
 
 
 def test_a_lost_gpu_fails_the_health_check_for_good_and_other_errors_do_not() -> None:
-    environment = {**os.environ, "CASCADE_WEIGHTS": str(ROOT / "weights" / "mini"), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "CASCADE_WEIGHTS": str(ROOT / "weights" / "mini"), "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
