@@ -1,6 +1,7 @@
 """A GPU makes the pictures that the CPU makes, in any batch."""
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,13 @@ def test_the_second_gpu_makes_the_pictures_of_the_first(
     mini_with_controlnets: Path, memory: str, dtype: torch.dtype
 ) -> None:
     """While the first is the current one, whose memory it leaves alone; and both in one process."""
+    gc.collect()
+    torch.cuda.empty_cache()  # as the engine does before it captures a graph, on all devices
     before = torch.cuda.memory_reserved(0)
     second = Cascade.load(mini_with_controlnets, "cuda:1", dtype, memory=memory)
     pictures = [everything(second) for _ in range(2)]
     assert torch.cuda.current_device() == 0
-    assert torch.cuda.memory_reserved(0) == before
+    assert torch.cuda.memory_reserved(0) <= before
     first = Cascade.load(mini_with_controlnets, "cuda:0", dtype, memory=memory)
     pictures += [everything(first) for _ in range(2)]
     for one, other in [*zip(pictures[0], pictures[2], strict=True), *zip(pictures[1], pictures[3], strict=True)]:

@@ -52,7 +52,7 @@ def test_two_gpus_save_and_stop_together(tmp_path: Path) -> None:
         [*launch, tmp_path / "own_clock.py", config, "stage_c", *files],
         check=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
         timeout=600,
     )
     assert (output / "stage_c" / run.FINISHED).exists()
