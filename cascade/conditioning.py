@@ -23,6 +23,9 @@ from cascade.graphs import Recorder
 
 logger = logging.getLogger(__name__)
 
+# Characters of what was cut from a prompt, in the log.
+MOST_QUOTED = 200
+
 
 class TextEmbeddings(NamedTuple):
     """What the text encoder says about B prompts, in its own dtype and on its device.
@@ -71,17 +74,15 @@ class Conditioner:
         padding, and Stage C was trained on all 77.
 
         Args:
-            prompts: B texts; what exceeds 77 tokens is cut, with a warning.
+            prompts: B texts; what exceeds 77 tokens is cut, with a warning that quotes at most 200 characters of it.
         """
         if isinstance(prompts, str):
             raise TypeError(f"prompts must be a sequence of texts, but is the text {prompts!r}.")
         prompts = list(prompts)
-        self._warn_of_cuts(prompts)
-        batch = self.tokenizer(
-            prompts,
+        batch = self.tokenizer.pad(
+            {"input_ids": self._tokenize(prompts)},
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
-            truncation=True,
             return_tensors="pt",
         )
         device = self.text_encoder.device
@@ -117,15 +118,21 @@ class Conditioner:
     def _encode_pixels(self, pixels: Tensor) -> tuple[Tensor]:
         return (self.image_encoder(pixels).image_embeds.unsqueeze(1),)
 
-    def _warn_of_cuts(self, prompts: list[str]) -> None:
+    def _tokenize(self, prompts: list[str]) -> list[list[int]]:
+        """At most 77 tokens each. Warns of what is cut."""
         limit = self.tokenizer.model_max_length
         # verbose=False: the tokenizer's own warning of the length says neither which prompt nor what is lost.
-        offsets = self.tokenizer(prompts, return_offsets_mapping=True, verbose=False).offset_mapping
-        for prompt, places in zip(prompts, offsets, strict=True):
-            if len(places) > limit:
+        batch = self.tokenizer(prompts, return_offsets_mapping=True, verbose=False)
+        kept = []
+        for prompt, ids, places in zip(prompts, batch.input_ids, batch.offset_mapping, strict=True):
+            if len(ids) > limit:
                 # The last token kept is the end of text, so the prompt's own words end one earlier.
                 dropped = prompt[places[limit - 1][0] :].strip()
                 if self.log_prompts:
-                    logger.warning("The prompt exceeds %d tokens; this end of it was left out: %r", limit, dropped)
+                    quoted = dropped[:MOST_QUOTED] + ("..." if len(dropped) > MOST_QUOTED else "")
+                    logger.warning("The prompt exceeds %d tokens; this end of it was left out: %r", limit, quoted)
                 else:
-                    logger.warning("The prompt exceeds %d tokens; %d were left out.", limit, len(places) - limit)
+                    logger.warning("The prompt exceeds %d tokens; %d were left out.", limit, len(ids) - limit)
+                ids = [*ids[: limit - 1], ids[-1]]
+            kept.append(ids)
+        return kept

@@ -17,6 +17,8 @@ from cascade import sizes
 from cascade.networks.controlnet import KINDS
 
 MOST_IMAGES = 4
+# Of a text. The text encoder sees some 300; 50 MB would take 300 s to tokenize.
+MOST_CHARACTERS = 10_000
 RATIOS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")
 # Where a mask is expected: the transparent part of the image.
 ALPHA = "alpha"
@@ -142,6 +144,8 @@ class Limits:
             return None
 
     def _check_text(self, name: str, value: str) -> None:
+        if len(value) > MOST_CHARACTERS:
+            raise InputError(f"{name} has {len(value):,} characters; it may have at most {MOST_CHARACTERS:,}.")
         try:
             value.encode()
         except UnicodeEncodeError as error:

@@ -23,7 +23,8 @@ class Request:
     """What to make.
 
     Attributes:
-        prompt, negative_prompt: what the pictures show, and what not. The latter acts through guidance only.
+        prompt, negative_prompt: what the pictures show, and what not, in up to 10,000 characters each. The latter acts
+            through guidance only.
         width, height: pixels, 64 to 2048; None: the size that the model draws best, or with an `image` the one of its
             shape and that area (`sizes.fitted_size`).
         num_images: how many pictures, at least 1.
@@ -86,10 +87,8 @@ class Request:
         if self.mask is None:
             return
         need("mask", self.mask, "image", self.image)
+        check_masked(*self.image.size)
         size = f"{self.image.width}x{self.image.height} pixels"
-        if min(self.image.size) < sizes.SMALLEST or max(self.image.size) > sizes.LARGEST:
-            limits = f"{sizes.SMALLEST} to {sizes.LARGEST}"
-            raise InputError(f"image has {size}; with a mask, which leaves its size, each side must have {limits}.")
         for name, side in zip(("width", "height"), self.image.size, strict=True):
             if getattr(self, name) not in (None, side):
                 asked = f"{name} is {getattr(self, name)}"
@@ -136,6 +135,28 @@ def check_kind(name: str, kind: str, other: str, mask: object) -> None:
         raise InputError(f"{name} is {kind!r}, which needs {other}.")
 
 
+def check_masked(width: int, height: int) -> None:
+    """Make sure that an image of this size can have a mask.
+
+    Raises:
+        InputError: it is too small or too large.
+    """
+    if min(width, height) < sizes.SMALLEST or max(width, height) > sizes.LARGEST:
+        size, limits = f"{width}x{height} pixels", f"{sizes.SMALLEST} to {sizes.LARGEST}"
+        raise InputError(f"image has {size}; with a mask, which leaves its size, each side must have {limits}.")
+
+
+def check_enlarged(width: int, height: int) -> None:
+    """Make sure that an image of this size can be enlarged.
+
+    Raises:
+        InputError: it is too small or too large.
+    """
+    if min(width, height) < sizes.SMALLEST or 2 * max(width, height) > sizes.LARGEST:
+        size, limits = f"{width}x{height} pixels", f"{sizes.SMALLEST} to {sizes.LARGEST // 2}"
+        raise InputError(f"image has {size}; to be enlarged to twice its size, each side must have {limits}.")
+
+
 def upscaling(image: Image.Image, prompt: str = "", **options: Any) -> Request:
     """The request for a picture like an image, of twice its size: of its semantic latents, each in four places, the
     super-resolution ControlNet makes what guides Stage C.
@@ -153,9 +174,7 @@ def upscaling(image: Image.Image, prompt: str = "", **options: Any) -> Request:
     for name in ("mask", "width", "height"):
         if name in options:
             raise InputError(f"{name} does not go with upscaling, which makes all of the image in twice its size.")
-    if min(image.size) < sizes.SMALLEST or 2 * max(image.size) > sizes.LARGEST:
-        size, limits = f"{image.width}x{image.height} pixels", f"{sizes.SMALLEST} to {sizes.LARGEST // 2}"
-        raise InputError(f"image has {size}; to be enlarged to twice its size, each side must have {limits}.")
+    check_enlarged(*image.size)
     controls = replace(ALLOWED["controls"], most=MOST_IMAGES - 1).check("controls", options.pop("controls", ()))
     size = {"width": 2 * image.width, "height": 2 * image.height}
     controls = (Control("super_resolution", image), *controls)

@@ -97,6 +97,13 @@ def test_cut_prompt_is_not_quoted_where_prompts_are_private(
     assert [record.getMessage() for record in caplog.records] == ["The prompt exceeds 77 tokens; 6 were left out."]
 
 
+def test_of_a_long_cut_200_characters_are_quoted(conditioner: Conditioner, caplog: pytest.LogCaptureFixture) -> None:
+    long = "cut " * 2000
+    conditioner.encode_text(["a" * 75 + " " + long])
+    (record,) = caplog.records
+    assert record.getMessage().endswith(repr(long[:200] + "..."))
+
+
 def test_prompt_that_fits_exactly_is_not_warned_of(conditioner: Conditioner, caplog: pytest.LogCaptureFixture) -> None:
     conditioner.encode_text(["a" * 75])
     assert caplog.text == ""

@@ -133,3 +133,9 @@ def test_lists_that_are_left_out() -> None:
 
 def test_counted() -> None:
     assert (counted(1, "value"), counted(2, "value"), counted(0, "value")) == ("1 value", "2 values", "0 values")
+
+
+def test_texts_have_a_length() -> None:
+    assert LIMITS["prompt"].check("prompt", "é" * 10_000) == "é" * 10_000
+    with pytest.raises(InputError, match=r"^negative_prompt has 10,001 characters; it may have at most 10,000\.$"):
+        LIMITS["negative_prompt"].check("negative_prompt", "é" * 10_001)
