@@ -24,6 +24,7 @@ from cascade.conditioning import Conditioner, TextEmbeddings
 from cascade.controls import Control, canny, inpainting
 from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode_pixels, for_encoder, tile_within
 from cascade.graphs import GraphedUNet, Recorder
+from cascade.images.colours import to_rgb
 from cascade.inpainting import latents_of, read_mask, set_into
 from cascade.limits import InputError, shown
 from cascade.memory import ALWAYS, GIB, Arena, Choice, Resident, UNet, available, choose, usable
@@ -33,7 +34,6 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.packing import Packed
-from cascade.pictures import to_rgb
 from cascade.prior import Residuals, prior_steps, steps_taken
 from cascade.request import Request
 from cascade.running.device import choose_device, current, within

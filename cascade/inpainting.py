@@ -13,24 +13,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cascade import sizes
+from cascade.images.colours import to_rgb
 from cascade.limits import ALPHA, LIMITS, InputError
-from cascade.pictures import to_rgb
 
 WHITE = 128
 # Pixels from the mask's edge, inwards, over which the image fades into what is made.
 SEAM = 8
 
 
-def check_shape(mask: Image.Image, width: int, height: int) -> None:
-    """Make sure that a mask is one of an image of `width` x `height`: of its shape.
+def check_shape(mask: tuple[int, int], width: int, height: int) -> None:
+    """Make sure that a mask of this (width, height) is one of an image of `width` x `height`: of its shape.
 
     Raises:
         InputError: it is not.
     """
     # One is the other, resized, but for the rounding of sides to whole pixels.
-    if abs(mask.width * height - mask.height * width) > max(*mask.size, width, height):
+    if abs(mask[0] * height - mask[1] * width) > max(*mask, width, height):
         raise InputError(
-            f"mask has {mask.width}x{mask.height} pixels, and image {width}x{height}; it must have the image's shape."
+            f"mask has {mask[0]}x{mask[1]} pixels, and image {width}x{height}; it must have the image's shape."
         )
 
 
@@ -44,7 +44,7 @@ def check_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
         InputError: the mask has another shape, or no white.
         ValueError: it has 32 bits a channel.
     """
-    check_shape(mask, width, height)
+    check_shape(mask.size, width, height)
     read = read_mask(mask, width, height)
     if not read.any():
         raise InputError("mask has no white, so that nothing of image would be made anew.")
@@ -104,6 +104,24 @@ def set_into(image: Image.Image, made: Image.Image, mask: np.ndarray) -> Image.I
     return Image.fromarray((old + share * (new - old)).round().astype(np.uint8))
 
 
+def check_canvas(image: tuple[int, int], *added: int) -> tuple[int, int, int, int]:
+    """Make sure that pixels can be added to an image of this (width, height): to the left, above, to the right, below.
+
+    Raises:
+        InputError: a number is not allowed, or all are 0; the canvas exceeds 2048 pixels.
+    """
+    left, above, right, below = added = LIMITS["outpaint"].check("outpaint", added)
+    if not any(added):
+        raise InputError("outpaint is 0, 0, 0, 0; one of its numbers must be above 0.")
+    width, height = left + image[0] + right, above + image[1] + below
+    if max(width, height) > sizes.LARGEST:
+        raise InputError(
+            f"outpaint is {', '.join(map(str, added))}, which makes {width}x{height} pixels of image's "
+            f"{image[0]}x{image[1]}; each side may have {sizes.LARGEST}."
+        )
+    return added
+
+
 def extend(
     image: Image.Image, mask: Image.Image | Literal["alpha"] | None, left: int, above: int, right: int, below: int
 ) -> tuple[Image.Image, Image.Image]:
@@ -122,19 +140,11 @@ def extend(
     """
     LIMITS["image"].check_one("image", image)
     mask = LIMITS["mask"].check("mask", mask)
-    added = left, above, right, below = LIMITS["outpaint"].check("outpaint", [left, above, right, below])
-    if not any(added):
-        raise InputError("outpaint is 0, 0, 0, 0; one of its numbers must be above 0.")
-    width, height = left + image.width + right, above + image.height + below
-    if max(width, height) > sizes.LARGEST:
-        raise InputError(
-            f"outpaint is {', '.join(map(str, added))}, which makes {width}x{height} pixels of image's "
-            f"{image.width}x{image.height}; each side may have {sizes.LARGEST}."
-        )
+    left, above, right, below = check_canvas(image.size, left, above, right, below)
     if mask == ALPHA:
         mask = transparent(image)
     if mask is not None:
-        check_shape(mask, *image.size)
+        check_shape(mask.size, *image.size)
     old = np.zeros((image.height, image.width), bool) if mask is None else read_mask(mask, *image.size)
     border = ((above, below), (left, right))
     canvas = np.pad(np.asarray(to_rgb(image)), (*border, (0, 0)), mode="edge")

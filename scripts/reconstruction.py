@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cascade.cascade import Cascade
 from cascade.images.metadata import save_picture
-from cascade.pictures import read_picture
+from cascade.images.reading import read_picture
 from cascade.request import LARGEST_SEED, Request
 from cascade.weights import ModelFolder, WeightsError
 from predict import find_weights

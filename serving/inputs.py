@@ -5,8 +5,9 @@
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from PIL import Image
 from cascade import sizes
 from cascade.cascade import Cascade
 from cascade.controls import Control, check_span
-from cascade.inpainting import extend
+from cascade.images.reading import image_prompt_size, read_picture
+from cascade.inpainting import check_canvas, check_shape, extend
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, counted, need, shown
-from cascade.pictures import read_picture
-from cascade.request import Request, check_kind, check_strengths, upscaling
+from cascade.request import Request, check_enlarged, check_kind, check_masked, check_strengths, upscaling
 
 SEEDS = 2**32
 PICTURES = tuple(name for name, limits in LIMITS.items() if limits.kind is Image.Image)
@@ -60,8 +61,9 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
     Raises:
         InputError: a picture is none, or does not go with the other inputs.
     """
-    image, mask = read_image_and_mask(inputs)
-    prompts = read_list("image_prompts", inputs["image_prompts"])
+    image, mask = read_image_and_mask(inputs, cascade.native_size)
+    size = size_of_pictures(inputs, image, cascade.native_size)
+    prompts = read_list("image_prompts", inputs["image_prompts"], image_prompt_size)
     defaults = cascade.defaults
     asked = {
         "prompt": inputs["prompt"],
@@ -75,18 +77,16 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
         "image_prompts": prompts,
         "image_prompt_strengths": inputs["image_prompt_strengths"] or [inputs["image_prompt_strength"]] * len(prompts),
         "prompt_strength": inputs["prompt_strength"],
-        "controls": read_controls(inputs),
+        "controls": read_controls(inputs, size),
     }
     if inputs["upscale"]:
         asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], 1.0)
         return upscaling(image, **asked)
     asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], defaults["prior"].guidance)
-    if image is not None:
-        request = Request(image=image, mask=mask, width=inputs["width"], height=inputs["height"], **asked)
-        height, width = cascade.picture_size(request)
-        return replace(request, width=width, height=height)
-    height, width = sizes.ratio_size(inputs["aspect_ratio"], cascade.native_size)
-    return Request(width=either(inputs["width"], width), height=either(inputs["height"], height), **asked)
+    # A mask leaves the image's size; another one that is asked for is refused.
+    width, height = size if mask is None else (inputs["width"], inputs["height"])
+    request = Request(image=image, mask=mask, width=width, height=height, **asked)
+    return replace(request, width=size[0], height=size[1])
 
 
 def parts_of(request: Request) -> list[Request]:
@@ -176,8 +176,11 @@ def check_picture(name: str, value: Any) -> Any:
     raise InputError(f"{name} is {shown(value)}; {' or '.join((FILE, *map(repr, words)))}.")
 
 
-def read_image_and_mask(inputs: Mapping[str, Any]) -> tuple[Image.Image | None, Image.Image | str | None]:
-    """`image` and `mask`, on the larger canvas if `outpaint` asks for one.
+def read_image_and_mask(inputs: Mapping[str, Any], native: int) -> tuple[Image.Image | None, Image.Image | str | None]:
+    """`image` and `mask`, on the larger canvas if `outpaint` asks for one; without these, in the size of the pictures.
+
+    Args:
+        native: pixels, see `sizes.fitted_size`.
 
     Raises:
         InputError: see `request_from`.
@@ -185,31 +188,82 @@ def read_image_and_mask(inputs: Mapping[str, Any]) -> tuple[Image.Image | None, 
     image, mask = inputs["image"], inputs["mask"]
     if image is None:
         return None, None
-    image = read_one("image", image, background=None if mask == ALPHA else "white")
+    needed = partial(size_of_image, inputs, native)
+    image = read_one("image", image, background=None if mask == ALPHA else "white", needed=needed)
     if mask not in (None, ALPHA):
-        mask = read_one("mask", mask, background="black")
+        mask = read_one("mask", mask, needed=partial(size_of_mask, image.size), mask=True)
     return extend(image, mask, *inputs["outpaint"]) if inputs["outpaint"] else (image, mask)
 
 
-def read_controls(inputs: Mapping[str, Any]) -> tuple[Control, ...]:
+def size_of_image(inputs: Mapping[str, Any], native: int, width: int, height: int) -> tuple[int, int]:
+    """The (width, height) in which an image of `width` x `height` is needed.
+
+    Raises:
+        InputError: it cannot be used in its own size, which it is needed in.
+    """
+    if inputs["upscale"]:
+        check_enlarged(width, height)
+    elif inputs["outpaint"]:
+        check_canvas((width, height), *inputs["outpaint"])
+    elif inputs["mask"] is not None:
+        check_masked(width, height)
+    else:
+        return sizes.fitted_size(height, width, native, inputs["height"], inputs["width"])[::-1]
+    return width, height
+
+
+def size_of_mask(image: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """The (width, height) in which a mask of `width` x `height` is needed: the image's.
+
+    Raises:
+        InputError: it has another shape.
+    """
+    check_shape((width, height), *image)
+    return image
+
+
+def size_of_pictures(inputs: Mapping[str, Any], image: Image.Image | None, native: int) -> tuple[int, int]:
+    """(width, height) of the pictures that are made, with this `image` of `read_image_and_mask`."""
+    if image is not None:
+        times = 2 if inputs["upscale"] else 1
+        return times * image.width, times * image.height
+    height, width = sizes.ratio_size(inputs["aspect_ratio"], native)
+    return either(inputs["width"], width), either(inputs["height"], height)
+
+
+def read_controls(inputs: Mapping[str, Any], size: tuple[int, int]) -> tuple[Control, ...]:
     """The controls that five inputs describe.
+
+    Args:
+        size: (width, height) of the pictures.
 
     Raises:
         InputError: one is no picture.
     """
-    images = read_list("control_images", inputs["control_images"])
+    half = tuple(-(-side // 2) for side in size)
+    needed = [half if kind == "super_resolution" else size for kind in inputs["control_types"]]
+    images = read_list("control_images", inputs["control_images"], *(lambda *_, one=one: one for one in needed))
     names = ("control_scales", "control_starts", "control_ends")
     columns = zip(inputs["control_types"], images, *(inputs[name] for name in names), strict=True)
     return tuple(Control(*column) for column in columns)
 
 
-def read_list(name: str, values: Sequence[Path]) -> tuple[Image.Image, ...]:
+def read_list(
+    name: str, values: Sequence[Path], *needed: Callable[[int, int], tuple[int, int]]
+) -> tuple[Image.Image, ...]:
     """The pictures of an input that is a list.
+
+    Args:
+        needed: see `read_picture`; one for all, or one each.
 
     Raises:
         InputError: one is no picture.
     """
-    return tuple(read_one(f"{name}[{place}]", value) for place, value in enumerate(values))
+    needed = needed * len(values) if len(needed) == 1 else needed
+    return tuple(
+        read_one(f"{name}[{place}]", value, needed=one)
+        for place, (value, one) in enumerate(zip(values, needed, strict=True))
+    )
 
 
 def read_one(name: str, file: Path, **options: Any) -> Image.Image:
@@ -220,6 +274,8 @@ def read_one(name: str, file: Path, **options: Any) -> Image.Image:
     """
     try:
         return read_picture(file, name, **options)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from cascade.cascade import Cascade, Request
 from cascade.controls import Control
+from cascade.images.colours import to_rgb
 from cascade.inpainting import SEAM, extend, latents_of, read_mask, set_into
 from cascade.limits import InputError
-from cascade.pictures import to_rgb
 from cascade.sizes import native_size, semantic_size
 from tests.test_cascade import photo, read
 from tests.tiny import make_cascade

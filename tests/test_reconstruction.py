@@ -10,7 +10,7 @@ from PIL import Image
 
 from cascade.cascade import Cascade, Request
 from cascade.images.metadata import SourceType
-from cascade.pictures import read_picture
+from cascade.images.reading import read_picture
 from scripts.reconstruction import main
 from serving.record import file_digest
 from tests.metadata import read_record, read_texts

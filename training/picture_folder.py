@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from cascade.pictures import read_picture
+from cascade.images.colours import PictureError
+from cascade.images.decoding import PictureFile
 from cascade.sizes import Size
 from training.dataset import Dataset
 from training.errors import TrainingError, writing
@@ -53,17 +54,22 @@ def captioned_pictures(folder: Path) -> list[Captioned]:
     return found
 
 
-def read(file: Path) -> Image.Image:
-    """A training picture in RGB.
+def read(file: Path, needed: Size | None = None) -> Image.Image:
+    """A training picture in RGB. In this process, and so in many threads at once: it is one's own.
+
+    Args:
+        needed: (width, height), see `PictureFile.decode`.
 
     Raises:
         TrainingError: it is cut, too large, or no picture.
     """
     try:
-        return read_picture(file, str(file))
-    except (ValueError, OSError) as error:
-        message = str(error)
-        raise TrainingError(message if str(file) in message else f"{file} cannot be read: {message}") from error
+        with file.open("rb") as content:
+            return PictureFile(content, str(file)).decode(needed=needed)
+    except PictureError as error:
+        raise TrainingError(str(error)) from error
+    except OSError as error:
+        raise TrainingError(f"{file} cannot be read: {error}") from error
 
 
 def check_pictures(files: Sequence[Path], record: Path) -> None:
@@ -116,8 +122,7 @@ class PictureFolder(Dataset):
         height, width = size or self.size
 
         def fitted(index: int) -> np.ndarray:
-            whole = read(self.files[index % len(self.files)])
-            return np.asarray(ImageOps.fit(whole, (width, height), Image.Resampling.LANCZOS))
+            return np.asarray(read(self.files[index % len(self.files)], (width, height)))
 
         pixels = np.empty((len(indices), height, width, 3), np.uint8)
         with ThreadPoolExecutor() as pool:

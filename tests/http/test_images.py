@@ -13,7 +13,7 @@ from PIL import Image
 
 from cascade.limits import shown
 from tests.http.serving import SLOW, SMALL, Server, data_url, picture
-from tests.test_pictures import png_of
+from tests.images.files import png_of
 
 # Small enough to be quick, with enough steps for colours.
 QUICK = {

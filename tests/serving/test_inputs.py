@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cascade.cascade import Cascade, Request
+from cascade.cascade import Cascade, Request, fitted
 from cascade.controls import Control
+from cascade.inpainting import read_mask
 from cascade.limits import LIMITS, InputError, shown
 from cascade.request import ALLOWED
 from predict import Predictor
@@ -294,8 +295,47 @@ def test_controls(made: Callable[..., Request], files: dict[str, CogPath]) -> No
         control_ends=[1, 0.5],
         width=200,
     ).controls
-    assert one == Control("canny", image.convert("RGB"))
-    assert other == Control("super_resolution", image.convert("RGB"), end=0.5)
+    # In the pictures' size, and in half of it, as the engine would scale them.
+    assert one == Control("canny", fitted(image, 128, 200))
+    assert other == Control("super_resolution", fitted(image, 64, 100), end=0.5)
+
+
+def test_images_come_in_the_size_in_which_they_are_used(
+    made: Callable[..., Request], files: dict[str, CogPath], tmp_path: Path
+) -> None:
+    """What the engine makes of them is the same to the bit; with a mask, nothing is scaled but the mask."""
+    image = Image.open(files["image"])
+    request = made(image=files["image"], width=200)
+    assert request.image.size == (request.width, request.height) == (200, 160)
+    assert request.image.tobytes() == fitted(image, 160, 200).tobytes() == fitted(request.image, 160, 200).tobytes()
+    Image.linear_gradient("L").resize((1000, 800)).save(tmp_path / "large.png")
+    masked = made(image=files["image"], mask=CogPath(tmp_path / "large.png"))
+    assert masked.image.tobytes() == image.convert("RGB").tobytes()
+    assert np.array_equal(masked.mask, read_mask(Image.open(tmp_path / "large.png"), 100, 80))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"mask": "image"}, "image has 2100x80 pixels; with a mask, which leaves its size, each side must have 64 to"),
+        (
+            {"upscale": True},
+            "image has 2100x80 pixels; to be enlarged to twice its size, each side must have 64 to 1024",
+        ),
+        (
+            {"outpaint": [0, 0, 8, 0]},
+            "outpaint is 0, 0, 8, 0, which makes 2108x80 pixels of image's 2100x80; each side",
+        ),
+    ],
+)
+def test_an_image_that_is_too_large_is_refused_before_it_is_decoded(
+    made: Callable[..., Request], tmp_path: Path, inputs: dict[str, Any], sentence: str
+) -> None:
+    Image.new("L", (2100, 80)).save(tmp_path / "image.bmp")
+    (tmp_path / "image.bmp").write_bytes((tmp_path / "image.bmp").read_bytes()[:2000])  # to decode it would fail
+    place = CogPath(tmp_path / "image.bmp")
+    inputs = {name: place if value == "image" else value for name, value in inputs.items()}
+    assert sentence_of(made, image=place, **inputs).startswith(sentence)
 
 
 def test_upscaling(made: Callable[..., Request], files: dict[str, CogPath]) -> None:
@@ -340,7 +380,7 @@ def test_what_cog_has_not_downloaded(made: Callable[..., Request], files: dict[s
     """It leaves alone schemes in capitals, and a list that has one of them."""
     image = Image.open(files["image"])
     url = scheme + data_url(image).removeprefix("data")
-    assert np.array_equal(made(image=url).image, image)
+    assert np.array_equal(made(image=url, mask=data_url(Image.new("L", image.size, 255))).image, image)
     assert np.array_equal(made(image_prompts=[url, data_url(image)]).image_prompts[0], image)
 
 
