@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import resource
 import signal
 import sys
@@ -54,6 +55,9 @@ class Logs(logging.Handler):
 def main() -> None:
     """Serve the connection whose file descriptor is the last argument, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes of a terminal
+    # Python's errors go on to the log; what decoders write about a file, with pieces of it, does not.
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS
     PngImagePlugin.MAX_TEXT_CHUNK = MOST_PNG_TEXT

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from cascade.images.colours import DamagedError, PictureError, to_rgb
 
@@ -110,19 +110,7 @@ class PictureFile:
             MemoryError: some do.
         """
         with self._named():
-            return self._decode(background, needed, mask)
-
-    def _decode(self, background: str | None, needed: Size | None, mask: bool) -> Image.Image:
-        image, self.image = self.image, None
-        if needed is not None:
-            draft(image, needed)
-        if self.format == "WEBP" and self.pixels > LARGE_WEBP_PIXELS and not image.is_animated:
-            turn, info = turn_of(image), image.info
-            del image  # and with it the canvases
-            image = decode_webp(self.file, info)
-            image = image if turn is None else image.transpose(turn)
-        else:
-            image = upright(image)
+            image = self._pixels(needed)
         if mask:
             grey = to_rgb(image, self.name, "black").convert("L")
             return grey if needed is None else grey.resize(needed, Image.Resampling.BOX)
@@ -130,6 +118,18 @@ class PictureFile:
             # Fewer pixels, whose colours are then converted.
             return to_rgb(scaled(image, needed), self.name, background)
         return scaled(to_rgb(image, self.name, background), needed)
+
+    def _pixels(self, needed: Size | None) -> Image.Image:
+        """The upright picture, in its own colours and size, or if it is a large JPEG file at least in that of need."""
+        image, self.image = self.image, None
+        if needed is not None:
+            draft(image, needed)
+        if self.format != "WEBP" or self.pixels <= LARGE_WEBP_PIXELS or image.is_animated:
+            return upright(image)
+        turn, info = turn_of(image), image.info
+        del image  # and with it the canvases
+        image = decode_webp(self.file, info)
+        return image if turn is None else image.transpose(turn)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -187,15 +187,13 @@ def scaled(image: Image.Image, needed: Size | None) -> Image.Image:
     """A picture cut evenly to a shape and scaled, as `ImageOps.fit` does it; a large one, shrunk far, is averaged first."""
     if needed is None:
         return image
-    (width, height), ratio = image.size, needed[0] / needed[1]
-    if width / height >= ratio:
-        cut = (width - ratio * height) / 2
-        box = (cut, 0, cut + ratio * height, height)
-    else:
-        cut = (height - width / ratio) / 2
-        box = (0, cut, width, cut + width / ratio)
-    averaged_to = AVERAGED_TO if image.width * image.height > ORDINARY_PIXELS else None
-    return image.resize(needed, Image.Resampling.LANCZOS, box, averaged_to)
+    if image.width * image.height <= ORDINARY_PIXELS:
+        return ImageOps.fit(image, needed, Image.Resampling.LANCZOS)
+    ratio = needed[0] / needed[1]
+    left = (image.width - min(image.width, image.height * ratio)) / 2
+    above = (image.height - min(image.height, image.width / ratio)) / 2
+    box = (left, above, image.width - left, image.height - above)
+    return image.resize(needed, Image.Resampling.LANCZOS, box, AVERAGED_TO)
 
 
 def mend_transparent_colour(image: Image.Image) -> None:

@@ -232,7 +232,7 @@ def test_a_picture_is_scaled_to_the_bit_as_it_was_after_reading(tmp_path: Path, 
     noise = Image.merge("RGB", [Image.effect_noise((300, 200), 100) for _ in range(3)]).convert(mode)
     noise.save(tmp_path / "picture", kind)
     whole = read_picture(tmp_path / "picture", "image")
-    for size in ((64, 64), (128, 40), (300, 200), (500, 700), (101, 77)):
+    for size in ((64, 64), (128, 40), (300, 200), (500, 700), (101, 77), (600, 400)):
         part = read_picture(tmp_path / "picture", "image", needed=lambda *_, size=size: size)
         assert part.tobytes() == ImageOps.fit(whole, size, Image.Resampling.LANCZOS).tobytes()
         mask = read_picture(tmp_path / "picture", "mask", needed=lambda *_, size=size: size, mask=True)
@@ -258,6 +258,8 @@ def test_a_large_jpeg_is_shrunk_while_it_is_decoded(tmp_path: Path) -> None:
 def test_a_large_picture_that_is_shrunk_far_is_very_near_to_what_it_was(tmp_path: Path) -> None:
     noise = Image.effect_noise((750, 700), 40).resize((2250, 2100))
     noise.save(tmp_path / "picture", "BMP")
+    for size in ((2250, 2100), (2249, 2099), (75, 70), (1, 2100)):
+        assert read_picture(tmp_path / "picture", "image", needed=lambda *_, size=size: size).size == size
     part = read_picture(tmp_path / "picture", "image", needed=lambda *_: (200, 300))
     whole = ImageOps.fit(noise, (200, 300), Image.Resampling.LANCZOS)
     assert 0 < np.abs(np.subtract(part.convert("L"), whole, dtype=float)).mean() < 1
@@ -439,7 +441,7 @@ UNTURN = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
     size=st.tuples(st.integers(17, 90), st.integers(17, 90)),
     orientation=st.integers(0, 9),
     profile=st.booleans(),
-    needed=st.none() | st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    needed=st.none() | st.just("its own") | st.tuples(st.integers(1, 200), st.integers(1, 200)),
 )
 def test_any_picture_is_upright_in_8_bits(
     tmp_path: Path, stored: tuple[str, str], size: tuple[int, int], orientation: int, profile: bool, needed: Any
@@ -465,7 +467,9 @@ def test_any_picture_is_upright_in_8_bits(
         exif[0x0112] = orientation
         options["exif"] = exif
     image.save(tmp_path / "picture", kind, **options)
-    read = read_picture(tmp_path / "picture", "image", needed=None if needed is None else lambda *_: needed)
+    wanted = {None: None, "its own": lambda *own: own}.get(needed, lambda *_: needed)
+    read = read_picture(tmp_path / "picture", "image", needed=wanted)
+    needed = None if needed == "its own" else needed
     expected = size if turned or orientation not in UNTURN else grey.size
     assert (read.mode, read.size) == ("RGB", expected if needed is None else needed)
     if needed is None and (turned or orientation not in UNTURN):
