@@ -28,6 +28,8 @@ from scripts.environment import ROOT
 from scripts.openapi import SchemaError, make_schema
 
 SCHEMA = ROOT / ".cog" / "openapi_schema.json"
+COG_FOLDERS = Path("/tmp/coglet/predictions")
+"""Where Cog makes a folder for each prediction, whoever serves and whatever TMPDIR is."""
 
 
 def read_config() -> tuple[str, dict[str, str]]:
@@ -122,6 +124,21 @@ def upload_problem(url: str) -> str | None:
     return "it must have no query and no fragment" if parsed.query or parsed.fragment else None
 
 
+def share_cog_folders() -> None:
+    """Make the folder for Cog's predictions, in which every user of the machine may then make more.
+
+    Cog makes it for its own user alone. To a server of another user, every slot would be lost at its first prediction.
+
+    Raises:
+        OSError: it cannot be made, or another user has made it for himself.
+    """
+    COG_FOLDERS.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):
+        COG_FOLDERS.chmod(0o1777)
+    if not os.access(COG_FOLDERS, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"it belongs to {COG_FOLDERS.owner()}")
+
+
 def start_front(sockets: list[socket.socket], port: int, folder: Path) -> None:
     """Start the front of the server that this process becomes; it ends when this process does."""
     numbers = [one.fileno() for one in sockets]
@@ -155,6 +172,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.upload_url and (problem := upload_problem(options.upload_url)):
         sys.stderr.write(f"--upload-url is {options.upload_url!r}; {problem}.\n")
+        return 1
+    try:
+        share_cog_folders()
+    except OSError as error:
+        sys.stderr.write(
+            f"Cog keeps predictions in {COG_FOLDERS}, which this user cannot write: {error.strerror}. Remove it, as its owner.\n"
+        )
         return 1
     try:
         sockets = bind(options.host, options.port)

@@ -86,3 +86,23 @@ def test_hosts_by_name_and_of_ipv6(host: str) -> None:
     assert host not in ("127.0.0.1", "::1", "::", "0.0.0.0") or [one.getsockname()[0] for one in sockets] == [host]
     for one in sockets:
         one.close()
+
+
+def test_all_users_may_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, and at once: Cog's folder is the same for all."""
+    monkeypatch.setattr(server, "COG_FOLDERS", tmp_path / "coglet" / "predictions")
+    for _ in range(2):
+        server.share_cog_folders()
+        assert server.COG_FOLDERS.stat().st_mode & 0o7777 == 0o1777
+
+
+def test_without_the_folder_for_predictions_nothing_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()  # no folder: nobody, not even root, can write into it
+    monkeypatch.setattr(server, "COG_FOLDERS", tmp_path / "file" / "predictions")
+    assert server.main(["--port", str(free_port())]) == 1
+    assert capsys.readouterr().err == (
+        f"Cog keeps predictions in {tmp_path}/file/predictions, which this user cannot write: Not a directory. Remove it, as "
+        "its owner.\n"
+    )

@@ -17,7 +17,6 @@ from training.controlnet import res_blocks
 from training.errors import FILE_ERRORS, TrainingError, summary
 from training.stages import STAGES
 
-ATTENTION = "SDCascadeAttnBlock"
 EQUAL = (
     (("text_encoder", "projection_dim"), ("decoder", "clip_text_pooled_in_channels")),
     (("text_encoder", "projection_dim"), ("prior", "clip_text_pooled_in_channels")),
@@ -81,7 +80,8 @@ def find_part(component: str, config: Mapping[str, Any], model: Path, *, anew: b
     settings = TRANSFORMERS_CONFIGS.get(component)
     parameters = inspect.signature(settings or NETWORKS[component]).parameters
     values = {name: one.default for name, one in parameters.items() if one.default is not one.empty} | values
-    _check_heads(component, label, values)
+    if component in TRANSFORMERS_CONFIGS:
+        _check_heads(label, values["hidden_size"], values["num_attention_heads"])
     try:
         with init_empty_weights():
             if settings is not None:
@@ -93,19 +93,10 @@ def find_part(component: str, config: Mapping[str, Any], model: Path, *, anew: b
     return Part(label, values, made=label != f"[{table}]")
 
 
-def _check_heads(component: str, label: str, values: Mapping[str, Any]) -> None:
-    """Heads must divide what they share."""
-    if component in TRANSFORMERS_CONFIGS:
-        pairs = [("hidden_size", values["hidden_size"], values["num_attention_heads"])]
-    elif component in ("prior", "decoder"):
-        names = ("block_out_channels", "num_attention_heads", "block_types_per_layer")
-        levels = zip(*(values[name] for name in names), strict=False)
-        pairs = [("block_out_channels", width, heads) for width, heads, kinds in levels if ATTENTION in kinds]
-    else:
-        pairs = []
-    for name, width, heads in pairs:
-        if heads < 1 or width % heads:
-            raise TrainingError(f"{label}: num_attention_heads, {heads}, does not divide {name}, {width}.")
+def _check_heads(label: str, width: int, heads: int) -> None:
+    """Heads must divide what they share. The UNets check this themselves."""
+    if heads < 1 or width % heads:
+        raise TrainingError(f"{label}: num_attention_heads, {heads}, does not divide hidden_size, {width}.")
 
 
 def check_agreement(config: Mapping[str, Any], model: Path, stage: str) -> None:
@@ -210,6 +201,8 @@ def _check_controlnets(config: Mapping[str, Any], model: Path, parts: Mapping[st
         return
     there = res_blocks(parts["prior"].values)
     for label, blocks in wanted:
+        if len(set(blocks)) != len(blocks):
+            raise TrainingError(f"{label} is {list(blocks)}; it can hold a ResBlock only once.")
         for block in blocks:
             if not 0 <= block < there:
                 raise TrainingError(

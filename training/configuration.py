@@ -49,9 +49,9 @@ OTHER_TABLES: dict[str, Kinds] = {
     "tokenizer": {"vocabulary": (int, True)},
     "controlnet": {"proj_blocks": (tuple[int, ...], True)},
 }
-SHARES = ("drop_text", "keep_image", "drop_semantic", "unsaid", "inverted")
+SHARES = ("drop_text", "keep_image", "drop_semantic", "unsaid", "inverted", "momentum")
 AMOUNTS = ("latent_noise", "semantic_noise", "offset_noise", "pyramid", "preview_weight", "naming", "k", "floor")
-COUNTS = ("scenes", "unseen")
+COUNTS = ("scenes", "unseen", "buckets")
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
@@ -91,6 +91,10 @@ def check_tables(config: Mapping[str, Any]) -> None:
     if "model" in config:
         for stage in ("prior", "decoder"):
             check_values(f"[model] {stage}", config["model"][stage], kinds_of(StageSettings))
+            try:
+                StageSettings(**config["model"][stage])
+            except ValueError as error:
+                raise TrainingError(f"[model] {stage}: {error}.") from None
     if "tokenizer" in config and config["tokenizer"]["vocabulary"] < SMALLEST_VOCABULARY:
         raise TrainingError(
             f"[tokenizer] vocabulary is {config['tokenizer']['vocabulary']}; it must be at least {SMALLEST_VOCABULARY}: a "
@@ -126,7 +130,7 @@ def _check_stage(name: str, table: Mapping[str, Any]) -> None:
     if "weight" in arguments:
         weight = dict(arguments["weight"])
         kind = weight.pop("kind", None)
-        if kind not in WEIGHTS:
+        if not isinstance(kind, str) or kind not in WEIGHTS:
             raise TrainingError(f"[{name}] task: weight.kind is {kind!r}; it must be one of {', '.join(WEIGHTS)}.")
         check_values(f"[{name}] task: weight", weight, kinds_of(WEIGHTS[kind]))
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from training.checkpoint import Checkpoint, Progress
 from training.dataset import Dataset
 from training.earlier_checkpoints import accept_earlier_checkpoints
-from training.errors import writing
+from training.errors import TrainingError, writing
 from training.files import write_components
 from training.interruption import Interruption, Stopped
 from training.options import Options, compiles, learning_rate_factor
@@ -136,7 +136,7 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; a checkpoint was saved.
-        TrainingError: the checkpoint does not fit, or something could not be written.
+        TrainingError: the checkpoint does not fit, the weights are no longer finite, or something could not be written.
     """
     on_gpu = torch.cuda.is_available()
     compiled = compiles(options, torch.device("cuda" if on_gpu else "cpu"))
@@ -201,6 +201,14 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
         ema.restore(trained)
         accelerator.wait_for_everyone()
 
+    def save() -> None:
+        if not all(parameter.isfinite().all() for parameter in trained):
+            raise TrainingError(
+                f"{folder.name}: the weights are infinite or no numbers (NaN) at step {progress.step}; nothing of that is "
+                f"saved. The learning_rate, {options.learning_rate}, may be too large."
+            )
+        checkpoint.save()
+
     def agreed(*wishes: bool) -> list[bool]:
         """What any process wishes. All must save and stop at the same step, or they wait for one another for ever."""
         if accelerator.num_processes == 1:
@@ -229,12 +237,12 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
                     time.time() - saved > options.checkpoint_seconds,
                 )
                 if interrupted:
-                    checkpoint.save()
+                    save()
                     raise Stopped(interruption.signal or signal.SIGTERM, progress.step)
                 if late:
                     break
                 if due and progress.step > first:
-                    checkpoint.save()
+                    save()
                     saved = time.time()
             factor = learning_rate_factor(progress.step, options)
             for group in optimizer.param_groups:
@@ -264,10 +272,10 @@ def fit(task: Task, options: Options, folder: Path, model: Path, *, deadline: fl
                 accelerator.log({**figures, "learning_rate": options.learning_rate * factor}, step=progress.step)
             if progress.step % options.evaluate_every == 0 and progress.step < options.steps:
                 # First the checkpoint: after a kill, training must not begin with the components that it wrote itself.
-                checkpoint.save()
+                save()
                 saved = time.time()
                 review()
-    checkpoint.save()
+    save()
     review()
     accelerator.end_training()
     return progress.step >= options.steps

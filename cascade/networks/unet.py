@@ -346,6 +346,13 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         for name, value in per_level.items():
             if len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} values; block_out_channels has {levels}, one a level.")
+        if patch_size < 1:
+            raise ValueError(f"patch_size is {patch_size}; it must be at least 1.")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}; it must be odd.")
+        for width, heads, kinds in zip(widths, num_attention_heads, block_types_per_layer, strict=True):
+            if "SDCascadeAttnBlock" in kinds and (heads < 1 or width % heads):
+                raise ValueError(f"num_attention_heads, {heads}, does not divide block_out_channels, {width}.")
         for name in timestep_conditioning_type:
             if name not in TIMESTEP_CONDITIONS:
                 raise ValueError(f"timestep_conditioning_type holds {name!r}; allowed: {TIMESTEP_CONDITIONS}.")

@@ -47,6 +47,7 @@ from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
+from cascade.sizes import LARGEST, SMALLEST
 from cascade.weights import single_file
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.fitting import current_names, misfit
@@ -100,12 +101,34 @@ CHECK = "CASCADE_CHECK_WEIGHTS"
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How a stage is sampled unless the request says otherwise."""
+    """How a stage is sampled unless the request says otherwise.
+
+    Attributes:
+        steps: at least 1.
+        guidance: scale of the guidance, at least 0; 1 or less is none.
+        shift: of the noise schedule, above 0.
+        rescale: of what guidance adds to the deviation, the share that is taken back, 0 to 1.
+
+    Raises:
+        ValueError: one is of another kind, or out of its range.
+    """
 
     steps: int
     guidance: float
     shift: float
     rescale: float
+
+    def __post_init__(self) -> None:
+        if type(self.steps) is not int or self.steps < 1:
+            raise ValueError(f"steps is {shortened(repr(self.steps))}; it must be a whole number, at least 1")
+        for name, allowed, fits in (
+            ("guidance", "at least 0", lambda value: 0 <= value < math.inf),
+            ("shift", "above 0", lambda value: 0 < value < math.inf),
+            ("rescale", "from 0 to 1", lambda value: 0 <= value <= 1),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+                raise ValueError(f"{name} is {shortened(repr(value))}; it must be a number {allowed}")
 
 
 # The authors' text-to-image settings for their own weights.
@@ -330,6 +353,8 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
         WeightsError: the file is missing or no JSON, or describes no such network.
     """
     config = read_json(config_path)
+    if not isinstance(config, dict):
+        raise WeightsError(f"{config_path} describes no {component}: it is no JSON object.")
     # Buffers that no file holds, such as CLIP's position ids, are made for real.
     with init_empty_weights(include_buffers=False):
         try:
@@ -337,7 +362,8 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
                 return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
             return NETWORKS[component].from_config(current_names(config))
         except Exception as error:  # what networks make of wrong settings
-            raise WeightsError(f"{config_path} describes no {component}: {shortened(error)}") from error
+            said = f"it lacks {error}" if isinstance(error, KeyError) else shortened(error).rstrip(".")
+            raise WeightsError(f"{config_path} describes no {component}: {said}.") from error
 
 
 def _open_own(root: Path) -> ModelFolder:
@@ -345,12 +371,27 @@ def _open_own(root: Path) -> ModelFolder:
     content = read_json(path)
     try:
         checksums = dict(content["files"])
+        sampler = {}
+        for stage in ("prior", "decoder"):
+            values = content["sampler"][stage]
+            try:
+                sampler[stage] = StageSettings(**values)
+            except ValueError as error:
+                raise WeightsError(f"{path}: in the sampler of {stage}, {error}.") from error
+        for name in ("name", "license"):
+            if not isinstance(content[name], str):
+                raise WeightsError(f"{path}: {name} is {shortened(repr(content[name]))}; it must be a text.")
+        size = content["native_size"]
+        if type(size) is not int or not SMALLEST <= size <= LARGEST:
+            raise WeightsError(
+                f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {LARGEST}."
+            )
         opened = ModelFolder(
             root=root,
             name=content["name"],
             license=content["license"],
-            native_size=int(content["native_size"]),
-            sampler={stage: StageSettings(**content["sampler"][stage]) for stage in ("prior", "decoder")},
+            native_size=size,
+            sampler=sampler,
             parts={component: root / component for component in COMPONENTS if (root / component).is_dir()},
             checksums=checksums,
             sums=_read_sums(content.get("pieces"), path),

@@ -92,8 +92,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise WeightsError(f"{path} is missing.") from error
-    except ValueError as error:
-        raise WeightsError(f"{path} is not valid JSON: {shortened(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not valid JSON: {shortened(error).rstrip('.')}.") from error
 
 
 def unreadable(path: Path, error: Exception) -> WeightsError:

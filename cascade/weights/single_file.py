@@ -254,7 +254,8 @@ def convert(state_dict: Mapping[str, Tensor]) -> StateDict:
     Split tensors are copies, so that the result can be saved. Those in 8-bit floating point become bfloat16.
 
     Raises:
-        ValueError: a scale fits no tensor, or ComfyUI's normalisation of pixels is another than the network's own.
+        ValueError: a scale fits no tensor, fused projections have a shape that cannot be split, or ComfyUI's normalisation of
+            pixels is another than the network's own.
     """
     result: StateDict = {}
     for key, tensor in _in_sixteen_bits(state_dict).items():
@@ -264,10 +265,16 @@ def convert(state_dict: Mapping[str, Tensor]) -> StateDict:
             continue
         if ".attention.in_proj_" in key:
             stem, kind = key.rsplit("in_proj_", 1)
+            if tensor.ndim == 0 or len(tensor) % 3:
+                raise ValueError(
+                    f"{key} has the shape {tuple(tensor.shape)}; its rows must be those of three projections."
+                )
             for name, part in zip(("to_q", "to_k", "to_v"), tensor.chunk(3), strict=True):
                 result[f"{stem}{name}.{kind}"] = part.clone()
             continue
         if key == "text_projection":  # OpenCLIP's parameter, which transformers holds as a Linear
+            if tensor.ndim != 2:
+                raise ValueError(f"{key} has the shape {tuple(tensor.shape)}; it must have 2 dimensions.")
             key, tensor = "text_projection.weight", tensor.t().contiguous()
         key = key.replace(".attention.out_proj.", ".attention.to_out.0.")
         key = key.replace("clip_mapper.", "clip_txt_pooled_mapper.")
@@ -295,7 +302,7 @@ def _in_sixteen_bits(state_dict: Mapping[str, Tensor]) -> StateDict:
 def _scaled(key: str, tensor: Tensor, scale: Tensor) -> Tensor:
     if tensor.dtype not in EIGHT_BITS:
         raise ValueError(f"{key} has a scale, but is stored as {tensor.dtype}, not in 8-bit floating point.")
-    if scale.numel() == len(tensor):  # one a row
+    if tensor.ndim and scale.numel() == len(tensor):  # one a row
         scale = scale.reshape(-1, *[1] * (tensor.ndim - 1))
     elif scale.numel() != 1:
         raise ValueError(f"{key} has {scale.numel()} scales; only one for all, or one a row, is understood.")
@@ -328,7 +335,10 @@ def variant_of(state_dict: Mapping[str, Tensor]) -> Variant:
     key = variants[0].width_key
     if key not in state_dict:
         raise ValueError(f"it has no tensor {key}, which {TITLES[component]} has.")
-    width = state_dict[key].shape[0]
+    shape = tuple(state_dict[key].shape)
+    if not shape:
+        raise ValueError(f"its {key} has no dimensions.")
+    width = shape[0]
     for variant in variants:
         if variant.width == width:
             return variant

@@ -101,12 +101,15 @@ class Source:
         """The empty network that the tensors, on any device, fit."""
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
         configs = [self.config] if self.config is not None else known
-        wrong = None
+        wrong = alike = None
         for config in configs:
             network = empty_network(self.component, config)
-            wrong = misfit({key: tensor.shape for key, tensor in network.state_dict().items()}, shapes)
+            expected = {key: tensor.shape for key, tensor in network.state_dict().items()}
+            wrong = misfit(expected, shapes)
             if wrong is None:
                 return network
+            if 2 * sum(shapes.get(key) == shape for key, shape in expected.items()) > len(expected):
+                alike = f"{wrong}, by {config}"
         if self.config is not None:
             raise WeightsError(f"{self.origin}{wrong}, by {self.config.name}; it is {what_it_is(tensors)}.")
         try:
@@ -116,6 +119,8 @@ class Source:
                 variant = variant_of(tensors)
                 network = make(variant.network, variant.config)
         except ValueError as error:
+            if alike is not None:
+                raise WeightsError(f"{self.origin}{alike}.") from error
             raise WeightsError(
                 f"{self.origin} does not fit, and has no config.json beside it: {str(error).rstrip('.')}."
             ) from error
@@ -130,12 +135,23 @@ class Source:
         Args:
             folder: the directory; it must not exist.
             known: see :meth:`check`.
+
+        Raises:
+            WeightsError: a weight is infinite or NaN.
         """
         if self.component in PROCESSORS:
             save_component(folder, load_processor(self.component, self.origin), torch.bfloat16)
             return
         tensors = _split(self.origin, read_tensors(self.files), self.key)[self.key]
-        save_component(folder, filled(self._network(tensors, known), tensors), _dtype(self.component, tensors))
+        # Nothing is published in double precision.
+        tensors = {name: one.float() if one.dtype == torch.float64 else one for name, one in tensors.items()}
+        dtype = _dtype(self.component, tensors)
+        for name, tensor in tensors.items():
+            if not tensor.to(dtype).isfinite().all():
+                raise WeightsError(
+                    f"{self.origin} cannot be used: {name} holds values that are infinite or no numbers (NaN)."
+                )
+        save_component(folder, filled(self._network(tensors, known), tensors), dtype)
 
 
 def _dtype(component: str, tensors: StateDict) -> torch.dtype:
@@ -159,9 +175,9 @@ def find(path: Path, wanted: str | None = None) -> dict[str, Source]:
         WeightsError: there is no such file or folder, or it is something else; the sentence says what, where it can be
             told.
     """
-    if not path.exists():
-        raise WeightsError(f"There is no file or folder {path}.")
     try:
+        if not path.exists():
+            raise WeightsError(f"There is no file or folder {path}.")
         return _found(path, wanted)
     except OSError as error:
         raise WeightsError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
@@ -178,12 +194,17 @@ def _found(path: Path, wanted: str | None) -> dict[str, Source]:
         files = _shards(path)  # first: it says what is no safetensors file
         found = _in_files(path, files, _config_of(path.parent) if path.name.startswith(STEMS) else None)
     if wanted is not None and not any(name == wanted or name.startswith(f"{wanted}_") for name in found):
-        titles = " and ".join(TITLES.get(source.key, name.replace("_", " ")) for name, source in found.items())
+        titles = " and ".join(_title(source.key) for source in found.values())
         option = "--" + next(source.key for source in found.values()).replace("_", "-")
         raise WeightsError(
-            f"{path} is no {TITLES[wanted].removeprefix('a ').removeprefix('the ')}: it holds {titles}; see {option}."
+            f"{path} is no {_title(wanted).removeprefix('a ').removeprefix('the ')}: it holds {titles}; see {option}."
         )
     return found
+
+
+def _title(key: str) -> str:
+    """What people call a component."""
+    return TITLES.get(key, f"the {key.replace('_', ' ')}")
 
 
 def _in_folder(folder: Path, wanted: str | None) -> dict[str, Source]:

@@ -39,6 +39,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('vision.task.naming = "no"', "[vision] task naming is 'no'; it must be a number."),
         ("controlnet_inpainting.control.inverted = 25", "control inverted is 25; it must be from 0 to 1."),
         ('stage_b.task.weight.kind = "adapt"', "weight.kind is 'adapt'; it must be one of p2, adaptive."),
+        ("stage_b.task.weight.kind = [0]", "weight.kind is [0]; it must be one of p2, adaptive."),
+        ("stage_b.task.weight.buckets = 0", "[stage_b] task: weight buckets is 0; it must be at least 1."),
+        ("stage_b.task.weight.momentum = 2", "[stage_b] task: weight momentum is 2; it must be from 0 to 1."),
+        ("model.prior.steps = 0", "[model] prior: steps is 0; it must be a whole number, at least 1."),
+        ("model.decoder.shift = -1", "[model] decoder: shift is -1; it must be a number above 0."),
+        ("model.decoder.rescale = 2", "[model] decoder: rescale is 2; it must be a number from 0 to 1."),
         ("semantic.task.weight.kk = 1.0", "[semantic] task: weight has an unknown value kk; there are k, floor."),
         ("data.seeds = 0", "[data] has an unknown value seeds; there are size, other_sizes, scenes,"),
         ("stage_b.options.seed = -1", "[stage_b] options: seed is -1; it must be from 0 to 4294967295."),
@@ -67,9 +73,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             "prior.num_attention_heads = [2, 5]",
-            "[prior]: num_attention_heads, 5, does not divide block_out_channels, 16.",
+            "[prior] describes no prior: num_attention_heads, 5, does not divide block_out_channels, 16.",
         ),
-        ("decoder.num_attention_heads = [0, 0]", "[decoder]: num_attention_heads, 0, does not divide"),
+        (
+            "decoder.num_attention_heads = [0, 0]",
+            "[decoder] describes no decoder: num_attention_heads, 0, does not divide",
+        ),
+        ("decoder.patch_size = 0", "[decoder] describes no decoder: patch_size is 0; it must be at least 1."),
+        ("decoder.patch_size = -1", "[decoder] describes no decoder: patch_size is -1; it must be at least 1."),
+        ("prior.kernel_size = 4", "[prior] describes no prior: kernel_size is 4; it must be odd."),
         (
             "text_encoder.num_attention_heads = 3",
             "[text_encoder]: num_attention_heads, 3, does not divide hidden_size, 16.",
@@ -97,6 +109,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("decoder.in_channels = 8", "[vqgan] latent_channels is 4, and [decoder] in_channels is 8"),
         ("controlnet.proj_blocks = [0, 4]", "[controlnet] proj_blocks holds 4; [prior] has 4 ResBlocks, from 0 to 3."),
+        (
+            "controlnet.proj_blocks = [0, 0]",
+            "[controlnet] proj_blocks is [0, 0]; it can hold a ResBlock only once.",
+        ),
         (
             "controlnet.proj_blocks = [-1, 3]",
             "[controlnet] proj_blocks holds -1; [prior] has 4 ResBlocks, from 0 to 3.",

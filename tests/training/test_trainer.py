@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.errors import TrainingError
 from training.options import Options, learning_rate_factor
 from training.trainer import Task, fit, step_generator
 
@@ -137,3 +138,15 @@ def test_generators_differ_by_step_rank_and_seed() -> None:
         for rank in range(3)
     }
     assert len(draws) == 27
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    """A training that diverges ends; the checkpoint and the components that it wrote before stay."""
+    assert fit(Line(), replace(OPTIONS, steps=3, decay=0), tmp_path / "line", tmp_path / "model")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    assert before
+    task = Line()
+    task.forward = lambda x, y: {"loss": task.line(x).sum() * torch.inf}  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"line: the weights are infinite or no numbers \(NaN\) at step 5; nothing"):
+        fit(task, OPTIONS, tmp_path / "line", tmp_path / "model")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")} == before

@@ -559,3 +559,40 @@ def test_published_in_the_hub_cache(published: Path, tmp_path: Path) -> None:
     assert "prior" in folder
     assert "decoder" not in folder
     folder.load_component("text_encoder")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("sampler.prior.steps", "x", "in the sampler of prior, steps is 'x'; it must be a whole number, at least 1."),
+        ("sampler.prior.steps", 0, "in the sampler of prior, steps is 0; it must be a whole number, at least 1."),
+        ("sampler.decoder.steps", None, "in the sampler of decoder, steps is None; it must be a whole number"),
+        (
+            "sampler.decoder.guidance",
+            None,
+            "in the sampler of decoder, guidance is None; it must be a number at least 0.",
+        ),
+        ("sampler.prior.shift", -1, "in the sampler of prior, shift is -1; it must be a number above 0."),
+        ("sampler.prior.rescale", [], "in the sampler of prior, rescale is []; it must be a number from 0 to 1."),
+        ("sampler.prior.rescale", True, "in the sampler of prior, rescale is True; it must be a number from 0 to 1."),
+        ("native_size", 0, "native_size is 0; it must be a whole number from 64 to 2048."),
+        ("native_size", "128", "native_size is '128'; it must be a whole number from 64 to 2048."),
+        ("license", -1, "license is -1; it must be a text."),
+        ("name", ["x"], "name is ['x']; it must be a text."),
+    ],
+)
+def test_settings_that_no_picture_could_be_made_with(
+    model_folder: Path, tmp_path: Path, name: str, value: object, sentence: str
+) -> None:
+    """They are told when the folder is opened, not by the first request."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    content = json.loads((folder / "model.json").read_text())
+    *path, last = name.split(".")
+    table = content
+    for key in path:
+        table = table[key]
+    table[last] = value
+    (folder / "model.json").write_text(json.dumps(content))
+    with pytest.raises(WeightsError) as raised:
+        ModelFolder.open(folder)
+    assert str(raised.value).startswith(f"{folder / 'model.json'}: {sentence}")

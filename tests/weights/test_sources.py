@@ -582,6 +582,105 @@ def test_a_size_that_was_never_published(refuse: Refuse, tmp_path: Path, model_f
     )
 
 
+FUSED = "down_blocks.0.2.attention.attn.in_proj_weight"
+WIDTH = "down_blocks.1.0.depthwise.weight"
+FP8 = torch.zeros(()).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({FUSED: torch.zeros(())}, "x.safetensors cannot be used: {FUSED} has the shape (); its rows must be those"),
+        ({FUSED: torch.zeros(7, 3)}, "x.safetensors cannot be used: {FUSED} has the shape (7, 3); its rows must be"),
+        ({FUSED: torch.zeros(2)}, "x.safetensors cannot be used: {FUSED} has the shape (2,); its rows must be those"),
+        ({WIDTH: torch.zeros(())}, "x.safetensors: {WIDTH} has the shape () instead of (16, 1, 3, 3), by "),
+        (
+            {"clf.1.weight": FP8, "clf.1.scale_weight": torch.ones(())},
+            "x.safetensors: clf.1.weight has the shape () instead of (16, 16, 1, 1), by ",
+        ),
+        (
+            {"clf.1.weight": FP8, "clf.1.scale_weight": torch.ones(3)},
+            "x.safetensors cannot be used: clf.1.weight has 3 scales; only one for all, or one a row, is understood.",
+        ),
+    ],
+)
+def test_shapes_that_no_network_has(
+    refuse: Refuse, tmp_path: Path, components: dict[str, Any], change: StateDict, sentence: str
+) -> None:
+    weights = theirs(components["prior"].state_dict())
+    assert FUSED in weights
+    assert WIDTH in weights
+    save_file({**weights, **change}, tmp_path / "x.safetensors")
+    sentence = sentence.replace("{FUSED}", FUSED.replace("attention.attn", "attention")).replace("{WIDTH}", WIDTH)
+    assert refuse("--prior", tmp_path / "x.safetensors").startswith(sentence)
+
+
+def test_a_projection_of_another_shape(refuse: Refuse, tmp_path: Path, components: dict[str, Any]) -> None:
+    weights = comfy_text_encoder(components["text_encoder"].state_dict())
+    save_file({**weights, "text_encoder.clip_g.text_projection": torch.zeros(2, 2, 2)}, tmp_path / "x.safetensors")
+    assert refuse("--text-encoder", tmp_path / "x.safetensors") == (
+        "x.safetensors cannot be used: text_projection has the shape (2, 2, 2); it must have 2 dimensions."
+    )
+
+
+def test_what_is_missing_of_the_size_that_is_there(refuse: Refuse, tmp_path: Path, components: dict[str, Any]) -> None:
+    """Of a file that is like the model's own network, the tensor is named, not a size that was published."""
+    weights = components["prior"].state_dict()
+    del weights["clf.1.bias"]
+    save_file(weights, tmp_path / "x.safetensors")
+    assert refuse("--prior", tmp_path / "x.safetensors").startswith("x.safetensors has no tensor clf.1.bias, by ")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers(refuse: Refuse, tmp_path: Path, components: dict[str, Any], value: float) -> None:
+    """As a training that diverged leaves them: every picture would fail."""
+    weights = components["prior"].state_dict()
+    weights = {**weights, "clf.1.bias": torch.full_like(weights["clf.1.bias"], value)}
+    save_file(weights, tmp_path / "x.safetensors")
+    assert refuse("--prior", tmp_path / "x.safetensors") == (
+        "x.safetensors cannot be used: clf.1.bias holds values that are infinite or no numbers (NaN)."
+    )
+
+
+def test_double_precision_is_not_kept(save: Save, tmp_path: Path, components: dict[str, Any]) -> None:
+    weights = {
+        key: one.double() if one.is_floating_point() else one for key, one in components["vqgan"].state_dict().items()
+    }
+    save_file(weights, tmp_path / "a.safetensors")
+    (file,) = save("--vqgan", tmp_path / "a.safetensors").parts["vqgan"].glob("*.safetensors")
+    assert torch.float64 not in {tensor.dtype for tensor in load_file(file).values()}
+
+
+def test_a_network_for_a_tokenizer(refuse: Refuse, tmp_path: Path, components: dict[str, Any]) -> None:
+    save_file(components["prior"].state_dict(), tmp_path / "x.safetensors")
+    assert refuse("--tokenizer", tmp_path / "x.safetensors") == (
+        "x.safetensors is no tokenizer: it holds Stage C (prior); see --prior."
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ("[]", "it is no JSON object."),
+        ('{"c_hidden": [16, 16]}', "it lacks 'num_attention_heads'."),
+        ('{"num_attention_heads": [0, 0]}', "num_attention_heads, 0, does not divide block_out_channels, 2048."),
+        ("[" * 100_000, None),
+    ],
+)
+def test_configurations_that_describe_nothing(
+    refuse: Refuse, tmp_path: Path, components: dict[str, Any], config: str, sentence: str | None
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    save_file(components["prior"].state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(config)
+    told = refuse("--prior", folder)
+    if sentence is None:
+        assert told.startswith("mine/config.json is not valid JSON: ")
+    else:
+        assert told == f"mine/config.json describes no prior: {sentence}"
+
+
 def test_integers_are_refused(refuse: Refuse, tmp_path: Path, components: dict[str, Any]) -> None:
     weights = components["prior"].state_dict()
     weights = {**weights, "clf.1.weight": weights["clf.1.weight"].to(torch.int8)}
