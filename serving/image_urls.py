@@ -7,7 +7,6 @@ import socket
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import httpx
 
 from cascade.limits import InputError
+from serving.data_urls import data_of
 from serving.download import DownloadError, Limits, StoppedError, download
 
 # Seconds after which a cancellation is heard.
@@ -81,7 +81,7 @@ def downloaded(inputs: Mapping[str, Any], names: Collection[str], settings: UrlS
             scheme = value[:6].partition(":")[0].lower() if isinstance(value, str) and ":" in value[:6] else ""
             target = Path(folder) / str(next(numbers))
             if scheme == "data":
-                target.write_bytes(decode(label, value))
+                decode(label, value, target)
             elif scheme in ("http", "https"):
                 urls[label] = value, target
             else:
@@ -98,12 +98,12 @@ def downloaded(inputs: Mapping[str, Any], names: Collection[str], settings: UrlS
         yield found
 
 
-def decode(label: str, url: str) -> bytes:
-    """What a data URL holds."""
+def decode(label: str, url: str, target: Path) -> None:
+    """Write what a data URL holds to a file."""
     try:
-        with urllib.request.urlopen(url) as answer:
-            return answer.read()
-    except (ValueError, OSError):
+        with target.open("wb") as file:
+            file.writelines(data_of(url))
+    except ValueError:
         raise InputError(f"{label} is a data URL that cannot be decoded.") from None
 
 
