@@ -1,6 +1,34 @@
 """Stable Cascade: text, images or both in, images out, in three stages.
 
 Stage C makes semantic latents, Stage B decoder latents of them, Stage A pixels.
+
+    from cascade import Cascade, Request
+
+    (image,) = Cascade.load("weights/mini").generate(Request("a red apple on a green background"))
+
+The names in `__all__` are the interface. They are imported when first used: downloads need neither torch nor
+transformers, which take seconds to import.
 """
 
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+
+__all__ = ["Cascade", "Control", "Progress", "Request", "__version__"]
+
+if TYPE_CHECKING:
+    from cascade.cascade import Cascade, Progress
+    from cascade.controls import Control
+    from cascade.request import Request
+else:  # hidden from type checkers, which would take any name for an attribute
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        modules = {"Cascade": "cascade", "Control": "controls", "Progress": "cascade", "Request": "request"}
+        if name not in modules:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{modules[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -4,11 +4,12 @@ Knows which stage follows which, with which settings; not how a stage works, whe
 """
 
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -46,6 +47,10 @@ from cascade.weights import CONTROLNETS, NEEDED, NETWORKS, ModelFolder, StageSet
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# In what requests of one batch may differ, and in what not.
+OWN = ("prompt", "negative_prompt", "seed", "num_images")
+ALIKE = tuple(name for one in fields(Request) if (name := one.name) not in OWN)
 
 # The widths of the published Stage C, full and lite, which the published encoders and the previewer belong to.
 PUBLISHED_WIDTHS = (PUBLISHED_WIDTH, 1536)
@@ -129,9 +134,10 @@ class Count:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A request, checked against the model, with all decided that it leaves open. Nothing has been computed for it.
+    """Requests, checked against the model, with all decided that they leave open. Nothing has been computed for them.
 
     Attributes:
+        requests: one, or several that differ in `OWN` alone.
         size: (height, width) of the pictures.
         semantic_size, decoder_size: (h, w) of the latents of Stages C and B.
         canvas: (height, width) that is cut out of what Stage A makes.
@@ -141,7 +147,7 @@ class Plan:
         controls: those of the request, and the one that the mask brings.
     """
 
-    request: Request
+    requests: tuple[Request, ...]
     size: sizes.Size
     semantic_size: sizes.Size
     decoder_size: sizes.Size
@@ -152,6 +158,18 @@ class Plan:
     strength: float
     mask: np.ndarray | None
     controls: tuple[Control, ...]
+
+    @property
+    def request(self) -> Request:
+        """What all requests have in common is as in this one."""
+        return self.requests[0]
+
+    @cached_property
+    def pictures(self) -> list[tuple[int, int]]:
+        """The request, by its place in `requests`, and the seed of each picture."""
+        return [
+            (place, request.seed + i) for place, request in enumerate(self.requests) for i in range(request.num_images)
+        ]
 
     @property
     def steps(self) -> int:
@@ -166,18 +184,18 @@ class Plan:
 
 @dataclass(eq=False)
 class Given:
-    """What the steps of a request are given, computed once.
+    """What the steps of a plan are given, computed once.
 
     Attributes:
-        text, negative: (1, 77, D) and (1, 1, D) each; no negative without guidance.
+        texts, negatives: (1, 77, D) and (1, 1, D), one a request; no negatives without guidance.
         image_prompts: (1, N, D), times their strengths.
         start: semantic latents (1, 16, h, w) of the image to begin with.
         free: bool (1, 1, h, w), which of them are made anew; None: all.
         residuals: what the ControlNets add.
     """
 
-    text: TextEmbeddings | None = None
-    negative: TextEmbeddings | None = None
+    texts: list[TextEmbeddings] = field(default_factory=list)
+    negatives: list[TextEmbeddings] = field(default_factory=list)
     image_prompts: Tensor | None = None
     start: Tensor | None = None
     free: Tensor | None = None
@@ -337,13 +355,30 @@ class Cascade:
         Returns:
             `num_images` RGB pictures.
         """
-        images = []
-        for progress in self.steps(request):
-            if on_progress is not None:
-                on_progress(progress)
-            if progress.image is not None:
-                images.append(progress.image)
-        return images
+        return _images(self.steps(request), on_progress)
+
+    def batch(
+        self, requests: Iterable[Request], on_progress: Callable[[Progress], None] | None = None
+    ) -> list[list[Image.Image]]:
+        """Make the pictures of several prompts together, `max_batch` at a time, as `generate` makes them of each alone.
+
+        Args:
+            requests: equal in all but prompt, negative_prompt, seed and num_images.
+            on_progress: as in `generate`; it counts the work of all requests.
+
+        Returns:
+            One list a request, in their order, of `num_images` RGB pictures.
+
+        Raises:
+            InputError: a request differs from the first in something else, or something is no `Request`.
+            ValueError, RuntimeError: as `steps`.
+        """
+        if isinstance(requests, Request):
+            raise InputError("requests is one Request; it must be a list of them.")
+        requests = tuple(requests)
+        _check_alike(requests)
+        images = iter(_images(self._steps(requests), on_progress) if requests else ())
+        return [list(itertools.islice(images, request.num_images)) for request in requests]
 
     def steps(self, request: Request) -> Generator[Progress, None, None]:
         """`generate`, step by step. Whoever iterates may stop whenever he wants.
@@ -354,9 +389,11 @@ class Cascade:
             RuntimeError: memory does not suffice for one picture (`running.errors.is_out_of_memory`); or the stages'
                 latents are not finite.
         """
-        if not isinstance(request, Request):
-            raise InputError(f"request is {shown(request)}; it must be a Request, such as Request('a cat').")
-        plan = self._plan(request)
+        _check_request("request", request)
+        yield from self._steps((request,))
+
+    def _steps(self, requests: tuple[Request, ...]) -> Iterator[Progress]:
+        plan = self._plan(requests)
         with current(self.device):
             allowance = self._allowances.of(plan.size, usable(self.device))
         yield from within(lambda: self._at_work(plan, allowance), self._work(plan, allowance))
@@ -367,8 +404,9 @@ class Cascade:
         with current(self.device), self.recorder.of(plan.size, allowance.graphs):
             yield
 
-    def _plan(self, request: Request) -> Plan:
-        """Decide what a request leaves open, and make sure that this model can do what it asks for."""
+    def _plan(self, requests: tuple[Request, ...]) -> Plan:
+        """Decide what requests leave open, and make sure that this model can do what they ask for."""
+        request = requests[0]
         settings = self._settings(request)
         height, width = self.picture_size(request)
         # diffusers takes the size as it is asked for, and then makes a picture of another.
@@ -390,7 +428,7 @@ class Cascade:
         for one in controls:
             self._check_control(one.kind, height, width)
         return Plan(
-            request=request,
+            requests=requests,
             size=(height, width),
             semantic_size=semantic_size,
             decoder_size=decoder_size,
@@ -403,8 +441,8 @@ class Cascade:
         )
 
     def _work(self, plan: Plan, allowance: Allowance) -> Iterator[Progress]:
-        """All of a request: what is computed once, then the pictures, in as many batches as memory demands."""
-        number = plan.request.num_images
+        """All of a plan: what is computed once, then the pictures, in as many batches as memory demands."""
+        number = len(plan.pictures)
         allocated = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         given, count = Given(), Count()
         pieces = self._pieces(plan, given)
@@ -453,12 +491,14 @@ class Cascade:
         )
 
     def _pieces(self, plan: Plan, given: Given) -> list[tuple[str, Callable[[], None]]]:
-        """What is computed once a request: its stage, see `Progress`, and how it gets into `given`."""
+        """What is computed once a plan: its stage, see `Progress`, and how it gets into `given`."""
         request = plan.request
 
-        def text() -> None:
-            negative = request.negative_prompt if plan.guided else None
-            given.text, given.negative = self._encode(request.prompt, negative)
+        def text(one: Request) -> None:
+            text, negative = self._encode(one.prompt, one.negative_prompt if plan.guided else None)
+            given.texts.append(text)
+            if negative is not None:
+                given.negatives.append(negative)
 
         def image_prompts() -> None:
             given.image_prompts = self._encode_image_prompts(request)
@@ -471,7 +511,7 @@ class Cascade:
         def control(one: Control) -> None:
             given.residuals.append(self._residuals(one, plan))
 
-        pieces = [("text", text)]
+        pieces = [("text", partial(text, one)) for one in plan.requests]
         if request.image_prompts:
             pieces.append(("input_images", image_prompts))
         if request.image is not None:
@@ -481,14 +521,16 @@ class Cascade:
     def _make(self, plan: Plan, given: Given, first: int, last: int, count: Count) -> Iterator[Progress]:
         """The pictures from `first` to before `last`, in one batch: noise, Stage C, Stage B, Stage A."""
         request = plan.request
-        noise = Noise(range(request.seed + first, request.seed + last), self.device)
+        places, seeds = zip(*plan.pictures[first:last], strict=True)
+        text, negative = _rows(given.texts, places), _rows(given.negatives, places)
+        noise = Noise(seeds, self.device)
         if plan.strength == 0:
             semantic, work = given.start.expand(len(noise), -1, -1, -1), iter(())
         else:
             work = prior_steps(
                 self._run_prior,
-                given.text,
-                given.negative,
+                text,
+                negative,
                 size=plan.semantic_size,
                 noise=noise,
                 sampler=plan.sampler,
@@ -504,9 +546,9 @@ class Cascade:
             semantic = step.x
             expected = step.x0 if given.free is None else torch.where(given.free, step.x0, given.start)
             yield count.did("prior", latents=expected)
-        work = self._decoder_steps(semantic, given.text, given.negative, plan.decoder_size, noise, plan)
+        work = self._decoder_steps(semantic, text, negative, plan.decoder_size, noise, plan)
         # The next request's text, most likely.
-        upcoming = ("prior",) if last < request.num_images else ("text_encoder", "prior")
+        upcoming = ("prior",) if last < len(plan.pictures) else ("text_encoder", "prior")
         self.home.prefetch(*upcoming)
         for step in work:
             latents = step.x
@@ -576,7 +618,7 @@ class Cascade:
             ValueError: as `encode`; diffusers' numerics do not have this size.
         """
         semantic = self.encode(image)
-        plan = self._plan(Request(prompt, seed=seed))
+        plan = self._plan((Request(prompt, seed=seed),))
         decoder_size, canvas = self._decoder_size(semantic.shape[-2:], image.height, image.width)
 
         def paint() -> Tensor:
@@ -795,6 +837,50 @@ def _choose(mode: str, opened: ModelFolder, names: Collection[str], device: torc
         free / GIB,
     )
     return choice
+
+
+def _images(work: Iterable[Progress], on_progress: Callable[[Progress], None] | None) -> list[Image.Image]:
+    """The pictures that are finished by work, each piece of which is reported."""
+    images = []
+    for progress in work:
+        if on_progress is not None:
+            on_progress(progress)
+        if progress.image is not None:
+            images.append(progress.image)
+    return images
+
+
+def _check_request(name: str, request: object) -> None:
+    if not isinstance(request, Request):
+        raise InputError(f"{name} is {shown(request)}; it must be a Request, such as Request('a cat').")
+
+
+def _check_alike(requests: Sequence[Request]) -> None:
+    """Make sure that requests can be made together.
+
+    Raises:
+        InputError: names the request that cannot, and the first attribute by which.
+    """
+    for place, request in enumerate(requests):
+        _check_request(f"requests[{place}]", request)
+        for name in ALIKE:
+            value, first = getattr(request, name), getattr(requests[0], name)
+            if value is not first and value != first:
+                other = "another" if shown(value) == shown(first) else shown(first)
+                raise InputError(
+                    f"requests[{place}].{name} is {shown(value)}, but requests[0].{name} is {other}; "
+                    f"requests of a batch may differ in {', '.join(OWN[:-1])} and {OWN[-1]} only."
+                )
+
+
+def _rows(texts: Sequence[TextEmbeddings], places: Sequence[int]) -> TextEmbeddings | None:
+    """The embeddings at these places, one row each, or a single row if it is the same for all; None if there are none."""
+    if not texts:
+        return None
+    if len(set(places)) == 1:
+        return texts[places[0]]
+    tokens, pooled = zip(*(texts[place] for place in places), strict=True)
+    return TextEmbeddings(torch.cat(tokens), torch.cat(pooled))
 
 
 def fitted(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -1,5 +1,6 @@
 """README.md and docs are true: their table of inputs, commands, code, links and pictures."""
 
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from PIL import Image
 from cascade.cascade import Cascade
 from scripts import method_pictures
 from scripts.input_table import with_table
-from tests.readme import PAGES, ROOT, block, commands
+from tests.readme import PAGES, ROOT, block, blocks, commands
 from training.data.scenes import COLOUR_NAMES, HeldOut
 
 README = ROOT / "README.md"
@@ -68,12 +69,29 @@ def test_the_first_command_makes_the_picture(tmp_path: Path) -> None:
 
 
 @needs_mini
-def test_the_code_makes_the_pictures(tmp_path: Path) -> None:
-    done = in_repository([sys.executable, "-c", block(README, "python", "Cascade.load")], tmp_path)
+@pytest.mark.parametrize(("word", "pictures"), [("model.generate", 2), ("model.batch", 3)])
+def test_the_code_makes_the_pictures(tmp_path: Path, word: str, pictures: int) -> None:
+    done = in_repository([sys.executable, "-c", block(README, "python", word)], tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in ("apple-0.png", "apple-1.png"):
-        with Image.open(tmp_path / name) as picture:
+    assert len(list(tmp_path.glob("*.png"))) == pictures
+    for index in range(pictures):
+        with Image.open(tmp_path / f"apple-{index}.png") as picture:
             assert picture.size == (256, 256)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_pages_import_is_there(page: Path) -> None:
+    """Modules and names of the code in pages, and dotted names in their text."""
+    text, code = page.read_text(encoding="utf-8"), "\n".join(blocks(page, "python"))
+    assert not re.search(r"^cascade = ", code, re.MULTILINE), "hides the package, whose modules the text names"
+    imported = re.findall(r"^from (cascade[\w.]*) import (.+)$", code, re.MULTILINE)
+    quoted = re.findall(r"`(\w+)`, from `(cascade[\w.]*)`", text)
+    dotted = re.findall(r"`cascade((?:\.\w+)+)\b[^`]*`", text)
+    names = [(module, name.strip()) for module, listed in imported for name in listed.split(",")]
+    names += [(module, name) for name, module in quoted]
+    names += [(f"cascade{rest.rpartition('.')[0]}", rest.rpartition(".")[2]) for rest in dotted]
+    for module, name in names:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def test_scripts_are_there() -> None:
