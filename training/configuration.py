@@ -19,12 +19,12 @@ from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sizes import LARGEST, MULTIPLE, SMALLEST
 from cascade.weights import StageSettings
-from training.controlnet import CONTROL_KINDS
 from training.errors import TrainingError
 from training.objective import WEIGHTS
 from training.options import Options
 from training.stages import STAGES, Stage
-from training.tokenizer import SMALLEST_VOCABULARY
+from training.tasks.controlnet import CONTROL_KINDS
+from training.tasks.tokenizer import SMALLEST_VOCABULARY
 
 NETWORK_TABLES: dict[str, Callable[..., Any]] = {
     "vqgan": StageA,

@@ -13,9 +13,9 @@ from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
 from cascade.sizes import Size
-from training.clip import normalise
 from training.dataset import Dataset
 from training.shapes import Shapes
+from training.tasks.clip import normalise
 
 BATCH = 256
 

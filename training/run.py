@@ -25,7 +25,7 @@ from training.files import write_components
 from training.interruption import Stopped
 from training.options import Options
 from training.stages import ORDER, STAGES, check_needs
-from training.tokenizer import train_tokenizer
+from training.tasks.tokenizer import train_tokenizer
 from training.trainer import fit
 from training.workshop import Workshop
 
@@ -109,7 +109,7 @@ def train(
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="training.run", description=__doc__.split("\n")[0])
-    parser.add_argument("config", type=Path, help="a TOML file, such as training/configs/mini.toml")
+    parser.add_argument("config", type=Path, help="a TOML file, such as miniature/mini.toml")
     parser.add_argument("stage", choices=ORDER)
     parser.add_argument(
         "--data",

@@ -19,15 +19,15 @@ from transformers import (
 
 from cascade.networks.controlnet import ControlNet
 from cascade.weights import NETWORKS
+from miniature.dataset import Scenes, scene_captions
 from training.agreement import table_of
-from training.controlnet import CONTROL_KINDS, new_controlnet
 from training.dataset import Dataset
 from training.errors import FILE_ERRORS, TrainingError, summary
 from training.options import Options
 from training.picture_folder import Captioned, PictureFolder, captioned_pictures, check_pictures, split_pictures
-from training.scenes import Scenes, scene_captions
 from training.shapes import Shapes
 from training.stages import STAGES, advice, check_needs, maker
+from training.tasks.controlnet import CONTROL_KINDS, new_controlnet
 from training.trainer import Task
 
 CAPTIONS_FOR_TOKENIZER = 100_000

@@ -11,8 +11,8 @@ import torch
 
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
+from tests.miniature.test_stages import OWN_CLOCK
 from tests.training.small import train, write_config, write_pictures
-from tests.training.test_stages import OWN_CLOCK
 from training import run
 
 ROOT = Path(__file__).parent.parent.parent

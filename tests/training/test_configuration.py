@@ -12,7 +12,7 @@ from training.configuration import check_tables, read_configuration
 from training.options import Options
 
 ROOT = Path(__file__).parent.parent.parent
-MINI = ROOT / "training" / "configs" / "mini.toml"
+MINI = ROOT / "miniature" / "mini.toml"
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from miniature.icons import STYLES, IconObject, load_drawings, pack_drawings
 from tests.training.small import train, write_config, write_pictures
 from training import run
-from training.data.icons import STYLES, IconObject, load_drawings, pack_drawings
 from training.errors import TrainingError
 from training.files import whole_file, write_components
 
@@ -256,7 +256,7 @@ def test_drawings_are_whole_or_not_there(tmp_path: Path, capsys: pytest.CaptureF
     part = file.with_name(f".{file.name}.part")
     packing = f"""
 from pathlib import Path
-from training.data.icons import *
+from miniature.icons import *
 objects = [IconObject(name, (name,) * len(STYLES)) for name in {names!r}]
 pack_drawings(objects, [dict.fromkeys({names!r}, {svg!r})] * len(STYLES), Path({str(file)!r}))
 """

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from training.clip import contrast, factor, normalise
 from training.dataset import Dataset
 from training.errors import TrainingError
 from training.latents import TextTable
 from training.pictures import grid
+from training.tasks.clip import contrast, factor, normalise
 from training.trainer import Task
 
 AMONG = 5

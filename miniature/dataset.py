@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cascade.sizes import Size
-from training.data.captions import Captioner, article
-from training.data.compose import compose
-from training.data.icons import load_drawings, load_objects
-from training.data.scenes import Plans, Split, sample_plans
+from miniature.captions import Captioner, article
+from miniature.compose import compose
+from miniature.icons import load_drawings, load_objects
+from miniature.scenes import Plans, Split, sample_plans
 from training.dataset import Dataset
 
 

@@ -23,7 +23,7 @@ from cascade.sampling import diffuse
 from training.dataset import Dataset
 from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps
 from training.pictures import for_previewer, grid, psnr
-from training.stage_b import repaint
+from training.tasks.stage_b import repaint
 from training.trainer import Task
 
 

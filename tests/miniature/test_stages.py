@@ -18,9 +18,9 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.weights import ModelFolder
+from miniature.icons import STYLES, IconObject, pack_drawings
 from tests.training.small import CONFIG, write_config
 from training import run
-from training.data.icons import STYLES, IconObject, pack_drawings
 
 ROOT = Path(__file__).parent.parent.parent
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">

@@ -29,7 +29,7 @@ from training.masks import random_masks
 from training.objective import diffusion_losses, loss_weight
 from training.pictures import grid
 from training.shapes import Shapes
-from training.stage_c import dream, prior_batch
+from training.tasks.stage_c import dream, prior_batch
 from training.trainer import Task
 
 

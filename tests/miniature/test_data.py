@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from training.data.captions import STYLE_PHRASES, Captioner, article
-from training.data.compose import background, compose
-from training.data.icons import (
+from miniature.captions import STYLE_PHRASES, Captioner, article
+from miniature.compose import background, compose
+from miniature.icons import (
     STYLES,
     IconObject,
     load_drawings,
@@ -19,7 +19,7 @@ from training.data.icons import (
     save_objects,
     select_objects,
 )
-from training.data.scenes import COLOUR_NAMES, COLOURS, PLACE_NAMES, RELATIONS, SIZE_NAMES, HeldOut, Plans, sample_plans
+from miniature.scenes import COLOUR_NAMES, COLOURS, PLACE_NAMES, RELATIONS, SIZE_NAMES, HeldOut, Plans, sample_plans
 
 NAMES = [item.name for item in load_objects()]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from cascade.weights import ModelFolder
-from training.data.icons import STYLES, IconObject, pack_drawings
+from miniature.dataset import Scenes
+from miniature.icons import STYLES, IconObject, pack_drawings
 from training.dataset import Dataset
-from training.scenes import Scenes
+from training.tasks.vision import VisionTask
 from training.trainer import Options, fit, step_generator
-from training.vision import VisionTask
 
 CPU = torch.device("cpu")
 COLOURS = {
@@ -71,7 +71,7 @@ class Saying(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def mini() -> dict[str, Any]:
-    folder = ModelFolder.open(Path(__file__).parent.parent.parent / "weights" / "mini")
+    folder = ModelFolder.open(Path(__file__).parents[3] / "weights" / "mini")
     return {name: folder.load_component(name) for name in ("tokenizer", "text_encoder", "image_encoder")}
 
 
