@@ -14,8 +14,8 @@ from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
 from cascade.sizes import Size
 from training.dataset import Dataset
+from training.pictures import normalise
 from training.shapes import Shapes
-from training.tasks.clip import normalise
 
 BATCH = 256
 

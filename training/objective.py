@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.sampling import log_snr
+from training.values import Amount
 
 
 def sample_timesteps(batch: int, generator: torch.Generator) -> Tensor:
@@ -27,7 +28,7 @@ class P2Weight(nn.Module):
     steps from being forgotten.
     """
 
-    def __init__(self, k: float = 1.0, floor: float = 0.0) -> None:
+    def __init__(self, k: Amount = 1.0, floor: Amount = 0.0) -> None:
         super().__init__()
         self.k, self.floor = k, floor
 

@@ -1,9 +1,10 @@
 """Trains one stage from a configuration file: ``python -m training.run CONFIG STAGE --data DATA --output FOLDER``.
 
-DATA is a folder of pictures, each with its caption in a text file of the same name, or the miniature's drawings. FOLDER gets
-one sub-folder a stage (checkpoints, samples, TensorBoard logs, and at the end a file ``finished``) and ``model``, the model
-folder that grows with every stage. What a stage needs of earlier ones: `training.stages`. Every figure comes from the
-configuration; under ``accelerate launch -m training.run ...`` the same call runs on several processes.
+DATA is a folder of pictures, each with its caption in a text file of the same name, or what ``[data] source`` of the
+configuration reads (`training.sources`). FOLDER gets one sub-folder a stage (checkpoints, samples, TensorBoard logs, and at the
+end a file ``finished``) and ``model``, the model folder that grows with every stage. What a stage needs of earlier ones:
+`training.stages`. Every figure comes from the configuration; under ``accelerate launch -m training.run ...`` the same call runs
+on several processes.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def train(
     Args:
         config_file: the configuration.
         stage: a name in `ORDER`.
-        data: a folder of pictures with captions, or the packed drawings.
+        data: a folder of pictures with captions, or what the configuration's source reads.
         output: the training's folder.
         deadline: wall-clock time at which to save and stop early.
         steps: instead of the configuration's; its schedule is scaled.
@@ -81,7 +82,7 @@ def train(
         shop.check_data()
     if stage == "tokenizer":
         with writing(model):
-            tokenizer = train_tokenizer(shop.captions(), config["tokenizer"]["vocabulary"])
+            tokenizer = train_tokenizer(shop.source().captions(), config["tokenizer"]["vocabulary"])
             write_components(model, stage, lambda made: tokenizer.save_pretrained(made / "tokenizer"))
         logger.info("tokenizer: %d tokens", len(tokenizer))
         finished = True
@@ -115,7 +116,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--data",
         type=Path,
         required=True,
-        help="a folder of pictures with captions, or the drawings that scripts/build-mini-data makes",
+        help="a folder of pictures with captions, or what the configuration's source reads",
     )
     parser.add_argument("--output", type=Path, required=True, help="the training's folder")
     parser.add_argument(

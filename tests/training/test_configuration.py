@@ -40,7 +40,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("controlnet_inpainting.control.inverted = 25", "control inverted is 25; it must be from 0 to 1."),
         ('stage_b.task.weight.kind = "adapt"', "weight.kind is 'adapt'; it must be one of p2, adaptive."),
         ("semantic.task.weight.kk = 1.0", "[semantic] task: weight has an unknown value kk; there are k, floor."),
-        ("data.seeds = 0", "[data] has an unknown value seeds; there are size, other_sizes, scenes,"),
+        ("data.seeds = 0", "[data] has an unknown value seeds; there are size, other_sizes, source."),
         ("stage_b.options.seed = -1", "[stage_b] options: seed is -1; it must be from 0 to 4294967295."),
         ('stage_b.options.compile = "yes"', "compile is 'yes'; it must be true or false or 'auto'."),
         (

@@ -16,9 +16,10 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from training.dataset import Dataset
 from training.errors import TrainingError
 from training.latents import TextTable
-from training.pictures import grid
-from training.tasks.clip import contrast, factor, normalise
+from training.pictures import grid, normalise
+from training.tasks.clip import contrast, factor
 from training.trainer import Task
+from training.values import Amount
 
 AMONG = 5
 
@@ -43,7 +44,7 @@ class VisionTask(Task):
         text_encoder: CLIPTextModelWithProjection,
         dataset: Dataset,
         unseen: Dataset,
-        naming: float,
+        naming: Amount,
     ) -> None:
         super().__init__()
         if naming and not dataset.names:
