@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from cascade.cascade import Cascade
+from miniature.scenes import COLOUR_NAMES, HeldOut
 from scripts import method_pictures
 from scripts.input_table import with_table
 from tests.readme import PAGES, ROOT, block, blocks, commands
-from training.data.scenes import COLOUR_NAMES, HeldOut
 
 README = ROOT / "README.md"
 IMAGES = ROOT / "docs" / "images"
@@ -131,7 +131,7 @@ def test_pictures_are_small_and_shown() -> None:
 
 
 def test_what_training_never_showed() -> None:
-    names = [entry["name"] for entry in json.loads((ROOT / "training" / "mini" / "objects.json").read_text())]
+    names = [entry["name"] for entry in json.loads((ROOT / "miniature" / "objects.json").read_text())]
     held_out = HeldOut.of(names)
     for name, colour in (("red apple", "green"), ("parrot", "dark green")):
         assert held_out.colours[names.index(name), COLOUR_NAMES.index(colour)]

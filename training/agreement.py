@@ -13,9 +13,9 @@ from accelerate import init_empty_weights
 from cascade.sizes import ENCODER_STRIDE, STAGE_A_FACTOR, semantic_size
 from cascade.weights import NETWORKS, TRANSFORMERS_CONFIGS
 from training.configuration import NETWORK_TABLES
-from training.controlnet import res_blocks
 from training.errors import FILE_ERRORS, TrainingError, summary
 from training.stages import STAGES
+from training.tasks.controlnet import res_blocks
 
 EQUAL = (
     (("text_encoder", "projection_dim"), ("decoder", "clip_text_pooled_in_channels")),

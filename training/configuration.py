@@ -3,13 +3,10 @@
 Here, what a table holds: names, kinds and ranges of its values. Whether the tables agree is `agreement`'s part.
 """
 
-import inspect
-import math
 import tomllib
-import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
@@ -19,12 +16,14 @@ from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sizes import LARGEST, MULTIPLE, SMALLEST
 from cascade.weights import StageSettings
-from training.controlnet import CONTROL_KINDS
 from training.errors import TrainingError
 from training.objective import WEIGHTS
 from training.options import Options
+from training.sources import find_source, options_of
 from training.stages import STAGES, Stage
-from training.tokenizer import SMALLEST_VOCABULARY
+from training.tasks.controlnet import CONTROL_KINDS
+from training.tasks.tokenizer import SMALLEST_VOCABULARY
+from training.values import Kinds, check_values, kinds_of
 
 NETWORK_TABLES: dict[str, Callable[..., Any]] = {
     "vqgan": StageA,
@@ -37,21 +36,17 @@ NETWORK_TABLES: dict[str, Callable[..., Any]] = {
 }
 """What takes a table's values."""
 
-Kinds = Mapping[str, tuple[Any, bool]]
-"""Of each name that a table may hold, the type, and whether it must be there."""
-
-SCENES: Kinds = {"scenes": (int, False), "unseen": (int, False), "seed": (int, False), "unsaid": (float, False)}
-DATA: Kinds = {"size": (int, True), "other_sizes": (tuple[tuple[int, int], ...], False), **SCENES}
+DATA: Kinds = {
+    "size": (int, True),
+    "other_sizes": (tuple[tuple[int, int], ...], False),
+    "source": (str, False),
+}
+"""What every ``[data]`` may hold; a source adds its own options."""
 MODEL: Kinds = {"name": (str, True), "license": (str, True), "prior": (dict, True), "decoder": (dict, True)}
 OTHER_TABLES: dict[str, Kinds] = {
-    "model": MODEL,
-    "data": DATA,
     "tokenizer": {"vocabulary": (int, True)},
     "controlnet": {"proj_blocks": (tuple[int, ...], True)},
 }
-SHARES = ("drop_text", "keep_image", "drop_semantic", "unsaid", "inverted", "momentum")
-AMOUNTS = ("latent_noise", "semantic_noise", "offset_noise", "pyramid", "preview_weight", "naming", "k", "floor")
-COUNTS = ("scenes", "unseen", "buckets")
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
@@ -76,18 +71,19 @@ def check_tables(config: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: one is unknown, missing or wrong.
     """
-    known = (*OTHER_TABLES, *NETWORK_TABLES, *STAGES)
+    known = ("model", "data", *OTHER_TABLES, *NETWORK_TABLES, *STAGES)
+    options = _source_options(config)
     for name, table in config.items():
         if name not in known:
             raise TrainingError(f"The configuration has an unknown table [{name}]; there are {', '.join(known)}.")
         if not isinstance(table, dict):
             raise TrainingError(f"{name} is {table!r}; it must be a table, [{name}].")
         if name in STAGES:
-            _check_stage(name, table)
+            _check_stage(name, table, options)
         elif name in NETWORK_TABLES:
             check_values(f"[{name}]", table, kinds_of(NETWORK_TABLES[name]))
         else:
-            check_values(f"[{name}]", table, OTHER_TABLES[name])
+            check_values(f"[{name}]", table, {"model": MODEL, "data": {**DATA, **options}, **OTHER_TABLES}[name])
     if "model" in config:
         for stage in ("prior", "decoder"):
             check_values(f"[model] {stage}", config["model"][stage], kinds_of(StageSettings))
@@ -110,7 +106,16 @@ def check_tables(config: Mapping[str, Any]) -> None:
             )
 
 
-def _check_stage(name: str, table: Mapping[str, Any]) -> None:
+def _source_options(config: Mapping[str, Any]) -> Kinds:
+    """The options of the source that ``[data]`` names. None is needed yet: a folder of pictures takes none."""
+    data = config.get("data")
+    name = data.get("source") if isinstance(data, dict) else None
+    if not isinstance(name, str):  # of another kind, it is refused with the table
+        return {}
+    return {option: (kind, False) for option, (kind, _) in options_of(find_source(name)).items()}
+
+
+def _check_stage(name: str, table: Mapping[str, Any], options: Kinds) -> None:
     stage = STAGES[name]
     kinds = {"options": (dict, True), "task": (dict, False), "data": (dict, False)}
     if stage.control:
@@ -122,7 +127,7 @@ def _check_stage(name: str, table: Mapping[str, Any]) -> None:
         Options(**table["options"])
     except TrainingError as error:
         raise TrainingError(f"{where}: {error}") from None
-    check_values(f"[{name}] data", table.get("data", {}), SCENES)
+    check_values(f"[{name}] data", table.get("data", {}), options)
     if stage.control:
         check_values(f"[{name}] control", table.get("control", {}), kinds_of(CONTROL_KINDS[stage.control]))
     arguments = table.get("task", {})
@@ -140,86 +145,3 @@ def task_kinds(stage: Stage) -> Kinds:
     given = (*stage.needs, "dataset", "unseen", "shapes", "control", "name")
     kinds = list(kinds_of(stage.task).items())[len(stage.trains) :]
     return {name: kind for name, kind in kinds if name not in given}
-
-
-def kinds_of(function: Callable[..., Any]) -> Kinds:
-    """What a function, or a class, can be called with."""
-    parameters = inspect.signature(function).parameters.values()
-    return {
-        parameter.name: (parameter.annotation, parameter.default is parameter.empty)
-        for parameter in parameters
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    }
-
-
-def check_values(where: str, given: Mapping[str, Any], kinds: Kinds) -> None:
-    """Checks a table's names, kinds and ranges.
-
-    Args:
-        where: the table, as the sentence calls it.
-        given: what it holds.
-        kinds: what it may hold.
-
-    Raises:
-        TrainingError: one is unknown, missing or wrong.
-    """
-    for name, value in given.items():
-        if name not in kinds:
-            raise TrainingError(f"{where} has an unknown value {name}; {_list(kinds)}.")
-        kind, _ = kinds[name]
-        if not fits(value, kind):
-            raise TrainingError(f"{where} {name} is {value!r}; it must be {describe(kind)}.")
-        if name in SHARES and not 0 <= value <= 1:
-            raise TrainingError(f"{where} {name} is {value}; it must be from 0 to 1.")
-        if name in AMOUNTS and value < 0:
-            raise TrainingError(f"{where} {name} is {value}; it must not be negative.")
-        if name in COUNTS and value < 1:
-            raise TrainingError(f"{where} {name} is {value}; it must be at least 1.")
-    for name, (_, needed) in kinds.items():
-        if needed and name not in given:
-            raise TrainingError(f"{where} lacks {name}.")
-
-
-def _list(names: Collection[str]) -> str:
-    return f"there are {', '.join(names)}" if names else "there are none"
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from a TOML file can be an argument that is annotated with ``kind``. Unknown annotations take all."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, one) for one in arguments)
-    if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in arguments)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        if arguments[-1] is Ellipsis:
-            return all(fits(one, arguments[0]) for one in value)
-        return len(value) == len(arguments) and all(map(fits, value, arguments))
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if kind in (int, bool, str, dict):
-        return type(value) is kind
-    if kind is types.NoneType:
-        return value is None
-    if isinstance(kind, type):
-        return isinstance(value, kind)
-    if isinstance(origin, type):  # Mapping[str, Any]
-        return isinstance(value, origin)
-    return True
-
-
-def describe(kind: Any) -> str:
-    """An annotation in words, for whoever writes a TOML file."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a table"}
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(one) for one in arguments if one is not types.NoneType)
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
-    if origin is tuple:
-        plural = arguments[-1] is Ellipsis
-        inner = describe(arguments[0])
-        return f"a list, each {inner}" if plural else f"a list of {len(arguments)} values, each {inner}"
-    return words.get(kind, "a table" if isinstance(origin, type) else getattr(kind, "__name__", str(kind)))

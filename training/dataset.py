@@ -1,7 +1,8 @@
-"""Pictures with captions, as every stage takes them: `Scenes` draws them, `PictureFolder` reads a user's own."""
+"""Pictures with captions, as every stage takes them. `picture_folder.PictureFolder` reads them from files."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cascade.sizes import Size
+
+Split = Literal["train", "heldout"]
+"""What is trained on, and what is only looked at."""
 
 FEW_TIMES = 64
 """Draws are made different where there are at most so many times as many pictures; else hardly any is drawn twice."""

@@ -13,8 +13,8 @@ from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
 from cascade.sizes import Size
-from training.clip import normalise
 from training.dataset import Dataset
+from training.pictures import normalise
 from training.shapes import Shapes
 
 BATCH = 256

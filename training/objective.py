@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.sampling import log_snr
+from training.values import Amount, Count, Share
 
 
 def sample_timesteps(batch: int, generator: torch.Generator) -> Tensor:
@@ -27,7 +28,7 @@ class P2Weight(nn.Module):
     steps from being forgotten.
     """
 
-    def __init__(self, k: float = 1.0, floor: float = 0.0) -> None:
+    def __init__(self, k: Amount = 1.0, floor: Amount = 0.0) -> None:
         super().__init__()
         self.k, self.floor = k, floor
 
@@ -46,7 +47,7 @@ class AdaptiveLossWeight(nn.Module):
     bucket before it moves that bucket, so that none is lost when several samples share it.
     """
 
-    def __init__(self, buckets: int = 300, momentum: float = 0.99) -> None:
+    def __init__(self, buckets: Count = 300, momentum: Share = 0.99) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("edges", torch.linspace(-10, 10, buckets - 1))

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from cascade.images.colours import PictureError
 from cascade.images.decoding import PictureFile
 from cascade.sizes import Size
-from training.dataset import Dataset
+from training.dataset import Dataset, Split
 from training.errors import TrainingError, writing
 from training.files import whole_file
 
@@ -94,7 +95,7 @@ def check_pictures(files: Sequence[Path], record: Path) -> None:
         part.write_text(digest)
 
 
-def split_pictures(pictures: Sequence[Captioned], split: str) -> list[Captioned]:
+def split_pictures(pictures: Sequence[Captioned], split: Split) -> list[Captioned]:
     """The part of a folder's pictures that one split gets: every 50th is ``heldout``, all others ``train``.
 
     Of fewer than 200 pictures, which would leave three or less to look at, about four are held out.
@@ -129,3 +130,24 @@ class PictureFolder(Dataset):
             for row, picture in zip(pixels, pool.map(fitted, indices.tolist()), strict=True):
                 row[:] = picture
         return torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
+
+
+class Pictures:
+    """A folder of pictures with captions, as a `training.sources.Source`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def captioned(self) -> list[Captioned]:
+        return captioned_pictures(self.folder)
+
+    def check(self, record: Path) -> None:
+        """Reads all pictures and captions, see `check_pictures`."""
+        check_pictures([file for file, _ in self.captioned], record)
+
+    def captions(self) -> list[str]:
+        return [caption for _, caption in self.captioned]
+
+    def dataset(self, split: Split, tokenizer: PreTrainedTokenizerBase, *, size: Size, device: torch.device) -> Dataset:
+        return PictureFolder(split_pictures(self.captioned, split), tokenizer, size=size, device=device)

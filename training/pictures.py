@@ -6,10 +6,19 @@ from torch import Tensor, nn
 
 from cascade.sizes import semantic_size
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 def resize(pixels: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Pixels (B, 3, H, W) in 0..1 to ``size``, bilinear with antialiasing."""
     return nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+
+
+def normalise(pixels: Tensor, size: int) -> Tensor:
+    """Pixels (B, 3, H, W) in 0..1 to what CLIP's vision tower expects: ``size`` a side, CLIP's mean and deviation."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (resize(pixels, size).clamp(0, 1) - mean) / std
 
 
 def for_previewer(pixels: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Trains one stage from a configuration file: ``python -m training.run CONFIG STAGE --data DATA --output FOLDER``.
 
-DATA is a folder of pictures, each with its caption in a text file of the same name, or the miniature's drawings. FOLDER gets
-one sub-folder a stage (checkpoints, samples, TensorBoard logs, and at the end a file ``finished``) and ``model``, the model
-folder that grows with every stage. What a stage needs of earlier ones: `training.stages`. Every figure comes from the
-configuration; under ``accelerate launch -m training.run ...`` the same call runs on several processes.
+DATA is a folder of pictures, each with its caption in a text file of the same name, or what ``[data] source`` of the
+configuration reads (`training.sources`). FOLDER gets one sub-folder a stage (checkpoints, samples, TensorBoard logs, and at the
+end a file ``finished``) and ``model``, the model folder that grows with every stage. What a stage needs of earlier ones:
+`training.stages`. Every figure comes from the configuration; under ``accelerate launch -m training.run ...`` the same call runs
+on several processes.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from training.files import write_components
 from training.interruption import Stopped
 from training.options import Options
 from training.stages import ORDER, STAGES, check_needs
-from training.tokenizer import train_tokenizer
+from training.tasks.tokenizer import train_tokenizer
 from training.trainer import fit
 from training.workshop import Workshop
 
@@ -59,7 +60,7 @@ def train(
     Args:
         config_file: the configuration.
         stage: a name in `ORDER`.
-        data: a folder of pictures with captions, or the packed drawings.
+        data: a folder of pictures with captions, or what the configuration's source reads.
         output: the training's folder.
         deadline: wall-clock time at which to save and stop early.
         steps: instead of the configuration's; its schedule is scaled.
@@ -81,7 +82,7 @@ def train(
         shop.check_data()
     if stage == "tokenizer":
         with writing(model):
-            tokenizer = train_tokenizer(shop.captions(), config["tokenizer"]["vocabulary"])
+            tokenizer = train_tokenizer(shop.source().captions(), config["tokenizer"]["vocabulary"])
             write_components(model, stage, lambda made: tokenizer.save_pretrained(made / "tokenizer"))
         logger.info("tokenizer: %d tokens", len(tokenizer))
         finished = True
@@ -109,13 +110,13 @@ def train(
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="training.run", description=__doc__.split("\n")[0])
-    parser.add_argument("config", type=Path, help="a TOML file, such as training/configs/mini.toml")
+    parser.add_argument("config", type=Path, help="a TOML file, such as miniature/mini.toml")
     parser.add_argument("stage", choices=ORDER)
     parser.add_argument(
         "--data",
         type=Path,
         required=True,
-        help="a folder of pictures with captions, or the drawings that scripts/build-mini-data makes",
+        help="a folder of pictures with captions, or what the configuration's source reads",
     )
     parser.add_argument("--output", type=Path, required=True, help="the training's folder")
     parser.add_argument(

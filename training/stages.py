@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.clip import ClipTask
-from training.controlnet import CONTROL_KINDS, ControlNetTask
 from training.errors import TrainingError
-from training.previewer import PreviewerTask
-from training.semantic import SemanticTask
-from training.stage_a import StageATask
-from training.stage_b import StageBTask
-from training.stage_c import StageCTask
+from training.tasks.clip import ClipTask
+from training.tasks.controlnet import CONTROL_KINDS, ControlNetTask
+from training.tasks.previewer import PreviewerTask
+from training.tasks.semantic import SemanticTask
+from training.tasks.stage_a import StageATask
+from training.tasks.stage_b import StageBTask
+from training.tasks.stage_c import StageCTask
+from training.tasks.vision import VisionTask
 from training.trainer import Task
-from training.vision import VisionTask
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """The configuration, the data and the model folder of one training; builds what a stage trains."""
 
-import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -20,17 +19,15 @@ from transformers import (
 from cascade.networks.controlnet import ControlNet
 from cascade.weights import NETWORKS
 from training.agreement import table_of
-from training.controlnet import CONTROL_KINDS, new_controlnet
-from training.dataset import Dataset
+from training.dataset import Dataset, Split
 from training.errors import FILE_ERRORS, TrainingError, summary
 from training.options import Options
-from training.picture_folder import Captioned, PictureFolder, captioned_pictures, check_pictures, split_pictures
-from training.scenes import Scenes, scene_captions
+from training.picture_folder import Pictures
 from training.shapes import Shapes
+from training.sources import Source, make_source
 from training.stages import STAGES, advice, check_needs, maker
+from training.tasks.controlnet import CONTROL_KINDS, new_controlnet
 from training.trainer import Task
-
-CAPTIONS_FOR_TOKENIZER = 100_000
 
 
 def load_component(model: Path, name: str) -> Any:
@@ -57,7 +54,7 @@ class Workshop:
 
     Args:
         config: the configuration's tables, checked.
-        data: a folder of pictures with captions, or the packed drawings.
+        data: a folder of pictures with captions, or what the configuration's source reads.
         output: the training's folder; ``model`` in it is the model folder.
         device: where it trains.
     """
@@ -67,28 +64,36 @@ class Workshop:
         self.model = output / "model"
 
     def check_data(self) -> None:
-        """Looks at all of a user's own pictures and captions, or whether the drawings are whole.
+        """Has the source look for faults in the data.
 
         Raises:
             TrainingError: something is missing or damaged.
         """
-        if not self.data.exists():
-            raise TrainingError(
-                f"There is no {self.data}: --data is a folder of pictures with captions, or the file that "
-                "scripts/build-mini-data makes."
-            )
-        if self.data.is_dir():
-            check_pictures([file for file, _ in self.pictures], self.output / "pictures-read")
-            return
-        if not zipfile.is_zipfile(self.data):
-            raise TrainingError(f"{self.data} is no whole zip file of drawings: scripts/build-mini-data makes one.")
-        for name in ("scenes", "unseen", "seed"):
-            if name not in self.config["data"]:
-                raise TrainingError(f"[data] lacks {name}, which drawings need.")
+        self.source().check(self.output / "pictures-read")
 
     @cached_property
-    def pictures(self) -> list[Captioned]:
-        return captioned_pictures(self.data)
+    def pictures(self) -> Pictures:
+        return Pictures(self.data)
+
+    def source(self, stage: str | None = None) -> Source:
+        """What reads the data; ``[stage.data]`` can change the options that ``[data]`` gives it.
+
+        Raises:
+            TrainingError: the data are missing, or no source is named that reads them.
+        """
+        options = self.config["data"]
+        if self.data.is_dir():
+            return self.pictures
+        if not self.data.exists():
+            raise TrainingError(
+                f"There is no {self.data}: --data is a folder of pictures with captions, or what [data] source reads."
+            )
+        if "source" not in options:
+            raise TrainingError(
+                f"{self.data} is no folder of pictures, and [data] names no source that reads anything else."
+            )
+        changes = self.config[stage].get("data", {}) if stage else {}
+        return make_source(options["source"], self.data, options | changes)
 
     @property
     def shapes(self) -> Shapes:
@@ -96,31 +101,9 @@ class Workshop:
         options = self.config["data"]
         return Shapes((options["size"],) * 2, tuple(tuple(size) for size in options.get("other_sizes", ())))
 
-    def captions(self) -> list[str]:
-        """Captions for the tokenizer to learn from."""
-        if self.data.is_dir():
-            return [caption for _, caption in self.pictures]
-        return scene_captions(self.data, CAPTIONS_FOR_TOKENIZER, seed=self.config["data"]["seed"])
-
-    def dataset(self, split: Literal["train", "heldout"], stage: str) -> Dataset:
-        """What is trained on (``train``), and what is only looked at (``heldout``: of scenes, unseen combinations).
-
-        The configuration's table ``[stage.data]`` says in what a stage's data differ from ``[data]``.
-        """
-        options = self.config["data"] | self.config[stage].get("data", {})
-        common = {"size": self.shapes.native, "device": self.device}
-        if self.data.is_dir():
-            return PictureFolder(split_pictures(self.pictures, split), self.tokenizer, **common)
-        count = options["scenes"] if split == "train" else options["unseen"]
-        return Scenes(
-            self.data,
-            count,
-            self.tokenizer,
-            seed=options["seed"],
-            split=split,
-            unsaid=options.get("unsaid", 0.0),
-            **common,
-        )
+    def dataset(self, split: Split, stage: str) -> Dataset:
+        """What a stage trains on, or only looks at."""
+        return self.source(stage).dataset(split, self.tokenizer, size=self.shapes.native, device=self.device)
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:

@@ -215,7 +215,7 @@ def test_the_text_encoders_graph_minds_the_mask(model_folder: Path) -> None:
 def test_pictures_are_those_of_plain_float32() -> None:
     """On the miniature, 64 prompts: by kernels and graphs in bfloat16, and by torch in float32."""
     folder = ROOT / "weights" / "mini"
-    prompts = json.loads((ROOT / "training" / "mini" / "prompts.json").read_text())[::9][:64]
+    prompts = json.loads((ROOT / "miniature" / "prompts.json").read_text())[::9][:64]
     fast, exact = Cascade.load(folder, "cuda"), Cascade.load(folder, "cuda", torch.float32)
     differences = []
     for prompt in prompts:

@@ -11,8 +11,7 @@ import torch
 
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from tests.training.small import train, write_config, write_pictures
-from tests.training.test_stages import OWN_CLOCK
+from tests.training.small import OWN_CLOCK, train, write_config, write_pictures
 from training import run
 
 ROOT = Path(__file__).parent.parent.parent

@@ -12,7 +12,7 @@ from training.configuration import check_tables, read_configuration
 from training.options import Options
 
 ROOT = Path(__file__).parent.parent.parent
-MINI = ROOT / "training" / "configs" / "mini.toml"
+MINI = ROOT / "miniature" / "mini.toml"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("model.decoder.shift = -1", "[model] decoder: shift is -1; it must be a number above 0."),
         ("model.decoder.rescale = 2", "[model] decoder: rescale is 2; it must be a number from 0 to 1."),
         ("semantic.task.weight.kk = 1.0", "[semantic] task: weight has an unknown value kk; there are k, floor."),
-        ("data.seeds = 0", "[data] has an unknown value seeds; there are size, other_sizes, scenes,"),
+        ("data.seeds = 0", "[data] has an unknown value seeds; there are size, other_sizes, source."),
         ("stage_b.options.seed = -1", "[stage_b] options: seed is -1; it must be from 0 to 4294967295."),
         ('stage_b.options.compile = "yes"', "compile is 'yes'; it must be true or false or 'auto'."),
         (

@@ -131,11 +131,11 @@ FAULTS = {
     "empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "pictures holds no pictures (.jpg,"),
     "no folder": (
         shutil.rmtree,
-        "pictures: --data is a folder of pictures with captions, or the file that scripts/build",
+        "pictures: --data is a folder of pictures with captions, or what [data] source reads.",
     ),
     "a file": (
         lambda folder: (shutil.rmtree(folder), folder.write_text("text")),
-        "pictures is no whole zip file of drawings",
+        "pictures is no folder of pictures, and [data] names no source",
     ),
     "one picture": (
         lambda folder: [file.unlink() for file in folder.iterdir() if not file.name.startswith("03")],

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +16,6 @@ import torch
 
 from tests.training.small import train, write_config, write_pictures
 from training import run
-from training.data.icons import STYLES, IconObject, load_drawings, pack_drawings
-from training.errors import TrainingError
 from training.files import whole_file, write_components
 
 ROOT = Path(__file__).parent.parent.parent
@@ -246,33 +243,3 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         interrupted()
     assert file.read_text() == "two"
     assert [path.name for path in file.parent.iterdir()] == ["file"]
-
-
-def test_drawings_are_whole_or_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Packing, killed after some drawings."""
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><circle cx="12" cy="12" r="9" fill="red"/></svg>'
-    names = [f"thing {index}" for index in range(60)]
-    file = tmp_path / "drawings.zip"
-    part = file.with_name(f".{file.name}.part")
-    packing = f"""
-from pathlib import Path
-from training.data.icons import *
-objects = [IconObject(name, (name,) * len(STYLES)) for name in {names!r}]
-pack_drawings(objects, [dict.fromkeys({names!r}, {svg!r})] * len(STYLES), Path({str(file)!r}))
-"""
-    with subprocess.Popen([sys.executable, "-c", packing], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while not part.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.kill()
-    assert not file.exists()
-    with pytest.raises(TrainingError, match=r"There is no file .*drawings.zip: scripts/build-mini-data makes it\.$"):
-        load_drawings(file)
-    objects = [IconObject(name, (name,) * len(STYLES)) for name in names[:2]]
-    pack_drawings(objects, [dict.fromkeys(names, svg)] * len(STYLES), file)
-    assert load_drawings(file)[1] == names[:2]
-    assert [path.name for path in tmp_path.iterdir()] == ["drawings.zip"]
-    assert "6/6" in capsys.readouterr().err
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(TrainingError, match=r"drawings.zip is no whole file of drawings: scripts/build-mini-data"):
-        load_drawings(file)

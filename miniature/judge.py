@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.data.scenes import COLOURS
+from miniature.scenes import COLOURS
 
 _SIDE = 32
 _BORDER = 0.03

@@ -23,6 +23,7 @@ from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid
 from training.pictures import grid, psnr
 from training.shapes import Shapes
 from training.trainer import Task
+from training.values import Amount, Share
 
 
 def paint(
@@ -71,10 +72,10 @@ class StageBTask(Task):
         unseen: Dataset,
         shapes: Shapes,
         weight: Mapping[str, Any],
-        pyramid: float,
-        semantic_noise: float,
-        drop_semantic: float,
-        drop_text: float,
+        pyramid: Amount,
+        semantic_noise: Amount,
+        drop_semantic: Share,
+        drop_text: Share,
     ) -> None:
         super().__init__()
         self.decoder = decoder

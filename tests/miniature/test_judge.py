@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.data.compose import compose
-from training.data.scenes import COLOUR_NAMES, COLOURS, GRADIENT_WAYS, RELATIONS, sample_plans
-from training.judge import Judge, background_colours, background_plane, nearest_colours
+from miniature.compose import compose
+from miniature.judge import Judge, background_colours, background_plane, nearest_colours
+from miniature.scenes import COLOUR_NAMES, COLOURS, GRADIENT_WAYS, RELATIONS, sample_plans
 
 NAMES = ["disc", "ring", "bar", "cross", "triangle", "stripes"]
 STYLES = ["cartoon", "3D", "flat"]

@@ -7,11 +7,8 @@ import torch
 from PIL import Image
 
 from cascade.cascade import Cascade, Request, to_image, to_pixels
-from tests.tiny import make_cascade
-from training.data.compose import compose
-from training.data.icons import STYLES, load_objects
-from training.data.scenes import COLOUR_NAMES, HeldOut
-from training.evaluate import (
+from miniature.compose import compose
+from miniature.evaluate import (
     Prompt,
     Verdict,
     doubt,
@@ -26,7 +23,10 @@ from training.evaluate import (
     summarise,
     table,
 )
-from training.judge import Judge
+from miniature.icons import STYLES, load_objects
+from miniature.judge import Judge
+from miniature.scenes import COLOUR_NAMES, HeldOut
+from tests.tiny import make_cascade
 from training.pictures import psnr
 
 NAMES = [item.name for item in load_objects()]

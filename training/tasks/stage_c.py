@@ -23,6 +23,7 @@ from training.objective import diffusion_losses, keep_mask, loss_weight, sample_
 from training.pictures import grid
 from training.shapes import Shapes
 from training.trainer import Task
+from training.values import Share
 
 
 def prior_batch(
@@ -99,8 +100,8 @@ class StageCTask(Task):
         unseen: Dataset,
         shapes: Shapes,
         weight: Mapping[str, Any],
-        drop_text: float,
-        keep_image: float,
+        drop_text: Share,
+        keep_image: Share,
     ) -> None:
         super().__init__()
         self.prior = prior

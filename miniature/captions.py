@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from training.data.scenes import (
+from miniature.scenes import (
     COLOUR_NAMES,
     GRADIENT_WAYS,
     PLACE_NAMES,

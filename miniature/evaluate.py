@@ -21,8 +21,9 @@ from cascade.cascade import Cascade, to_image, to_pixels
 from cascade.decoder import decode_pixels, decoder_steps, encode_pixels
 from cascade.prior import prior_steps
 from cascade.sampling import Noise, finish
-from training.data.captions import Captioner
-from training.data.scenes import (
+from miniature.captions import Captioner
+from miniature.judge import Judge, background_colours
+from miniature.scenes import (
     COLOUR_NAMES,
     GRADIENT_WAYS,
     PLACE_NAMES,
@@ -32,9 +33,8 @@ from training.data.scenes import (
     Split,
     sample_plans,
 )
-from training.judge import Judge, background_colours
 
-PROMPTS = Path(__file__).parent / "mini" / "prompts.json"
+PROMPTS = Path(__file__).parent / "prompts.json"
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from training.masks import random_masks
 from training.objective import diffusion_losses, loss_weight
 from training.pictures import grid
 from training.shapes import Shapes
-from training.stage_c import dream, prior_batch
+from training.tasks.stage_c import dream, prior_batch
 from training.trainer import Task
+from training.values import Amount, Share
 
 
 class ControlKind(ABC):
@@ -71,7 +72,7 @@ class Inpainting(ControlKind):
 
     channels = 4
 
-    def __init__(self, inverted: float) -> None:
+    def __init__(self, inverted: Share) -> None:
         self.inverted = inverted
 
     def keep(self, pixels: Tensor) -> Tensor:
@@ -144,9 +145,9 @@ class ControlNetTask(Task):
         unseen: Dataset,
         shapes: Shapes,
         weight: Mapping[str, Any],
-        drop_text: float,
-        keep_image: float,
-        offset_noise: float,
+        drop_text: Share,
+        keep_image: Share,
+        offset_noise: Amount,
     ) -> None:
         super().__init__()
         self.controlnet = controlnet

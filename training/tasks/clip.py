@@ -13,17 +13,8 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from training.dataset import Dataset
-from training.pictures import grid, resize
+from training.pictures import grid, normalise
 from training.trainer import Task
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def normalise(pixels: Tensor, size: int) -> Tensor:
-    """Pixels (B, 3, H, W) in 0..1 to what CLIP's vision tower expects: ``size`` a side, CLIP's mean and deviation."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (resize(pixels, size).clamp(0, 1) - mean) / std
 
 
 def factor(log_temperature: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ ICON_SETS = (
 )
 STYLES = tuple(icon_set.style for icon_set in ICON_SETS)
 
-OBJECT_LIST = Path(__file__).parent.parent / "mini" / "objects.json"
+OBJECT_LIST = Path(__file__).parent / "objects.json"
 
 
 @dataclass(frozen=True)

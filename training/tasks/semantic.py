@@ -23,8 +23,9 @@ from cascade.sampling import diffuse
 from training.dataset import Dataset
 from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps
 from training.pictures import for_previewer, grid, psnr
-from training.stage_b import repaint
+from training.tasks.stage_b import repaint
 from training.trainer import Task
+from training.values import Amount, Share
 
 
 class SemanticTask(Task):
@@ -41,11 +42,11 @@ class SemanticTask(Task):
         dataset: Dataset,
         unseen: Dataset,
         weight: Mapping[str, Any],
-        pyramid: float,
-        semantic_noise: float,
-        preview_weight: float,
-        drop_semantic: float,
-        drop_text: float,
+        pyramid: Amount,
+        semantic_noise: Amount,
+        preview_weight: Amount,
+        drop_semantic: Share,
+        drop_text: Share,
     ) -> None:
         super().__init__()
         self.decoder, self.effnet, self.previewer = decoder, effnet, previewer

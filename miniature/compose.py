@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade.sizes import Size
-from training.data.scenes import COLOURS, GRADIENT_WAYS, Plans
+from miniature.scenes import COLOURS, GRADIENT_WAYS, Plans
 
 _LEVELS = (1.0, 0.75, 0.5, 0.375, 0.25)
 """Sizes, relative to the packed drawings, that objects are first reduced to, so that sampling skips no pixel."""

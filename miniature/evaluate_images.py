@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from cascade import controls
 from cascade.cascade import Cascade, Request, to_image, to_pixels
-from training.data.captions import Captioner
-from training.data.compose import compose
-from training.data.scenes import MARGIN, PLACE_NAMES, Plans
-from training.evaluate import Prompt, plans_of
-from training.judge import Judge
+from miniature.captions import Captioner
+from miniature.compose import compose
+from miniature.dataset import say_less
+from miniature.evaluate import Prompt, plans_of
+from miniature.judge import Judge
+from miniature.scenes import MARGIN, PLACE_NAMES, Plans
 from training.pictures import ssim
-from training.scenes import say_less
 
 logger = logging.getLogger(__name__)
 

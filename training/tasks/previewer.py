@@ -12,13 +12,20 @@ from cascade.networks.previewer import Previewer
 from training.dataset import Dataset
 from training.pictures import for_previewer, grid, psnr
 from training.trainer import Task
+from training.values import Amount
 
 
 class PreviewerTask(Task):
     """Mean squared error against the picture at 3/16 of its size, from latents with a little noise."""
 
     def __init__(
-        self, previewer: Previewer, *, effnet: SemanticEncoder, dataset: Dataset, unseen: Dataset, semantic_noise: float
+        self,
+        previewer: Previewer,
+        *,
+        effnet: SemanticEncoder,
+        dataset: Dataset,
+        unseen: Dataset,
+        semantic_noise: Amount,
     ) -> None:
         super().__init__()
         self.previewer = previewer

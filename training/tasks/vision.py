@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from training.clip import contrast, factor, normalise
 from training.dataset import Dataset
 from training.errors import TrainingError
 from training.latents import TextTable
-from training.pictures import grid
+from training.pictures import grid, normalise
+from training.tasks.clip import contrast, factor
 from training.trainer import Task
+from training.values import Amount
 
 AMONG = 5
 
@@ -43,7 +44,7 @@ class VisionTask(Task):
         text_encoder: CLIPTextModelWithProjection,
         dataset: Dataset,
         unseen: Dataset,
-        naming: float,
+        naming: Amount,
     ) -> None:
         super().__init__()
         if naming and not dataset.names:

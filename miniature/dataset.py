@@ -5,6 +5,7 @@ different scenes costs next to nothing to keep.
 """
 
 import random
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,22 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cascade.sizes import Size
-from training.data.captions import Captioner, article
-from training.data.compose import compose
-from training.data.icons import load_drawings, load_objects
-from training.data.scenes import Plans, Split, sample_plans
+from miniature.captions import Captioner, article
+from miniature.compose import compose
+from miniature.icons import load_drawings, load_objects
+from miniature.scenes import Plans, Split, sample_plans
 from training.dataset import Dataset
+from training.errors import TrainingError
+from training.values import Count, Share
+
+CAPTIONS_FOR_TOKENIZER = 100_000
 
 
 def captioner(names: list[str], styles: list[str]) -> Captioner:
     """The captioner for drawings of ``names`` in ``styles``, with the other names that the object list knows."""
     return Captioner(names, styles, {item.name: item.also for item in load_objects()})
-
-
-def scene_captions(data: Path, count: int, *, seed: int) -> list[str]:
-    """``count`` captions of training scenes, for the tokenizer to learn from."""
-    _, names, styles = load_drawings(data)
-    return captioner(names, styles).captions(sample_plans(count, names, seed), random.Random(seed))
 
 
 def say_less(plans: Plans, share: float, seed: int) -> Plans:
@@ -80,3 +79,33 @@ class Scenes(Dataset):
         objects = torch.from_numpy(self.plans.objects[indices.numpy()]).to(self.device, torch.int64)
         shown = torch.zeros(len(indices), len(self.names) + 1, dtype=torch.bool, device=self.device)
         return shown.scatter_(1, objects % shown.shape[1], True)[:, :-1]  # -1, no object, is the last
+
+
+class Drawings:
+    """The packed drawings as a `training.sources.Source`: scenes of them, drawn while training.
+
+    Args:
+        path: the file that ``scripts/build-mini-data`` writes.
+        scenes: number of training scenes.
+        unseen: number of held-out ones.
+        seed, unsaid: as `Scenes` has them.
+    """
+
+    def __init__(self, path: Path, *, scenes: Count, unseen: Count, seed: int, unsaid: Share = 0.0) -> None:
+        self.path, self.seed, self.unsaid = path, seed, unsaid
+        self.counts: dict[Split, int] = {"train": scenes, "heldout": unseen}
+
+    def check(self, record: Path) -> None:
+        """Looks whether the file is whole; notes nothing."""
+        if not zipfile.is_zipfile(self.path):
+            raise TrainingError(f"{self.path} is no whole zip file of drawings: scripts/build-mini-data makes one.")
+
+    def captions(self) -> list[str]:
+        """Captions of training scenes."""
+        _, names, styles = load_drawings(self.path)
+        plans = sample_plans(CAPTIONS_FOR_TOKENIZER, names, self.seed)
+        return captioner(names, styles).captions(plans, random.Random(self.seed))
+
+    def dataset(self, split: Split, tokenizer: PreTrainedTokenizerBase, *, size: Size, device: torch.device) -> Scenes:
+        options = {"seed": self.seed, "unsaid": self.unsaid, "size": size, "device": device}
+        return Scenes(self.path, self.counts[split], tokenizer, split=split, **options)

@@ -4,18 +4,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from cascade.weights import ModelFolder
-from training.data.icons import STYLES, IconObject, pack_drawings
 from training.dataset import Dataset
-from training.scenes import Scenes
+from training.tasks.vision import VisionTask
 from training.trainer import Options, fit, step_generator
-from training.vision import VisionTask
 
 CPU = torch.device("cpu")
 COLOURS = {
@@ -71,7 +68,7 @@ class Saying(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def mini() -> dict[str, Any]:
-    folder = ModelFolder.open(Path(__file__).parent.parent.parent / "weights" / "mini")
+    folder = ModelFolder.open(Path(__file__).parents[3] / "weights" / "mini")
     return {name: folder.load_component(name) for name in ("tokenizer", "text_encoder", "image_encoder")}
 
 
@@ -124,21 +121,3 @@ def test_without_names_there_are_captions(mini: dict[str, Any]) -> None:
     assert task.evaluate()[0] == {}
     with pytest.raises(ValueError, match=r"naming is 1\.0, but the data have no names"):
         make_task(mini, names=())
-
-
-def test_scenes_say_what_they_show(mini: dict[str, Any], tmp_path: Path) -> None:
-    names = ("apple", "pear", "plum", "fig")
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><circle cx="12" cy="12" r="9" fill="red"/></svg>'
-    objects = [IconObject(name, (name,) * len(STYLES)) for name in names]
-    pack_drawings(objects, [dict.fromkeys(names, svg)] * len(STYLES), tmp_path / "drawings.zip")
-    options = {"size": (64, 64), "seed": 0, "split": "train", "device": CPU}
-    scenes = Scenes(tmp_path / "drawings.zip", 50, mini["tokenizer"], **options)
-    assert sorted(scenes.names) == ["a fig", "a pear", "a plum", "an apple"]
-    indices = torch.arange(50)
-    shown = scenes.shown(indices)
-    counts = (scenes.plans.objects >= 0).sum(axis=1)
-    assert set(counts.tolist()) == {1, 2}
-    assert np.array_equal(shown.sum(dim=1).numpy(), counts)
-    for caption, row in zip(scenes.captions, shown, strict=True):
-        for name, there in zip(scenes.names, row.tolist(), strict=True):
-            assert (name.split()[-1] in caption) == there

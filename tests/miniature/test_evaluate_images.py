@@ -11,12 +11,9 @@ from PIL import Image
 
 from cascade.cascade import Request, to_pixels
 from cascade.controls import Control
-from tests.tiny import make_cascade
-from tests.training.test_evaluate import NAMES, drawings
-from training.data.compose import background
-from training.data.icons import STYLES
-from training.evaluate import make_prompts
-from training.evaluate_images import (
+from miniature.compose import background
+from miniature.evaluate import make_prompts
+from miniature.evaluate_images import (
     STRENGTHS,
     Scene,
     canny,
@@ -29,7 +26,10 @@ from training.evaluate_images import (
     reconstruction,
     variation,
 )
-from training.judge import Judge
+from miniature.icons import STYLES
+from miniature.judge import Judge
+from tests.miniature.test_evaluate import NAMES, drawings
+from tests.tiny import make_cascade
 from training.pictures import ssim
 
 SIDE = 128

@@ -15,9 +15,9 @@ from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import IMAGENET_MEAN, IMAGENET_STD, SemanticEncoder
 from cascade.weights import ModelFolder
 from training import trainer
-from training.controlnet import Canny, ControlNetTask, Inpainting, new_controlnet
 from training.dataset import Dataset
 from training.shapes import Shapes
+from training.tasks.controlnet import Canny, ControlNetTask, Inpainting, new_controlnet
 from training.trainer import Options, fit, step_generator
 
 OPTIONS = Options(steps=6, batch_size=8, learning_rate=1e-2, warmup=2, precision="no", compile=False, ema=0.9)
@@ -68,7 +68,7 @@ def make_task(components: dict[str, Any], kind: Canny | Inpainting, **changes: A
 @pytest.fixture(scope="module")
 def mini() -> dict[str, Any]:
     """The miniature's networks: a Stage C that knows nothing has no use for a control."""
-    folder = ModelFolder.open(Path(__file__).parent.parent.parent / "weights" / "mini")
+    folder = ModelFolder.open(Path(__file__).parents[3] / "weights" / "mini")
     names = ("tokenizer", "prior", "effnet", "previewer", "text_encoder", "image_encoder")
     return {name: folder.load_component(name) for name in names}
 

@@ -15,12 +15,13 @@ from cascade.networks.stage_a import StageA
 from training.dataset import Dataset
 from training.pictures import grid, psnr
 from training.trainer import Task
+from training.values import Amount
 
 
 class StageATask(Task):
     """Mean squared error of pixels over random crops of ``crop`` pixels a side."""
 
-    def __init__(self, vqgan: StageA, dataset: Dataset, unseen: Dataset, *, crop: int, latent_noise: float) -> None:
+    def __init__(self, vqgan: StageA, dataset: Dataset, unseen: Dataset, *, crop: int, latent_noise: Amount) -> None:
         super().__init__()
         self.vqgan = vqgan
         self.dataset, self.unseen = dataset, unseen

@@ -18,9 +18,10 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.weights import ModelFolder
-from tests.training.small import CONFIG, write_config
+from miniature.icons import STYLES, IconObject, pack_drawings
+from tests.miniature.small import DRAWN
+from tests.training.small import OWN_CLOCK, write_config
 from training import run
-from training.data.icons import STYLES, IconObject, pack_drawings
 
 ROOT = Path(__file__).parent.parent.parent
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">
@@ -48,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     objects = [IconObject(name, (name,) * len(STYLES)) for name in names]
     pack_drawings(objects, sets, folder / "drawings.zip")
-    (folder / "config.toml").write_text(CONFIG)
+    write_config(folder, DRAWN)
     for stage in run.ORDER:
         run.main(
             [
@@ -107,24 +108,14 @@ def test_the_script_goes_on_where_it_was_and_writes_a_model_folder(trained: Path
     assert image.size == (128, 192)
 
 
-# The second process's clock runs ten times as fast: by its own, it would save and stop at other steps than the first.
-OWN_CLOCK = """
-import os, sys, time
-if os.environ["RANK"] == "1":
-    clock, start = time.time, time.time()
-    time.time = lambda: start + 10 * (clock() - start)
-from training.run import main
-sys.exit(main())
-"""
-
-
 def test_several_processes_train_together(trained: Path, tmp_path: Path) -> None:
     """By torchrun, which ``accelerate launch`` uses for GPUs."""
     shutil.copytree(trained / "model", tmp_path / "model", ignore=shutil.ignore_patterns("prior"))
     (tmp_path / "own_clock.py").write_text(OWN_CLOCK)
     config = write_config(
         tmp_path,
-        "stage_c.options = { steps = 24, batch_size = 4, learning_rate = 1e-3, accumulate = 2, checkpoint_seconds = 0.5 }",
+        DRAWN + "stage_c.options = { steps = 24, batch_size = 4, learning_rate = 1e-3, accumulate = 2 }\n"
+        "stage_c.options.checkpoint_seconds = 0.5",
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     files = ["--data", trained.parent / "drawings.zip", "--output", tmp_path]

@@ -1,0 +1,117 @@
+"""Values of a configuration's tables: what their annotations allow, and the sentence for one that does not fit."""
+
+import inspect
+import math
+import types
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from training.errors import TrainingError
+
+Kinds = Mapping[str, tuple[Any, bool]]
+"""Of each name that a table may hold, the type, and whether it must be there."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The range of a number, both ends included."""
+
+    least: float
+    most: float = math.inf
+
+    def check(self, where: str, value: float) -> None:
+        """Raises `TrainingError` for a value outside; ``where`` is what the sentence calls it."""
+        if not self.least <= value <= self.most:
+            if math.isfinite(self.most):
+                raise TrainingError(f"{where} is {value}; it must be from {self.least} to {self.most}.")
+            allowed = f"be at least {self.least}" if self.least else "not be negative"
+            raise TrainingError(f"{where} is {value}; it must {allowed}.")
+
+
+Share = Annotated[float, Range(0, 1)]
+Amount = Annotated[float, Range(0)]
+Count = Annotated[int, Range(1)]
+
+
+def kinds_of(function: Callable[..., Any]) -> Kinds:
+    """What a function, or a class, can be called with."""
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        parameter.name: (parameter.annotation, parameter.default is parameter.empty)
+        for parameter in parameters
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+
+
+def check_values(where: str, given: Mapping[str, Any], kinds: Kinds) -> None:
+    """Checks a table's names, kinds and ranges.
+
+    Args:
+        where: the table, as the sentence calls it.
+        given: what it holds.
+        kinds: what it may hold.
+
+    Raises:
+        TrainingError: one is unknown, missing or wrong.
+    """
+    for name, value in given.items():
+        if name not in kinds:
+            raise TrainingError(f"{where} has an unknown value {name}; {_list(kinds)}.")
+        kind, _ = kinds[name]
+        if not fits(value, kind):
+            raise TrainingError(f"{where} {name} is {value!r}; it must be {describe(kind)}.")
+        if get_origin(kind) is Annotated:
+            get_args(kind)[1].check(f"{where} {name}", value)
+    for name, (_, needed) in kinds.items():
+        if needed and name not in given:
+            raise TrainingError(f"{where} lacks {name}.")
+
+
+def _list(names: Collection[str]) -> str:
+    return f"there are {', '.join(names)}" if names else "there are none"
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from a TOML file can be an argument that is annotated with ``kind``. Unknown annotations take all."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return fits(value, arguments[0])
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in arguments)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in arguments)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        if arguments[-1] is Ellipsis:
+            return all(fits(one, arguments[0]) for one in value)
+        return len(value) == len(arguments) and all(map(fits, value, arguments))
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if kind in (int, bool, str, dict):
+        return type(value) is kind
+    if kind is types.NoneType:
+        return value is None
+    if isinstance(kind, type):
+        return isinstance(value, kind)
+    if isinstance(origin, type):  # Mapping[str, Any]
+        return isinstance(value, origin)
+    return True
+
+
+def describe(kind: Any) -> str:
+    """An annotation in words, for whoever writes a TOML file."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a table"}
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return describe(arguments[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(one) for one in arguments if one is not types.NoneType)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is tuple:
+        plural = arguments[-1] is Ellipsis
+        inner = describe(arguments[0])
+        return f"a list, each {inner}" if plural else f"a list of {len(arguments)} values, each {inner}"
+    return words.get(kind, "a table" if isinstance(origin, type) else getattr(kind, "__name__", str(kind)))
