@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from cascade.cascade import Cascade, Request
 from scripts import command_line, method_pictures, reconstruction
 from scripts.input_table import with_table
-from tests.readme import PAGES, ROOT, block, commands
+from tests.readme import PAGES, ROOT, block, blocks, commands
 from training.data.scenes import COLOUR_NAMES, HeldOut
 
 README = ROOT / "README.md"
@@ -127,6 +127,18 @@ def test_the_code_with_images(pictures: Path) -> None:
     for name, size in {"lemon": (256, 256), "whole": (256, 384), "again": (256, 256)}.items():
         with Image.open(pictures / f"{name}.png") as picture:
             assert picture.size == size
+
+
+@needs_mini
+def test_the_code_stage_by_stage(pictures: Path) -> None:
+    """Both ways through the stages make one picture, but for the rounding of the prompts' batch."""
+    for code in blocks(DOCS / "method.md", "python"):
+        exec(code, {})
+    with Image.open("apple.png") as steps, Image.open("stages.png") as stages:
+        assert steps.size == (256, 256)
+        assert max(high for _, high in ImageChops.difference(steps, stages).getextrema()) <= 1
+    with Image.open("preview.jpg") as preview:
+        assert preview.size == (48, 48)
 
 
 def test_scripts_are_there() -> None:
