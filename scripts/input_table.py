@@ -1,4 +1,4 @@
-"""The table of inputs in README.md, made of what Cog's schema says: ``python -m scripts.input_table`` brings it up to date."""
+"""Makes the table of inputs in docs/inputs.md from Cog's schema: ``python -m scripts.input_table`` updates it."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 from scripts.environment import ROOT
 from scripts.openapi import make_schema
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "inputs.md"
 BEGIN, END = "<!-- Made by scripts/input_table.py -->\n", "<!-- End of the inputs -->"
 KINDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
 
@@ -42,7 +42,7 @@ def said(field: dict[str, Any]) -> str:
 
 
 def with_table(text: str) -> str:
-    """The text of README.md with the table as it is now.
+    """The text of docs/inputs.md with an up-to-date table.
 
     Raises:
         ValueError: the text does not have the two comments between which the table stands.
@@ -50,13 +50,13 @@ def with_table(text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README.md must hold the lines {BEGIN.strip()} and {END}.")
+        raise ValueError(f"docs/inputs.md must hold the lines {BEGIN.strip()} and {END}.")
     return before + begin + input_table() + end + after
 
 
 def main() -> None:
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.stdout.write(f"{README}\n")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.stdout.write(f"{PAGE}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws the pictures of README.md and docs/method.md: what the miniature makes, and what its stages see on the way.
+"""Draws the pictures of README.md and docs: what the miniature makes, and what its stages see on the way.
 
 Everything here is made by the public functions of ``cascade``, from prompts and seeds that stand in this file.
 """
@@ -234,7 +234,7 @@ DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
 def main(arguments: list[str] | None = None) -> int:
     """``scripts/make-method-pictures``; ``arguments`` default to the process's. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="scripts/make-method-pictures", description="Draw the pictures of README.md and docs/method.md."
+        prog="scripts/make-method-pictures", description="Draw the pictures of README.md and docs."
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="default: %(default)s")
     options = parser.parse_args(arguments)

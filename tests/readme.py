@@ -19,5 +19,7 @@ def block(page: Path, language: str, word: str) -> str:
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of indented code: what a person types."""
-    return [line.strip() for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("    ")]
+    """Indented code outside of fences: what a person types. A command of several lines is joined to one."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    return "\n".join(lines).replace("\\\n", "").splitlines()

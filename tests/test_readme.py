@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import defaultdict
@@ -11,17 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
-from cascade.cascade import Cascade
+from cascade import Cascade, Request
 from miniature.scenes import COLOUR_NAMES, HeldOut
-from scripts import method_pictures
+from scripts import command_line, method_pictures, reconstruction
 from scripts.input_table import with_table
 from tests.readme import PAGES, ROOT, block, blocks, commands
 
 README = ROOT / "README.md"
-IMAGES = ROOT / "docs" / "images"
+DOCS = ROOT / "docs"
+IMAGES = DOCS / "images"
 MINI = ROOT / "weights" / "mini"
+CARDS = (MINI / "README.md", ROOT / "tests" / "fixtures" / "README.md")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 needs_mini = pytest.mark.skipif(not (MINI / "model.json").is_file(), reason="weights/mini is not there")
@@ -55,7 +58,7 @@ def in_repository(command: list[str | Path], folder: Path) -> subprocess.Complet
 
 
 def test_the_table_of_inputs_is_that_of_the_schema() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = (DOCS / "inputs.md").read_text(encoding="utf-8")
     assert with_table(text) == text, "run: .venv/bin/python -m scripts.input_table"
 
 
@@ -94,6 +97,68 @@ def test_what_pages_import_is_there(page: Path) -> None:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The present folder, with the pictures that the commands of docs/images.md are given."""
+    model = Cascade.load(MINI, "cpu")
+    prompts = {
+        "apple": "a red apple on a green background",
+        "butterfly": "a butterfly above a sunflower on a light blue background",
+        "strawberry": "a strawberry on a turquoise background",
+    }
+    for name, prompt in prompts.items():
+        model.generate(Request(prompt, steps_prior=4, steps_decoder=2))[0].save(tmp_path / f"{name}.png")
+    Image.open(tmp_path / "apple.png").crop((0, 0, 256, 128)).save(tmp_path / "half.png")
+    mask = Image.new("L", (256, 256))
+    mask.paste(255, (60, 0, 200, 120))
+    mask.save(tmp_path / "mask.png")
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CASCADE_WEIGHTS", str(MINI))
+    return tmp_path
+
+
+MAINS = {"scripts/predict": command_line.main, "scripts/reconstruct": reconstruction.main}
+IMAGE_COMMANDS = sorted(
+    {line for name in ("images.md", "method.md") for line in commands(DOCS / name) if line.split()[0] in MAINS}
+)
+
+
+@needs_mini
+def test_the_commands_with_images(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but the one that needs a ControlNet which the miniature does not have."""
+    assert len(IMAGE_COMMANDS) == 7
+    for line in IMAGE_COMMANDS:
+        script, *arguments = shlex.split(line)
+        status = MAINS[script](arguments)
+        if "upscale=true" in line:
+            assert (status, "controlnet_super_resolution" in capsys.readouterr().err) == (1, True)
+            continue
+        assert status == 0, capsys.readouterr().err
+        with Image.open(pictures / arguments[arguments.index("-o") + 1]) as picture:
+            assert picture.size == (256, 256)
+
+
+@needs_mini
+def test_the_code_with_images(pictures: Path) -> None:
+    exec(block(DOCS / "images.md", "python", "Control"), {})
+    for name, size in {"lemon": (256, 256), "whole": (256, 384), "again": (256, 256)}.items():
+        with Image.open(pictures / f"{name}.png") as picture:
+            assert picture.size == size
+
+
+@needs_mini
+def test_the_code_stage_by_stage(pictures: Path) -> None:
+    """Both ways through the stages make one picture, but for the rounding of the prompts' batch."""
+    for code in blocks(DOCS / "method.md", "python"):
+        exec(code, {})
+    with Image.open("apple.png") as steps, Image.open("stages.png") as stages:
+        assert steps.size == (256, 256)
+        assert np.asarray(ImageChops.difference(steps, stages)).mean() < 1
+    with Image.open("preview.jpg") as preview:
+        assert preview.size == (48, 48)
+
+
 def test_scripts_are_there() -> None:
     assert named_scripts()
     for script in named_scripts():
@@ -110,7 +175,7 @@ def test_scripts_have_the_options_that_are_named(script: str) -> None:
     assert not {option for option in named_scripts()[script] if not re.search(rf"{option}\b", done.stdout)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")

@@ -1,4 +1,4 @@
-"""The examples of README.md that call the server, run as they stand there, but for the port."""
+"""The examples of README.md and docs/http.md that call the server, run as they stand there, but for the port."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ from tests.http.serving import ROOT, Server
 from tests.readme import block
 
 README = ROOT / "README.md"
+HTTP = ROOT / "docs" / "http.md"
 
 
 def run(command: list[str], code: str, server: Server, folder: Path) -> None:
@@ -34,13 +35,14 @@ def is_picture(file: Path, kind: str, size: tuple[int, int]) -> bool:
         return (picture.format, picture.size) == (kind, size)
 
 
-def test_curl(server: Server, tmp_path: Path) -> None:
-    run(["sh", "-c"], block(README, "sh", "curl"), server, tmp_path)
+@pytest.mark.parametrize("page", [README, HTTP], ids=lambda page: page.name)
+def test_curl(page: Path, server: Server, tmp_path: Path) -> None:
+    run(["sh", "-c"], block(page, "sh", "curl"), server, tmp_path)
     assert is_picture(tmp_path / "apple.webp", "WEBP", (256, 256))
 
 
 def test_python(server: Server, tmp_path: Path) -> None:
-    run([sys.executable, "-c"], block(README, "python", "requests"), server, tmp_path)
+    run([sys.executable, "-c"], block(HTTP, "python", "requests"), server, tmp_path)
     first, second = sorted(tmp_path.glob("apple-*.png"))
     assert is_picture(first, "PNG", (256, 256))
     assert is_picture(second, "PNG", (256, 256))
@@ -52,5 +54,5 @@ def test_javascript(server: Server, tmp_path: Path) -> None:
     if node is None and "CI" not in os.environ:  # there it must run; a contributor needs Python only
         pytest.skip("node is not installed")
     assert node, "node is not installed"
-    run([node, "--input-type=module", "--eval"], block(README, "js", "fetch"), server, tmp_path)
+    run([node, "--input-type=module", "--eval"], block(HTTP, "js", "fetch"), server, tmp_path)
     assert is_picture(tmp_path / "apple.webp", "WEBP", (312, 208))
