@@ -31,6 +31,8 @@ def test_ids_that_would_end_the_service_are_refused(server: Server) -> None:
         assert problem["loc"] == ["body", "id"]
         assert problem["msg"].startswith("id is ")
         assert "it must be 1 to 100 letters" in problem["msg"]
+        # Cog's fields in their order: id, input, context, webhook, webhook_events_filter.
+        assert server.send([identifier, SMALL, {}, None, ["completed"]]).status_code == 422
     body = json.dumps({"input": SMALL}).encode()
     for path in ("a" * 256, "a%00b", "%2Ftmp%2Fx", "..%2f..%2fx", "%2e%2e", "..", "/tmp/x", "x/../%2Ftmp%2Fx"):
         for prefix in ("/predictions/", "/trainings/", "//predictions/", "/x/../predictions/", "/predictions//"):
@@ -57,11 +59,26 @@ def test_bodies(server: Server) -> None:
         f"{server.url}/predictions", data=iter([body[:5], body[5:]]), headers=headers, timeout=ANSWER
     )
     assert answer.json()["id"] == "chunked"
+    server.wait_until("READY")
+    head = "POST /predictions HTTP/1.1\r\nTransfer-Encoding: chunked"
+    answer = send(server, head, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))  # and a length, of something else
+    assert answer.startswith(b"HTTP/1.1 200"), answer
     large = {"input": {"image": "data:image/png;base64," + "A" * (105 * 2**20)}}
     assert server.send(large).status_code == 413
     with socket.create_connection(("127.0.0.1", server.port), timeout=ANSWER) as client:
         client.sendall(b"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
     server.predict(**SMALL)
+
+
+def test_bodies_are_not_kept(server: Server) -> None:
+    """Not even one of them."""
+    (front,) = (process for process in server.process.children() if "serving.front" in process.cmdline())
+    server.predict(**SMALL)
+    before = front.memory_info().rss
+    for _ in range(3):
+        server.wait_until("READY")
+        server.post({**SMALL, "prompt": "a" * 40_000_000})
+    wait_for(lambda: front.memory_info().rss - before < 30e6, ANSWER, "an end of what the front keeps")
 
 
 def test_requests_one_after_another_are_not_at_capacity(server: Server) -> None:
