@@ -72,9 +72,11 @@ def test_the_first_command_makes_the_picture(tmp_path: Path) -> None:
 
 
 @needs_mini
-@pytest.mark.parametrize(("word", "pictures"), [("model.generate", 2), ("model.batch", 3)])
-def test_the_code_makes_the_pictures(tmp_path: Path, word: str, pictures: int) -> None:
-    done = in_repository([sys.executable, "-c", block(README, "python", word)], tmp_path)
+@pytest.mark.parametrize(
+    ("page", "word", "pictures"), [(README, "model.generate", 2), (DOCS / "method.md", "model.batch", 3)]
+)
+def test_the_code_makes_the_pictures(tmp_path: Path, page: Path, word: str, pictures: int) -> None:
+    done = in_repository([sys.executable, "-c", block(page, "python", word)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*.png"))) == pictures
     for index in range(pictures):
