@@ -34,13 +34,19 @@ needs_mini = pytest.mark.skipif(not (ROOT / "weights/mini/model.json").is_file()
 
 
 def python(*arguments: str | Path, folder: Path, installed: Path | None = None) -> str:
-    """What a Python prints that runs in `folder` and finds only what is installed."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    variables |= {"PYTHONPATH": str(installed)} if installed else {}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+    """What a Python prints that runs in `folder`, and finds the package where it is installed."""
+    done = run(*arguments, folder=folder, installed=installed)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run(*arguments: str | Path, folder: Path, installed: Path | None = None) -> subprocess.CompletedProcess[str]:
+    # The other packages may be on the path, too.
+    inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    others = [entry for entry in inherited if Path(entry).resolve() != ROOT]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([*([str(installed)] if installed else []), *others])}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +147,6 @@ def test_types_are_what_a_user_expects(installed: Path, tmp_path: Path) -> None:
     )
     mypy = ("-m", "mypy", "--config-file", TYPING / "mypy.ini", "--cache-dir", tmp_path / "cache", "--no-error-summary")
     assert python(*mypy, "user.py", folder=tmp_path, installed=installed) == ""
-    command = [sys.executable, *map(str, mypy), "wrong.py"]
-    variables = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300)
+    done = run(*mypy, "wrong.py", folder=tmp_path, installed=installed)
     places = [line.split(": error: ")[0] for line in done.stdout.splitlines() if ": error: " in line]
     assert places == ["wrong.py:3", "wrong.py:4", "wrong.py:5"], done.stdout + done.stderr
