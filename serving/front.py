@@ -38,6 +38,8 @@ ALLOWED = "1 to 100 letters, digits, and signs of _ . : - after the first"
 PATHS = re.compile(rb"/[A-Za-z0-9_.-]*|/(?:predictions|trainings)/([^/]*)(/cancel)?")
 # As Cog's server: above it answers 413.
 LARGEST_BODY = 100 * 1024 * 1024
+# Between values, and in texts. Of 10 million numbers in 20 MB, Cog's server takes 640 MB, and its worker 400.
+MOST_COMMAS = 1_000_000
 # From this size on, what is left of a body is looked for at once, in some 20 ms.
 LARGE_BODY = 2**20
 # Cog answers a moment before it takes the next request. 41 of 60 requests in the same millisecond were refused; none
@@ -158,7 +160,7 @@ def check_path(scope: Scope) -> bytes:
 
 
 def check_body(body: bytes) -> None:
-    """Make sure that a body, if there is one, is a JSON object whose id is allowed.
+    """Make sure that a body, if there is one, is a JSON object whose id is allowed, of a bounded number of values.
 
     Cog reads an array, too, as the values of its fields in their order: ``["id", {}, {}, null, []]``.
 
@@ -172,6 +174,8 @@ def check_body(body: bytes) -> None:
 
     if not body:
         return
+    if body.count(b",") > MOST_COMMAS:
+        raise RefusedError(413, {"error": f"The body has more than {MOST_COMMAS:,} commas."})
     try:
         document = json.loads(body.decode(), object_pairs_hook=note, parse_int=str, parse_float=str)
     except (ValueError, RecursionError):

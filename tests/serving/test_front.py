@@ -95,6 +95,11 @@ def test_what_is_not_json_in_utf8_is_refused(body: bytes) -> None:
     assert refused(body) == 400
 
 
+def test_values_without_end_are_refused() -> None:
+    assert refused(b'{"input": {"seed": [' + b"1," * 900_000 + b"1]}}") is None
+    assert refused(b'{"input": {"seed": [' + b"1," * 1_000_001 + b"1]}}") == 413
+
+
 def test_a_number_of_any_length_hides_nothing() -> None:
     assert refused(b'{"input": {"seed": ' + b"1" * 10_000 + b'}, "id": "/x"}') == 422
 
