@@ -176,8 +176,9 @@ def check(drawn: Drawn, prediction: dict[str, Any], model: Model) -> list[np.nda
             assert image.size == drawn.size
         else:
             assert 0.8 < math.sqrt(image.width * image.height) / model.native_size < 1.25
-        # A plain background is a picture, too (deviations of 2 were seen); what is not finite would be black all over.
-        assert len(np.unique(np.asarray(image))) > 3, ("a picture of one colour", drawn.kind, shown(drawn.inputs))
+        # What is not finite would be black. Plain and even white pictures are right, where ControlNets with random weights
+        # steer a few steps.
+        assert np.asarray(image).any(), ("a black picture", drawn.kind, shown(drawn.inputs))
     metrics = prediction["metrics"]
     first = drawn.inputs["seed"]
     assert metrics["seeds"] == [(first + i) % 2**32 for i in range(drawn.count)]
