@@ -110,4 +110,6 @@ def test_wrong_options(arguments: list[str], message: str, capsys: pytest.Captur
 def test_missing_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo(64, 64).save(tmp_path / "photo.png")
     assert main([str(tmp_path / "photo.png"), "--weights", "/no/such/folder"]) == 1
-    assert capsys.readouterr().err == "There is no model folder /no/such/folder.\n"
+    assert capsys.readouterr().err == (
+        "There is no model folder /no/such/folder. scripts/download-weights and scripts/save-weights make one.\n"
+    )

@@ -377,7 +377,7 @@ def test_a_picture_may_be_a_file_or_a_url(
     assert len({one.tobytes() for one in made}) == 1
     assert (made[0][:, 32:] == read_pixels(tmp_path / "a.png")[:, 32:]).all()
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"image could not be downloaded from {url}: the server answered 404 File not found."
+    assert said == f"image could not be downloaded from {url}: the server answered 404 Not Found."
 
 
 def read_pixels(file: Path) -> np.ndarray:

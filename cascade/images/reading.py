@@ -133,7 +133,8 @@ class Decoder:
         """See `read_picture`."""
         self.ready = False
         try:
-            size = self._ask(path=str(path), name=name)["size"]
+            # Absolute: the process keeps the working directory that it was started in.
+            size = self._ask(path=str(path.absolute()), name=name)["size"]
             options = {"background": background, "needed": None if needed is None else needed(*size), "mask": mask}
             answer = self._ask(**options)
             image = Image.new(answer["mode"], answer["size"])

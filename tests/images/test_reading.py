@@ -495,3 +495,11 @@ def test_the_beginning_of_a_file_is_a_picture_or_one_sentence(
         assert (read.mode, read.size) == ("RGB", needed or (50, 40))
     except ValueError as error:
         assert re.fullmatch(r"image [^\n]+\.", str(error))  # noqa: PT017 - either is right
+
+
+def test_a_path_is_of_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the process that decodes was started."""
+    Image.new("RGB", (5, 4), "red").save(tmp_path / "one.png")
+    read_picture(tmp_path / "one.png", "image")
+    monkeypatch.chdir(tmp_path)
+    assert read_picture(Path("one.png"), "image").size == (5, 4)
