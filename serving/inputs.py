@@ -55,7 +55,7 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
     """The request that inputs describe, with its size, its settings and a seed.
 
     Args:
-        inputs: of `check_inputs`, with files in the place of URLs (`files.fetch`).
+        inputs: of `check_inputs`, with files in the place of URLs (`image_urls.downloaded`).
         cascade: the model, which decides what was left out.
 
     Raises:

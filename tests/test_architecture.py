@@ -22,7 +22,7 @@ ALLOWED = {
     "cascade.kernels": (),
     "cascade.sampling": (),
     "cascade.sizes": (),
-    "cascade.running": (),
+    "cascade.running": ("cascade.kernels",),
     "cascade.images": (),
 }
 

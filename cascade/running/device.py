@@ -8,12 +8,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from cascade.kernels import CAPABILITY as KERNELS_FROM
+
 T = TypeVar("T")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# CUDA compute capabilities. Cards before 8.0 emulate bfloat16 and can't run the Triton kernels; those before 7.0 compute in
-# float16 hardly faster than in float32 (6.0), or much slower (6.1).
-KERNELS_FROM = (8, 0)
+# A CUDA compute capability, like `KERNELS_FROM`. Cards before that one emulate bfloat16; those before 7.0 compute in float16
+# hardly faster than in float32 (6.0), or much slower (6.1).
 FLOAT16_FROM = (7, 0)
 
 
