@@ -6,8 +6,8 @@ nothing of guidance, batches of images or where the networks live.
 """
 
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -20,6 +20,11 @@ from transformers import (
 )
 
 from cascade.graphs import Recorder
+from cascade.prompts.chunks import Chunk
+from cascade.prompts.embeddings import Embeddings
+from cascade.prompts.encoding import encode, encoder_of
+from cascade.prompts.reading import read, special_of
+from cascade.prompts.text import TextEmbeddings, joined
 
 logger = logging.getLogger(__name__)
 
@@ -27,26 +32,15 @@ logger = logging.getLogger(__name__)
 MOST_QUOTED = 200
 
 
-class TextEmbeddings(NamedTuple):
-    """What the text encoder says about B prompts, in its own dtype and on its device.
-
-    Attributes:
-        tokens: (B, 77, D), the last layer's hidden states, before the final layer norm.
-        pooled: (B, 1, D), the projection of the end-of-text token.
-    """
-
-    tokens: Tensor
-    pooled: Tensor
-
-
 class Conditioner:
     """Encodes prompts and, when it is given a vision tower, images.
 
     Args:
-        tokenizer: CLIP's; ``model_max_length`` (77) tokens a prompt, begin and end of text included.
+        tokenizer: CLIP's; ``model_max_length`` (77) tokens a chunk, begin and end of text included.
         text_encoder: CLIP ViT-bigG-14's text tower in the published model.
         image_processor, image_encoder: crop, resize and normalisation, and CLIP ViT-L-14's vision tower; both or
             neither.
+        embeddings: which prompts may name; None: none.
         log_prompts: whether the warning about a prompt that was cut quotes what was left out.
     """
 
@@ -57,42 +51,99 @@ class Conditioner:
         image_processor: CLIPImageProcessorPil | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         *,
+        embeddings: Embeddings | None = None,
         log_prompts: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.image_processor = image_processor
         self.image_encoder = image_encoder
+        self.embeddings = embeddings or Embeddings(text_encoder.config.hidden_size)
         self.log_prompts = log_prompts
         self.recorder = Recorder()
 
+    def encode_text(self, prompts: Sequence[str], *, weighting: bool = False) -> TextEmbeddings:
+        """Encode prompts of any length as one batch, see `encode_prompts` and `prompts.text.joined`."""
+        return joined(self.encode_prompts(prompts, weighting=weighting))
+
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> TextEmbeddings:
-        """Encode prompts. The empty prompt is a prompt like any other: guidance takes it as the absence of one.
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        *,
+        weighting: bool = False,
+        most_chunks: int | None = None,
+        words: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> list[TextEmbeddings]:
+        """Encode prompts, each at its own length. The empty prompt is a prompt like any other: guidance takes it as the
+        absence of one.
 
         The attention mask is passed on: it leaves the words' hidden states as they are, but changes those of the
         padding, and Stage C was trained on all 77.
 
         Args:
-            prompts: B texts; what exceeds 77 tokens is cut, with a warning that quotes at most 200 characters of it.
+            prompts: texts, at least one.
+            weighting: see `read`.
+            most_chunks: of 75 tokens of text. What exceeds them is cut, with a warning that quotes at most 200 characters
+                of it. None: there is no limit.
+            words: see `read`.
+
+        Returns:
+            For each prompt its embeddings, of batch 1.
+
+        Raises:
+            InputError: see `read`.
         """
         if isinstance(prompts, str):
             raise TypeError(f"prompts must be a sequence of texts, but is the text {prompts!r}.")
-        prompts = list(prompts)
-        batch = self.tokenizer.pad(
-            {"input_ids": self._tokenize(prompts)},
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
+        chunks = [self.read(prompt, weighting=weighting, words=words) for prompt in prompts]
+        if most_chunks is not None:
+            chunks = [self._cut(prompt, of_it, most_chunks) for prompt, of_it in zip(prompts, chunks, strict=True)]
+        return encode(
+            chunks,
+            special_of(self.tokenizer),
+            self._run_text_encoder,
+            self.text_encoder.device,
+            self.text_encoder.dtype,
+            ends_early=weighting,
         )
-        device = self.text_encoder.device
-        tensors = batch.input_ids.to(device), batch.attention_mask.to(device)
-        # bigG's 32 layers are 13 ms of launches and 3 ms of work (two prompts, H100).
-        return TextEmbeddings(*self.recorder.run_once("text", self._encode_tokens, *tensors))
 
-    def _encode_tokens(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.text_encoder(ids, attention_mask=attention_mask, output_hidden_states=True)
-        return output.hidden_states[-1], output.text_embeds.unsqueeze(1)
+    def read(
+        self,
+        prompt: str,
+        *,
+        weighting: bool = False,
+        words: Mapping[str, Tensor] = MappingProxyType({}),
+        name: str = "prompt",
+    ) -> list[Chunk]:
+        """The chunks of a prompt. Encodes nothing.
+
+        Args:
+            weighting: whether brackets are weights and names of embeddings must exist, see `prompts.reading.read`.
+            words: vectors by name beside `embeddings`, see `prompts.embeddings.Embeddings`.
+            name: of the input, for errors.
+
+        Raises:
+            InputError: a weight lies outside of -4 to 4, or an embedding is missing or cannot be used.
+        """
+        return read(prompt, self.tokenizer, self.embeddings.with_words(words), weighting=weighting, name=name)
+
+    def _run_text_encoder(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        # bigG's 32 layers are 13 ms of launches and 3 ms of work (two prompts, H100).
+        return self.recorder.run_once("text", encoder_of(self.text_encoder), *given)
+
+    def _cut(self, prompt: str, chunks: list[Chunk], most: int) -> list[Chunk]:
+        """The first chunks of a prompt. Warns of what is cut."""
+        left = [token for chunk in chunks[most:] for token in chunk.tokens]
+        if left:
+            limit = most * (self.tokenizer.model_max_length - 2)
+            if self.log_prompts:
+                dropped = prompt[left[0].place :].strip()
+                quoted = dropped[:MOST_QUOTED] + ("..." if len(dropped) > MOST_QUOTED else "")
+                logger.warning("The prompt exceeds %d tokens; this end of it was left out: %r", limit, quoted)
+            else:
+                logger.warning("The prompt exceeds %d tokens; %d were left out.", limit, len(left))
+        return chunks[:most]
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -117,22 +168,3 @@ class Conditioner:
 
     def _encode_pixels(self, pixels: Tensor) -> tuple[Tensor]:
         return (self.image_encoder(pixels).image_embeds.unsqueeze(1),)
-
-    def _tokenize(self, prompts: list[str]) -> list[list[int]]:
-        """At most 77 tokens each. Warns of what is cut."""
-        limit = self.tokenizer.model_max_length
-        # verbose=False: the tokenizer's own warning of the length says neither which prompt nor what is lost.
-        batch = self.tokenizer(prompts, return_offsets_mapping=True, verbose=False)
-        kept = []
-        for prompt, ids, places in zip(prompts, batch.input_ids, batch.offset_mapping, strict=True):
-            if len(ids) > limit:
-                # The last token kept is the end of text, so the prompt's own words end one earlier.
-                dropped = prompt[places[limit - 1][0] :].strip()
-                if self.log_prompts:
-                    quoted = dropped[:MOST_QUOTED] + ("..." if len(dropped) > MOST_QUOTED else "")
-                    logger.warning("The prompt exceeds %d tokens; this end of it was left out: %r", limit, quoted)
-                else:
-                    logger.warning("The prompt exceeds %d tokens; %d were left out.", limit, len(ids) - limit)
-                ids = [*ids[: limit - 1], ids[-1]]
-            kept.append(ids)
-        return kept

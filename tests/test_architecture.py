@@ -24,6 +24,7 @@ ALLOWED = {
     "cascade.sizes": (),
     "cascade.running": ("cascade.kernels",),
     "cascade.images": (),
+    "cascade.prompts": ("cascade.limits",),
 }
 
 

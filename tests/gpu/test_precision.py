@@ -16,11 +16,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from cascade import kernels, sizes
-from cascade.conditioning import TextEmbeddings
 from cascade.decoder import decode_pixels, decoder_steps
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.prior import prior_steps
+from cascade.prompts.text import TextEmbeddings
 from cascade.sampling import Noise, finish
 from tests.conftest import make_text_encoder, make_tokenizer
 from tests.diffusers_pipelines import make_pipelines, twin
@@ -63,7 +63,7 @@ class Text(NamedTuple):
     negative: TextEmbeddings
 
     def to(self, network: StableCascadeUNet) -> "Text":
-        return Text(*(TextEmbeddings(*(x.to(network.device, network.dtype) for x in one)) for one in self))
+        return Text(*(TextEmbeddings(*(x.to(network.device, network.dtype) for x in one[:2])) for one in self))
 
 
 def make_networks(prior: dict[str, Any], decoder: dict[str, Any], vqgan: dict[str, Any], device: str) -> Networks:
