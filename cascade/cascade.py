@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cascade import kernels, sizes
-from cascade.conditioning import Conditioner, TextEmbeddings
+from cascade.conditioning import Conditioner
 from cascade.controls import Control, canny, inpainting
 from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode_pixels, for_encoder, tile_within
 from cascade.graphs import GraphedUNet, Recorder
 from cascade.images.colours import to_rgb
 from cascade.inpainting import latents_of, read_mask, set_into
-from cascade.limits import InputError, shown
+from cascade.limits import MOST_CHUNKS, InputError, shown
 from cascade.memory import ALWAYS, GIB, Arena, Choice, Resident, UNet, available, choose, usable
 from cascade.networks.controlnet import PUBLISHED_WIDTH, ControlNet
 from cascade.networks.effnet import SemanticEncoder
@@ -36,6 +36,8 @@ from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.packing import Packed
 from cascade.prior import Residuals, prior_steps, steps_taken
+from cascade.prompts.embeddings import Embeddings
+from cascade.prompts.text import TextEmbeddings, joined, repeated
 from cascade.request import Request
 from cascade.running.device import choose_device, current, within
 from cascade.running.errors import is_out_of_memory
@@ -187,7 +189,7 @@ class Given:
     """What the steps of a plan are given, computed once.
 
     Attributes:
-        texts, negatives: (1, 77, D) and (1, 1, D), one a request; no negatives without guidance.
+        texts, negatives: of batch 1, one a request, each at its own length; no negatives without guidance.
         image_prompts: (1, N, D), times their strengths.
         start: semantic latents (1, 16, h, w) of the image to begin with.
         free: bool (1, 1, h, w), which of them are made anew; None: all.
@@ -330,6 +332,7 @@ class Cascade:
                 parts["text_encoder"],
                 parts.get("feature_extractor"),
                 parts.get("image_encoder"),
+                embeddings=Embeddings(parts["text_encoder"].config.hidden_size, opened.root / "embeddings"),
                 log_prompts=log_prompts,
             ),
             parts["prior"],
@@ -427,6 +430,7 @@ class Cascade:
             raise ValueError("There are controls; diffusers' numerics have no ControlNet.")
         for one in controls:
             self._check_control(one.kind, height, width)
+        self._check_prompts(requests)
         return Plan(
             requests=requests,
             size=(height, width),
@@ -495,7 +499,7 @@ class Cascade:
         request = plan.request
 
         def text(one: Request) -> None:
-            text, negative = self._encode(one.prompt, one.negative_prompt if plan.guided else None)
+            text, negative = self._encode(one, plan.guided)
             given.texts.append(text)
             if negative is not None:
                 given.negatives.append(negative)
@@ -701,13 +705,24 @@ class Cascade:
         graphs = self.device.type == "cuda" and not self.home.streams(name)
         return self.home.on_turn(name, GraphedUNet(network, name, self.recorder) if graphs else network)
 
-    def _encode(self, prompt: str, negative: str | None) -> tuple[TextEmbeddings, TextEmbeddings | None]:
-        """Both texts in one forward: (1, 77, D) and (1, 1, D) each."""
+    def _check_prompts(self, requests: Sequence[Request]) -> None:
+        """Make sure that the embeddings exist that prompts name. Encodes nothing."""
+        for place, request in enumerate(requests):
+            for name in ("prompt", "negative_prompt"):
+                of = name if len(requests) == 1 else f"requests[{place}].{name}"
+                self.conditioner.read(getattr(request, name), weighting=request.prompt_weighting, name=of)
+
+    def _encode(self, request: Request, guided: bool) -> tuple[TextEmbeddings, TextEmbeddings | None]:
+        """The prompt, and for guidance the negative one, in one forward; of batch 1, each at its own length."""
+        prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
         self.home.use("text_encoder")
         with self.recorder.of_no_size():
-            both = self.conditioner.encode_text([prompt] if negative is None else [prompt, negative])
-        first, *rest = (TextEmbeddings(*one) for one in zip(both.tokens.split(1), both.pooled.split(1), strict=True))
-        return first, rest[0] if rest else None
+            texts = self.conditioner.encode_prompts(
+                prompts, weighting=request.prompt_weighting, most_chunks=MOST_CHUNKS
+            )
+        if not guided:
+            return texts[0], None
+        return repeated(*texts) if request.repeat_prompts else tuple(texts)
 
     def _encode_image_prompts(self, request: Request) -> Tensor:
         """(1, N, D), times their strengths."""
@@ -879,8 +894,7 @@ def _rows(texts: Sequence[TextEmbeddings], places: Sequence[int]) -> TextEmbeddi
         return None
     if len(set(places)) == 1:
         return texts[places[0]]
-    tokens, pooled = zip(*(texts[place] for place in places), strict=True)
-    return TextEmbeddings(torch.cat(tokens), torch.cat(pooled))
+    return joined([texts[place] for place in places])
 
 
 def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
