@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cascade.cascade import Cascade
+from cascade import Cascade
 from cascade.request import Request
 from tests.readme import ROOT
 
@@ -61,23 +61,23 @@ def test_lengths_of_prompts_share_a_size(fast: Cascade) -> None:
         for negative in (PROMPTS[0], PROMPTS[3])
         for number in (1, 2)
     ]
-    fast.recorder.clear()
+    fast.runner.graphs.clear()
     counts = []
     for _ in range(2):
         for request in requests:
             fast.generate(request)
-        counts.append(len(fast.recorder))
+        counts.append(len(fast.runner.graphs))
     assert counts[0] == counts[1]
-    assert fast.recorder.sizes == [(128, 128)]
+    assert fast.runner.graphs.sizes == [(128, 128)]
 
 
 def test_embeddings(tmp_path: Path) -> None:
     """A word's own vectors, by name, make the picture of the word."""
     cascade = Cascade.load(MINI, "cuda:0")
-    encoder = cascade.conditioner.text_encoder
-    ids = cascade.conditioner.tokenizer(["apple"], add_special_tokens=False).input_ids[0]
+    encoder = cascade.text.encoder
+    ids = cascade.text.tokenizer(["apple"], add_special_tokens=False).input_ids[0]
     save_file({"clip_g": encoder.get_input_embeddings().weight[ids].detach().cpu()}, tmp_path / "fruit.safetensors")
-    cascade.conditioner.embeddings.folder = tmp_path
+    cascade.text.embeddings.folder = tmp_path
     (named,) = cascade.generate(Request("a red embedding:fruit", **SMALL))
     (word,) = cascade.generate(Request("a red apple", **SMALL))
     assert difference(named, word) <= 1

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.conditioning import Conditioner
 from cascade.limits import InputError
 from cascade.prompts.chunks import Chunk, chunks
 from cascade.prompts.embeddings import PICKLES, SUFFIX, Embeddings
@@ -20,6 +19,7 @@ from cascade.prompts.parsing import HIGHEST, LOWEST, parse
 from cascade.prompts.pieces import pieces
 from cascade.prompts.reading import special_of
 from cascade.prompts.text import TextEmbeddings, joined, repeated
+from cascade.stages.text import TextEncoder
 from tests.prompts import comfyui
 from tests.prompts.comfyui import PAIRS, PROMPTS
 
@@ -33,8 +33,8 @@ def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Embeddings:
 
 
 @pytest.fixture(scope="module")
-def conditioner(embeddings: Embeddings) -> Conditioner:
-    return Conditioner(comfyui.tokenizer(), comfyui.text_encoder(), embeddings=embeddings)
+def encoder(embeddings: Embeddings) -> TextEncoder:
+    return TextEncoder(comfyui.tokenizer(), comfyui.text_encoder(), embeddings=embeddings)
 
 
 def out_of_range(name: str) -> bool:
@@ -97,16 +97,16 @@ def ids(of: list[Chunk]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", list(PROMPTS))
-def test_prompt_fixture(name: str, embeddings: Embeddings, conditioner: Conditioner) -> None:
+def test_prompt_fixture(name: str, embeddings: Embeddings, encoder: TextEncoder) -> None:
     text, data, special = PROMPTS[name]["text"], comfyui.tensors("prompts"), special_of(comfyui.tokenizer())
     if refusals(name):
-        strict = Conditioner(
+        strict = TextEncoder(
             comfyui.tokenizer(),
             comfyui.text_encoder(),
             embeddings=Embeddings(comfyui.width(), comfyui.EMBEDDINGS),
         )
         with pytest.raises(InputError) as error:
-            strict.encode_prompts([text], weighting=True)
+            strict.encode_each([text], weighting=True)
         assert any(words in str(error.value) for words in refusals(name))
     if missing(name) or of_another_width(name):
         return
@@ -123,7 +123,7 @@ def test_prompt_fixture(name: str, embeddings: Embeddings, conditioner: Conditio
     comfyui.close(states.tokens[0], expected, 1e-5 * largest)
     comfyui.close(states.pooled[0], data[f"{name}.pooled"], 1e-4)
     if not out_of_range(name):
-        (whole,) = conditioner.encode_prompts([text], weighting=True)
+        (whole,) = encoder.encode_each([text], weighting=True)
         assert torch.equal(whole.tokens, states.tokens)
         assert torch.equal(whole.pooled, states.pooled)
 

@@ -27,10 +27,10 @@ PHOTO = Image.linear_gradient("L").resize((72, 64))
 def cascade(components: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Cascade:
     made = make_cascade(components)
     folder = tmp_path_factory.mktemp("embeddings")
-    ids = made.conditioner.tokenizer(["dog"], add_special_tokens=False).input_ids[0]
-    vectors = made.conditioner.text_encoder.get_input_embeddings().weight[ids].detach()
+    ids = made.text.tokenizer(["dog"], add_special_tokens=False).input_ids[0]
+    vectors = made.text.encoder.get_input_embeddings().weight[ids].detach()
     save_file({"clip_g": vectors}, folder / "animal.safetensors")
-    made.conditioner.embeddings = Embeddings(32, folder)
+    made.text.embeddings = Embeddings(32, folder)
     return made
 
 
@@ -106,14 +106,14 @@ def test_repetition_is_what_comfyui_does(cascade: Cascade, monkeypatch: pytest.M
     request = Request(LONG * 2, "rain", **SMALL)
     ours = semantic(cascade, replace(request, repeat_prompts=True))
     apart = semantic(cascade, request)
-    encode = cascade.conditioner.encode_prompts
+    encode = cascade.text.encode_each
 
     def twice(*args: Any, **options: Any) -> list[Any]:
         text, negative = encode(*args, **options)
         assert text.tokens.shape[1] == 77 * 4
         return [text, negative._replace(tokens=negative.tokens.repeat(1, 4, 1))]
 
-    monkeypatch.setattr(cascade.conditioner, "encode_prompts", twice)
+    monkeypatch.setattr(cascade.text, "encode_each", twice)
     assert close(ours, semantic(cascade, request))
     assert not close(ours, apart)
 

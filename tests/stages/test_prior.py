@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.conditioning import Conditioner
 from cascade.networks.unet import StableCascadeUNet
-from cascade.prior import Residuals, prior_steps, residuals_by_step, steps_taken
 from cascade.prompts.text import TextEmbeddings, joined
 from cascade.sampling import Noise, diffuse, finish
+from cascade.stages.prior import Residuals, prior_steps, residuals_by_step, steps_taken
+from cascade.stages.text import TextEncoder
 from tests.tiny import count_calls
 
 SIZE = (3, 5)
@@ -24,8 +24,8 @@ def prior(components: dict[str, Any]) -> StableCascadeUNet:
 
 @pytest.fixture(scope="module")
 def texts(components: dict[str, Any]) -> tuple[TextEmbeddings, TextEmbeddings]:
-    conditioner = Conditioner(components["tokenizer"], components["text_encoder"])
-    return conditioner.encode_text(["a cat"]), conditioner.encode_text([""])
+    encoder = TextEncoder(components["tokenizer"], components["text_encoder"])
+    return encoder.encode(["a cat"]), encoder.encode([""])
 
 
 def make(prior: StableCascadeUNet, *texts: TextEmbeddings, seeds: tuple[int, ...] = (1,), **options: Any) -> Tensor:
@@ -76,7 +76,7 @@ def test_conditions_are_computed_once_for_both_halves(
 def test_texts_and_guidance_matter(
     prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings], components: dict[str, Any]
 ) -> None:
-    other = Conditioner(components["tokenizer"], components["text_encoder"]).encode_text(["fog"])
+    other = TextEncoder(components["tokenizer"], components["text_encoder"]).encode(["fog"])
     results = [
         make(prior, *texts),
         make(prior, other, texts[1]),
@@ -98,9 +98,9 @@ def test_a_picture_does_not_depend_on_how_long_the_other_texts_are(
     prior: StableCascadeUNet, components: dict[str, Any]
 ) -> None:
     """Each text counts at its own length, whatever it shares a batch with."""
-    conditioner = Conditioner(components["tokenizer"], components["text_encoder"])
-    texts = conditioner.encode_prompts(["a cat", "a dog" * 60, "fog" * 30])
-    negatives = conditioner.encode_prompts(["snow" * 40, "", "rain"])
+    encoder = TextEncoder(components["tokenizer"], components["text_encoder"])
+    texts = encoder.encode_each(["a cat", "a dog" * 60, "fog" * 30])
+    negatives = encoder.encode_each(["snow" * 40, "", "rain"])
     together = make(prior, joined(texts), joined(negatives), seeds=(1, 2, 3))
     for i, seed in enumerate((1, 2, 3)):
         alone = make(prior, texts[i], negatives[i], seeds=(seed,))

@@ -1,6 +1,6 @@
-"""Has the GPU's kernels compiled before the first picture, many at a time.
+"""Compiles the GPU kernels before the first picture, many at a time.
 
-A kernel takes about half a second, and a model has some twenty; what was compiled once is kept in Triton's cache
+A kernel takes about half a second, and a model has some twenty. Triton keeps compiled kernels in its cache
 (TRITON_CACHE_DIR, else ~/.triton/cache).
 """
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 SIDE = 8  # pixels of what the blocks are tried on
 
 
-def warm_up(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
-    """Runs a block of every kind and width once, if the networks use the kernels.
+def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
+    """Run a block of every kind and width once, if the networks use Triton kernels.
 
     Calls `forward` directly, so streaming hooks do not run; weight values do not matter for compiling.
     """
@@ -55,6 +55,8 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
             channels = block.attention.channels
             for pending in (False, True):
                 jobs[AttnBlock, channels, pending] = _attention_block(block, channels, pending, unet)
+            if unet.config.clip_text_in_channels is not None:  # texts of unlike lengths share its batches
+                jobs[AttnBlock, channels, "biased"] = _attention_block(block, channels, False, unet, biased=True)
     for channels in unet.config.block_out_channels:
         for pending in (False, True):
             jobs["norm", channels, pending] = _norm(channels, pending, unet)
@@ -80,11 +82,14 @@ def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device
     return job
 
 
-def _attention_block(block: AttnBlock, channels: int, pending: bool, unet: StableCascadeUNet) -> Callable[[], object]:
+def _attention_block(
+    block: AttnBlock, channels: int, pending: bool, unet: StableCascadeUNet, biased: bool = False
+) -> Callable[[], object]:
     def job() -> object:
         tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
         key_value = block.condition.forward(tokens, block.kv_mapper, block.attention)
-        return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value)
+        bias = torch.zeros(tokens.shape[:2], device=unet.device) if biased else None
+        return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value, bias)
 
     return job
 
