@@ -6,7 +6,7 @@
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ from cascade.pipeline import Cascade
 from cascade.request import Request, check_enlarged, check_kind, check_masked, check_strengths, upscaling
 
 SEEDS = 2**32
+# What a `Request` takes under the same name, but for pictures and sizes.
+AS_GIVEN = tuple(
+    field.name
+    for field in fields(Request)
+    if field.name in LIMITS and LIMITS[field.name].kind is not Image.Image and field.name not in ("width", "height")
+)
 PICTURES = tuple(name for name, limits in LIMITS.items() if limits.kind is Image.Image)
 URL = re.compile("(https?|data):", re.IGNORECASE)
 FILE = "it must be an http, https or data URL of a picture"
@@ -65,18 +71,13 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
     size = size_of_pictures(inputs, image, cascade.native_size)
     prompts = read_list("image_prompts", inputs["image_prompts"], image_prompt_size)
     defaults = cascade.defaults
-    asked = {
-        "prompt": inputs["prompt"],
-        "negative_prompt": inputs["negative_prompt"],
-        "num_images": inputs["num_images"],
+    asked = {name: inputs[name] for name in AS_GIVEN} | {
         "seed": either(inputs["seed"], secrets.randbelow(SEEDS)) % SEEDS,
         "steps_prior": either(inputs["steps_prior"], defaults["prior"].steps),
         "steps_decoder": either(inputs["steps_decoder"], defaults["decoder"].steps),
-        "guidance_scale_prior": inputs["guidance_scale_prior"],
         "guidance_scale_decoder": either(inputs["guidance_scale_decoder"], defaults["decoder"].guidance),
         "image_prompts": prompts,
         "image_prompt_strengths": inputs["image_prompt_strengths"] or [inputs["image_prompt_strength"]] * len(prompts),
-        "prompt_strength": inputs["prompt_strength"],
         "controls": read_controls(inputs, size),
     }
     if inputs["upscale"]:
