@@ -32,10 +32,17 @@ Convert = Callable[[Image.Image], Image.Image]
 class Pixels(Protocol):
     """What of Pillow's images is needed of a picture as it is stored."""
 
-    mode: str
-    size: Size
-    info: dict[str | tuple[int, int], Any]
-    has_transparency_data: bool
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def size(self) -> Size: ...
+
+    @property
+    def info(self) -> dict[str | tuple[int, int], Any]: ...
+
+    @property
+    def has_transparency_data(self) -> bool: ...
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image: ...
 
@@ -134,10 +141,10 @@ def bands_of(size: Size) -> Iterator[tuple[int, int]]:
 
 def joined(size: Size, bands: Iterator[tuple[int, Image.Image]]) -> Image.Image:
     """A picture of this (width, height) of bands, all in one mode, and the row that each begins at."""
-    whole: Image.Image | None = None
+    top, band = next(bands)
+    whole = Image.new(band.mode, size)
+    whole.paste(band, (0, top))
     for top, band in bands:
-        if whole is None:
-            whole = Image.new(band.mode, size)
         whole.paste(band, (0, top))
     return whole
 
