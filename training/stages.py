@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import TrainingError
+from training.task import Task
 from training.tasks.clip import ClipTask
 from training.tasks.controlnet import CONTROL_KINDS, ControlNetTask
 from training.tasks.previewer import PreviewerTask
@@ -12,7 +13,6 @@ from training.tasks.stage_a import StageATask
 from training.tasks.stage_b import StageBTask
 from training.tasks.stage_c import StageCTask
 from training.tasks.vision import VisionTask
-from training.trainer import Task
 
 
 @dataclass(frozen=True)

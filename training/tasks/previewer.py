@@ -11,7 +11,7 @@ from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from training.dataset import Dataset
 from training.pictures import for_previewer, grid, psnr
-from training.trainer import Task
+from training.task import Task
 from training.values import Amount
 
 
