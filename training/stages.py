@@ -66,6 +66,19 @@ def maker(component: str) -> str:
     return next(name for name, stage in STAGES.items() if component in stage.trains and not stage.further)
 
 
+def trained_by(name: str) -> tuple[str, ...]:
+    """The components that a stage writes."""
+    return ("tokenizer",) if name == "tokenizer" else STAGES[name].trains
+
+
+def waits_for(name: str) -> tuple[str, ...]:
+    """The earlier stages, in the order of `ORDER`, that write a component which a stage needs or trains further."""
+    if name == "tokenizer":
+        return ()
+    components = {"tokenizer", *STAGES[name].needs, *STAGES[name].trains}
+    return tuple(one for one in ORDER[: ORDER.index(name)] if components.intersection(trained_by(one)))
+
+
 def check_needs(name: str, model: Path) -> None:
     """Makes sure that the model folder has what a stage needs of earlier ones.
 
