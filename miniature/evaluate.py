@@ -11,7 +11,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cascade.cascade import Cascade, Progress, Request, to_pixels
+from cascade.images.tensors import to_pixels
+from cascade.pipeline import Cascade
+from cascade.progress import Progress
+from cascade.request import Request
 from miniature.judge import Judge, background_colours
 from miniature.prompts import Prompt
 from miniature.scores import Values

@@ -4,8 +4,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.cascade import Cascade, to_image, to_pixels
-from cascade.decoder import decode_pixels
+from cascade.images.tensors import to_image, to_pixels
+from cascade.pipeline import Cascade
+from cascade.stages.pixels import decode_pixels
 
 
 def decode(cascade: Cascade, latents: Tensor) -> list[Image.Image]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.cascade import Cascade, to_image
+from cascade.images.tensors import to_image
+from cascade.pipeline import Cascade
 from cascade.weights import WeightsError
 from miniature.compose import compose
 from miniature.evaluate import (

@@ -13,9 +13,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cascade.cascade import Cascade, Request, to_image, to_pixels
-from cascade.controls import Control, canny
-from cascade.inpainting import extend
+from cascade.guides.controls import Control, canny
+from cascade.guides.inpainting import extend
+from cascade.images.tensors import to_image, to_pixels
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from miniature.stage_a import decode, encode_and_decode
 from scripts.environment import ROOT
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
-from cascade.conditioning import TextEmbeddings
-from cascade.decoder import decode_pixels, decoder_steps
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.prior import Residuals, prior_steps
+from cascade.prompts.text import TextEmbeddings
 from cascade.sampling import Noise, finish
 from cascade.sizes import decoder_size, semantic_size
+from cascade.stages.decoder import decoder_steps
+from cascade.stages.pixels import decode_pixels
+from cascade.stages.prior import Residuals, prior_steps
 from training.dataset import Dataset
 
 

@@ -1,6 +1,7 @@
 """The fast path changes nothing: kernels are the plain functions, graphs are the network, pictures are the same."""
 
 import copy
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -11,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade import kernels
-from cascade.cascade import Cascade
-from cascade.graphs import SIZES, GraphedUNet, Recorder
 from cascade.kernels import plain
 from cascade.kernels.layers import put_channels_side_by_side
 from cascade.kernels.stream import Stream
 from cascade.networks.stage_a import MixingBlock
 from cascade.networks.unet import StableCascadeUNet
+from cascade.pipeline import Cascade
 from cascade.request import Request
+from cascade.running.graphs import SIZES, GraphCache, GraphedUNet
 from miniature.icons import STYLES, load_objects
 from miniature.prompts import make_prompts
 from tests.gpu.full_size import make_unet, published_config, random_conditions
@@ -127,6 +128,30 @@ def test_attention(triton: ModuleType, batch: int, tokens: int, context: int, he
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "context", "hidden"), [(576, 158, slice(77, 154)), (77, 316, slice(0, 250))])
+def test_attention_with_a_bias(
+    triton: ModuleType, tokens: int, context: int, hidden: slice, dtype: torch.dtype
+) -> None:
+    """-inf hides keys, whole blocks of them at the beginning, too; zeros change nothing, to the bit."""
+    torch.manual_seed(2)
+    heads, head = 3, 64
+    query, own_key, own_value = draw(2, tokens, 3 * heads * head, dtype=dtype).chunk(3, dim=-1)
+    key, value = (
+        x.unflatten(-1, (heads, head)).transpose(1, 2)
+        for x in draw(2, context, 2 * heads * head, dtype=dtype).chunk(2, dim=-1)
+    )
+    bias = torch.zeros(2, context, device="cuda")
+    bias[0, hidden] = -torch.inf
+    bias[1, :77] = math.log(3)
+    for given in ((query, own_key, own_value, key, value), (query, None, None, key, value)):
+        expected = plain.attention(*(None if x is None else x.float() for x in given), 0.0, bias)
+        assert error(triton.attention(*given, 0.0, bias), expected) < ROUNDING[dtype]
+        without = triton.attention(*given)
+        torch.testing.assert_close(triton.attention(*given, 0.0, torch.zeros_like(bias)), without, atol=0, rtol=0)
+        assert error(without, expected) > ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("conditions", [1, 2, 3])
 def test_timestep_maps(triton: ModuleType, conditions: int, dtype: torch.dtype) -> None:
     torch.manual_seed(6)
@@ -185,14 +210,14 @@ def test_no_less_exact_than_plain_torch(full_size: tuple[StableCascadeUNet, tupl
 def test_graphs_do_what_the_network_does(model_folder: Path) -> None:
     cascade = Cascade.load(model_folder, "cuda")
     for network, channels in ((cascade.prior, 16), (cascade.decoder, 4)):
-        recorder = Recorder()
-        run = GraphedUNet(network, "network", recorder)
+        graphs = GraphCache()
+        run = GraphedUNet(network, "network", graphs)
         torch.manual_seed(5)
         given = {name: x.cuda() for name, x in random_conditions(dict(network.config), (6, 6), 2).items()}
         for side in (8, 12, *range(14, 16 + 2 * SIZES, 2), 8):  # more sizes than are kept, then the first again
             sample, ratio = draw(2, channels, side, side), torch.rand(2, device="cuda")
             expected = network.condition(**given, latent_size=(side, side))
-            with recorder.of((side, side)):
+            with graphs.of((side, side)):
                 conditions = run.condition(**given, latent_size=(side, side))
                 width = network.config.block_out_channels[0]
                 for residuals in (None, {0: draw(2, width, side, side)} if channels == 16 else None):
@@ -200,15 +225,15 @@ def test_graphs_do_what_the_network_does(model_folder: Path) -> None:
                     assert torch.equal(out, network(sample, ratio, expected, controlnet_residuals=residuals))
                 other = run(sample + 1, ratio, conditions)
                 assert torch.equal(other, network(sample + 1, ratio, expected))
-        assert len(recorder.sizes) == SIZES
+        assert len(graphs.sizes) == SIZES
 
 
 def test_the_text_encoders_graph_minds_the_mask(model_folder: Path) -> None:
-    conditioner = Cascade.load(model_folder, "cuda").conditioner
+    text = Cascade.load(model_folder, "cuda").text
     for prompt in ("", "a red apple", "a " * 90):
-        ids = conditioner.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").to("cuda")
-        output = conditioner.text_encoder(**ids, output_hidden_states=True)
-        embeddings = conditioner.encode_text([prompt])
+        ids = text.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").to("cuda")
+        output = text.encoder(**ids, output_hidden_states=True)
+        (embeddings,) = text.encode_each([prompt], most_chunks=1)
         torch.testing.assert_close(embeddings.tokens, output.hidden_states[-1])
         torch.testing.assert_close(embeddings.pooled[:, 0], output.text_embeds)
 

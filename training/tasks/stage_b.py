@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
-from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.networks.unet import resize as enlarge
 from cascade.sampling import diffuse
+from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.latents import Encoded, at_scale, semantic_encoder, stage_b_encoder
 from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps

@@ -1,0 +1,114 @@
+"""What ControlNets are told: pictures -> control tensors, as Stability-AI/StableCascade `modules/controlnet.py` makes them.
+
+Pictures are (B, 3, H, W) in 0..1, RGB; controls come back as float32 on the pictures' device.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from cascade import sizes
+from cascade.limits import LIMITS, InputError, Limits
+
+CANNY_SIDE = 224
+CANNY_THRESHOLDS = (100, 200)
+CANNY_SIDES = Limits(int, low=1, high=sizes.LARGEST)
+# A control's attributes are each an element of one of these inputs.
+INPUTS = {
+    "kind": "control_types",
+    "image": "control_images",
+    "scale": "control_scales",
+    "start": "control_starts",
+    "end": "control_ends",
+}
+
+
+@dataclass(frozen=True)
+class Control:
+    """An image that a ControlNet turns into what guides Stage C.
+
+    Attributes:
+        kind: "canny": pictures get the image's edges; "inpainting": they continue it where there is a mask;
+            "super_resolution": they show it, in twice its size.
+        image: of any size and mode. It is scaled to the pictures' size, for "super_resolution" to half of that, and
+            what exceeds their shape is cut off evenly.
+        scale: 0 to 2, by which what the ControlNet adds to Stage C is multiplied.
+        start, end: which of Stage C's steps it guides: step i of n, from 0, if start <= i / n < end; 0 <= start < end
+            <= 1.
+        canny_side: pixels, 1 to 2048, see `canny`; None finds finer edges than those that the published network has
+            learned from.
+
+    Raises:
+        InputError: an attribute of the wrong kind or outside of its range.
+    """
+
+    kind: str
+    image: Image.Image
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    canny_side: int | None = CANNY_SIDE
+
+    def __post_init__(self) -> None:
+        for name, given in INPUTS.items():
+            object.__setattr__(self, name, LIMITS[given].check_one(f"Control.{name}", getattr(self, name)))
+        CANNY_SIDES.check("Control.canny_side", self.canny_side)
+        check_span("Control.start", self.start, "Control.end", self.end)
+
+
+def check_span(start_name: str, start: float, end_name: str, end: float) -> None:
+    """Make sure that a control starts before it ends.
+
+    Args:
+        start_name, end_name: what the sentence calls them.
+        start, end: each 0 to 1.
+
+    Raises:
+        InputError: it does not.
+    """
+    if start >= end:
+        raise InputError(f"{start_name} is {start}; it must be less than {end_name}, which is {end}.")
+
+
+def canny(pixels: Tensor, side: int | None = CANNY_SIDE) -> Tensor:
+    """Edges, (B, 1, H, W) in 0..1.
+
+    side: edges are looked for in a picture of side x side pixels and then resized to H x W. The published network was
+        trained on edges of 224 x 224. None looks for them at full size: thin lines, all of them 0 or 1.
+    Raises ValueError for other than three channels.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels has the shape {tuple(pixels.shape)}; canny takes (batch, 3, height, width).")
+    resized = pixels.float()
+    if side is not None:
+        resized = F.interpolate(resized, size=(side, side), mode="bilinear")
+    images = resized.mul(255).permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+    edges = np.stack([cv2.Canny(image, *CANNY_THRESHOLDS) for image in images])
+    control = torch.from_numpy(edges)[:, None].to(pixels.device).float() / 255
+    return control if side is None else F.interpolate(control, size=pixels.shape[-2:], mode="bilinear")
+
+
+def inpainting(pixels: Tensor, mask: Tensor) -> Tensor:
+    """What is to be kept, on white, and where it is not: (B, 4, H, W).
+
+    mask: bool (B, 1, H, W), true where the picture is to be made anew.
+    Raises ValueError for a mask of another shape or dtype.
+    """
+    expected = (pixels.shape[0], 1, *pixels.shape[-2:])
+    if mask.dtype != torch.bool or tuple(mask.shape) != expected:
+        raise ValueError(f"mask is {mask.dtype} of the shape {tuple(mask.shape)}; it must be torch.bool of {expected}.")
+    pixels = pixels.float()
+    return torch.cat([pixels.masked_fill(mask, 1), mask.to(pixels.dtype)], dim=1)
+
+
+def super_resolution(latents: Tensor) -> Tensor:
+    """Each latent in four places, (B, 16, 2h, 2w): what the network reads to make a picture of twice the size.
+
+    latents: semantic latents (B, 16, h, w) of the picture that is enlarged.
+    """
+    return F.interpolate(latents, scale_factor=2, mode="nearest")

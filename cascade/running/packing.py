@@ -1,0 +1,129 @@
+"""A network's tensors, side by side in one memory of the host, from where a GPU fetches them at its full rate."""
+
+import mmap
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
+
+ALIGNMENT = 256  # bytes; kernels read up to 16 at a time, cuBLAS chooses by the alignment that it finds
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+
+
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """A tensor, and its offset in bytes from the start of its group."""
+
+    tensor: Tensor
+    offset: int
+
+
+class HostWeights:
+    """A network whose tensors lie in groups: what has to be there whenever it runs, then each block's matrices.
+
+    Only matrices are a block's own: its other parameters are small, and a bias may be read as late as in the following block,
+    see `kernels.stream.Stream`. Networks without such blocks have one group.
+
+    Args:
+        network: on the CPU. Its tensors become views of `host`.
+        pin: lock `host` into the machine's memory, which CUDA needs to copy beside the work.
+
+    Attributes:
+        host: uint8, on the CPU.
+        bounds: group i is host[bounds[i]:bounds[i + 1]].
+        blocks: that of group i + 1, in the order of the network.
+
+    Raises:
+        torch.cuda.CudaError: the memory cannot be pinned.
+    """
+
+    def __init__(self, network: nn.Module, *, pin: bool) -> None:
+        self.network = network
+        self.blocks: list[ResBlock | AttnBlock] = []
+        if isinstance(network, StableCascadeUNet):
+            self.blocks = [block for block in network.blocks() if isinstance(block, ResBlock | AttnBlock)]
+        matrices = [_matrices(block) for block in self.blocks]
+        moved = {id(tensor) for group in matrices for tensor in group}
+        rest = [tensor for tensor in _tensors(network) if id(tensor) not in moved]
+        self._groups, self.bounds = [], [0]
+        for group in (rest, *matrices):
+            places, size = _lay_out(group)
+            self._groups.append(places)
+            self.bounds.append(self.bounds[-1] + size)
+        self.host = _pages(self.size)
+        for i, group in enumerate(self._groups):
+            before = [place.tensor.data for place in group]
+            self.move(i, self.bytes_of(i))
+            for place, data in zip(group, before, strict=True):
+                place.tensor.data.copy_(data)
+        if pin:
+            _pin(self.host)
+            weakref.finalize(self, _unpin, self.host, torch.cuda.current_device()).atexit = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of all groups."""
+        return self.bounds[-1]
+
+    def bytes_of(self, group: int) -> Tensor:
+        return self.host[self.bounds[group] : self.bounds[group + 1]]
+
+    def move(self, group: int, target: Tensor) -> None:
+        """Make a group's tensors views of other bytes, uint8, on any device. What the bytes hold is the caller's business."""
+        for place in self._groups[group]:
+            tensor = place.tensor
+            data = target[place.offset : place.offset + _extent(tensor)].view(tensor.dtype)
+            tensor.data = data.as_strided(tensor.shape, tensor.stride())
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _matrices(block: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in block.parameters() if tensor.ndim == 2]
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if tensor.numel() == 0:
+        return 0
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (sum(steps) + 1) * tensor.element_size()
+
+
+def _lay_out(tensors: Iterable[Tensor]) -> tuple[list[_Slice], int]:
+    """Places for tensors, one after the other, and how many bytes they take."""
+    places: list[_Slice] = []
+    size = 0
+    for tensor in tensors:
+        places.append(_Slice(tensor, size))
+        size += aligned(_extent(tensor))
+    return places, size
+
+
+def aligned(size: int, to: int = ALIGNMENT) -> int:
+    """The next multiple."""
+    return -(-size // to) * to
+
+
+def _pages(size: int) -> Tensor:
+    """Memory in pages of its own. torch's pinned memory would come in powers of two: 8 GiB for the 6.7 of Stage C."""
+    page = mmap.PAGESIZE
+    memory = torch.empty(size + 2 * page, dtype=torch.uint8)
+    start = -memory.data_ptr() % page
+    return memory[start : start + aligned(size, page)]
+
+
+def _pin(memory: Tensor) -> None:
+    """After it was written to: the pages are there then, and CUDA need not fetch them one by one."""
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
+
+
+def _unpin(memory: Tensor, device: int) -> None:
+    torch.cuda.synchronize(device)  # copies to it may be on their way
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))

@@ -1,0 +1,113 @@
+"""Compiles the GPU kernels before the first picture, many at a time.
+
+A kernel takes about half a second, and a model has some twenty. Triton keeps compiled kernels in its cache
+(TRITON_CACHE_DIR, else ~/.triton/cache).
+"""
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from cascade.kernels.stream import Stream
+from cascade.networks.stage_a import MixingBlock, StageA
+from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
+from cascade.running.device import current
+
+logger = logging.getLogger(__name__)
+SIDE = 8  # pixels of what the blocks are tried on
+
+
+def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
+    """Run a block of every kind and width once, if the networks use Triton kernels.
+
+    Calls `forward` directly, so streaming hooks do not run; weight values do not matter for compiling.
+    """
+    if vqgan.implementation == "plain":
+        return
+    start = time.perf_counter()
+    jobs = [job for unet in unets for job in _jobs(unet)] + _stage_a_jobs(vqgan)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        list(threads.map(functools.partial(_run, vqgan.device), jobs))
+    torch.cuda.synchronize(vqgan.device)
+    logger.info("Made %d blocks' kernels ready in %.1f s.", len(jobs), time.perf_counter() - start)
+
+
+def _run(device: torch.device, job: Callable[[], object]) -> None:
+    with current(device), torch.no_grad():  # each thread has a current device of its own
+        job()
+
+
+def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
+    jobs: dict[tuple, Callable[[], object]] = {}
+    for block in unet.blocks():
+        if isinstance(block, ResBlock):
+            channels = block.depthwise.out_channels
+            skip = block.channelwise[0].in_features > channels
+            for pending in (False, True):
+                jobs[ResBlock, channels, skip, pending] = _res_block(block, channels, skip, pending, unet.device)
+        elif isinstance(block, AttnBlock):
+            channels = block.attention.channels
+            for pending in (False, True):
+                jobs[AttnBlock, channels, pending] = _attention_block(block, channels, pending, unet)
+            if unet.config.clip_text_in_channels is not None:  # texts of unlike lengths share its batches
+                jobs[AttnBlock, channels, "biased"] = _attention_block(block, channels, False, unet, biased=True)
+    for channels in unet.config.block_out_channels:
+        for pending in (False, True):
+            jobs["norm", channels, pending] = _norm(channels, pending, unet)
+    if unet.timestep_mappers is not None:
+        jobs["maps",] = _maps(unet)
+    return list(jobs.values())
+
+
+def _stream(channels: int, pending: bool, device: torch.device, dtype: torch.dtype) -> Stream:
+    x = torch.zeros(1, SIDE, SIDE, channels, device=device)
+    if not pending:
+        return Stream(x)
+    # Halves of one tensor, as the timestep mappers give them.
+    scale, shift = torch.zeros(1, 2 * channels, device=device).chunk(2, dim=1)
+    return Stream(x, torch.zeros(channels, device=device, dtype=dtype), scale, shift)
+
+
+def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device: torch.device) -> Callable[[], object]:
+    def job() -> object:
+        stream = _stream(channels, pending, device, block.depthwise.weight.dtype)
+        return block.forward(stream, torch.zeros_like(stream.x) if skip else None)
+
+    return job
+
+
+def _attention_block(
+    block: AttnBlock, channels: int, pending: bool, unet: StableCascadeUNet, biased: bool = False
+) -> Callable[[], object]:
+    def job() -> object:
+        tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
+        key_value = block.condition.forward(tokens, block.kv_mapper, block.attention)
+        bias = torch.zeros(tokens.shape[:2], device=unet.device) if biased else None
+        return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value, bias)
+
+    return job
+
+
+def _maps(unet: StableCascadeUNet) -> Callable[[], object]:
+    conditions = 1 + len(unet.config.timestep_conditioning_type)
+    times = torch.zeros(conditions, 1, unet.config.timestep_ratio_embedding_dim, device=unet.device)
+    return lambda: unet.timestep_mappers.forward(times, unet.dtype)
+
+
+def _norm(channels: int, pending: bool, unet: StableCascadeUNet) -> Callable[[], object]:
+    return lambda: unet.kernels.norm(_stream(channels, pending, unet.device, unet.dtype), unet.dtype)
+
+
+def _stage_a_jobs(vqgan: StageA) -> list[Callable[[], object]]:
+    def job(block: nn.Module, channels: int) -> Callable[[], object]:
+        x = torch.zeros(1, channels, SIDE, SIDE, device=vqgan.device, dtype=vqgan.dtype)
+        return lambda: block(x.contiguous(memory_format=torch.channels_last))
+
+    blocks = {block.channelwise[0].in_features: block for block in vqgan.up_blocks if isinstance(block, MixingBlock)}
+    return [job(block, channels) for channels, block in blocks.items()]

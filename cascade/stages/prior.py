@@ -1,0 +1,153 @@
+"""Stage C, the prior: text embeddings -> semantic latents, from which Stage B makes decoder latents.
+
+Latents, noise and times are float32 whatever the network's dtype. What does not depend on the step is computed once.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cascade.networks.protocol import UNet
+from cascade.networks.unet import resize
+from cascade.prompts.text import TextEmbeddings, joined
+from cascade.sampling import Noise, Sample, Step, alpha_sigma, beside_zeros, diffuse, sample, with_guidance
+
+
+class Residuals(NamedTuple):
+    """What one ControlNet adds to Stage C.
+
+    Attributes:
+        blocks: {k: (1, C, h, w)}, for ResBlock k, as `networks.controlnet.ControlNet` makes them.
+        scale: what they are multiplied with.
+        start, end: in step i of n, from 0, they are added if start <= i / n < end.
+    """
+
+    blocks: dict[int, Tensor]
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+def prior_steps(
+    prior: UNet,
+    text: TextEmbeddings,
+    negative: TextEmbeddings | None = None,
+    *,
+    size: tuple[int, int],
+    noise: Noise,
+    steps: int = 20,
+    guidance: float = 4.0,
+    shift: float = 2.0,
+    rescale: float = 0.7,
+    sampler: str = "ddpm",
+    image: Tensor | None = None,
+    start: Tensor | None = None,
+    strength: float = 1.0,
+    start_shift: float | None = None,
+    free: Tensor | None = None,
+    controls: Sequence[Residuals] = (),
+    sample: Sample = sample,
+) -> Iterator[Step]:
+    """Sample semantic latents (B, 16, h, w), step by step; `sampling.finish` takes all steps. B: the seeds of `noise`.
+
+    Args:
+        prior: Stage C.
+        text: what to show: the embeddings of B prompts, or of one for all.
+        negative: what not to show, in the same form, of any length; normally those of the empty prompt. Needed, and used,
+            for guidance above 1 only: otherwise the unconditional half is not computed.
+        size: (h, w) of the latents, see `sizes.semantic_size`.
+        noise: draws the initial noise, then a step's noise when its turn comes.
+        steps, shift, sampler: see `sampling.sample`.
+        guidance, rescale: see `sampling.guide`.
+        image: image embeddings (B or 1, N, D), for N image prompts. The unconditional half has zeros.
+        start: semantic latents (B or 1, 16, h, w) of a picture to begin with instead of noise: image-to-image.
+        strength: in (0, 1], how much of `start` is overpainted: the time to which it is noised. As many of the steps
+            are taken as belong to that time: see `steps_taken`.
+        start_shift: of the schedule by which `start` is noised; None: `shift`. The authors noise at 1 and sample at 2.
+        free: bool (1, 1, h, w): the latents that are made anew. The others are after every step those of `start`,
+            noised to the time. None: all are made anew.
+        controls: what ControlNets add; to both halves, as the authors have it.
+        sample: takes the steps.
+
+    Raises:
+        ValueError: an argument does not fit the others or lies outside of its range.
+    """
+    batch = len(noise)
+    shape = (prior.config.in_channels, *size)
+    if start is None and strength != 1:
+        raise ValueError(f"strength is {strength}, but there is no start; without one it must be 1.")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}; it must lie above 0 and not above 1.")
+    if start is not None and start.shape[1:] != shape:
+        raise ValueError(f"start has the shape {tuple(start.shape)}; it must be (1 or {batch}, {str(shape)[1:]}.")
+    if free is not None and start is None:
+        raise ValueError("free says which latents are made anew, but there is no start, which has the others.")
+    if guidance > 1 and negative is None:
+        raise ValueError(f"guidance is {guidance}; above 1 it needs negative embeddings.")
+
+    x = first = noise(*shape)
+    if start is not None:
+        x = diffuse(
+            start.expand(batch, *shape), x, torch.tensor(strength), shift if start_shift is None else start_shift
+        )
+    halves = [one.expand(batch) for one in ([text] if guidance <= 1 else [text, negative])]
+    texts = joined(halves)
+    with torch.no_grad():
+        conditions = prior.condition(
+            clip_text_pooled=texts.pooled,
+            clip_text=texts.tokens,
+            clip_text_bias=texts.bias,
+            clip_img=None if image is None else beside_zeros(image.expand(batch, -1, -1), len(halves)),
+        )
+    taken = steps_taken(steps, strength)
+    added = iter(residuals_by_step(controls, taken, size, batch * len(halves)))
+
+    @torch.no_grad()
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return prior(x, t, conditions, controlnet_residuals=next(added))
+
+    def hold(x: Tensor, log_snr: Tensor) -> Tensor:
+        alpha, sigma = alpha_sigma(log_snr)
+        return torch.where(free, x, alpha * start + sigma * first)
+
+    return sample(
+        model if guidance <= 1 else with_guidance(model, guidance, rescale),
+        x,
+        steps=taken,
+        shift=shift,
+        sampler=sampler,
+        t_start=strength,
+        noise=lambda _: noise(*shape),
+        hold=None if free is None else hold,
+    )
+
+
+def steps_taken(steps: int, strength: float) -> int:
+    """How many of a schedule's steps lie below the time `strength`, in (0, 1]: at least one, if there are any."""
+    return min(steps, max(int(round(steps * strength, 6)), 1))  # rounded first: 100 * 0.29 is a little less than 29
+
+
+@torch.no_grad()
+def residuals_by_step(
+    controls: Sequence[Residuals], steps: int, size: tuple[int, int], batch: int
+) -> list[dict[int, Tensor]]:
+    """What all controls together add in each step, {k: (batch, C, *size)} in float32.
+
+    Keys and shapes are the same in every step, with zeros where nothing is added, so that steps can be replayed. Steps
+    that add the same share their tensors.
+    """
+    scaled = [{k: resize(one.float(), size) * each.scale for k, one in each.blocks.items()} for each in controls]
+    empty = {k: torch.zeros_like(one) for blocks in scaled for k, one in blocks.items()}
+    sums: dict[tuple[int, ...], dict[int, Tensor]] = {}
+    by_step = []
+    for step in range(steps):
+        active = tuple(i for i, each in enumerate(controls) if each.start <= step / steps < each.end)
+        if active not in sums:
+            sums[active] = {
+                k: sum((scaled[i][k] for i in active if k in scaled[i]), start=zeros).expand(batch, -1, -1, -1)
+                for k, zeros in empty.items()
+            }
+        by_step.append(sums[active])
+    return by_step
