@@ -19,7 +19,15 @@ from cascade.guides.inpainting import check_canvas, check_shape, extend
 from cascade.images.reading import image_prompt_size, read_picture
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, counted, need, shown
 from cascade.pipeline import Cascade
-from cascade.request import Request, check_enlarged, check_kind, check_masked, check_strengths, upscaling
+from cascade.request import (
+    Request,
+    check_enlarged,
+    check_kind,
+    check_masked,
+    check_prompt_weights,
+    check_strengths,
+    upscaling,
+)
 
 SEEDS = 2**32
 PICTURES = tuple(name for name, limits in LIMITS.items() if limits.kind is Image.Image)
@@ -48,6 +56,8 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
     if inputs["upscale"]:
         check_upscale(inputs)
     check_strengths(inputs["image_prompts"], inputs["image_prompt_strengths"])
+    if inputs["prompt_weighting"]:
+        check_prompt_weights(inputs["prompt"], inputs["negative_prompt"])
     return inputs | control_inputs(inputs)
 
 
@@ -78,6 +88,7 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
         "image_prompt_strengths": inputs["image_prompt_strengths"] or [inputs["image_prompt_strength"]] * len(prompts),
         "prompt_strength": inputs["prompt_strength"],
         "controls": read_controls(inputs, size),
+        "prompt_weighting": inputs["prompt_weighting"],
     }
     if inputs["upscale"]:
         asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], 1.0)
