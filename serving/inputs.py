@@ -19,7 +19,15 @@ from cascade.guides.inpainting import check_canvas, check_shape, extend
 from cascade.images.reading import image_prompt_size, read_picture
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, counted, need, shown
 from cascade.pipeline import Cascade
-from cascade.request import Request, check_enlarged, check_kind, check_masked, check_strengths, upscaling
+from cascade.request import (
+    Request,
+    check_enlarged,
+    check_kind,
+    check_masked,
+    check_prompt_weights,
+    check_strengths,
+    upscaling,
+)
 
 SEEDS = 2**32
 # What a `Request` takes under the same name, but for pictures and sizes.
@@ -54,6 +62,8 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
     if inputs["upscale"]:
         check_upscale(inputs)
     check_strengths(inputs["image_prompts"], inputs["image_prompt_strengths"])
+    if inputs["prompt_weighting"]:
+        check_prompt_weights(inputs["prompt"], inputs["negative_prompt"])
     return inputs | control_inputs(inputs)
 
 
@@ -79,6 +89,7 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
         "image_prompts": prompts,
         "image_prompt_strengths": inputs["image_prompt_strengths"] or [inputs["image_prompt_strength"]] * len(prompts),
         "controls": read_controls(inputs, size),
+        "prompt_weighting": inputs["prompt_weighting"],
     }
     if inputs["upscale"]:
         asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], 1.0)
