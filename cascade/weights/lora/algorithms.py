@@ -146,19 +146,18 @@ def oft_inputs(weight: Tensor, t: Tensors, scale: float) -> Tensor:
 
 
 def ia3(weight: Tensor, t: Tensors, scale: float) -> Tensor:
-    """W times one factor an output or, where `on_input` is 1, one an input (LyCORIS: what is stored is the factor - 1)."""
-    axis = 1 if t["on_input"] == 1 else 0
-    return weight * t["weight"].reshape(-1, *[1] * (weight.ndim - 1 - axis))
+    """W times one factor an output (LyCORIS: what is stored is the factor - 1)."""
+    return weight * t["weight"].reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def ia3_inputs(weight: Tensor, t: Tensors, scale: float) -> Tensor:
+    """The same, one factor an input."""
+    return weight * t["weight"].reshape(-1, *[1] * (weight.ndim - 2))
 
 
 def ia3_factors(weight: Tensor, t: Tensors, scale: float) -> Tensor:
-    """W times `ia3_l`, (out, 1) or (1, in) (PEFT). Of a bias, (out)."""
-    factors = t["ia3_l"]
-    if weight.ndim == 1:
-        factors = factors.flatten()
-    elif factors.ndim == 2:
-        factors = factors.reshape(*factors.shape, *[1] * (weight.ndim - 2))
-    return weight * (factors - 1)
+    """W, or a bias, times `ia3_l` (PEFT): one factor an output if `scale` is 1, one an input if it is 0."""
+    return weight * (t["ia3_l"].reshape(-1, *[1] * (weight.ndim - (1 if scale else 2))) - 1)
 
 
 def difference(weight: Tensor, t: Tensors, scale: float) -> Tensor:

@@ -130,6 +130,8 @@ def change_of(kind: Kind, tensors: Mapping[str, Tensor], scale: float | None) ->
     function = kind.function
     if function is algorithms.oft and rest["oft_blocks"].ndim == 4:
         function = algorithms.boft
+    if function is algorithms.ia3 and float(rest.pop("on_input")) == 1:
+        function = algorithms.ia3_inputs
     return Change(function, rest, scale, tensors.get("magnitude"))
 
 

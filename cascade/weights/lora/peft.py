@@ -56,7 +56,8 @@ def scales(config: Mapping[str, Any], layers: Sequence[str], where: object) -> d
     if kind not in KINDS:
         raise WeightsError(f"{where}: peft_type is {shortened(repr(kind), 40)}; read are {', '.join(KINDS)}.")
     if kind == "IA3":
-        return dict.fromkeys(layers, 1.0)
+        inputs = _feedforward(config, layers, where)
+        return {name: 0.0 if name in inputs else 1.0 for name in layers}
     if kind == "OFT":
         neumann = config.get("use_cayley_neumann", True)
         terms = _number(config, "num_cayley_neumann_terms", where, 5.0)
@@ -66,6 +67,16 @@ def scales(config: Mapping[str, Any], layers: Sequence[str], where: object) -> d
     ranks = dict.fromkeys(layers, rank) | _by_pattern(config, "rank_pattern", layers, where)
     root = kind == "LORA" and bool(config.get("use_rslora"))
     return {name: alphas[name] / (math.sqrt(ranks[name]) if root else ranks[name]) for name in layers}
+
+
+def _feedforward(config: Mapping[str, Any], layers: Sequence[str], where: object) -> set[str]:
+    """The layers whose inputs IA3 multiplies, not their outputs."""
+    names = config.get("feedforward_modules") or []
+    if isinstance(names, str):
+        return set(matching(names, layers, where, whole=True))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise WeightsError(f"{where}: feedforward_modules is {shortened(repr(names), 40)}; it must be a list of names.")
+    return {layer for layer in layers if layer.endswith(tuple(names))}
 
 
 def _by_pattern(config: Mapping[str, Any], name: str, layers: Sequence[str], where: object) -> dict[str, float]:

@@ -241,8 +241,8 @@ def _of_biases(group: Group, layers: Sequence[str], weights: Changes) -> dict[st
     if "up_bias" in group.tensors:
         scales = [change.scale for several in weights.values() for change in several]
         add("up_bias", algorithms.difference, "diff", scales[0] if scales else 1.0)
-    # PEFT's factors of outputs, (out, 1), act on the bias too; those of inputs, (1, in), do not.
-    if "ia3_l" in group.tensors and group.tensors["ia3_l"].shape[-1:] == (1,):
+    # PEFT's factors of outputs act on the bias, too.
+    if "ia3_l" in group.tensors and group.scale:
         add("ia3_l", algorithms.ia3_factors, "ia3_l")
     return found
 
