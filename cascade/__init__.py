@@ -17,15 +17,16 @@ __version__ = "0.1.0"
 __all__ = ["Cascade", "Control", "Progress", "Request", "__version__"]
 
 if TYPE_CHECKING:
-    from cascade.cascade import Cascade, Progress
-    from cascade.controls import Control
+    from cascade.guides.controls import Control
+    from cascade.pipeline import Cascade
+    from cascade.progress import Progress
     from cascade.request import Request
 else:  # hidden from type checkers, which would take any name for an attribute
 
     def __getattr__(name: str) -> object:
         from importlib import import_module
 
-        modules = {"Cascade": "cascade", "Control": "controls", "Progress": "cascade", "Request": "request"}
+        modules = {"Cascade": "pipeline", "Control": "guides.controls", "Progress": "progress", "Request": "request"}
         if name not in modules:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{modules[name]}"), name)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from PIL import Image
 
 from cascade import sizes
-from cascade.controls import Control
-from cascade.inpainting import check_mask, transparent
+from cascade.guides.controls import Control
+from cascade.guides.inpainting import check_mask, transparent
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, Limits, counted, need
 from cascade.sampling import SAMPLERS
 

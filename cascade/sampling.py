@@ -7,7 +7,7 @@ equal to 1 and `alpha**2 = sigmoid(logSNR)`.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from torch import Tensor
 OFFSET = 0.008  # the cosine schedule's s (Nichol and Dhariwal, arXiv 2102.09672)
 VARIANCE_LIMITS = (0.0001, 0.9999)
 START_VARIANCE = math.cos(OFFSET / (1 + OFFSET) * math.pi / 2) ** 2
-
-# The step of diffusers' DDPMWuerstchenScheduler, to compare with: see `sample`.
-DIFFUSERS_SAMPLER = "diffusers"
 
 
 def log_snr(t: Tensor, shift: float = 1.0) -> Tensor:
@@ -120,14 +117,6 @@ def lcm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: 
     return next_alpha * x0 + next_sigma * noise
 
 
-def posterior_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
-    """`ddpm_step` in the form of diffusers' DDPMWuerstchenScheduler: the mean of q(x_next | x, x0) (Ho et al., eq. 11)."""
-    remaining, next_remaining = torch.sigmoid(log_snr), torch.sigmoid(next_log_snr)
-    ratio = remaining / next_remaining
-    mean = (x - (1 - ratio) / (1 - remaining).sqrt() * eps) / ratio.sqrt()
-    return mean + ((1 - ratio) * (1 - next_remaining) / (1 - remaining)).sqrt() * noise
-
-
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "lcm": lcm_step}
 
 
@@ -149,6 +138,23 @@ class Step(NamedTuple):
     t: float
 
 
+class Sample(Protocol):
+    """A function like `sample`."""
+
+    def __call__(
+        self,
+        model: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        *,
+        steps: int,
+        shift: float,
+        sampler: str,
+        t_start: float = 1.0,
+        noise: Callable[[int], Tensor],
+        hold: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Iterator[Step]: ...
+
+
 def sample(
     model: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
@@ -167,9 +173,7 @@ def sample(
         x: where to start, (B, ...): white noise, or data that was noised by `diffuse` to `t_start` at the same shift.
         steps: how many, at least 1; evenly spaced in time from `t_start` to 0.
         shift: of the schedule, see `log_snr`.
-        sampler: a key of `SAMPLERS`; or "diffusers", for comparison: the form, and the rounding, of diffusers'
-            scheduler, without noise in the last step and with the time itself, not the one that belongs to the
-            clamped and shifted logSNR, told to the model.
+        sampler: a key of `SAMPLERS`.
         t_start: in (0, 1].
         noise: the index of a step -> white noise in the shape of `x`; called once a step, in order, unless the sampler
             is "ddim".
@@ -184,8 +188,8 @@ def sample(
         raise ValueError(f"t_start is {t_start}; it must lie above 0 and not above 1.")
     if not shift > 0:
         raise ValueError(f"shift is {shift}; it must lie above 0.")
-    if sampler not in (*SAMPLERS, DIFFUSERS_SAMPLER):
-        raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join((*SAMPLERS, DIFFUSERS_SAMPLER))}.")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}.")
     return _sample(model, x.float(), steps, shift, sampler, t_start, noise, hold)
 
 
@@ -199,21 +203,17 @@ def _sample(
     noise: Callable[[int], Tensor],
     hold: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Iterator[Step]:
-    like_diffusers = sampler == DIFFUSERS_SAMPLER
-    take_step = posterior_step if like_diffusers else SAMPLERS[sampler]
     # The schedule is computed on the CPU, so that it is the same for every device; only what the model reads is moved.
     times = torch.linspace(t_start, 0, steps + 1)
     log_snrs = log_snr(times, shift)
-    told = times if like_diffusers else timestep(log_snrs)
+    told = timestep(log_snrs)
     told_on_device = told.to(x.device)
     for index in range(steps):
         eps = model(x, told_on_device[index].expand(x.shape[0])).float()
         alpha, sigma = alpha_sigma(log_snrs[index])
         x0 = (x - sigma * eps) / alpha
         fresh = torch.zeros_like(x) if sampler == "ddim" else noise(index).to(x)
-        if like_diffusers and index == steps - 1:
-            fresh = torch.zeros_like(x)
-        x = take_step(x, x0, eps, log_snrs[index], log_snrs[index + 1], fresh)
+        x = SAMPLERS[sampler](x, x0, eps, log_snrs[index], log_snrs[index + 1], fresh)
         if hold is not None:
             x = hold(x, log_snrs[index + 1])
         yield Step(index, steps, x, x0, told[index].item())

@@ -15,8 +15,6 @@ MULTIPLE = 8
 SEMANTIC_PIXELS = 42.67
 ENCODER_STRIDE = 32
 STAGE_A_FACTOR = 4
-# diffusers derives Stage B's size from the semantic one with this factor.
-DIFFUSERS_FACTOR = 10.67
 
 Size = tuple[int, int]
 
@@ -89,21 +87,6 @@ def decoder_size(height: int, width: int) -> Size:
     if height % MULTIPLE or width % MULTIPLE:
         raise ValueError(f"The size is {height}x{width}; both sides must be multiples of {MULTIPLE}.")
     return height // STAGE_A_FACTOR, width // STAGE_A_FACTOR
-
-
-def diffusers_decoder_size(semantic: Size) -> Size:
-    """Stage B's latents as diffusers derives them from the semantic size.
-
-    Raises:
-        ValueError: a side comes out odd, which Stage B cannot take: there diffusers fails too.
-    """
-    height, width = (int(side * DIFFUSERS_FACTOR) for side in semantic)
-    if height % 2 or width % 2:
-        raise ValueError(
-            f"In diffusers' numerics, {semantic[0]}x{semantic[1]} semantic latents make {height}x{width} decoder "
-            "latents; both sides must be even."
-        )
-    return height, width
 
 
 def encoder_size(height: int, width: int) -> Size:

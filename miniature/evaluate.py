@@ -17,10 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cascade import sizes
-from cascade.cascade import Cascade, to_image, to_pixels
-from cascade.decoder import decode_pixels, decoder_steps, encode_pixels
-from cascade.prior import prior_steps
+from cascade.images.tensors import to_image, to_pixels
+from cascade.pipeline import Cascade
 from cascade.sampling import Noise, finish
+from cascade.stages.decoder import decoder_steps
+from cascade.stages.encoder import encode_pixels
+from cascade.stages.pixels import decode_pixels
+from cascade.stages.prior import prior_steps
 from miniature.captions import Captioner
 from miniature.judge import Judge, background_colours
 from miniature.scenes import (
@@ -231,8 +234,8 @@ def generate_batch(
     `guidance` is Stage C's; None: the model's own.
     """
     size = cascade.native_size
-    text = cascade.conditioner.encode_text(texts)
-    negative = cascade.conditioner.encode_text([""])
+    text = cascade.text.encode(texts)
+    negative = cascade.text.encode([""])
     noise = Noise(seeds, cascade.device)
     prior = cascade.defaults["prior"]
     if guidance is not None:
@@ -256,8 +259,8 @@ def _paint(cascade: Cascade, semantic: Tensor, texts: list[str], noise: Noise) -
         decoder_steps(
             cascade.decoder,
             semantic,
-            cascade.conditioner.encode_text(texts).pooled,
-            cascade.conditioner.encode_text([""]).pooled,
+            cascade.text.encode(texts).pooled,
+            cascade.text.encode([""]).pooled,
             size=sizes.decoder_size(cascade.native_size, cascade.native_size),
             noise=noise,
             **vars(cascade.defaults["decoder"]),

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cascade import controls
-from cascade.cascade import Cascade, Request, to_image, to_pixels
+from cascade.guides import controls
+from cascade.images.tensors import to_image, to_pixels
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from miniature.captions import Captioner
 from miniature.compose import compose
 from miniature.dataset import say_less

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cascade.cascade import Cascade
-from cascade.controls import Control
+from cascade.guides.controls import Control
+from cascade.pipeline import Cascade
 from cascade.request import Request
 
 PROMPT = "a lighthouse on a cliff above the sea, in the evening"

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.cascade import Cascade, to_image, to_pixels
+from cascade.images.tensors import to_image, to_pixels
+from cascade.pipeline import Cascade
 from cascade.weights import WeightsError
 from miniature.compose import compose
 from miniature.evaluate import (

@@ -13,10 +13,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cascade.cascade import Cascade, Request, to_image, to_pixels
-from cascade.controls import Control, canny
-from cascade.decoder import decode_pixels
-from cascade.inpainting import extend
+from cascade.guides.controls import Control, canny
+from cascade.guides.inpainting import extend
+from cascade.images.tensors import to_image, to_pixels
+from cascade.pipeline import Cascade
+from cascade.request import Request
+from cascade.stages.pixels import decode_pixels
 from scripts.environment import ROOT
 
 # The first seed of each; the prompts are chosen so that every kind of prompt that the miniature knows is shown.

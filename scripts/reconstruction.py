@@ -8,14 +8,14 @@ import logging
 import sys
 from pathlib import Path
 
-from cascade.cascade import Cascade
 from cascade.images.metadata import save_picture
 from cascade.images.reading import read_picture
+from cascade.pipeline import Cascade
 from cascade.request import LARGEST_SEED, Request
 from cascade.weights import ModelFolder, WeightsError
-from predict import find_weights
 from serving.metadata import Detail, metadata
 from serving.record import Origin, Record, file_digest
+from serving.settings import find_weights
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from typing import Any
 from PIL import Image
 
 from cascade import sizes
-from cascade.cascade import Cascade
-from cascade.controls import Control, check_span
+from cascade.guides.controls import Control, check_span
+from cascade.guides.inpainting import check_canvas, check_shape, extend
 from cascade.images.reading import image_prompt_size, read_picture
-from cascade.inpainting import check_canvas, check_shape, extend
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, counted, need, shown
+from cascade.pipeline import Cascade
 from cascade.request import Request, check_enlarged, check_kind, check_masked, check_strengths, upscaling
 
 SEEDS = 2**32

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cascade.cascade import Progress
+from cascade.progress import Progress
 
 PREVIEW_QUALITY = 80
 

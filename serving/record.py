@@ -16,7 +16,7 @@ import transformers
 from PIL import features
 
 import cascade
-from cascade.cascade import Cascade
+from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.weights import COMPONENTS, ModelFolder
 
@@ -70,7 +70,7 @@ class Origin:
         if loaded.device.type == "cuda":
             device["name"] = torch.cuda.get_device_name(loaded.device)
         device["dtype"] = str(loaded.prior.dtype).removeprefix("torch.")
-        device["memory"] = loaded.home.mode
+        device["memory"] = loaded.runner.mode
         return cls(
             model={"name": folder.name} | ({"sha256": digest} if digest else {}),
             sampling={

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import predict
-from cascade.cascade import Request
 from cascade.limits import LIMITS
+from cascade.request import Request
 from cascade.safety import SafetyChecker
 from cascade.weights import WeightsError
-from predict import RATIOS, Predictor, find_weights
+from predict import RATIOS, Predictor
+from serving.settings import find_weights
 from tests.metadata import read_record
 from tests.test_safety import save_classifier
 
@@ -104,8 +105,8 @@ def test_every_input_reaches_the_picture(predictor: Predictor) -> None:
 
 def test_the_prompt_is_used_as_it_was_given(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[Request] = []
-    steps = predictor.cascade.steps
-    monkeypatch.setattr(predictor.cascade, "steps", lambda request: requests.append(request) or steps(request))
+    steps = predictor.service.cascade.steps
+    monkeypatch.setattr(predictor.service.cascade, "steps", lambda request: requests.append(request) or steps(request))
     for prompt in ("", " A  red apple, ", "x" * 5000):
         (file,) = run(predictor, **TINY, prompt=prompt, negative_prompt=prompt)
         assert (requests[-1].prompt, requests[-1].negative_prompt) == (prompt, prompt)
@@ -368,7 +369,7 @@ def test_time_for_images_is_told(predictor: Predictor, metrics: dict[str, Any], 
     metrics.clear()
     run(predictor, **TINY)
     assert "seconds.input_images" not in metrics
-    encoder, wait = predictor.cascade.effnet, 1.0  # seconds: on a busy machine, the text takes some tenths
+    encoder, wait = predictor.service.cascade.effnet, 1.0  # seconds: on a busy machine, the text takes some tenths
     with encoder.register_forward_pre_hook(lambda *_: time.sleep(wait)):
         run(predictor, **TINY, **images)
     assert metrics["seconds.input_images"] > wait > metrics["seconds.text"]
@@ -376,9 +377,10 @@ def test_time_for_images_is_told(predictor: Predictor, metrics: dict[str, Any], 
 
 def test_previews_need_a_previewer(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is computed."""
-    monkeypatch.setattr(predictor.cascade, "previewer", None)
+    cascade = predictor.service.cascade
+    monkeypatch.setattr(cascade, "planner", replace(cascade.planner, previewer=False))
     called: list[int] = []
-    text_encoder = predictor.cascade.conditioner.text_encoder
+    text_encoder = predictor.service.cascade.text.encoder
     with text_encoder.register_forward_pre_hook(lambda *_: called.append(1)):
         with pytest.raises(ValueError, match=r"^This model has no previewer, which previews need; "):
             run(predictor, **TINY, previews=True)
@@ -421,7 +423,7 @@ def test_no_seed_is_a_new_seed_of_32_bits(
     seeds = []
     for _ in range(4):
         torch.manual_seed(0)
-        with caplog.at_level("INFO", "predict"):
+        with caplog.at_level("INFO", "serving.service"):
             run(predictor, **TINY)
         seeds += metrics["seeds"]
         assert f"Seeds: {seeds[-1]}\n" in caplog.text
@@ -515,9 +517,9 @@ def test_replicate_finds_the_progress(predictor: Predictor, capfd: pytest.Captur
 def test_the_model_runs_on_one_thread_whichever_thread_asks(predictor: Predictor, checker: SafetyChecker) -> None:
     threads: set[int] = set()
     networks = (
-        predictor.cascade.conditioner.text_encoder,
-        predictor.cascade.prior,
-        predictor.cascade.decoder,
+        predictor.service.cascade.text.encoder,
+        predictor.service.cascade.prior,
+        predictor.service.cascade.decoder,
         checker.classifier,
     )
     called = dict.fromkeys(networks, 0)
@@ -567,7 +569,7 @@ def test_cancel(predictor: Predictor) -> None:
             caught.append(error)
 
     thread = threading.Thread(target=work)
-    with predictor.cascade.prior.register_forward_pre_hook(count):
+    with predictor.service.cascade.prior.register_forward_pre_hook(count):
         thread.start()
         assert begun.wait(10)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(CancelationException))
@@ -575,7 +577,7 @@ def test_cancel(predictor: Predictor) -> None:
         thread.join(10)
     assert [type(error) for error in caught] == [CancelationException]
     assert len(steps) <= done + 1
-    assert not Path(predictor.outputs.name).exists()
+    assert not Path(predictor.service.outputs.name).exists()
     assert tensors() == held, "not even the error's traceback may hold any"
     assert (read(run(predictor, **TINY, seed=1)[0]) == before).all()
 
@@ -588,11 +590,11 @@ def test_cancel_between_two_pictures(predictor: Predictor, monkeypatch: pytest.M
         raise CancelationException
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "save_picture", save)
+        patch.setattr("serving.service.save_picture", save)
         with pytest.raises(CancelationException):
             run(predictor, **TINY, num_images=2)
     assert tensors() == held
-    assert not Path(predictor.outputs.name).exists()
+    assert not Path(predictor.service.outputs.name).exists()
     assert len(run(predictor, **TINY)) == 1
 
 
@@ -602,11 +604,14 @@ def test_what_nobody_expected_is_logged_with_its_traceback(
     def fail(*_: object) -> None:
         raise RuntimeError("a kernel failed")
 
-    with predictor.cascade.decoder.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="a kernel"):
+    with (
+        predictor.service.cascade.decoder.register_forward_pre_hook(fail),
+        pytest.raises(RuntimeError, match="a kernel"),
+    ):
         run(predictor, **TINY)
     assert "Traceback" in caplog.text
     assert "decoder.py" in caplog.text
-    assert not Path(predictor.outputs.name).exists()
+    assert not Path(predictor.service.outputs.name).exists()
     assert len(run(predictor, **TINY)) == 1
 
 
@@ -619,14 +624,14 @@ def small_memory(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> Itera
     room = [0]
     # More is free than in the test before, of which nothing is remembered then.
     free = next(FREE)
-    monkeypatch.setattr("cascade.cascade.usable", lambda _: free)
+    monkeypatch.setattr("cascade.running.runner.usable", lambda _: free)
 
     def forward(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0]
         if x.shape[0] * x.shape[-2] * x.shape[-1] > room[0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    with predictor.cascade.decoder.register_forward_pre_hook(forward):
+    with predictor.service.cascade.decoder.register_forward_pre_hook(forward):
         yield room
 
 
@@ -668,7 +673,7 @@ def test_memory_that_does_not_suffice(predictor: Predictor, small_memory: list[i
         run(predictor, **asked, num_images=4)
     assert str(caught.value) == f"A picture of 128x96 needs more memory than the GPU has {fits}"
     assert caught.value.__cause__ is caught.value.__context__ is None
-    assert not Path(predictor.outputs.name).exists()
+    assert not Path(predictor.service.outputs.name).exists()
     assert tensors() == held
     if smaller := re.search(r"one of (\d+)x(\d+) would", str(caught.value)):
         width, height = map(int, smaller.groups())
@@ -688,7 +693,7 @@ def test_memory_that_does_not_suffice_for_a_mask(predictor: Predictor, small_mem
 def test_healthcheck(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Predictor().healthcheck() is False
     assert predictor.healthcheck() is True
-    monkeypatch.setattr(predict, "DISK_NEEDED", 2**62)
+    monkeypatch.setattr("serving.service.DISK_NEEDED", 2**62)
     assert predictor.healthcheck() is False
 
 
@@ -699,7 +704,7 @@ def test_healthcheck(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> N
 def checker(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SafetyChecker:
     """Flags nothing, until its bias is changed."""
     checker = SafetyChecker.load(save_classifier(tmp_path / "safety_checker", {"normal": 50.0, "nsfw": 0.0}))
-    monkeypatch.setattr(predictor, "safety", checker)
+    monkeypatch.setattr(predictor.service, "safety", checker)
     return checker
 
 
@@ -719,7 +724,7 @@ def test_flagged_pictures_are_dropped_and_the_others_kept(
     flagged = int(margins.argmax())
     checker.classifier.classifier.bias.data[1] = -margins.sort().values[1:].mean()
 
-    with caplog.at_level("WARNING", "predict"):
+    with caplog.at_level("WARNING", "serving.service"):
         files = run(predictor, **asked)
     kept = [index for index in range(3) if index != flagged]
     assert [file.name for file in files] == [f"out-{index}.png" for index in kept]
@@ -737,7 +742,7 @@ def test_only_when_all_are_flagged_it_is_an_error(
         run(predictor, **TINY, num_images=2)
     assert metrics["flagged"] == 2
     assert len(metrics["seeds"]) == 2
-    assert not Path(predictor.outputs.name).exists()
+    assert not Path(predictor.service.outputs.name).exists()
     assert len(run(predictor, **TINY, num_images=2, disable_safety_checker=True)) == 2
     assert metrics["flagged"] == 0
 
@@ -764,7 +769,7 @@ def test_setup_says_what_it_did(
     assert re.search(r"Seconds to load: tokenizer \d+\.\d\d, .*prior \d+\.\d\d, .*decoder .*vqgan ", caplog.text)
     assert caplog.text.count("no picture will be checked") == 1
     monkeypatch.setenv("CASCADE_MEMORY", "stream")  # the CPU has no other memory
-    assert set_up(model_folder, monkeypatch).cascade.home.description == "all networks resident"
+    assert set_up(model_folder, monkeypatch).service.cascade.runner.description == "all networks resident"
     monkeypatch.setenv("CASCADE_MEMORY", "swap")
     with pytest.raises(
         ValueError, match=r"^CASCADE_MEMORY is 'swap'; it must be one of auto, resident, offload, stream\.$"
@@ -780,7 +785,7 @@ def test_setup_says_what_it_did(
     monkeypatch.setenv("CASCADE_DTYPE", "bfloat16")
     caplog.clear()
     with caplog.at_level("INFO"):
-        assert set_up(model_folder, monkeypatch).cascade.prior.dtype == torch.bfloat16
+        assert set_up(model_folder, monkeypatch).service.cascade.prior.dtype == torch.bfloat16
     assert "Device: cpu in bfloat16; cpu was asked for, and bfloat16 was asked for." in caplog.text
     monkeypatch.delenv("CASCADE_DTYPE")
     caplog.clear()
@@ -823,7 +828,7 @@ def test_setup_says_why_it_cannot(
 
 
 def test_which_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("predict.WEIGHTS", tmp_path)
+    monkeypatch.setattr("serving.settings.WEIGHTS", tmp_path)
     monkeypatch.delenv("CASCADE_WEIGHTS", raising=False)
     assert find_weights() == tmp_path / "mini"
     (tmp_path / "stable-cascade").mkdir()

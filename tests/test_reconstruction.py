@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cascade.cascade import Cascade, Request
 from cascade.images.metadata import SourceType
 from cascade.images.reading import read_picture
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from scripts.reconstruction import main
 from serving.record import file_digest
 from tests.metadata import read_record, read_texts
-from tests.test_cascade import photo, read
+from tests.test_pipeline import photo, read
 
 ROOT = Path(__file__).parent.parent
 MINI = ROOT / "weights" / "mini"

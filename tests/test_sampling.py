@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cascade import sampling
+from cascade.compat import diffusers
 from tests import fixture_data
 
 DESCRIPTION = fixture_data.description("sampler")
@@ -85,7 +86,7 @@ def test_shift_makes_noisier_within_the_same_limits() -> None:
     assert shifted.min().item() == pytest.approx(plain.min().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("sampler", [*sampling.SAMPLERS, sampling.DIFFUSERS_SAMPLER])
+@pytest.mark.parametrize("sampler", [*sampling.SAMPLERS, "diffusers"])
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 def test_every_sampler_finds_the_only_picture_there_is(sampler: str, shift: float) -> None:
     """With data that is a single point, the best epsilon is known, and every sampler must end at that point."""
@@ -94,15 +95,14 @@ def test_every_sampler_finds_the_only_picture_there_is(sampler: str, shift: floa
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         log_snr = sampling.log_snr(t)
-        if sampler == sampling.DIFFUSERS_SAMPLER:
+        if sampler == "diffusers":
             log_snr = sampling.log_snr(t, shift)  # told the time itself, so the model has to know the shift
         alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in sampling.alpha_sigma(log_snr))
         return (x - alpha * point) / sigma
 
     noise = sampling.Noise([1, 2])
-    *_, last = sampling.sample(
-        model, noise(3, 8, 8), steps=12, shift=shift, sampler=sampler, noise=lambda _: noise(3, 8, 8)
-    )
+    sample = diffusers.sample if sampler == "diffusers" else sampling.sample
+    *_, last = sample(model, noise(3, 8, 8), steps=12, shift=shift, sampler=sampler, noise=lambda _: noise(3, 8, 8))
     torch.testing.assert_close(last.x0, point, atol=1e-2, rtol=0)
     assert (last.x - point).std() < 0.05
 
@@ -125,8 +125,8 @@ def test_diffusers_step_is_the_ddpm_step() -> None:
     x, eps, noise = (torch.randn(2, 3, 4, generator=generator) for _ in range(3))
     now, after = sampling.log_snr(torch.tensor([0.6, 0.5]))
     alpha, sigma = sampling.alpha_sigma(now)
-    arguments = (x, (x - sigma * eps) / alpha, eps, now, after, noise)
-    torch.testing.assert_close(sampling.posterior_step(*arguments), sampling.ddpm_step(*arguments))
+    ours = sampling.ddpm_step(x, (x - sigma * eps) / alpha, eps, now, after, noise)
+    torch.testing.assert_close(diffusers.posterior_step(x, eps, now, after, noise), ours)
 
 
 def test_guidance_scale() -> None:

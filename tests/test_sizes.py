@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade import sizes
+from cascade.compat.diffusers import decoder_size
 from cascade.limits import RATIOS
 
 sides = st.integers(sizes.SMALLEST, sizes.LARGEST)
@@ -93,9 +94,9 @@ def test_decoder_size_wants_multiples_of_eight() -> None:
 
 
 def test_diffusers_size() -> None:
-    assert sizes.diffusers_decoder_size((24, 18)) == (256, 192)
+    assert decoder_size((24, 18)) == (256, 192)
     with pytest.raises(ValueError, match="26x24 semantic latents make 277x256"):
-        sizes.diffusers_decoder_size((26, 24))
+        decoder_size((26, 24))
 
 
 @pytest.mark.parametrize("native", [256, 1024, 1536])

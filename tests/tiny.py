@@ -5,8 +5,9 @@ import copy
 import pytest
 from torch import nn
 
-from cascade.cascade import Cascade
-from cascade.conditioning import Conditioner
+from cascade.guides.image_prompts import ImagePromptEncoder
+from cascade.pipeline import Cascade
+from cascade.stages.text import TextEncoder
 from cascade.weights import CONTROLNETS, StageSettings
 
 DEFAULTS = {
@@ -15,14 +16,15 @@ DEFAULTS = {
 }
 
 
-def make_cascade(components: dict[str, object], **options: object) -> Cascade:
+def make_cascade(components: dict[str, object], make: type[Cascade] = Cascade, **options: object) -> Cascade:
     """A Cascade of copies, which may be changed."""
     parts = {name: copy.deepcopy(part) for name, part in components.items()}
     parts["controlnets"] = {
         name.removeprefix("controlnet_"): parts.pop(name) for name in CONTROLNETS if name in components
     }
-    encoders = (parts.pop(name) for name in ("tokenizer", "text_encoder", "feature_extractor", "image_encoder"))
-    return Cascade(Conditioner(*encoders), **{**parts, "defaults": DEFAULTS, "native_size": 128, **options})
+    text = TextEncoder(parts.pop("tokenizer"), parts.pop("text_encoder"))
+    parts["image_prompts"] = ImagePromptEncoder(parts.pop("feature_extractor"), parts.pop("image_encoder"))
+    return make(text, **{**parts, "defaults": DEFAULTS, "native_size": 128, **options})
 
 
 def count_calls(network: nn.Module, monkeypatch: pytest.MonkeyPatch, method: str = "forward") -> list[int]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
 from cascade.sizes import Size
+from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.pictures import normalise
 from training.shapes import Shapes

@@ -14,7 +14,7 @@ Which one runs when:
   plainly.
 
 "triton" changes the strides of the depthwise weights (not their shape or values), so call `use_kernels` before tensors get
-fixed addresses (`packing.Packed`, CUDA graphs). A network with "triton" must run on a GPU.
+fixed addresses (`running.packing.HostWeights`, CUDA graphs). A network with "triton" must run on a GPU.
 """
 
 import functools

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cascade.graphs import GraphedUNet, Recorder
 from cascade.networks.unet import StableCascadeUNet
+from cascade.running.graphs import GraphCache, GraphedUNet
 from tests.networks.adapters import WAYS, linear_layers, small_change
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
@@ -62,7 +62,7 @@ def test_an_adapter_is_the_merged_weight(stage: str, layer: str) -> None:
 def test_a_graph_reads_what_is_merged_in_place(stage: str) -> None:
     config = CONFIGS[stage]
     network = make_fast(config)
-    run = GraphedUNet(network, stage, Recorder())
+    run = GraphedUNet(network, stage, GraphCache())
     sample, ratio = torch.randn(2, config.get("in_channels", 16), 8, 8, device="cuda"), torch.rand(2, device="cuda")
     given = {name: x.cuda() for name, x in inputs(config).items()}
     with torch.no_grad():

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade.cascade import Cascade, Request
-from cascade.controls import Control
+from cascade.guides.controls import Control
+from cascade.pipeline import Cascade
+from cascade.request import Request
 
 SMALL = {"width": 64, "height": 64, "steps_prior": 3, "steps_decoder": 2}
 
@@ -70,7 +71,7 @@ def test_pictures_are_read_alike(on_cpu: Cascade, on_gpu: Cascade) -> None:
 def test_a_gpu_is_used_where_there_is_one_and_in_bfloat16(model_folder: Path) -> None:
     cascade = Cascade.load(model_folder)
     networks = (cascade.prior, cascade.decoder, cascade.vqgan, cascade.effnet, cascade.previewer)
-    encoders = (cascade.conditioner.text_encoder, cascade.conditioner.image_encoder)
+    encoders = (cascade.text.encoder, cascade.image_prompts.encoder)
     for network in (*networks, *encoders):
         assert {(one.device.type, one.dtype) for one in network.parameters()} == {("cuda", torch.bfloat16)}
     for progress in cascade.steps(Request("a cat", num_images=2, **SMALL)):

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cascade.cascade import Cascade, Request
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from cascade.weights import ModelFolder
 from cascade.weights.build import save_model
 from cascade.weights.published import PARTS
@@ -39,7 +40,8 @@ def test_from_a_download_of_full_size_to_a_picture(tmp_path: Path) -> None:
     cascade = Cascade.load(target, "cuda", torch.bfloat16)
     networks = {
         **{name: getattr(cascade, name) for name in ("prior", "decoder", "vqgan", "effnet", "previewer")},
-        **{name: getattr(cascade.conditioner, name) for name in ("text_encoder", "image_encoder")},
+        "text_encoder": cascade.text.encoder,
+        "image_encoder": cascade.image_prompts.encoder,
     }
     counts = {name: sum(one.numel() for one in network.parameters()) for name, network in networks.items()}
     assert counts == PARAMETERS

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.cascade import Cascade, Request
-from cascade.controls import Control
-from cascade.graphs import Recorder
+from cascade.guides.controls import Control
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from cascade.running.errors import is_lost, is_out_of_memory
+from cascade.running.graphs import GraphCache
 
 SMALL = {"width": 128, "height": 128, "steps_prior": 2, "steps_decoder": 2}
 
@@ -59,13 +60,13 @@ FAILING = [read_on_the_host, wait_for_the_device, wait_for_an_event, raise_an_er
 
 
 @pytest.fixture
-def recorder() -> Iterator[Recorder]:
-    recorder = Recorder()
-    yield recorder
-    recorder.clear()
+def graphs() -> Iterator[GraphCache]:
+    graphs = GraphCache()
+    yield graphs
+    graphs.clear()
 
 
-def assert_captured_well(recorder: Recorder) -> None:
+def assert_captured_well(graphs: GraphCache) -> None:
     """A function is captured, replayed with other inputs, and not called for that."""
     calls = []
 
@@ -77,31 +78,31 @@ def assert_captured_well(recorder: Recorder) -> None:
         calls.clear()
         for _ in range(3):
             x = torch.rand(size, device="cuda", generator=torch.Generator("cuda").manual_seed(size))
-            torch.testing.assert_close(recorder.run(("work", id(calls)), work, x), work(x))
+            torch.testing.assert_close(graphs.run(("work", id(calls)), work, x), work(x))
         assert len(calls) == 2 + 3  # once before and once in the capture; and those to compare with
 
 
 @pytest.mark.parametrize("function", FAILING)
 def test_what_cannot_be_captured_runs_plainly(
-    recorder: Recorder, caplog: pytest.LogCaptureFixture, function: Callable[[Tensor], Tensor]
+    graphs: GraphCache, caplog: pytest.LogCaptureFixture, function: Callable[[Tensor], Tensor]
 ) -> None:
-    assert_captured_well(recorder)
+    assert_captured_well(graphs)
     before = torch.cuda.current_stream()
     for _ in range(3):
         x = torch.rand(5, device="cuda")
-        torch.testing.assert_close(recorder.run("failing", function, x), function(x))
+        torch.testing.assert_close(graphs.run("failing", function, x), function(x))
         assert torch.cuda.current_stream() == before
         assert not capturing()
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
     assert lines[0].startswith("failing cannot be captured as a CUDA graph and runs without, more slowly. ")
-    assert_captured_well(recorder)
-    assert_captured_well(Recorder())
+    assert_captured_well(graphs)
+    assert_captured_well(GraphCache())
     torch.rand(3, device="cuda")  # by the default generator
     assert not is_lost(torch.device("cuda", 0))
 
 
-def test_captures_that_fail_keep_no_memory(recorder: Recorder) -> None:
+def test_captures_that_fail_keep_no_memory(graphs: GraphCache) -> None:
     def fail(x: Tensor) -> Tensor:
         large = torch.ones(256 * 2**20, dtype=torch.uint8, device="cuda")
         return x + large[:1] + (x.sum().item() if capturing() else 0)
@@ -111,14 +112,16 @@ def test_captures_that_fail_keep_no_memory(recorder: Recorder) -> None:
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
-    recorder.run("first", fail, torch.ones(1, device="cuda"))
+    graphs.run("first", fail, torch.ones(1, device="cuda"))
     before = held()
     for i in range(4):
-        recorder.run(("failing", i), fail, torch.ones(1, device="cuda"))
+        graphs.run(("failing", i), fail, torch.ones(1, device="cuda"))
     assert held() - before < 64 * 2**20
 
 
-def test_a_lack_of_memory_while_it_is_captured_is_an_error_and_the_next_time_it_may_suffice(recorder: Recorder) -> None:
+def test_a_lack_of_memory_while_it_is_captured_is_an_error_and_the_next_time_it_may_suffice(
+    graphs: GraphCache,
+) -> None:
     short = True
 
     def work(x: Tensor) -> Tensor:
@@ -129,14 +132,14 @@ def test_a_lack_of_memory_while_it_is_captured_is_an_error_and_the_next_time_it_
     x = torch.ones(3, device="cuda")
     for _ in range(2):
         with pytest.raises(RuntimeError) as caught:
-            recorder.run("work", work, x)
+            graphs.run("work", work, x)
         assert is_out_of_memory(caught.value)
         assert not capturing()
-    assert_captured_well(recorder)
+    assert_captured_well(graphs)
     short = False
-    before = len(recorder)
-    assert recorder.run("work", work, x).tolist() == [2, 2, 2]
-    assert len(recorder) == before + 1
+    before = len(graphs)
+    assert graphs.run("work", work, x).tolist() == [2, 2, 2]
+    assert len(graphs) == before + 1
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "image_encoder", "effnet", "canny", "prior", "decoder"])
@@ -146,7 +149,14 @@ def test_pictures_are_made_all_the_same(
     """Where a hook in a network waits for the GPU, as that of a profiler may; now and in later requests of all kinds."""
     expected, cascade = (Cascade.load(mini_with_controlnets, "cuda:0") for _ in range(2))
     (image,) = expected.generate(Request("a red apple", **SMALL))
-    parts: dict[str, Any] = {**vars(cascade), **vars(cascade.conditioner), **cascade.controlnets}
+    parts: dict[str, Any] = {
+        "text_encoder": cascade.text.encoder,
+        "image_encoder": cascade.image_prompts.encoder,
+        "effnet": cascade.effnet,
+        "canny": cascade.controlnets["canny"],
+        "prior": cascade.prior,
+        "decoder": cascade.decoder,
+    }
     parts[part].register_forward_hook(lambda *_: torch.cuda.current_stream().record_event().synchronize())
     requests = [
         Request("a red apple", **SMALL),
@@ -160,7 +170,7 @@ def test_pictures_are_made_all_the_same(
             assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
     lines = [record.getMessage() for record in caplog.records if "cannot be captured" in record.getMessage()]
     assert 1 <= len(lines) <= 2  # Stages B and C have two functions each
-    assert len(cascade.recorder) > 4
+    assert len(cascade.runner.graphs) > 4
 
 
 def test_eight_sizes_in_rotation_are_recorded_once(mini_with_controlnets: Path) -> None:
@@ -175,8 +185,8 @@ def test_eight_sizes_in_rotation_are_recorded_once(mini_with_controlnets: Path) 
             cascade.generate(Request("a red apple", **size))
             cascade.generate(Request("a red apple", num_images=2, **size))
             cascade.generate(Request("a red apple", image=image, image_prompts=(image,), **size))
-        counts.append(len(cascade.recorder))
+        counts.append(len(cascade.runner.graphs))
     assert counts[0] == counts[1] == counts[2]
-    assert cascade.recorder.sizes == sizes
+    assert cascade.runner.graphs.sizes == sizes
     cascade.generate(Request("a red apple", **{**SMALL, "height": 160}))
-    assert cascade.recorder.sizes == [*sizes[1:], (160, 128)]
+    assert cascade.runner.graphs.sizes == [*sizes[1:], (160, 128)]

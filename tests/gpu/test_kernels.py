@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade import kernels
-from cascade.cascade import Cascade
-from cascade.graphs import SIZES, GraphedUNet, Recorder
 from cascade.kernels import plain
 from cascade.kernels.layers import put_channels_side_by_side
 from cascade.kernels.stream import Stream
 from cascade.networks.stage_a import MixingBlock
 from cascade.networks.unet import StableCascadeUNet
+from cascade.pipeline import Cascade
 from cascade.request import Request
+from cascade.running.graphs import SIZES, GraphCache, GraphedUNet
 from tests.gpu.full_size import make_unet, published_config, random_conditions
 
 ROOT = Path(__file__).parents[2]
@@ -184,14 +184,14 @@ def test_no_less_exact_than_plain_torch(full_size: tuple[StableCascadeUNet, tupl
 def test_graphs_do_what_the_network_does(model_folder: Path) -> None:
     cascade = Cascade.load(model_folder, "cuda")
     for network, channels in ((cascade.prior, 16), (cascade.decoder, 4)):
-        recorder = Recorder()
-        run = GraphedUNet(network, "network", recorder)
+        graphs = GraphCache()
+        run = GraphedUNet(network, "network", graphs)
         torch.manual_seed(5)
         given = {name: x.cuda() for name, x in random_conditions(dict(network.config), (6, 6), 2).items()}
         for side in (8, 12, *range(14, 16 + 2 * SIZES, 2), 8):  # more sizes than are kept, then the first again
             sample, ratio = draw(2, channels, side, side), torch.rand(2, device="cuda")
             expected = network.condition(**given, latent_size=(side, side))
-            with recorder.of((side, side)):
+            with graphs.of((side, side)):
                 conditions = run.condition(**given, latent_size=(side, side))
                 width = network.config.block_out_channels[0]
                 for residuals in (None, {0: draw(2, width, side, side)} if channels == 16 else None):
@@ -199,15 +199,15 @@ def test_graphs_do_what_the_network_does(model_folder: Path) -> None:
                     assert torch.equal(out, network(sample, ratio, expected, controlnet_residuals=residuals))
                 other = run(sample + 1, ratio, conditions)
                 assert torch.equal(other, network(sample + 1, ratio, expected))
-        assert len(recorder.sizes) == SIZES
+        assert len(graphs.sizes) == SIZES
 
 
 def test_the_text_encoders_graph_minds_the_mask(model_folder: Path) -> None:
-    conditioner = Cascade.load(model_folder, "cuda").conditioner
+    text = Cascade.load(model_folder, "cuda").text
     for prompt in ("", "a red apple", "a " * 90):
-        ids = conditioner.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").to("cuda")
-        output = conditioner.text_encoder(**ids, output_hidden_states=True)
-        embeddings = conditioner.encode_text([prompt])
+        ids = text.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").to("cuda")
+        output = text.encoder(**ids, output_hidden_states=True)
+        embeddings = text.encode([prompt])
         torch.testing.assert_close(embeddings.tokens, output.hidden_states[-1])
         torch.testing.assert_close(embeddings.pooled[:, 0], output.text_embeds)
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-import cascade.cascade
-from cascade.cascade import Cascade, Request
-from cascade.controls import Control
-from cascade.decoder import decode_pixels
-from cascade.graphs import Recorder
-from cascade.memory import GIB, Choice
-from cascade.packing import Packed
+from cascade.guides.controls import Control
+from cascade.pipeline import Cascade
+from cascade.request import Request
+from cascade.running.graphs import GraphCache
+from cascade.running.packing import HostWeights
+from cascade.running.placement import GIB, MemoryMode, available
+from cascade.stages.pixels import decode_pixels
 from tests.conftest import MINI
 from tests.gpu.full_size import make_stage_a, published_config
 from tests.hub.repositories import write_download
 
-CHOICES = {"offload": Choice("offload"), "stream": Choice("stream"), "tight": Choice("stream", 0)}
+CHOICES = {"offload": MemoryMode("offload"), "stream": MemoryMode("stream"), "tight": MemoryMode("stream", 0)}
 DTYPES = [torch.bfloat16, torch.float32]
 
 
@@ -35,7 +35,7 @@ def difference(first: Image.Image, second: Image.Image) -> np.ndarray:
 def load(folder: Path, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Cascade:
     """mode: one of Cascade's, or "tight": as little as it can do with."""
     if mode == "tight":
-        monkeypatch.setattr(cascade.cascade, "choose", lambda *_: CHOICES["tight"])
+        monkeypatch.setattr("cascade.loading.choose_memory", lambda *_: CHOICES["tight"])
         mode = "auto"
     loaded = Cascade.load(folder, "cuda", dtype, max_batch=2, memory=mode)
     monkeypatch.undo()
@@ -61,12 +61,12 @@ def make_requests(image: Image.Image) -> list[Request]:
 def test_every_mode_makes_the_pictures_of_the_resident_one(
     mini_with_controlnets: Path, monkeypatch: pytest.MonkeyPatch, mode: str, dtype: torch.dtype
 ) -> None:
-    """Twice: the second time from graphs that were recorded when other networks had been in the arena."""
+    """Twice: the second time from graphs that were recorded when other networks had been in the cache."""
     resident = load(mini_with_controlnets, "resident", dtype, monkeypatch)
     other = load(mini_with_controlnets, mode, dtype, monkeypatch)
-    assert resident.home.description == "all networks resident"
-    assert other.home.streams("prior") == (mode != "offload")
-    assert other.home.streams("decoder") == (mode == "tight")
+    assert resident.runner.description == "all networks resident"
+    assert other.runner.weights.streams("prior") == (mode != "offload")
+    assert other.runner.weights.streams("decoder") == (mode == "tight")
     (image,) = resident.generate(Request("a green ball", width=256, height=256, steps_prior=4, steps_decoder=3))
     for request in [*make_requests(image)] * 2:
         for one, two in zip(resident.generate(request), other.generate(request), strict=True):
@@ -84,12 +84,12 @@ def test_graphs_change_no_picture(
     (image,) = graphed.generate(Request("a green ball", width=256, height=256, steps_prior=4, steps_decoder=3))
     for request in [*make_requests(image)] * 2:
         with monkeypatch.context() as patch:
-            patch.setattr(Recorder, "run", torch.no_grad()(lambda _, key, function, *given: function(*given)))
+            patch.setattr(GraphCache, "run", torch.no_grad()(lambda _, key, function, *given: function(*given)))
             expected = plain.generate(request)
         for one, two in zip(graphed.generate(request), expected, strict=True):
             assert difference(one, two).max() <= 1
-    assert len(graphed.recorder) > 8
-    assert len(plain.recorder) == 0
+    assert len(graphed.runner.graphs) > 8
+    assert len(plain.runner.graphs) == 0
 
 
 @pytest.mark.parametrize("mode", list(CHOICES))
@@ -125,7 +125,7 @@ def test_what_was_learned_is_forgotten_when_more_memory_is_free(caplog: pytest.L
     assert batches() == 1
     total = torch.cuda.get_device_properties(0).total_memory
     for spare in range(2000, 0, -100):  # MiB
-        loaded.recorder.clear()
+        loaded.runner.graphs.clear()
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare * 2**20) / total)
@@ -153,7 +153,7 @@ def copies_beside_the_work(source: torch.Tensor) -> bool:
 
 
 def test_what_is_packed_is_pinned_and_given_back() -> None:
-    packed = Packed(torch.nn.Linear(1000, 1000), pin=True)
+    packed = HostWeights(torch.nn.Linear(1000, 1000), pin=True)
     assert copies_beside_the_work(packed.host)
     assert packed.host.numel() < packed.size + 2**14
     pages = packed.host
@@ -223,7 +223,7 @@ def test_peaks_at_full_size(full_size: Path, pictures: dict[int, Image.Image], m
         for _ in range(2):
             make(loaded, 1024, pictures)
         peak = torch.cuda.max_memory_allocated() / GIB
-        print(f"{loaded.home.description}: {peak:.2f} GiB")
+        print(f"{loaded.runner.description}: {peak:.2f} GiB")
         assert peak <= bound
         del loaded
 
@@ -233,8 +233,8 @@ def test_limits_at_full_size(full_size: Path, pictures: dict[int, Image.Image], 
     """24 GiB, too, are for `resident`, of which a peak below 13 GiB has been seen above."""
     with limited(gib):
         loaded = Cascade.load(full_size)
-        print(f"{gib} GiB: {loaded.home.description}")
-        assert any(mode in loaded.home.description for mode in modes.split())
+        print(f"{gib} GiB: {loaded.runner.description}")
+        assert any(mode in loaded.runner.description for mode in modes.split())
         make(loaded, 1024, pictures)
         if gib >= 12:
             make(loaded, 2048, pictures)
@@ -249,7 +249,7 @@ def test_limits_at_full_size(full_size: Path, pictures: dict[int, Image.Image], 
 
 def test_more_than_there_is_is_not_chosen() -> None:
     with limited(10):
-        assert cascade.cascade.available(torch.device("cuda", 0)) <= 10 * GIB
+        assert available(torch.device("cuda", 0)) <= 10 * GIB
         held = torch.empty(GIB, dtype=torch.uint8, device="cuda")
-        assert cascade.cascade.available(torch.device("cuda", 0)) <= 9 * GIB
+        assert available(torch.device("cuda", 0)) <= 9 * GIB
         del held

@@ -30,7 +30,7 @@ def test_what_a_file_says_makes_it_again(memory: str, monkeypatch: pytest.Monkey
     assert record["device"] == {
         "type": "cuda",
         "name": torch.cuda.get_device_name(),
-        "dtype": str(predictor.cascade.prior.dtype).removeprefix("torch."),
+        "dtype": str(predictor.service.cascade.prior.dtype).removeprefix("torch."),
         "memory": memory,
     }
     for _ in range(2):

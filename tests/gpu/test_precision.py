@@ -16,12 +16,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from cascade import kernels, sizes
-from cascade.conditioning import TextEmbeddings
-from cascade.decoder import decode_pixels, decoder_steps
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.prior import prior_steps
 from cascade.sampling import Noise, finish
+from cascade.stages.decoder import decoder_steps
+from cascade.stages.pixels import decode_pixels
+from cascade.stages.prior import prior_steps
+from cascade.stages.text import TextEmbeddings
 from tests.conftest import make_text_encoder, make_tokenizer
 from tests.diffusers_pipelines import make_pipelines, twin
 from tests.gpu.full_size import make_stage_a, make_unet, published_config, random_conditions

@@ -85,7 +85,7 @@ def assertion(*_):
     torch.zeros(2, device="cuda")[torch.tensor([5], device="cuda")].sum().item()
 
 def fails(hook):
-    with predictor.cascade.vqgan.up_blocks.register_forward_pre_hook(hook):
+    with predictor.service.cascade.vqgan.up_blocks.register_forward_pre_hook(hook):
         try:
             run(predictor)
         except (RuntimeError, ValueError) as error:

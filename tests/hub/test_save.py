@@ -20,11 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cascade.cascade import Cascade, Request
-from cascade.controls import Control
+from cascade.guides.controls import Control
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from cascade.safety import SafetyChecker
 from cascade.weights import PUBLISHED_SAMPLER, ModelFolder
 from cascade.weights.published import PARTS
@@ -183,7 +184,7 @@ def test_a_predictor_of_it(
     predictor = Predictor()
     predictor.setup()
     assert f"Loaded Stable Cascade (lite prior and decoder) from {target}" in caplog.text
-    assert predictor.safety is not None
+    assert predictor.service.safety is not None
     monkeypatch.setattr(predictor, "record_metric", lambda *_: None)  # Cog's scope keeps nothing outside of its server
     (picture,) = run(predictor, **TINY)
     assert picture.is_file()

@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade.cascade import Cascade, Request, to_image, to_pixels
+from cascade.images.tensors import to_image, to_pixels
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from miniature.compose import compose
 from miniature.evaluate import (
     Prompt,

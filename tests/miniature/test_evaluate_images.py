@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade.cascade import Request, to_pixels
-from cascade.controls import Control
+from cascade.guides.controls import Control
+from cascade.images.tensors import to_pixels
+from cascade.request import Request
 from miniature.compose import background
 from miniature.evaluate import make_prompts
 from miniature.evaluate_images import (

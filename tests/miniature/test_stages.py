@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade.cascade import Cascade, Request
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from cascade.weights import ModelFolder
 from miniature.icons import STYLES, IconObject, pack_drawings
 from tests.miniature.small import DRAWN

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
-from cascade.cascade import Cascade
+from cascade.pipeline import Cascade
 from cascade.running.device import Machine, SettingError, choose_device, within
 
 H100, A100, RTX_2080, P100, GTX_1080 = (9, 0), (8, 0), (7, 5), (6, 0), (6, 1)

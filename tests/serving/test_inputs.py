@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cascade.cascade import Cascade, Request, fitted
-from cascade.controls import Control
-from cascade.inpainting import read_mask
+from cascade.guides.controls import Control
+from cascade.guides.inpainting import read_mask
+from cascade.images.tensors import fitted
 from cascade.limits import LIMITS, InputError, shown
-from cascade.request import ALLOWED
-from predict import Predictor
+from cascade.pipeline import Cascade
+from cascade.request import ALLOWED, Request
 from scripts.command_line import read_inputs
-from serving.inputs import check_inputs, request_from
-from serving.metadata import Detail
+from serving.image_urls import UrlSettings, downloaded
+from serving.inputs import PICTURES, check_inputs, request_from
 from tests.tiny import make_cascade
 
 # The sentence's numbers differ: one server gives everybody less.
@@ -67,22 +67,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CogPath]:
 
 @pytest.fixture(scope="module")
 def made(cascade: Cascade) -> Callable[..., Request]:
-    """What `Predictor.run` would make, called as Cog calls it but with no defaults put in."""
-    predictor = Predictor()
-    predictor.cascade, predictor.safety = cascade, None
-    predictor.origin, predictor.detail = None, Detail.NONE
-
-    class Outputs:
-        def cleanup(self) -> None: ...
+    """The request of some inputs, as the service makes it; the others have their defaults."""
 
     def ask(**given: Any) -> Request:
-        predictor.outputs = Outputs()
-        requests: list[Request] = []
-        predictor._make = lambda request, *_: requests.append(request)
         defaults = {name: limits.default for name, limits in LIMITS.items()}
-        predictor.run(**{**defaults, **given})
-        (request,) = requests
-        return request
+        with downloaded(check_inputs({**defaults, **given}), PICTURES, UrlSettings()) as inputs:
+            return request_from(inputs, cascade)
 
     return ask
 

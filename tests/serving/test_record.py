@@ -11,9 +11,9 @@ import torch
 from cog import Path as CogPath
 from PIL import Image
 
-from cascade.cascade import Cascade
-from cascade.controls import Control
+from cascade.guides.controls import Control
 from cascade.images.metadata import SourceType, save_picture
+from cascade.pipeline import Cascade
 from cascade.request import Request, upscaling
 from cascade.weights import ModelFolder
 from scripts import command_line

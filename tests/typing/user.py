@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade import Cascade, Control, Progress, Request, __version__
-from cascade.inpainting import extend
+from cascade.guides.inpainting import extend
 from cascade.request import upscaling
 
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cascade.cascade import Cascade
 from cascade.networks.controlnet import KINDS, PUBLISHED_BLOCKS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
+from cascade.pipeline import Cascade
 from cascade.weights import (
     COMPONENTS,
     NETWORKS,

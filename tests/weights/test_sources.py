@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cascade.cascade import Cascade, Request
 from cascade.networks.effnet import IMAGENET_MEAN, IMAGENET_STD, SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from cascade.weights import ModelFolder, write_model_json
 from cascade.weights.single_file import VARIANTS, make
 from scripts.save_weights import main

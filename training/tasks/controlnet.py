@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from cascade import controls
-from cascade.decoder import for_encoder
+from cascade.guides import controls
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import IMAGENET_STD, SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import diffuse
+from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.errors import TrainingError
 from training.latents import Encoded, stage_c_encoder

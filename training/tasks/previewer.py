@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
+from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.pictures import for_previewer, grid, psnr
 from training.trainer import Task

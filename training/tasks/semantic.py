@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
-from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import diffuse
+from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps
 from training.pictures import for_previewer, grid, psnr

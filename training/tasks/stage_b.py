@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
-from cascade.decoder import for_encoder
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import diffuse, finish, sample
+from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.latents import Encoded, stage_b_encoder
 from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cascade import controls
+from cascade.guides import controls
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import IMAGENET_MEAN, IMAGENET_STD, SemanticEncoder
 from cascade.weights import ModelFolder

@@ -15,14 +15,14 @@ _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class _Slice:
     """A tensor, and its offset in bytes from the start of its group."""
 
     tensor: Tensor
     offset: int
 
 
-class Packed:
+class HostWeights:
     """A network whose tensors lie in groups: what has to be there whenever it runs, then each block's matrices.
 
     Only matrices are a block's own: its other parameters are small, and a bias may be read as late as in the following block,
@@ -96,12 +96,12 @@ def _extent(tensor: Tensor) -> int:
     return (sum(steps) + 1) * tensor.element_size()
 
 
-def _lay_out(tensors: Iterable[Tensor]) -> tuple[list[_Place], int]:
+def _lay_out(tensors: Iterable[Tensor]) -> tuple[list[_Slice], int]:
     """Places for tensors, one after the other, and how many bytes they take."""
-    places: list[_Place] = []
+    places: list[_Slice] = []
     size = 0
     for tensor in tensors:
-        places.append(_Place(tensor, size))
+        places.append(_Slice(tensor, size))
         size += aligned(_extent(tensor))
     return places, size
 

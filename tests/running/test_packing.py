@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cascade.kernels.layers import put_channels_side_by_side
 from cascade.networks.unet import ResBlock, StableCascadeUNet
-from cascade.packing import ALIGNMENT, Packed
+from cascade.running.packing import ALIGNMENT, HostWeights
 from cascade.weights import NETWORKS
 
 
@@ -23,7 +23,7 @@ def forward(prior: StableCascadeUNet) -> Tensor:
         return prior(torch.randn(1, 16, 4, 6), torch.tensor([0.5]), **given)
 
 
-def elsewhere(packed: Packed) -> list[Tensor]:
+def elsewhere(packed: HostWeights) -> list[Tensor]:
     """Moves all groups into memory of their own, and clears what they were in."""
     copies = [packed.bytes_of(group).clone() for group in range(len(packed.bounds) - 1)]
     for group, bytes_ in enumerate(copies):
@@ -36,7 +36,7 @@ def elsewhere(packed: Packed) -> list[Tensor]:
 def test_nothing_of_a_network_changes(components: dict[str, Any], name: str) -> None:
     network = copy.deepcopy(components[name]).to(torch.bfloat16)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    packed = Packed(network, pin=False)
+    packed = HostWeights(network, pin=False)
     assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (*network.parameters(), *network.buffers()))
     elsewhere(packed)
     after = network.state_dict()
@@ -53,7 +53,7 @@ def test_a_network_computes_the_same_wherever_its_tensors_are(components: dict[s
         if isinstance(block, ResBlock):
             put_channels_side_by_side(block.depthwise)  # as for the kernels
     strides = [parameter.stride() for parameter in prior.parameters()]
-    packed = Packed(prior, pin=False)
+    packed = HostWeights(prior, pin=False)
     whole = sum(parameter.nbytes for parameter in prior.parameters())
     assert whole <= packed.size < whole + ALIGNMENT * sum(1 for _ in prior.parameters())
     elsewhere(packed)
@@ -68,7 +68,7 @@ def test_a_network_computes_the_same_wherever_its_tensors_are(components: dict[s
 
 def test_only_matrices_of_blocks_are_apart(components: dict[str, Any]) -> None:
     """A bias is read by the block that comes next: it must not go when its own block is done."""
-    packed = Packed(copy.deepcopy(components["prior"]), pin=False)
+    packed = HostWeights(copy.deepcopy(components["prior"]), pin=False)
     assert len(packed.bounds) == len(packed.blocks) + 2
     for block, (first, last) in zip(packed.blocks, pairwise(packed.bounds[1:]), strict=True):
         start = packed.host.data_ptr()
@@ -90,7 +90,7 @@ def test_any_tensors(shapes: list[tuple[int, int, torch.dtype]]) -> None:
         network.register_buffer(f"transposed{i}", whole.t().clone())
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     strides = {name: buffer.stride() for name, buffer in network.named_buffers()}
-    packed = Packed(network, pin=False)
+    packed = HostWeights(network, pin=False)
     assert packed.size == sum(-(-buffer.nbytes // ALIGNMENT) * ALIGNMENT for buffer in before.values())
     elsewhere(packed)
     for name, buffer in network.named_buffers():

@@ -1,4 +1,4 @@
-"""With `numerics="diffusers"`, pictures are those of the two pipelines that diffusers has frozen, chained."""
+"""With `DiffusersCascade`, pictures are those of the two pipelines that diffusers has frozen, chained."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade import cascade as cascade_module
-from cascade.cascade import Cascade, Request, to_image
+from cascade.compat.diffusers import DiffusersCascade
+from cascade.images.tensors import to_image
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from tests.diffusers_pipelines import make_pipelines
 from tests.tiny import make_cascade
 
@@ -17,7 +19,7 @@ PROMPT, NEGATIVE = "a cat, 7 pizzas.", "fog"
 
 @pytest.fixture(scope="module")
 def ours(components: dict[str, Any]) -> Cascade:
-    return make_cascade(components, numerics="diffusers")
+    return make_cascade(components, DiffusersCascade)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_pictures_are_those_of_diffusers(
         **options,
     ).images
 
-    monkeypatch.setattr(cascade_module, "to_image", lambda pixels: pixels)  # without the rounding to 8 bits
+    monkeypatch.setattr("cascade.pipeline.to_image", lambda pixels: pixels)  # without the rounding to 8 bits
     request = Request(
         PROMPT,
         NEGATIVE,

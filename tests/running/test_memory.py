@@ -13,11 +13,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from cascade.cascade import Cascade, Request
-from cascade.controls import Control
-from cascade.memory import ALWAYS, GIB, MODES, Arena, Choice, arena_size, choose, divide, least
+from cascade.guides.controls import Control
+from cascade.guides.image_prompts import ImagePromptEncoder
 from cascade.networks.unet import StableCascadeUNet
-from cascade.packing import Packed
+from cascade.pipeline import Cascade
+from cascade.request import Request
+from cascade.running.cache import WeightCache, cache_size
+from cascade.running.packing import HostWeights
+from cascade.running.placement import ALWAYS, GIB, MODES, MemoryMode, choose_memory
+from cascade.running.streaming import divide, least
+from cascade.stages.text import TextEncoder
 from cascade.weights import NETWORKS, ModelFolder
 from tests.tiny import make_cascade
 
@@ -34,15 +39,15 @@ SIZES = {name: int(size * GIB) for name, size in PUBLISHED.items()}
 CPU = torch.device("cpu")
 
 
-class LateLane:
+class LateUploader:
     """Copies as late as they are allowed to be, and complains about one that could come too early.
 
     Work is done when it is launched. Copies are done when work waits for them, if not before. A copy must not overwrite
     what work reads that was launched after the last mark that it waits for.
     """
 
-    def __init__(self, arena: Tensor) -> None:
-        self.arena = arena
+    def __init__(self, cache: Tensor) -> None:
+        self.cache = cache
         self.asked: list[Callable[[], object]] = []
         self.done = 0
         self.marks = 0
@@ -59,7 +64,7 @@ class LateLane:
 
     def upload(self, target: Tensor, source: Tensor) -> None:
         assert target.numel() == source.numel()
-        start = target.data_ptr() - self.arena.data_ptr()
+        start = target.data_ptr() - self.cache.data_ptr()
         for first, last, _ in self.reads:
             assert last <= start or start + target.numel() <= first, "a copy may overwrite what is still read"
         self.asked.append(lambda: target.copy_(source))
@@ -74,54 +79,53 @@ class LateLane:
 
     def read(self, tensor: Tensor) -> None:
         """Work is launched that reads this."""
-        start = tensor.data_ptr() - self.arena.data_ptr()
-        if 0 <= start < self.arena.numel():
+        start = tensor.data_ptr() - self.cache.data_ptr()
+        if 0 <= start < self.cache.numel():
             self.reads.append((start, start + tensor.nbytes, self.marks))
 
 
-def watch_reads(network: torch.nn.Module, lane: LateLane) -> None:
+def watch_reads(network: torch.nn.Module, uploader: LateUploader) -> None:
     """Every module's own parameters are read when it is run, and those of blocks whenever they are."""
 
     def read(module: torch.nn.Module, _: object) -> None:
         for parameter in module.parameters(recurse=not isinstance(module, StableCascadeUNet)):
-            lane.read(parameter.data)
+            uploader.read(parameter.data)
 
     for module in network.modules():
         module.register_forward_pre_hook(read)
 
 
-def pack(components: dict[str, Any]) -> dict[str, Packed]:
+def pack(components: dict[str, Any]) -> dict[str, HostWeights]:
     """Copies."""
     return {
-        name: Packed(copy.deepcopy(part), pin=False)
+        name: HostWeights(copy.deepcopy(part), pin=False)
         for name, part in components.items()
         if name in NETWORKS and name not in ALWAYS
     }
 
 
-def make_on_turns(components: dict[str, Any], choice: Choice, **options: Any) -> Cascade:
+def make_cached(components: dict[str, Any], choice: MemoryMode, **options: Any) -> Cascade:
     """A Cascade whose networks take turns, with copies that are late."""
-    packed = pack(components)
-    home = Arena(packed, CPU, choice, lane=LateLane)
+    weights = pack(components)
+    cache = WeightCache(weights, CPU, choice, uploader=LateUploader)
     cascade = make_cascade(components, **options)
-    networks = {name: one.network for name, one in packed.items()}
-    conditioner = cascade.conditioner
-    conditioner.text_encoder, conditioner.image_encoder = networks["text_encoder"], networks["image_encoder"]
+    networks = {name: one.network for name, one in weights.items()}
     made = Cascade(
-        conditioner,
+        TextEncoder(cascade.text.tokenizer, networks["text_encoder"]),
         networks["prior"],
         networks["decoder"],
         cascade.vqgan,
+        ImagePromptEncoder(cascade.image_prompts.processor, networks["image_encoder"]),
         networks["effnet"],
         cascade.previewer,
         {kind: networks[f"controlnet_{kind}"] for kind in cascade.controlnets},
         defaults=cascade.defaults,
         native_size=cascade.native_size,
         max_batch=cascade.max_batch,
-        home=home,
+        weights=cache,
     )
     for network in networks.values():
-        watch_reads(network, home.lane)
+        watch_reads(network, cache.uploader)
     return made
 
 
@@ -130,7 +134,7 @@ def make_on_turns(components: dict[str, Any], choice: Choice, **options: Any) ->
     [(80, "resident"), (24, "resident"), (16, "resident"), (12, "offload"), (8, "offload"), (6, "stream")],
 )
 def test_what_is_chosen_for_the_published_networks(gib: float, mode: str) -> None:
-    assert choose("auto", SIZES, int(gib * GIB), 2).mode == mode
+    assert choose_memory("auto", SIZES, int(gib * GIB), 2).name == mode
 
 
 @given(
@@ -139,20 +143,20 @@ def test_what_is_chosen_for_the_published_networks(gib: float, mode: str) -> Non
     itemsize=st.sampled_from([2, 4]),
 )
 def test_what_is_chosen_fits(sizes: dict[str, int], available: int, itemsize: int) -> None:
-    choice = choose("auto", sizes, available, itemsize)
+    choice = choose_memory("auto", sizes, available, itemsize)
     always = sum(sizes[name] for name in ALWAYS)
     largest = max(size for name, size in sizes.items() if name not in ALWAYS)
-    if choice.mode == "resident":
+    if choice.name == "resident":
         assert sum(sizes.values()) < available
-    elif choice.mode == "offload":
+    elif choice.name == "offload":
         assert always + largest < available
     else:
-        assert choice.room == 0 or always + choice.room < available
+        assert choice.size == 0 or always + choice.size < available
     # More memory is never used worse.
     order = ("stream", "offload", "resident")
-    assert order.index(choose("auto", sizes, available + GIB, itemsize).mode) >= order.index(choice.mode)
+    assert order.index(choose_memory("auto", sizes, available + GIB, itemsize).name) >= order.index(choice.name)
     for mode in MODES[1:]:
-        assert choose(mode, sizes, available, itemsize) == Choice(mode)
+        assert choose_memory(mode, sizes, available, itemsize) == MemoryMode(mode)
 
 
 def test_sizes_are_those_of_the_tensors(model_folder: Path, components: dict[str, Any]) -> None:
@@ -168,11 +172,11 @@ def test_sizes_are_those_of_the_tensors(model_folder: Path, components: dict[str
 
 @settings(deadline=None)
 @given(room=st.integers(0, 400_000))
-def test_what_is_streamed_fits(packed_prior: Packed, room: int) -> None:
-    first, *sizes = np.diff(packed_prior.bounds).tolist()
-    assert least(packed_prior) <= first + 4 * max(sizes) < packed_prior.size
-    room = max(room, least(packed_prior))
-    staying, slots = divide(packed_prior, room)
+def test_what_is_streamed_fits(prior_weights: HostWeights, room: int) -> None:
+    first, *sizes = np.diff(prior_weights.bounds).tolist()
+    assert least(prior_weights) <= first + 4 * max(sizes) < prior_weights.size
+    room = max(room, least(prior_weights))
+    staying, slots = divide(prior_weights, room)
     assert first + sum(sizes[i] for i in staying) + sum(slots) <= room
     passing = [size for i, size in enumerate(sizes) if i not in staying]
     for i, size in enumerate(passing):
@@ -180,8 +184,8 @@ def test_what_is_streamed_fits(packed_prior: Packed, room: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def packed_prior() -> Packed:
-    return Packed(make_prior(), pin=False)
+def prior_weights() -> HostWeights:
+    return HostWeights(make_prior(), pin=False)
 
 
 def make_prior() -> StableCascadeUNet:
@@ -219,15 +223,15 @@ def test_streamed_blocks_have_their_weights(part: float) -> None:
     """Whatever stays, in forwards and conditions that follow each other in any order, and with another network between."""
     prior = make_prior()
     plain = copy.deepcopy(prior)
-    packed = {"prior": Packed(prior, pin=False), "other": Packed(torch.nn.Linear(100, 100), pin=False)}
-    lowest = least(packed["prior"])
-    room = int(lowest + part * (packed["prior"].size - lowest))
-    home = Arena(packed, CPU, Choice("stream", room), lane=LateLane)
-    assert home.streams("prior")
-    assert not home.streams("other")
-    assert home.memory.numel() <= room
-    watch_reads(prior, home.lane)
-    run = home.on_turn("prior", prior)
+    weights = {"prior": HostWeights(prior, pin=False), "other": HostWeights(torch.nn.Linear(100, 100), pin=False)}
+    lowest = least(weights["prior"])
+    room = int(lowest + part * (weights["prior"].size - lowest))
+    cache = WeightCache(weights, CPU, MemoryMode("stream", room), uploader=LateUploader)
+    assert cache.streams("prior")
+    assert not cache.streams("other")
+    assert cache.memory.numel() <= room
+    watch_reads(prior, cache.uploader)
+    run = cache.wrap("prior", prior)
     generator = torch.Generator().manual_seed(1)
     for what in ("both", "both", "step", "other", "step", "both", "condition", "step", "other", "both", "fail", "both"):
         given = {"clip_text_pooled": torch.randn(1, 24, generator=generator)}
@@ -242,7 +246,7 @@ def test_streamed_blocks_have_their_weights(part: float) -> None:
             if what in ("both", "step"):
                 torch.testing.assert_close(run(x, time, expected), plain(x, time, expected))
             if what == "other":
-                home.use("other")
+                cache.use("other")
             if what == "fail":
                 hook = prior.up_blocks[0][3].register_forward_pre_hook(fail)
                 with pytest.raises(RuntimeError, match="as asked"):
@@ -257,25 +261,25 @@ def fail(*_: object) -> None:
 def test_copies_go_ahead_of_the_blocks() -> None:
     """All that a step needs has been asked for before its block runs, but for the first."""
     prior = make_prior()
-    packed = {"prior": Packed(prior, pin=False), "other": Packed(torch.nn.Linear(4, 4), pin=False)}
-    home = Arena(packed, CPU, Choice("stream", 0), lane=LateLane)
-    ring = home.turns["prior"].ring
-    run = home.on_turn("prior", prior)
+    weights = {"prior": HostWeights(prior, pin=False), "other": HostWeights(torch.nn.Linear(4, 4), pin=False)}
+    cache = WeightCache(weights, CPU, MemoryMode("stream", 0), uploader=LateUploader)
+    stream = cache.regions["prior"].stream
+    run = cache.wrap("prior", prior)
     given = {"clip_text_pooled": torch.randn(1, 24), "clip_text": torch.randn(1, 77, 32)}
     late: list[int] = []
     with torch.no_grad():
         conditions = run.condition(**given)
-        before = ring.before
+        before = stream.before
 
         def watched(block: int) -> None:
-            if ring.holds[block % len(ring.slots)] != block:
+            if stream.holds[block % len(stream.slots)] != block:
                 late.append(block)
             before(block)
 
-        ring.before = watched
+        stream.before = watched
         for _ in range(3):
             run(torch.randn(1, 16, 4, 4), torch.zeros(1), conditions)
-    assert len(ring.orders["forward"]) > len(ring.slots)
+    assert len(stream.orders["forward"]) > len(stream.slots)
     assert late == []
 
 
@@ -283,57 +287,59 @@ def test_copies_go_ahead_of_the_blocks() -> None:
 @given(
     calls=st.lists(
         st.tuples(
-            st.sampled_from(["use", "prefetch", "idle"]), st.lists(st.sampled_from("abcde"), min_size=1, max_size=3)
+            st.sampled_from(["use", "prefetch", "release"]), st.lists(st.sampled_from("abcde"), min_size=1, max_size=3)
         ),
         max_size=30,
     ),
     sizes=st.lists(st.integers(1, 9), min_size=5, max_size=5),
 )
 def test_in_any_order_each_finds_its_weights(calls: list[tuple[str, list[str]]], sizes: list[int]) -> None:
-    packed = {name: Packed(torch.nn.Linear(64, 8 * size), pin=False) for name, size in zip("abcde", sizes, strict=True)}
-    expected = {name: one.network.weight.detach().clone() for name, one in packed.items()}
-    home = Arena(packed, CPU, Choice("offload"), lane=LateLane)
-    assert home.memory.numel() == max(one.size for one in packed.values())
-    addresses = {name: one.network.weight.data_ptr() for name, one in packed.items()}
+    weights = {
+        name: HostWeights(torch.nn.Linear(64, 8 * size), pin=False) for name, size in zip("abcde", sizes, strict=True)
+    }
+    expected = {name: one.network.weight.detach().clone() for name, one in weights.items()}
+    cache = WeightCache(weights, CPU, MemoryMode("offload"), uploader=LateUploader)
+    assert cache.memory.numel() == max(one.size for one in weights.values())
+    addresses = {name: one.network.weight.data_ptr() for name, one in weights.items()}
     for call, names in calls:
         if call == "use":
-            home.use(names[0])
-            network = packed[names[0]].network
+            cache.use(names[0])
+            network = weights[names[0]].network
             assert torch.equal(network.weight, expected[names[0]])
             for tensor in network.parameters():
-                home.lane.read(tensor.data)
+                cache.uploader.read(tensor.data)
         elif call == "prefetch":
-            home.prefetch(*names)
+            cache.prefetch(*names)
         else:
-            home.idle()
-    assert {name: one.network.weight.data_ptr() for name, one in packed.items()} == addresses
+            cache.release()
+    assert {name: one.network.weight.data_ptr() for name, one in weights.items()} == addresses
 
 
 def test_what_has_room_beside_comes_early() -> None:
     """The next request's text encoder while the decoder runs, and of the prior what neither of them takes."""
     rows = {"text_encoder": 40, "prior": 200, "decoder": 80}
-    packed = {name: Packed(torch.nn.Linear(64, number, bias=False), pin=False) for name, number in rows.items()}
-    packed["prior"].blocks = packed["decoder"].blocks = [torch.nn.Identity()]  # begin at the start
-    home = Arena(packed, CPU, Choice("offload"), lane=LateLane)
-    home.use("decoder")
-    asked = len(home.lane.asked)
-    home.prefetch("text_encoder", "prior")
-    assert len(home.lane.asked) == asked + 2
-    home.use("text_encoder")
-    assert len(home.lane.asked) == asked + 2
-    home.use("prior")
-    assert len(home.lane.asked) == asked + 4  # where the decoder was, and where the text encoder was
+    weights = {name: HostWeights(torch.nn.Linear(64, number, bias=False), pin=False) for name, number in rows.items()}
+    weights["prior"].blocks = weights["decoder"].blocks = [torch.nn.Identity()]  # begin at the start
+    cache = WeightCache(weights, CPU, MemoryMode("offload"), uploader=LateUploader)
+    cache.use("decoder")
+    asked = len(cache.uploader.asked)
+    cache.prefetch("text_encoder", "prior")
+    assert len(cache.uploader.asked) == asked + 2
+    cache.use("text_encoder")
+    assert len(cache.uploader.asked) == asked + 2
+    cache.use("prior")
+    assert len(cache.uploader.asked) == asked + 4  # where the decoder was, and where the text encoder was
 
 
 @pytest.mark.parametrize("mode", ["offload", "stream", "tight"])
 def test_every_mode_makes_the_same_pictures(components: dict[str, Any], mode: str) -> None:
     """Text, images, masks, controls, previews and batches, one request after the other."""
-    packed = pack(components)
-    choice = {"offload": Choice("offload"), "stream": Choice("stream"), "tight": Choice("stream", 0)}[mode]
+    weights = pack(components)
+    choice = {"offload": MemoryMode("offload"), "stream": MemoryMode("stream"), "tight": MemoryMode("stream", 0)}[mode]
     resident = make_cascade(components, max_batch=2)
-    cascade = make_on_turns(components, choice, max_batch=2)
-    assert cascade.home.memory.numel() == arena_size(packed, choice)
-    assert cascade.home.streams("prior") == (mode != "offload")
+    cascade = make_cached(components, choice, max_batch=2)
+    assert cascade.runner.weights.memory.numel() == cache_size(weights, choice)
+    assert cascade.runner.weights.streams("prior") == (mode != "offload")
     image = resident.generate(Request("a dog", width=128, height=128, steps_prior=1, steps_decoder=1))[0]
     small = {"width": 128, "height": 128, "steps_prior": 2, "steps_decoder": 2}
     requests = [

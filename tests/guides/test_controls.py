@@ -8,9 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cascade import controls
-from cascade.networks.effnet import SemanticEncoder
-from tests.networks.test_encoders import SMALL
+from cascade.guides import controls
 
 sides = st.integers(1, 300)
 
@@ -122,16 +120,11 @@ def test_masks_that_do_not_fit(mask):
         controls.inpainting(torch.zeros(2, 3, 8, 9), mask)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_super_resolution(dtype):
-    """Every other pixel is encoded, and every latent serves four places."""
-    torch.manual_seed(0)
-    effnet, pixels = SemanticEncoder(**SMALL).eval().to(dtype), torch.rand(2, 3, 128, 192)
-    control = controls.super_resolution(effnet, pixels)
-    expected = effnet(pixels[:, :, ::2, ::2]).float().detach()
+def test_super_resolution() -> None:
+    """Every latent serves four places."""
+    latents = torch.rand(2, 6, 2, 3)
+    control = controls.super_resolution(latents)
     assert control.shape == (2, 6, 4, 6)
-    assert control.dtype == torch.float32
     for row in (0, 1):
         for column in (0, 1):
-            assert torch.equal(control[:, :, row::2, column::2], expected)
-    assert not control.requires_grad
+            assert torch.equal(control[:, :, row::2, column::2], latents)

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cascade.cascade import Cascade, Request
-from cascade.controls import Control
+from cascade.guides.controls import Control
+from cascade.guides.inpainting import SEAM, extend, latents_of, read_mask, set_into
 from cascade.images.colours import to_rgb
-from cascade.inpainting import SEAM, extend, latents_of, read_mask, set_into
 from cascade.limits import InputError
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from cascade.sizes import native_size, semantic_size
-from tests.test_cascade import photo, read
+from tests.test_pipeline import photo, read
 from tests.tiny import make_cascade
 
 QUICK = {"steps_prior": 2, "steps_decoder": 1}

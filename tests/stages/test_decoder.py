@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cascade import sizes
-from cascade.decoder import decode_pixels, decoder_steps, decoding_bytes, encode_pixels, tile_within
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import Noise, finish
+from cascade.stages.decoder import decoder_steps
+from cascade.stages.encoder import encode_pixels
+from cascade.stages.pixels import decode_pixels, decoding_bytes, tile_within
 from tests.tiny import count_calls
 
 SIZE = (16, 24)

@@ -1,6 +1,6 @@
-"""Has the GPU's kernels compiled before the first picture, many at a time.
+"""Compiles the GPU kernels before the first picture, many at a time.
 
-A kernel takes about half a second, and a model has some twenty; what was compiled once is kept in Triton's cache
+A kernel takes about half a second, and a model has some twenty. Triton keeps compiled kernels in its cache
 (TRITON_CACHE_DIR, else ~/.triton/cache).
 """
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 SIDE = 8  # pixels of what the blocks are tried on
 
 
-def warm_up(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
-    """Runs a block of every kind and width once, if the networks use the kernels.
+def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
+    """Run a block of every kind and width once, if the networks use Triton kernels.
 
     Calls `forward` directly, so streaming hooks do not run; weight values do not matter for compiling.
     """

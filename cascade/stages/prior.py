@@ -1,4 +1,4 @@
-"""Stage C, the prior: what a text says -> semantic latents, from which Stage B paints.
+"""Stage C, the prior: text embeddings -> semantic latents, from which Stage B makes decoder latents.
 
 Latents, noise and times are float32 whatever the network's dtype. What does not depend on the step is computed once.
 """
@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cascade.conditioning import TextEmbeddings
-from cascade.memory import UNet
+from cascade.networks.protocol import UNet
 from cascade.networks.unet import resize
-from cascade.sampling import Noise, Step, alpha_sigma, beside_zeros, diffuse, sample, with_guidance
+from cascade.sampling import Noise, Sample, Step, alpha_sigma, beside_zeros, diffuse, sample, with_guidance
+from cascade.stages.text import TextEmbeddings
 
 
 class Residuals(NamedTuple):
@@ -48,6 +48,7 @@ def prior_steps(
     start_shift: float | None = None,
     free: Tensor | None = None,
     controls: Sequence[Residuals] = (),
+    sample: Sample = sample,
 ) -> Iterator[Step]:
     """Sample semantic latents (B, 16, h, w), step by step; `sampling.finish` takes all steps. B: the seeds of `noise`.
 
@@ -68,6 +69,7 @@ def prior_steps(
         free: bool (1, 1, h, w): the latents that are made anew. The others are after every step those of `start`,
             noised to the time. None: all are made anew.
         controls: what ControlNets add; to both halves, as the authors have it.
+        sample: takes the steps.
 
     Raises:
         ValueError: an argument does not fit the others or lies outside of its range.

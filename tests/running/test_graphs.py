@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from cascade.graphs import OF_A_SIZE, SIZES, CaptureError, Function, GraphedUNet, Recorder
 from cascade.networks.unet import StableCascadeUNet
+from cascade.running.graphs import OF_A_SIZE, SIZES, CaptureError, Function, GraphCache, GraphedUNet
 from tests.conftest import make_decoder, make_prior, shuffle
 from tests.gpu.full_size import random_conditions
 
@@ -31,92 +31,92 @@ class Replay:
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> GraphCache:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    return Recorder(record=Replay, devices=("cpu",))
+    return GraphCache(capture=Replay, devices=("cpu",))
 
 
 def double(x: Tensor) -> Tensor:
     return 2 * x
 
 
-def recordings_made(recorder: Recorder, size: Any, kinds: Sequence[str]) -> int:
+def recordings_made(graphs: GraphCache, size: Any, kinds: Sequence[str]) -> int:
     """How many of these kinds of request at a size had to be recorded."""
-    before = len(recorder)
-    with recorder.of(size):
+    before = len(graphs)
+    with graphs.of(size):
         for kind in kinds:
             for batch in (1, 2):
-                assert torch.equal(recorder.run(kind, double, torch.ones(batch)), torch.full((batch,), 2.0))
-    return len(recorder) - before
+                assert torch.equal(graphs.run(kind, double, torch.ones(batch)), torch.full((batch,), 2.0))
+    return len(graphs) - before
 
 
-def test_graphs_of_eight_sizes_are_kept_whatever_kinds_of_request_there_are(recorder: Recorder) -> None:
+def test_graphs_of_eight_sizes_are_kept_whatever_kinds_of_request_there_are(graphs: GraphCache) -> None:
     kinds = ["prior", "decoder", "effnet", "controlnet", "condition"]
     for size in range(SIZES):
-        assert recordings_made(recorder, size, kinds) == 2 * len(kinds)
+        assert recordings_made(graphs, size, kinds) == 2 * len(kinds)
     for size in [*range(SIZES), *range(SIZES)]:  # aspect ratios in rotation
-        assert recordings_made(recorder, size, kinds) == 0
-    assert recorder.sizes == list(range(SIZES))
+        assert recordings_made(graphs, size, kinds) == 0
+    assert graphs.sizes == list(range(SIZES))
 
 
-def test_the_size_used_longest_ago_makes_room_for_the_ninth(recorder: Recorder) -> None:
+def test_the_size_used_longest_ago_makes_room_for_the_ninth(graphs: GraphCache) -> None:
     for size in range(SIZES):
-        recordings_made(recorder, size, ["prior", "decoder"])
-    recordings_made(recorder, 0, ["prior"])
-    with recorder.of(None):
-        recorder.run("text", double, torch.ones(1))
-    recordings_made(recorder, "ninth", ["prior"])
-    assert recorder.sizes == [*range(2, SIZES), 0, "ninth"]
-    before = len(recorder)
-    with recorder.of(3), recorder.of_no_size():
-        recorder.run("text", double, torch.ones(1))
-    assert len(recorder) == before, "what has no size is kept beside the sizes"
+        recordings_made(graphs, size, ["prior", "decoder"])
+    recordings_made(graphs, 0, ["prior"])
+    with graphs.of(None):
+        graphs.run("text", double, torch.ones(1))
+    recordings_made(graphs, "ninth", ["prior"])
+    assert graphs.sizes == [*range(2, SIZES), 0, "ninth"]
+    before = len(graphs)
+    with graphs.of(3), graphs.of_no_size():
+        graphs.run("text", double, torch.ones(1))
+    assert len(graphs) == before, "what has no size is kept beside the sizes"
 
 
-def test_graphs_of_one_size_are_bounded_too(recorder: Recorder) -> None:
+def test_graphs_of_one_size_are_bounded_too(graphs: GraphCache) -> None:
     for number in range(3 * OF_A_SIZE):
-        recordings_made(recorder, "size", [f"kind {number}"])
-    assert len(recorder) == OF_A_SIZE
+        recordings_made(graphs, "size", [f"kind {number}"])
+    assert len(graphs) == OF_A_SIZE
 
 
-def test_shapes_and_constants_tell_graphs_apart(recorder: Recorder) -> None:
+def test_shapes_and_constants_tell_graphs_apart(graphs: GraphCache) -> None:
     def add(x: Tensor, more: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
         return (x, *(one for one in more.values() if one is not None))
 
     one = torch.ones(1)
     for more in ({}, {"a": one}, {"a": None}, {"b": one}, {"a": one, "b": one}, {"a": one.double()}, {"a": one[None]}):
-        made = recorder.run_once("add", add, one, more)
+        made = graphs.run_copied("add", add, one, more)
         assert len(made) == 1 + sum(value is not None for value in more.values())
-    assert len(recorder) == 7
+    assert len(graphs) == 7
 
 
-def test_run_once_returns_what_stays(recorder: Recorder) -> None:
-    first = recorder.run_once("double", double, torch.ones(2))
-    passing = recorder.run("double", double, torch.ones(2))
-    recorder.run("double", double, torch.zeros(2))
+def test_run_copied_returns_what_stays(graphs: GraphCache) -> None:
+    first = graphs.run_copied("double", double, torch.ones(2))
+    passing = graphs.run("double", double, torch.ones(2))
+    graphs.run("double", double, torch.zeros(2))
     assert first.tolist() == [2, 2]
     assert passing.tolist() == [0, 0]
 
 
-def test_nothing_is_recorded_where_that_is_said(recorder: Recorder) -> None:
-    with recorder.of("size", records=False):
-        assert not recorder.records
-        recorder.run("double", double, torch.ones(1))
-        with recorder.of_no_size():
-            recorder.run("text", double, torch.ones(1))
-    assert recorder.records
-    assert len(recorder) == 0
-    assert len(Recorder()) == 0
-    Recorder().run("double", double, torch.ones(1))  # on a CPU
+def test_nothing_is_recorded_where_that_is_said(graphs: GraphCache) -> None:
+    with graphs.of("size", captures=False):
+        assert not graphs.captures
+        graphs.run("double", double, torch.ones(1))
+        with graphs.of_no_size():
+            graphs.run("text", double, torch.ones(1))
+    assert graphs.captures
+    assert len(graphs) == 0
+    assert len(GraphCache()) == 0
+    GraphCache().run("double", double, torch.ones(1))  # on a CPU
 
 
-def test_contexts_of_two_requests_that_take_turns(recorder: Recorder) -> None:
+def test_contexts_of_two_requests_that_take_turns(graphs: GraphCache) -> None:
     for _ in range(2):
-        recordings_made(recorder, "first", ["prior"])
-        recordings_made(recorder, "second", ["prior"])
-    assert recorder.sizes == ["first", "second"]
-    recorder.clear()
-    assert (recorder.sizes, len(recorder)) == ([], 0)
+        recordings_made(graphs, "first", ["prior"])
+        recordings_made(graphs, "second", ["prior"])
+    assert graphs.sizes == ["first", "second"]
+    graphs.clear()
+    assert (graphs.sizes, len(graphs)) == ([], 0)
 
 
 def test_what_cannot_be_captured_runs_plainly_and_is_logged_once(
@@ -131,13 +131,13 @@ def test_what_cannot_be_captured_runs_plainly_and_is_logged_once(
             raise CaptureError("AcceleratorError: CUDA error: operation not permitted when stream is capturing")
         return Replay(function, inputs, pool)
 
-    recorder = Recorder(record, devices=("cpu",))
+    graphs = GraphCache(record, devices=("cpu",))
     for batch in (1, 1, 2):
-        with recorder.of(batch):
-            assert recorder.run(("prior", "step"), double, torch.ones(batch)).tolist() == [2.0] * batch
+        with graphs.of(batch):
+            assert graphs.run(("prior", "step"), double, torch.ones(batch)).tolist() == [2.0] * batch
     assert len(tried) == 1
-    assert recorder.run("add", torch.add, torch.ones(1), torch.ones(1)).tolist() == [2.0]
-    assert len(recorder) == 1
+    assert graphs.run("add", torch.add, torch.ones(1), torch.ones(1)).tolist() == [2.0]
+    assert len(graphs) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "('prior', 'step') cannot be captured as a CUDA graph and runs without, more slowly. "
         "AcceleratorError: CUDA error: operation not permitted when stream is capturing"
@@ -155,28 +155,28 @@ def test_a_lack_of_memory_is_the_callers_business(error: BaseException, monkeypa
             raise errors.pop()
         return Replay(*given)
 
-    recorder = Recorder(record, devices=("cpu",))
+    graphs = GraphCache(record, devices=("cpu",))
     with pytest.raises(type(error)):
-        recorder.run("double", double, torch.ones(1))
-    recorder.run("double", double, torch.ones(1))
-    assert len(recorder) == 1
+        graphs.run("double", double, torch.ones(1))
+    graphs.run("double", double, torch.ones(1))
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("make", [make_prior, make_decoder])
-def test_a_graphed_network_is_the_network(recorder: Recorder, make: Any) -> None:
+def test_a_graphed_network_is_the_network(graphs: GraphCache, make: Any) -> None:
     """With all that can be given beside the sample, in turns: what one call leaves behind changes no other."""
     network: StableCascadeUNet = shuffle(make(), 1)
-    run = GraphedUNet(network, "unet", recorder)
+    run = GraphedUNet(network, "unet", graphs)
     width, channels = network.config.block_out_channels[0], network.config.in_channels
     torch.manual_seed(0)
     for side in (8, 12, 8):
         for batch in (1, 2):
             given = random_conditions(dict(network.config), (6, 6), batch)
             sample, ratio = torch.randn(batch, channels, side, side), torch.rand(batch)
-            with torch.no_grad(), recorder.of((side, side)):
+            with torch.no_grad(), graphs.of((side, side)):
                 expected = network.condition(**given, latent_size=(side, side))
                 conditions = run.condition(**given, latent_size=(side, side))
                 for residuals in (None, {0: torch.randn(batch, width, side, side)}):
                     out = run(sample, ratio, conditions, controlnet_residuals=residuals).clone()
                     assert torch.equal(out, network(sample, ratio, expected, controlnet_residuals=residuals))
-    assert recorder.sizes == [(12, 12), (8, 8)]
+    assert graphs.sizes == [(12, 12), (8, 8)]

@@ -17,9 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cascade import sizes
-from cascade.cascade import Cascade, Progress, Request, to_image, to_pixels
-from cascade.controls import Control
+from cascade.compat.diffusers import DiffusersCascade
+from cascade.guides.controls import Control
+from cascade.images.tensors import to_image, to_pixels
 from cascade.limits import InputError
+from cascade.pipeline import Cascade
+from cascade.progress import Progress
+from cascade.request import Request
 from cascade.sampling import Noise, diffuse
 from cascade.weights import CONTROLNETS, WeightsError
 from tests.tiny import count_calls, make_cascade
@@ -47,7 +51,7 @@ def test_loaded_from_a_folder_it_makes_pictures(model_folder: Path) -> None:
     cascade = Cascade.load(model_folder, device="cpu")
     assert cascade.prior.dtype == torch.float32
     assert cascade.device == torch.device("cpu")
-    assert cascade.conditioner.image_encoder is not None
+    assert cascade.image_prompts.encoder is not None
     images = cascade.generate(Request("a cat", num_images=2))
     assert [(image.size, image.mode) for image in images] == [((128, 128), "RGB")] * 2
     (preview,) = cascade.preview(torch.zeros(1, 16, 3, 4))
@@ -76,14 +80,14 @@ def test_optional_components_may_be_missing(model_folder: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="no previewer"):
         cascade.preview(torch.zeros(1, 16, 2, 2))
     for width, published in ((16, ()), (1536, WITHOUT_CONTROLNET), (2048, (*WITHOUT_CONTROLNET, "controlnet"))):
-        cascade.prior.register_to_config(block_out_channels=(width, width))
+        cascade.planner = replace(cascade.planner, width=width)
         for what, part, options in (
             ("no previewer, which previews need", "previewer", None),
             ("no semantic encoder, which reads images", "effnet", {"image": photo(64, 64)}),
             ("no image encoder, which image prompts need", "image-encoder", {"image_prompts": (photo(64, 64),)}),
             ("no controlnet_canny, which", "controlnet", {"controls": (Control("canny", photo(64, 64)),)}),
         ):
-            needs = cascade.check_previewer
+            needs = cascade.planner.check_previewer
             if options is not None:
                 needs = functools.partial(cascade.generate, Request("a cat", **options, **SMALL))
             with pytest.raises(ValueError, match=f"^This model has {what}.*; ") as caught:
@@ -139,7 +143,7 @@ def test_nothing_is_computed_for_what_cannot_be_made(
     components: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cascade = make_cascade({name: part for name, part in components.items() if name not in CONTROLNETS})
-    texts = count_calls(cascade.conditioner.text_encoder, monkeypatch)
+    texts = count_calls(cascade.text.encoder, monkeypatch)
     images = count_calls(cascade.effnet, monkeypatch)
     with pytest.raises(ValueError, match="no controlnet_canny"):
         cascade.generate(Request("a cat", image=photo(64, 64), controls=(Control("canny", photo(64, 64)),)))
@@ -164,7 +168,7 @@ def test_whoever_iterates_may_stop(cascade: Cascade, monkeypatch: pytest.MonkeyP
 
 
 def test_text_is_encoded_once(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = count_calls(cascade.conditioner.text_encoder, monkeypatch)
+    calls = count_calls(cascade.text.encoder, monkeypatch)
     cascade.generate(Request("a cat", num_images=6, **SMALL))
     assert calls == [2]
     cascade.generate(Request("a cat", guidance_scale_prior=1.0, guidance_scale_decoder=0.0, **SMALL))
@@ -220,7 +224,7 @@ def test_an_image_prompt_of_no_strength_says_nothing(cascade: Cascade) -> None:
 
 
 def test_images_are_encoded_once_a_request(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = count_calls(cascade.conditioner.image_encoder, monkeypatch)
+    prompts = count_calls(cascade.image_prompts.encoder, monkeypatch)
     sources = count_calls(cascade.effnet, monkeypatch)
     cascade.generate(
         Request("a cat", num_images=6, image=photo(64, 64), image_prompts=(photo(64, 64), photo(90, 40)), **SMALL)
@@ -251,8 +255,8 @@ def test_strength_0_is_a_reconstruction(cascade: Cascade) -> None:
 def test_the_notebook_noises_at_shift_1_what_it_samples_at_2(components: dict[str, Any]) -> None:
     """Image-to-image only; and there, what Stage C begins with is all that differs."""
     starts, pictures = {}, {}
-    for numerics in ("official", "notebook"):
-        cascade, seen = make_cascade(components, numerics=numerics), []
+    for numerics, shift in (("official", None), ("notebook", 1.0)):
+        cascade, seen = make_cascade(components, start_shift=shift), []
         cascade.prior.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0][:1]))
         cascade.generate(Request("a cat", image=photo(64, 64), prompt_strength=0.8, **SMALL))
         starts[numerics] = seen[0]
@@ -380,13 +384,13 @@ def test_pictures_and_pixels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("configured", "said", "numerics", "expected"),
+    ("configured", "said", "make", "expected"),
     [
-        (0.3764, 0.43, "official", 0.43),
-        (0.3764, 0.43, "diffusers", 0.3764),
-        (0.3764, None, "official", 0.3764),
-        (0.5, None, "official", 0.5),
-        (0.5, None, "diffusers", 0.5),
+        (0.3764, 0.43, Cascade, 0.43),
+        (0.3764, 0.43, DiffusersCascade, 0.3764),
+        (0.3764, None, Cascade, 0.3764),
+        (0.5, None, Cascade, 0.5),
+        (0.5, None, DiffusersCascade, 0.5),
     ],
 )
 def test_scale_of_stage_a(
@@ -394,11 +398,11 @@ def test_scale_of_stage_a(
     monkeypatch: pytest.MonkeyPatch,
     configured: float,
     said: float | None,
-    numerics: str,
+    make: type[Cascade],
     expected: float,
 ) -> None:
     """The model folder's, which corrects the published configuration; one of one's own may be what that has, too."""
-    cascade = make_cascade(components, numerics=numerics, stage_a_scale=said)
+    cascade = make_cascade(components, make, stage_a_scale=said)
     cascade.vqgan.register_to_config(scale_factor=configured)
     scales = []
     decode = cascade.vqgan.decode
@@ -502,8 +506,6 @@ def test_what_is_no_request(components: dict[str, Any], wrong: Any) -> None:
 
 
 def test_wrong_options_are_refused(components: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="numerics is 'comfy'; it must be one of official, notebook, diffusers"):
-        make_cascade(components, numerics="comfy")
     with pytest.raises(ValueError, match="max_batch is 0; it must be at least 1"):
         make_cascade(components, max_batch=0)
 
@@ -534,8 +536,12 @@ def test_whatever_memory_does_not_suffice_for_is_tried_again(
 ) -> None:
     cascade = make_cascade(components)
     expected = cascade.generate(everything())
-    owner = cascade.conditioner if part.endswith("encoder") else cascade
-    network = cascade.controlnets["canny"] if part == "controlnet_canny" else getattr(owner, part)
+    networks = {
+        "text_encoder": cascade.text.encoder,
+        "image_encoder": cascade.image_prompts.encoder,
+        "controlnet_canny": cascade.controlnets["canny"],
+    }
+    network = networks.get(part) or getattr(cascade, part)
     method = "decode" if part == "vqgan" else "forward"
     works, failures = getattr(network, method), []
 
@@ -573,7 +579,7 @@ def test_fewer_at_a_time_where_memory_does_not_suffice(
     """For later requests of this size, too; until more memory is free than when that was found out."""
     cascade = make_cascade(components)
     free = [2**30]
-    monkeypatch.setattr("cascade.cascade.usable", lambda _: free[0])
+    monkeypatch.setattr("cascade.running.runner.usable", lambda _: free[0])
     room = [1]
     batches: list[int] = []
 
@@ -610,7 +616,7 @@ def test_where_not_even_one_picture_fits_graphs_are_given_up(
     recorded: list[bool] = []
 
     def records() -> bool:
-        return cascade.conditioner.recorder.records
+        return cascade.runner.graphs.captures
 
     def forward(*_: object) -> None:
         recorded.append(records())
@@ -625,7 +631,7 @@ def test_where_not_even_one_picture_fits_graphs_are_given_up(
             "Out of memory with 1 picture at a time of 64x64: going on without CUDA graphs, more slowly."
         ]
     seen: list[bool] = []
-    with cascade.conditioner.text_encoder.register_forward_pre_hook(lambda *_: seen.append(records())):
+    with cascade.text.encoder.register_forward_pre_hook(lambda *_: seen.append(records())):
         cascade.generate(Request("a cat", **SMALL))
         cascade.generate(Request("a cat", **{**SMALL, "width": 72}))
         cascade.generate(Request("a cat", **SMALL))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.conditioning import Conditioner, TextEmbeddings
 from cascade.networks.unet import StableCascadeUNet
-from cascade.prior import Residuals, prior_steps, residuals_by_step, steps_taken
 from cascade.sampling import Noise, diffuse, finish
+from cascade.stages.prior import Residuals, prior_steps, residuals_by_step, steps_taken
+from cascade.stages.text import TextEmbeddings, TextEncoder
 from tests.tiny import count_calls
 
 SIZE = (3, 5)
@@ -23,8 +23,8 @@ def prior(components: dict[str, Any]) -> StableCascadeUNet:
 
 @pytest.fixture(scope="module")
 def texts(components: dict[str, Any]) -> tuple[TextEmbeddings, TextEmbeddings]:
-    conditioner = Conditioner(components["tokenizer"], components["text_encoder"])
-    return conditioner.encode_text(["a cat"]), conditioner.encode_text([""])
+    encoder = TextEncoder(components["tokenizer"], components["text_encoder"])
+    return encoder.encode(["a cat"]), encoder.encode([""])
 
 
 def make(prior: StableCascadeUNet, *texts: TextEmbeddings, seeds: tuple[int, ...] = (1,), **options: Any) -> Tensor:
@@ -75,7 +75,7 @@ def test_conditions_are_computed_once_for_both_halves(
 def test_texts_and_guidance_matter(
     prior: StableCascadeUNet, texts: tuple[TextEmbeddings, TextEmbeddings], components: dict[str, Any]
 ) -> None:
-    other = Conditioner(components["tokenizer"], components["text_encoder"]).encode_text(["fog"])
+    other = TextEncoder(components["tokenizer"], components["text_encoder"]).encode(["fog"])
     results = [
         make(prior, *texts),
         make(prior, other, texts[1]),

@@ -10,14 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cascade import controls, sizes
-from cascade.cascade import Cascade, Request, to_pixels
-from cascade.controls import Control
-from cascade.decoder import for_encoder
+from cascade import sizes
+from cascade.compat.diffusers import DiffusersCascade
+from cascade.guides import controls
+from cascade.guides.controls import Control
+from cascade.images.tensors import to_pixels
 from cascade.limits import InputError
 from cascade.networks.controlnet import KINDS
-from cascade.request import upscaling
-from tests.test_cascade import SMALL, photo, read
+from cascade.pipeline import Cascade
+from cascade.request import Request, upscaling
+from cascade.stages.encoder import for_encoder
+from tests.test_pipeline import SMALL, photo, read
 from tests.tiny import count_calls, make_cascade
 
 LARGER = {"width": 128, "height": 128, "steps_prior": 4, "steps_decoder": 1}
@@ -64,7 +67,8 @@ def test_a_controlnet_that_is_not_there(cascade: Cascade, kind: str) -> None:
 def vars_of(cascade: Cascade) -> dict[str, Any]:
     """The arguments that make the same Cascade again."""
     names = (
-        "conditioner",
+        "text",
+        "image_prompts",
         "prior",
         "decoder",
         "vqgan",
@@ -148,7 +152,7 @@ def test_the_inpainting_controlnet_is_used_where_it_is_there_and_fits(components
     (explicit,) = cascade.generate(Request("a cat", controls=(Control("inpainting", photo(128, 128)),), **asked))
     assert len(seen) == 2
     assert automatic.tobytes() == explicit.tobytes()
-    cascade.controlnets["inpainting"].register_to_config(out_channels=24)
+    cascade.planner = replace(cascade.planner, controlnets={"inpainting": 24})
     assert cascade.generate(Request("a cat", **asked))[0].tobytes() != automatic.tobytes()
     assert len(seen) == 2
 
@@ -207,14 +211,14 @@ def test_pictures_too_small_for_super_resolution(cascade: Cascade) -> None:
 def test_controlnets_of_another_stage_c(components: dict[str, Any]) -> None:
     """The published ones are those of the full Stage C, 2048 wide; its lite one has 1536."""
     cascade = make_cascade(components)
-    cascade.controlnets["canny"].register_to_config(out_channels=2048)
+    cascade.planner = replace(cascade.planner, controlnets={"canny": 2048})
     with pytest.raises(ValueError, match=r"^controlnet_canny was trained with a Stage C of width 2048; .* has 16\.$"):
         cascade.generate(request("canny"))
 
 
 def test_diffusers_numerics_have_none(components: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="diffusers' numerics have no ControlNet"):
-        make_cascade(components, numerics="diffusers").generate(request("canny"))
+        make_cascade(components, DiffusersCascade).generate(request("canny"))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""CUDA graphs: the kernels of a network's forward, captured once for inputs of some shapes and replayed without Python.
+"""CUDA graphs: a network's forward is captured once per input shape, and replayed without Python.
 
-A step of Stage C launches some 600 kernels. Launched one by one they take 34 ms on an H100, by a graph 17.
+A step of Stage C launches some 600 kernels: 34 ms one by one, 17 ms as a graph (H100).
 
-A graph belongs to a size of picture: a request sets it with `Recorder.of`. The graphs of the `SIZES` sizes used last are
-kept, whatever kinds of request there were; what depends on no size, such as text, is kept beside them.
+Graphs are kept by picture size, which a request sets with `GraphCache.of`: those of the `SIZES` sizes used last, and those
+that depend on no size, such as the text encoder's.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 Function = Callable[..., Any]
 
-# Sizes of picture whose graphs are kept; the one that was used least recently makes room.
+# Picture sizes whose graphs are kept. The least recently used one is dropped first.
 SIZES = 8
-# Graphs of one size: with 1 to 4 pictures at a time, guidance or not, and each kind of image input, some 20 are in use.
+# Graphs per size. With 1 to 4 pictures at a time, guidance or not, and each kind of image input, some 20 are in use.
 OF_A_SIZE = 32
 
 
-class Recording(Protocol):
-    """A function of tensors that can be replayed."""
+class Graph(Protocol):
+    """A captured function of tensors."""
 
     def replay(self, inputs: Sequence[Tensor]) -> Any: ...
 
@@ -50,7 +50,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class GraphRecording:
+class CapturedGraph:
     """A CUDA graph, with its inputs and outputs at their fixed places.
 
     Args:
@@ -126,67 +126,69 @@ def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int,
         healing.capture_end()
 
 
-class Recorder:
-    """Runs functions of tensors, and on a GPU records them as graphs, by a key and the tensors' shapes.
+class GraphCache:
+    """Runs functions of tensors; on a GPU, captures them as graphs by key and input shapes, and replays them.
 
-    The functions wait for nothing, and what they read besides their tensors stays where it is. The tensors that are given
-    are not changed in place between calls. All calls come from one stream of one device, the current one.
+    Functions must not wait for the GPU, and what they read besides their arguments must keep its addresses. Callers must
+    not change arguments in place between calls. All calls come from one stream of the current device.
 
     Args:
-        record: makes a recording of a function, its inputs and a pool of memory.
-        devices: the types of device on which functions are recorded.
+        capture: makes a graph of a function, its inputs and a memory pool.
+        devices: the device types on which functions are captured.
     """
 
     def __init__(
         self,
-        record: Callable[[Function, Sequence[Tensor], tuple[int, int]], Recording] = GraphRecording,
+        capture: Callable[[Function, Sequence[Tensor], tuple[int, int]], Graph] = CapturedGraph,
         devices: Sequence[str] = ("cuda",),
     ) -> None:
-        self._record = record
+        self._capture = capture
         self._devices = devices
-        # By size, None for what has no size, those used last at the end; then by key and shapes, likewise.
-        self._recordings: OrderedDict[Hashable, OrderedDict[Hashable, Recording]] = OrderedDict()
-        self._unrecordable: set[Hashable] = set()
-        # One memory for the intermediate results of all graphs: they are replayed one after the other.
+        # By size (None: no size), then by key and shapes; both with the most recently used at the end.
+        self._graphs: OrderedDict[Hashable, OrderedDict[Hashable, Graph]] = OrderedDict()
+        self._uncapturable: set[Hashable] = set()
+        # All graphs share one pool for intermediate results: they are replayed one after the other.
         self._pool: tuple[int, int] | None = None
         self._size: Hashable = None
-        self._records = True
+        self._captures = True
 
     @contextlib.contextmanager
-    def of(self, size: Hashable, records: bool = True) -> Iterator[None]:
-        """A context in which graphs belong to a size of picture, None: to no size.
+    def of(self, size: Hashable, captures: bool = True) -> Iterator[None]:
+        """A context in which graphs belong to a picture size.
 
-        records: whether functions are recorded. A graph keeps the memory of all that it computes; where that is short,
-            they run without.
+        Args:
+            size: any key; None: no size.
+            captures: whether to use graphs at all. A graph keeps the memory of all its intermediate results, so functions
+                run without where memory is short.
         """
-        before = self._size, self._records
-        self._size, self._records = size, records
+        before = self._size, self._captures
+        self._size, self._captures = size, captures
         try:
             yield
         finally:
-            self._size, self._records = before
+            self._size, self._captures = before
 
     @property
-    def records(self) -> bool:
-        """Whether functions are recorded, in the present context."""
-        return self._records
+    def captures(self) -> bool:
+        """Whether graphs are used in the present context."""
+        return self._captures
 
     def of_no_size(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which graphs belong to no size of picture: a text's are the same for all."""
-        return self.of(None, self._records)
+        """A context in which graphs belong to no picture size: the text encoder's are the same for all."""
+        return self.of(None, self._captures)
 
     @torch.no_grad()
     def run(self, key: Hashable, function: Function, *given: Any) -> Any:
-        """What `function(*given)` returns. The next call with this key and such arguments overwrites it.
+        """Return `function(*given)`. The next call with this key and these shapes overwrites the result.
 
-        A function that cannot be captured is run plainly, now and later.
+        A function that cannot be captured runs without a graph, now and later.
 
         Args:
-            key: names the function.
-            function: takes tensors, and tuples and dicts of them, and returns such. Two functions with a key do the same.
-            given: its arguments; in tuples and dicts, None and other constants may stand for a tensor.
+            key: names the function. All functions with one key must compute the same.
+            function: takes and returns tensors, or tuples and dicts of them.
+            given: its arguments. Tuples and dicts may hold None and other constants besides tensors.
         """
-        if not self._records or key in self._unrecordable:
+        if not self._captures or key in self._uncapturable:
             return function(*given)
         leaves, layout = tree_flatten(given)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -199,10 +201,10 @@ class Recorder:
             while len(of_size) >= OF_A_SIZE:
                 of_size.popitem(last=False)
             try:
-                of_size[whole_key] = self._record(_on_tensors(function, leaves, layout), tensors, self._memory())
+                of_size[whole_key] = self._capture(_on_tensors(function, leaves, layout), tensors, self._memory())
             except CaptureError as error:
                 self._pool = None
-                self._unrecordable.add(key)
+                self._uncapturable.add(key)
                 # As text: a log that keeps its records would keep the error's traceback, and so tensors.
                 why = str(error)
                 logger.warning("%s cannot be captured as a CUDA graph and runs without, more slowly. %s", key, why)
@@ -211,38 +213,38 @@ class Recorder:
         of_size.move_to_end(whole_key)
         return of_size[whole_key].replay(tensors)
 
-    def run_once(self, key: Hashable, function: Function, *given: Any) -> Any:
-        """As `run`, but returns copies, which later calls do not overwrite."""
+    def run_copied(self, key: Hashable, function: Function, *given: Any) -> Any:
+        """Like `run`, but returns copies that later calls do not overwrite."""
         return tree_map_only(Tensor, Tensor.clone, self.run(key, function, *given))
 
     def clear(self) -> None:
-        """Forget all graphs: their memory is needed."""
-        self._recordings.clear()
+        """Drop all graphs, and so their memory."""
+        self._graphs.clear()
         self._pool = None
 
     def __len__(self) -> int:
-        return sum(len(of_size) for of_size in self._recordings.values())
+        return sum(len(of_size) for of_size in self._graphs.values())
 
     @property
     def sizes(self) -> list[Hashable]:
-        """The sizes that have graphs, the one that was used last at the end."""
-        return [size for size, of_size in self._recordings.items() if of_size and size is not None]
+        """The picture sizes that have graphs, the most recently used at the end."""
+        return [size for size, of_size in self._graphs.items() if of_size and size is not None]
 
-    def _of_this_size(self) -> OrderedDict[Hashable, Recording]:
-        of_size = self._recordings.setdefault(self._size, OrderedDict())
-        self._recordings.move_to_end(self._size)
-        while sum(size is not None for size in self._recordings) > SIZES:
-            del self._recordings[next(size for size in self._recordings if size is not None)]
+    def _of_this_size(self) -> OrderedDict[Hashable, Graph]:
+        of_size = self._graphs.setdefault(self._size, OrderedDict())
+        self._graphs.move_to_end(self._size)
+        while sum(size is not None for size in self._graphs) > SIZES:
+            del self._graphs[next(size for size in self._graphs if size is not None)]
         return of_size
 
     def _memory(self) -> tuple[int, int]:
-        if self._pool is None or not len(self):  # torch gives the memory away with the last graph
+        if self._pool is None or not len(self):  # torch frees the pool with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
 
 
 def _on_tensors(function: Function, leaves: Sequence[Any], layout: TreeSpec) -> Function:
-    """The function of the tensors alone that stand among the leaves."""
+    """The function, of the tensors among the leaves alone."""
 
     def flattened(*tensors: Tensor) -> Any:
         following = iter(tensors)
@@ -253,18 +255,18 @@ def _on_tensors(function: Function, leaves: Sequence[Any], layout: TreeSpec) -> 
 
 
 class GraphedUNet:
-    """Stage B or C on a GPU, by graphs. Is called like the network, without gradients.
+    """Stage B or C, replayed as CUDA graphs. Called like the network, without gradients.
 
     Args:
-        network: what is run.
-        name: tells its graphs from those of other networks.
-        recorder: keeps them.
+        network: what runs.
+        name: of the network, a part of its graphs' keys.
+        graphs: captures and keeps them.
     """
 
-    def __init__(self, network: StableCascadeUNet, name: str, recorder: Recorder) -> None:
+    def __init__(self, network: StableCascadeUNet, name: str, graphs: GraphCache) -> None:
         self.network = network
         self.name = name
-        self.recorder = recorder
+        self.graphs = graphs
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -279,7 +281,7 @@ class GraphedUNet:
             return self.network.condition(**given, latent_size=latent_size)
 
         given = {"clip_text_pooled": clip_text_pooled, **given}
-        return self.recorder.run_once((self.name, "condition", latent_size), work, given)
+        return self.graphs.run_copied((self.name, "condition", latent_size), work, given)
 
     def __call__(
         self,
@@ -295,4 +297,4 @@ class GraphedUNet:
             return self.network(sample, ratio, conditions, controlnet_residuals=residuals)
 
         residuals = dict(controlnet_residuals or {})
-        return self.recorder.run((self.name, "step"), work, sample, timestep_ratio, conditions, residuals)
+        return self.graphs.run((self.name, "step"), work, sample, timestep_ratio, conditions, residuals)

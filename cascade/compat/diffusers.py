@@ -1,0 +1,102 @@
+"""The pictures of the two Stable Cascade pipelines that diffusers has frozen, chained. docs/comparison.md says in what they
+differ from the authors'."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cascade import sizes
+from cascade.guides.controls import Control
+from cascade.pipeline import Cascade
+from cascade.plan import Planner
+from cascade.request import Request
+from cascade.sampling import Step, alpha_sigma, log_snr
+from cascade.weights import StageSettings
+
+# diffusers derives Stage B's size from the semantic one with this factor.
+FACTOR = 10.67
+
+
+class DiffusersPlanner(Planner):
+    """diffusers' sizes. It has text-to-image and image prompts alone."""
+
+    def check_networks(self, request: Request, controls: Sequence[Control], size: sizes.Size) -> None:
+        if request.sampler != "ddpm":
+            raise ValueError(f"sampler is {request.sampler!r}; diffusers' numerics have 'ddpm' only.")
+        if request.image is not None:
+            raise ValueError("There is an image to begin with; diffusers' numerics have no image-to-image.")
+        if controls:
+            raise ValueError("There are controls; diffusers' numerics have no ControlNet.")
+        super().check_networks(request, controls, size)
+
+    def latent_sizes(self, size: sizes.Size) -> tuple[sizes.Size, sizes.Size, sizes.Size]:
+        """Stage B's latents are 10.67 times the semantic ones, and pictures as large as that makes them."""
+        semantic = sizes.semantic_size(*size)
+        decoder = decoder_size(semantic)
+        height, width = (side * sizes.STAGE_A_FACTOR for side in decoder)
+        return semantic, decoder, (height, width)
+
+
+def decoder_size(semantic: sizes.Size) -> sizes.Size:
+    """Stage B's latents as diffusers derives them from the semantic size.
+
+    Raises:
+        ValueError: a side is odd, which Stage B can't take; diffusers fails there too.
+    """
+    height, width = (int(side * FACTOR) for side in semantic)
+    if height % 2 or width % 2:
+        raise ValueError(
+            f"In diffusers' numerics, {semantic[0]}x{semantic[1]} semantic latents make {height}x{width} decoder "
+            "latents; both sides must be even."
+        )
+    return height, width
+
+
+def posterior_step(x: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
+    """One step of diffusers' DDPMWuerstchenScheduler: the mean of q(x_next | x, x0) (Ho et al., arXiv 2006.11239, eq. 11).
+
+    Equal to `sampling.ddpm_step` but for rounding; arguments as there.
+    """
+    remaining, next_remaining = torch.sigmoid(log_snr), torch.sigmoid(next_log_snr)
+    ratio = remaining / next_remaining
+    mean = (x - (1 - ratio) / (1 - remaining).sqrt() * eps) / ratio.sqrt()
+    return mean + ((1 - ratio) * (1 - next_remaining) / (1 - remaining)).sqrt() * noise
+
+
+def sample(
+    model: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    *,
+    steps: int,
+    shift: float,
+    noise: Callable[[int], Tensor],
+    **_: Any,
+) -> Iterator[Step]:
+    """`sampling.sample` as diffusers' scheduler does it: the model is told the time itself, not the one that belongs to the
+    clamped and shifted logSNR, and the last step adds no noise."""
+    times = torch.linspace(1, 0, steps + 1)
+    log_snrs = log_snr(times, shift)
+    for index in range(steps):
+        eps = model(x, times[index].to(x.device).expand(x.shape[0])).float()
+        alpha, sigma = alpha_sigma(log_snrs[index])
+        drawn = noise(index).to(x)
+        added = drawn if index < steps - 1 else torch.zeros_like(x)
+        x0 = (x - sigma * eps) / alpha
+        x = posterior_step(x, eps, log_snrs[index], log_snrs[index + 1], added)
+        yield Step(index, steps, x, x0, times[index].item())
+
+
+class DiffusersCascade(Cascade):
+    """A `Cascade` with diffusers' numerics: no shift, no rescale, no guidance in Stage B unless it is asked for, and Stage A's
+    scale as its configuration says, which is wrong in the published one."""
+
+    planner_class = DiffusersPlanner
+    sample = staticmethod(sample)
+
+    def __init__(self, *parts: Any, defaults: Mapping[str, StageSettings], **options: Any) -> None:
+        plain = {stage: replace(settings, shift=1.0, rescale=0.0) for stage, settings in defaults.items()}
+        plain["decoder"] = replace(plain["decoder"], guidance=0.0)
+        super().__init__(*parts, defaults=plain, **{**options, "stage_a_scale": None})

@@ -1,0 +1,41 @@
+"""Image prompts: images become embeddings that Stage C sees beside those of the text."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+from cascade.stages.text import Run, directly
+
+
+class ImagePromptEncoder:
+    """CLIP's vision tower.
+
+    Args:
+        processor: crops, resizes and normalises.
+        encoder: CLIP ViT-L/14 in the published model.
+    """
+
+    def __init__(self, processor: CLIPImageProcessorPil, encoder: CLIPVisionModelWithProjection) -> None:
+        self.processor = processor
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image.Image], run: Run = directly) -> Tensor:
+        """Encode images of any size and mode.
+
+        Args:
+            images: B images.
+            run: runs the network.
+
+        Returns:
+            (B, 1, D), one token an image, in the encoder's dtype and on its device. D is 768 in the published model.
+        """
+        pixels = self.processor(list(images), return_tensors="pt").pixel_values
+        (embeddings,) = run(self._encode, pixels.to(self.encoder.device, self.encoder.dtype))
+        return embeddings
+
+    def _encode(self, pixels: Tensor) -> tuple[Tensor]:
+        return (self.encoder(pixels).image_embeds.unsqueeze(1),)

@@ -1,0 +1,90 @@
+"""A model folder becomes the networks of a `Cascade`, each where the memory mode wants it."""
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+
+from cascade import kernels
+from cascade.running.cache import ResidentWeights, WeightCache
+from cascade.running.packing import HostWeights
+from cascade.running.placement import ALWAYS, GIB, MemoryMode, available, choose_memory
+from cascade.running.precompile import precompile
+from cascade.weights import CONTROLNETS, NEEDED, NETWORKS, ModelFolder
+
+logger = logging.getLogger(__name__)
+
+OPTIONAL = ("feature_extractor", "image_encoder", "effnet", "previewer", *CONTROLNETS)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """What a model folder holds.
+
+    Attributes:
+        folder: the opened folder.
+        parts: tokenizer, networks and image processor, by name.
+        weights: where the networks' weights are.
+    """
+
+    folder: ModelFolder
+    parts: dict[str, Any]
+    weights: ResidentWeights
+
+
+def load_parts(
+    folder: str | PathLike[str], device: torch.device, dtype: torch.dtype, memory: str, lite: Collection[str]
+) -> Loaded:
+    """Read a model folder. The device is the current one.
+
+    Args: see `Cascade.load`.
+
+    Raises:
+        WeightsError: something is missing from the folder, or damaged.
+        SettingError: there is no such memory mode.
+    """
+    opened = ModelFolder.open(folder, lite=lite)
+    opened.require()
+    names = (*NEEDED, *(name for name in OPTIONAL if name in opened))
+    mode = _memory_mode(memory, opened, names, device, dtype)
+    parts, waiting, seconds = {}, {}, {}
+    for name in names:
+        start = time.perf_counter()
+        waits = mode.name != "resident" and name in NETWORKS and name not in ALWAYS
+        parts[name] = opened.load_component(name, device="cpu" if waits else device, dtype=dtype)
+        if name in ("prior", "decoder", "vqgan"):
+            parts[name].use_kernels(kernels.choose(device, dtype).name)
+        if waits:
+            waiting[name] = HostWeights(parts[name], pin=True)
+        seconds[name] = time.perf_counter() - start
+    weights = WeightCache(waiting, device, mode) if waiting else ResidentWeights(device)
+    if device.type == "cuda":
+        precompile([parts["prior"], parts["decoder"]], parts["vqgan"])
+    logger.info("Seconds to load: %s.", ", ".join(f"{name} {taken:.2f}" for name, taken in seconds.items()))
+    return Loaded(opened, parts, weights)
+
+
+def _memory_mode(
+    memory: str, opened: ModelFolder, names: Collection[str], device: torch.device, dtype: torch.dtype
+) -> MemoryMode:
+    """The memory mode for a model folder. Logs why."""
+    sizes = {name: opened.size(name, dtype) for name in names if name in NETWORKS}
+    if device.type != "cuda":
+        choose_memory(memory, sizes, 0, dtype.itemsize)  # refuses unknown modes
+        return MemoryMode("resident")
+    free = available(device)
+    mode = choose_memory(memory, sizes, free, dtype.itemsize)
+    total, largest = (number(sizes.values()) / GIB for number in (sum, max))
+    logger.info(
+        "Memory: %s, for %s: the networks have %.2f GiB, the largest %.2f GiB; of the GPU %.2f GiB are free.",
+        mode.name,
+        memory,
+        total,
+        largest,
+        free / GIB,
+    )
+    return mode

@@ -1,0 +1,508 @@
+"""The whole of Stable Cascade: a `Request` becomes a plan, and then, by Stages C, B and A, pictures.
+
+Knows which stage follows which. How a stage works is in `stages`, what steers Stage C in `guides`, what a request leaves open
+in `plan`, and where weights are and what happens when memory is short in `running`.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from os import PathLike
+from types import MappingProxyType
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade import sampling, sizes
+from cascade.guides.controlnets import ControlNets
+from cascade.guides.image_prompts import ImagePromptEncoder
+from cascade.guides.inpainting import latents_of, set_into
+from cascade.images.colours import to_rgb
+from cascade.images.tensors import fitted, to_image, to_pixels
+from cascade.limits import InputError
+from cascade.loading import load_parts
+from cascade.networks.controlnet import ControlNet
+from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.previewer import Previewer
+from cascade.networks.stage_a import StageA
+from cascade.networks.unet import StableCascadeUNet
+from cascade.plan import Plan, Planner, check_alike, check_request
+from cascade.progress import Count, Progress
+from cascade.request import Request
+from cascade.running.cache import ResidentWeights
+from cascade.running.device import choose_device, current
+from cascade.running.runner import Job, Runner
+from cascade.sampling import Noise, Sample, Step, finish
+from cascade.stages.decoder import decoder_steps
+from cascade.stages.encoder import encode_pixels
+from cascade.stages.pixels import decode_pixels, decoding_bytes, tile_within
+from cascade.stages.prior import Residuals, prior_steps
+from cascade.stages.text import TextEmbeddings, TextEncoder
+from cascade.weights import CONTROLNETS, StageSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Embeddings of prompts and negative prompts; of one row if they are the same for all pictures. No negatives without
+    guidance."""
+
+    prompt: TextEmbeddings
+    negative: TextEmbeddings | None
+
+    @property
+    def negative_pooled(self) -> Tensor | None:
+        return None if self.negative is None else self.negative.pooled
+
+
+@dataclass(eq=False)
+class Given:
+    """What the steps of a plan are given, computed once.
+
+    Attributes:
+        texts: one a request, each of one row.
+        image_prompts: (1, N, D), times their strengths.
+        start: semantic latents, float32 (1, 16, h, w), of the start image.
+        free: bool (1, 1, h, w), the latents that are made anew; None: all.
+        residuals: what the ControlNets add.
+    """
+
+    texts: list[Texts] = field(default_factory=list)
+    image_prompts: Tensor | None = None
+    start: Tensor | None = None
+    free: Tensor | None = None
+    residuals: list[Residuals] = field(default_factory=list)
+
+    def texts_of(self, places: Sequence[int]) -> Texts:
+        """Those of the requests at these places, one row each."""
+        if len(set(places)) == 1:
+            return self.texts[places[0]]
+        negatives = [self.texts[place].negative for place in places]
+        return Texts(
+            _stacked([self.texts[place].prompt for place in places]),
+            None if negatives[0] is None else _stacked(negatives),
+        )
+
+    def with_known(self, latents: Tensor) -> Tensor:
+        """Semantic latents, those of the start image where nothing is made anew."""
+        return latents if self.free is None else torch.where(self.free, latents, self.start)
+
+
+class Cascade:
+    """Stable Cascade, loaded. Use `load`.
+
+    Args:
+        text: encodes prompts.
+        prior, decoder, vqgan: Stages C, B and A.
+        image_prompts: encodes image prompts; None: requests with image prompts fail.
+        effnet: the semantic encoder; None: `encode`, and requests with an image, fail.
+        previewer: makes small pictures of semantic latents; None: `preview` fails.
+        controlnets: by the kind of controls that they read; requests with another kind fail.
+        defaults: the settings of the stages "prior" and "decoder" where a request leaves them open.
+        native_size: pixels, the edge of the square that is made when a request names no size.
+        stage_a_scale: factor on Stage A's latents; None: the one in its configuration.
+        start_shift: of the schedule by which a start image is noised; None: Stage C's. The authors' notebook for
+            image-to-image has 1, and samples at 2.
+        max_batch: how many pictures are made at a time; fewer if memory does not suffice. It does not change the pictures.
+        weights: where the networks' weights are; None: all stay on the device.
+    """
+
+    # A subclass may plan and sample in another way: see `compat`.
+    planner_class: type[Planner] = Planner
+    sample: Sample = staticmethod(sampling.sample)
+
+    def __init__(
+        self,
+        text: TextEncoder,
+        prior: StableCascadeUNet,
+        decoder: StableCascadeUNet,
+        vqgan: StageA,
+        image_prompts: ImagePromptEncoder | None = None,
+        effnet: SemanticEncoder | None = None,
+        previewer: Previewer | None = None,
+        controlnets: Mapping[str, ControlNet] = MappingProxyType({}),
+        *,
+        defaults: Mapping[str, StageSettings],
+        native_size: int,
+        stage_a_scale: float | None = None,
+        start_shift: float | None = None,
+        max_batch: int = 4,
+        weights: ResidentWeights | None = None,
+    ) -> None:
+        if max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch}; it must be at least 1.")
+        self.text = text
+        self.prior = prior
+        self.decoder = decoder
+        self.vqgan = vqgan
+        self.image_prompts = image_prompts
+        self.effnet = effnet
+        self.previewer = previewer
+        self.controlnets = controlnets
+        self.defaults = defaults
+        self.native_size = native_size
+        self.stage_a_scale = stage_a_scale
+        self.start_shift = start_shift
+        self.max_batch = max_batch
+        # Asking a network takes 6 ms: diffusers looks through all its layers.
+        self.device = prior.device
+        self.planner = self.planner_class(
+            defaults=defaults,
+            native_size=native_size,
+            width=prior.config.block_out_channels[0],
+            image_encoder=image_prompts is not None,
+            effnet=effnet is not None,
+            previewer=previewer is not None,
+            controlnets={kind: network.config.out_channels for kind, network in controlnets.items()},
+        )
+        self.runner = Runner(self.device, weights, max_batch)
+        self._prior = self.runner.unet("prior", prior)
+        self._decoder = self.runner.unet("decoder", decoder)
+        self._controlnets = ControlNets(controlnets, self._encode_image, self.runner)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | PathLike[str],
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        *,
+        lite: Collection[str] = (),
+        start_shift: float | None = None,
+        max_batch: int = 4,
+        memory: str = "auto",
+        log_prompts: bool = True,
+    ) -> "Cascade":
+        """Read a model folder, or the folder that holds the two published repositories.
+
+        Args:
+            folder: the directory.
+            device, dtype: where the networks run and in which dtype; None: what suits the machine, see
+                `running.device.choose_device`.
+            lite: the stages, of "prior" and "decoder", whose lite network is taken from the published repositories.
+            start_shift, max_batch: see the class.
+            memory: "resident", "offload" or "stream", see `running.placement`; "auto" chooses by the networks' sizes and
+                the GPU's free memory. On a CPU all are resident.
+            log_prompts: whether log lines may quote prompts.
+
+        Raises:
+            WeightsError: something is missing from the folder, or damaged.
+            SettingError: there is no such device, dtype or memory mode.
+        """
+        device, dtype, reason = choose_device(device, dtype)
+        logger.info("Device: %s in %s; %s.", device, str(dtype).removeprefix("torch."), reason)
+        with current(device):
+            loaded = load_parts(folder, device, dtype, memory, lite)
+            parts = loaded.parts
+            images = parts.get("feature_extractor"), parts.get("image_encoder")
+            return cls(
+                TextEncoder(parts["tokenizer"], parts["text_encoder"], log_prompts=log_prompts),
+                parts["prior"],
+                parts["decoder"],
+                parts["vqgan"],
+                None if None in images else ImagePromptEncoder(*images),
+                parts.get("effnet"),
+                parts.get("previewer"),
+                {name.removeprefix("controlnet_"): parts[name] for name in CONTROLNETS if name in parts},
+                defaults=loaded.folder.sampler,
+                native_size=loaded.folder.native_size,
+                stage_a_scale=loaded.folder.stage_a_scale,
+                start_shift=start_shift,
+                max_batch=max_batch,
+                weights=loaded.weights,
+            )
+
+    # ---- what callers use ----
+
+    def generate(self, request: Request, on_progress: Callable[[Progress], None] | None = None) -> list[Image.Image]:
+        """Make all pictures of a request.
+
+        Args:
+            request: what to make.
+            on_progress: called after every piece of work; an exception from it ends the generation.
+
+        Returns:
+            `num_images` RGB pictures.
+
+        Raises:
+            ValueError, RuntimeError: as `steps`.
+        """
+        return list(_images(self.steps(request), on_progress))
+
+    def batch(
+        self, requests: Iterable[Request], on_progress: Callable[[Progress], None] | None = None
+    ) -> list[list[Image.Image]]:
+        """Make the pictures of several prompts together, `max_batch` at a time; `generate` makes the same of each alone.
+
+        Args:
+            requests: equal in all but prompt, negative_prompt, seed and num_images.
+            on_progress: as in `generate`; it counts the work of all requests.
+
+        Returns:
+            For each request, in order, `num_images` RGB pictures.
+
+        Raises:
+            InputError: a request differs from the first in something else, or something is no `Request`.
+            ValueError, RuntimeError: as `steps`.
+        """
+        if isinstance(requests, Request):
+            raise InputError("requests is one Request; it must be a list of them.")
+        requests = tuple(requests)
+        check_alike(requests)
+        images = iter(list(_images(self._steps(requests), on_progress)) if requests else ())
+        return [list(itertools.islice(images, request.num_images)) for request in requests]
+
+    def steps(self, request: Request) -> Generator[Progress, None, None]:
+        """`generate`, step by step. The caller may stop at any step.
+
+        Raises:
+            InputError: the request is no `Request`.
+            ValueError: the model lacks a network that the request needs.
+            RuntimeError: memory does not suffice for one picture (`running.errors.is_out_of_memory`); or the stages'
+                latents are not finite.
+        """
+        check_request("request", request)
+        yield from self._steps((request,))
+
+    def encode(self, image: Image.Image) -> Tensor:
+        """The semantic latents, float32 (1, 16, h, w), of a picture with sides from 64 to 2048 pixels.
+
+        Raises:
+            ValueError: the picture is too small or too large, or this model has no semantic encoder.
+        """
+        self.planner.check_encoder()
+        with self.runner.at((image.height, image.width)):
+            return self.runner.with_room(lambda: self._encode_image(image))
+
+    def reconstruct(self, image: Image.Image, seed: int = 0, prompt: str = "") -> Image.Image:
+        """A picture, squeezed into semantic latents and made again of these by Stages B and A.
+
+        Args:
+            image: sides from 64 to 2048 pixels.
+            seed: of Stage B's noise.
+            prompt: tells Stage B what the picture shows.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        semantic = self.encode(image)
+        plan = self.planner.plan((Request(prompt, seed=seed, width=image.width, height=image.height),))
+
+        def pixels() -> Tensor:
+            texts = self._encode_text(plan.request, guided=plan.decoder.guidance > 1)
+            latents = finish(self._decoder_steps(plan, semantic, texts, Noise([seed], self.device)))
+            (made,) = self._pixels(semantic, latents)
+            return made
+
+        with self.runner.at(plan.size):
+            return to_image(sizes.crop(self.runner.with_room(pixels), *plan.canvas))
+
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Small pictures, 8 pixels a semantic latent, of semantic latents (B, 16, h, w).
+
+        Raises:
+            ValueError: this model has no previewer.
+        """
+        self.planner.check_previewer()
+
+        @torch.no_grad()
+        def pixels() -> Tensor:
+            return self.previewer(latents.to(self.previewer.dtype)).float().clamp(0, 1)
+
+        with current(self.device):
+            return [to_image(one) for one in self.runner.with_room(pixels)]
+
+    # ---- the story ----
+
+    def _steps(self, requests: tuple[Request, ...]) -> Iterator[Progress]:
+        plan = self.planner.plan(requests)
+        job = self.runner.job(plan.size)
+        yield from job.iterate(self._work(plan, job))
+
+    def _work(self, plan: Plan, job: Job) -> Generator[Progress, None, None]:
+        """All of a plan: its inputs, once; then its pictures, in as many batches as memory demands."""
+        pictures, given, count = len(plan.pictures), Given(), Count()
+        inputs = self._inputs(plan, given)
+
+        def left(pictures: int) -> int:
+            return pictures + plan.steps * -(-pictures // job.at_once(pictures))
+
+        def encode(first: int, last: int) -> Iterator[Progress]:
+            count.expect(len(inputs) - first + left(pictures))
+            for stage, compute in inputs[first:last]:
+                compute()
+                yield count.did(stage)
+
+        def make(first: int, last: int) -> Iterator[Progress]:
+            count.expect(left(pictures - first))
+            return self._batch(plan, given, first, last, count)
+
+        yield from job.in_parts(
+            len(inputs), encode, most=1, finished=lambda _: True, name=lambda _: "the inputs of a picture"
+        )
+        self.runner.prefetch("prior")
+        yield from job.in_parts(
+            pictures,
+            make,
+            most=self.max_batch,
+            finished=lambda progress: progress.image is not None,
+            name=lambda number: f"{number} picture{'s' * (number > 1)} at a time",
+        )
+
+    def _inputs(self, plan: Plan, given: Given) -> list[tuple[str, Callable[[], None]]]:
+        """What is encoded once a plan: its stage, see `Progress`, and a function that puts it into `given`."""
+        request = plan.request
+
+        def text(one: Request) -> None:
+            given.texts.append(self._encode_text(one, guided=plan.guided))
+
+        def image_prompts() -> None:
+            given.image_prompts = self._encode_image_prompts(request)
+
+        def start() -> None:
+            given.start = self._encode_image(fitted(request.image, *plan.size))
+            if plan.mask is not None:
+                given.free = latents_of(plan.mask, plan.semantic_size).to(self.device)
+
+        def control(index: int) -> None:
+            given.residuals.append(self._controlnets.residuals(plan.controls[index], plan.size, plan.mask))
+
+        inputs = [("text", partial(text, one)) for one in plan.requests]
+        if request.image_prompts:
+            inputs.append(("input_images", image_prompts))
+        if request.image is not None:
+            inputs.append(("input_images", start))
+        return [*inputs, *(("input_images", partial(control, index)) for index in range(len(plan.controls)))]
+
+    def _batch(self, plan: Plan, given: Given, first: int, last: int, count: Count) -> Iterator[Progress]:
+        """Make the pictures from `first` to before `last` together: noise, Stage C, Stage B, Stage A."""
+        places, seeds = zip(*plan.pictures[first:last], strict=True)
+        texts, noise = given.texts_of(places), Noise(seeds, self.device)
+
+        if plan.strength == 0:
+            semantic = given.start.expand(len(noise), -1, -1, -1)
+        else:
+            steps = self._prior_steps(plan, given, texts, noise)
+            semantic = yield from _taken("prior", steps, count, given.with_known)
+
+        steps = self._decoder_steps(plan, semantic, texts, noise)
+        # After the last batch, the next request's text is likely to come first.
+        upcoming = ("prior",) if last < len(plan.pictures) else ("text_encoder", "prior")
+        self.runner.prefetch(*upcoming)
+        latents = yield from _taken("decoder", steps, count)
+        self.runner.release()
+        self.runner.prefetch(*upcoming)
+
+        for pixels in self._pixels(semantic, latents):
+            image = to_image(sizes.crop(pixels, *plan.canvas))
+            if plan.mask is not None:
+                image = set_into(to_rgb(plan.request.image), image, plan.mask)
+            yield count.did("image", image=image)
+
+    # ---- its parts ----
+
+    def _encode_text(self, request: Request, *, guided: bool) -> Texts:
+        """Both prompts in one forward."""
+        prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
+        run = partial(self.runner.run_for_any_size, "text_encoder")
+        both = self.text.encode(prompts, run)
+        prompt, *negative = (
+            TextEmbeddings(*row) for row in zip(both.tokens.split(1), both.pooled.split(1), strict=True)
+        )
+        return Texts(prompt, negative[0] if negative else None)
+
+    def _encode_image_prompts(self, request: Request) -> Tensor:
+        """(1, N, D), times their strengths."""
+        images = [to_rgb(image) for image in request.image_prompts]
+        embeddings = self.image_prompts.encode(images, partial(self.runner.run_for_any_size, "image_encoder"))
+        strengths = request.image_prompt_strengths or (1.0,) * len(images)
+        return embeddings.transpose(0, 1) * embeddings.new_tensor(strengths).view(1, -1, 1)
+
+    def _encode_image(self, image: Image.Image) -> Tensor:
+        """The semantic latents, float32 (1, 16, h, w), of a picture."""
+        return encode_pixels(partial(self.runner.run, "effnet", self.effnet), to_pixels(image, self.device))
+
+    def _prior_steps(self, plan: Plan, given: Given, texts: Texts, noise: Noise) -> Iterator[Step]:
+        return prior_steps(
+            self._prior,
+            texts.prompt,
+            texts.negative,
+            size=plan.semantic_size,
+            noise=noise,
+            sampler=plan.request.sampler,
+            image=given.image_prompts,
+            start=given.start,
+            strength=plan.strength,
+            start_shift=self.start_shift,
+            free=given.free,
+            controls=given.residuals,
+            sample=self.sample,
+            **vars(plan.prior),
+        )
+
+    def _decoder_steps(self, plan: Plan, semantic: Tensor, texts: Texts, noise: Noise) -> Iterator[Step]:
+        return decoder_steps(
+            self._decoder,
+            semantic,
+            texts.prompt.pooled,
+            texts.negative_pooled,
+            size=plan.decoder_size,
+            noise=noise,
+            sampler=plan.request.sampler,
+            sample=self.sample,
+            **vars(plan.decoder),
+        )
+
+    def _pixels(self, semantic: Tensor, latents: Tensor) -> Iterator[Tensor]:
+        """Stage A: pictures (3, H, W) in 0..1 of Stage B's latents, in tiles where memory is short.
+
+        Raises:
+            RuntimeError: the latents of a stage are not finite.
+        """
+        finite = torch.stack([semantic.isfinite().all(), latents.isfinite().all()])
+        size = latents.shape[-2:]
+        tile = tile_within(self.vqgan, *size, self.runner.workspace(decoding_bytes(self.vqgan, *size)))
+        for number, pixels in enumerate(decode_pixels(self.vqgan, latents, self.stage_a_scale, tile)):
+            if number == 0:  # asked for only now that the GPU has more to do, because asking waits for it
+                self._check_finite(finite.tolist())
+            yield pixels
+
+    def _check_finite(self, finite: Sequence[bool]) -> None:
+        for stage, network, fine in zip("CB", (self.prior, self.decoder), finite, strict=True):
+            if not fine:
+                dtype = str(network.dtype).removeprefix("torch.")
+                raise RuntimeError(
+                    f"Stage {stage} made latents that are not finite, in {dtype}: its weights are damaged, or need "
+                    "another dtype (CASCADE_DTYPE), such as float32."
+                )
+
+
+def _taken(
+    stage: str, steps: Iterator[Step], count: Count, predicted: Callable[[Tensor], Tensor] = lambda latents: latents
+) -> Generator[Progress, None, Tensor]:
+    """Take all steps of a stage, with a `Progress` for each; returns the last step's latents.
+
+    predicted: makes what is reported of the step's prediction of the finished latents.
+    """
+    for step in steps:
+        latents = step.x
+        yield count.did(stage, latents=predicted(step.x0))
+    return latents
+
+
+def _stacked(texts: Sequence[TextEmbeddings]) -> TextEmbeddings:
+    tokens, pooled = zip(*texts, strict=True)
+    return TextEmbeddings(torch.cat(tokens), torch.cat(pooled))
+
+
+def _images(work: Iterable[Progress], on_progress: Callable[[Progress], None] | None) -> Iterator[Image.Image]:
+    """The pictures that work finishes; each piece of work is reported."""
+    for progress in work:
+        if on_progress is not None:
+            on_progress(progress)
+        if progress.image is not None:
+            yield progress.image

@@ -1,0 +1,248 @@
+"""A model that is served: inputs become files and metrics, one prediction at a time. Knows no server."""
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cascade.images.metadata import save_picture
+from cascade.pipeline import Cascade
+from cascade.progress import Progress
+from cascade.request import Request, smaller_requests
+from cascade.running.device import SettingError, choose_device
+from cascade.running.errors import is_lost, is_out_of_memory
+from cascade.safety import SafetyChecker, find_safety_checker
+from cascade.weights import ModelFolder
+from serving.image_urls import downloaded
+from serving.inputs import PICTURES, check_inputs, parts_of, request_from, seeds_of
+from serving.metadata import Detail, metadata
+from serving.peak_memory import peak_memory, reset_peak_memory
+from serving.progress import Stopwatch, iterate_on, shown, timed, with_previews
+from serving.record import Origin, Record
+from serving.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Four pictures of the largest size, as PNG, and some.
+DISK_NEEDED = 200_000_000
+
+
+class Service:
+    """A loaded model and all that a server needs of it. Use `load`.
+
+    Args:
+        cascade: the model.
+        origin: describes it in metadata.
+        safety: checks the pictures; None: none is checked.
+        settings: of the server.
+    """
+
+    def __init__(
+        self, cascade: Cascade, origin: Origin | None, safety: SafetyChecker | None, settings: Settings
+    ) -> None:
+        self.cascade = cascade
+        self.origin = origin
+        self.safety = safety
+        self.settings = settings
+        self.gpu_is_lost = False
+        self.watch = Stopwatch(cascade.device)
+        self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
+        self.model_thread = ThreadPoolExecutor(1, "model")
+
+    @classmethod
+    def load(cls, settings: Settings) -> "Service":
+        """Load the safety checker and the model. Fetches nothing.
+
+        Raises:
+            WeightsError: the weights are missing or damaged.
+            ValueError: CASCADE_DEVICE, CASCADE_DTYPE or CASCADE_MEMORY has a value that is not allowed.
+        """
+        opened = ModelFolder.open(settings.weights)
+        wanted = {"device": settings.device, "dtype": settings.dtype, "memory": settings.memory}
+        try:
+            device, _, _ = choose_device(wanted["device"], wanted["dtype"])
+            # First, so that the model knows how much memory is left.
+            safety = load_safety_checker(settings.weights, device)
+            start = time.perf_counter()
+            cascade = Cascade.load(settings.weights, **wanted, log_prompts=settings.metadata is Detail.FULL)
+        except SettingError as error:
+            raise ValueError(f"CASCADE_{error.name.upper()} {error.problem}") from None
+        logger.info(
+            "Loaded %s from %s, %.2f GB, onto %s as %s, %s, in %.1f s.",
+            opened.name,
+            settings.weights,
+            size_of(opened) / 1e9,
+            cascade.device,
+            str(cascade.prior.dtype).removeprefix("torch."),
+            cascade.runner.description,
+            time.perf_counter() - start,
+        )
+        return cls(cascade, Origin.of(cascade, opened), safety, settings)
+
+    def is_healthy(self) -> bool:
+        """Whether predictions can work: the GPU answers, and the disk has room. Takes microseconds.
+
+        Once the GPU is lost, which only another process can mend, it stays False.
+        """
+        if self.cascade.device.type == "cuda" and not self.gpu_is_lost:
+            try:
+                torch.cuda.current_stream(self.cascade.device).query()  # does not wait for it
+            except RuntimeError:
+                self._look_after_gpu()
+        return not self.gpu_is_lost and shutil.disk_usage(tempfile.gettempdir()).free > DISK_NEEDED
+
+    def predict(self, given: Mapping[str, Any], record_metric: Callable[[str, Any], None]) -> list[Path]:
+        """Make the pictures that inputs ask for. Their files are deleted when the next prediction starts.
+
+        Args:
+            given: the inputs by name, see `inputs.check_inputs`.
+            record_metric: called with a name and a value, see docs/http.md.
+
+        Raises:
+            ValueError: an input is out of range or no picture, the model lacks what reads pictures, the GPU's memory
+                does not suffice, or every picture was flagged.
+        """
+        self.outputs.cleanup()
+        self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
+        with downloaded(check_inputs(given), PICTURES, self.settings.urls) as inputs:
+            request = request_from(inputs, self.cascade)
+            files = {name: inputs[name] for name in PICTURES}
+            hashed = self.settings.metadata is Detail.FULL
+            record = Record.of(request, dict(given) | files, self.origin, hashed=hashed)
+            return self._with_care(request, lambda: self._make(request, record, inputs, record_metric))
+
+    def _with_care(self, request: Request, make: Callable[[], list[Path]]) -> list[Path]:
+        """`make()`; if it fails, the files are deleted, the GPU's state is checked, and a lack of memory is explained."""
+        try:
+            try:
+                return make()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Only here are the error, and all that its traceback kept in memory, gone.
+            raise ValueError(self._what_would_fit(request))
+        except BaseException as error:  # Cog cancels by one that is no Exception
+            if isinstance(error, Exception) and not isinstance(error, ValueError):
+                logger.exception("The prediction failed.")  # Cog shows the message alone
+            error.__traceback__ = None  # through which frames, and so tensors, would stay alive
+            self.outputs.cleanup()
+            self._look_after_gpu()
+            raise
+
+    def _make(
+        self, request: Request, record: Record, inputs: Mapping[str, Any], record_metric: Callable[[str, Any], None]
+    ) -> list[Path]:
+        ending, quality = inputs["output_format"], inputs["output_quality"]
+        safety = None if inputs["disable_safety_checker"] else self.safety
+        if inputs["previews"]:
+            self.cascade.planner.check_previewer()
+        seeds = seeds_of(request)
+        logger.info("Seeds: %s", ", ".join(map(str, seeds)))
+        record_metric("seeds", seeds)
+        self.watch.restart()
+        reset_peak_memory(self.cascade.device)
+
+        kept: dict[int, Path] = {}
+        steps = self._steps(request)
+        if inputs["previews"]:
+            steps = with_previews(
+                steps, lambda latents: self._preview(latents, safety), partial(record_metric, "previews")
+            )
+        images = (progress.image for progress in steps if progress.image is not None)
+        for index, image in enumerate(images):
+            if safety is not None:
+                flagged = self._flags(safety, image)
+                self.watch.lap("safety")
+                if flagged:
+                    logger.warning("Picture %d (seed %d) was flagged by the safety checker.", index, seeds[index])
+                    continue
+            kept[index] = Path(self.outputs.name) / f"out-{index}.{ending}"
+            said = metadata(record.of_picture(index, seeds[index], *image.size), self.settings.metadata)
+            save_picture(image, kept[index], said, quality)
+            self.watch.lap("encoding")
+
+        record_metric("flagged", request.num_images - len(kept))
+        if not kept:
+            raise ValueError(
+                "The safety checker flagged every picture, so none is returned; another prompt or seed may help."
+            )
+        record_metric("seeds", [seeds[index] for index in kept])
+        record_metric("pixels", len(kept) * request.width * request.height)
+        record_metric("peak_memory_gb", round(peak_memory(self.cascade.device) / 1e9, 3))
+        for name, seconds in self.watch.seconds.items():
+            record_metric(f"seconds.{name}", round(seconds, 4))
+        return list(kept.values())
+
+    def _steps(self, request: Request) -> Iterator[Progress]:
+        """The work, shown and timed."""
+        parts = (iterate_on(self.model_thread, self.cascade.steps(part)) for part in parts_of(request))
+        return timed(shown(parts), self.watch)
+
+    def _preview(self, latents: Tensor, safety: SafetyChecker | None) -> list[Image.Image]:
+        """Small pictures of Stage C's latents, but for those that the safety checker flags.
+
+        They go into a metric, because whoever asks for the prediction while it runs, and every webhook, gets the latest
+        value alone; of the log, they would get all that was ever written. Server-sent events Cog has for iterators of
+        outputs only.
+        """
+        images = self.model_thread.submit(self.cascade.preview, latents).result()
+        images = [image for image in images if safety is None or not self._flags(safety, image)]
+        self.watch.lap("previews")
+        return images
+
+    def _flags(self, safety: SafetyChecker, image: Image.Image) -> bool:
+        return self.model_thread.submit(self.cascade.runner.with_room, partial(safety.flags, image)).result()
+
+    def _what_would_fit(self, request: Request) -> str:
+        """One sentence about a request of which one picture exceeds the GPU's memory. What it says would fit has been
+        tried."""
+        asked = f"A picture of {request.width}x{request.height} needs more memory than the GPU has left"
+        smaller = request
+        for smaller in smaller_requests(request):
+            try:
+                steps = self.cascade.steps(replace(smaller, steps_prior=1, steps_decoder=1))
+                for _ in iterate_on(self.model_thread, steps):
+                    pass
+                return f"{asked}; one of {smaller.width}x{smaller.height} would fit."
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+        return f"{asked}, and so does one of {smaller.width}x{smaller.height}: something else must be using it."
+
+    def _look_after_gpu(self) -> None:
+        """Find out whether the GPU can still be used, after an error; free the memory that nothing holds."""
+        if self.cascade.device.type != "cuda" or self.gpu_is_lost:
+            return
+        if is_lost(self.cascade.device):
+            self.gpu_is_lost = True
+            logger.error("The GPU can't be used by this process any more: the health check fails from now on.")
+        else:
+            torch.cuda.empty_cache()
+
+
+def load_safety_checker(model_folder: Path, device: torch.device) -> SafetyChecker | None:
+    """The safety checker in a model folder or beside it. Logs what there is."""
+    folder = find_safety_checker(model_folder)
+    if folder is None:
+        logger.warning("There is no safety_checker in %s or beside it: no picture will be checked.", model_folder)
+        return None
+    start = time.perf_counter()
+    checker = SafetyChecker.load(folder, device)
+    logger.info("Loaded the safety checker from %s in %.1f s.", folder, time.perf_counter() - start)
+    return checker
+
+
+def size_of(opened: ModelFolder) -> int:
+    """The bytes of all components' files."""
+    files = (file for part in opened.parts.values() for file in ([part] if part.is_file() else part.rglob("*")))
+    return sum(file.stat().st_size for file in files if file.is_file())
