@@ -101,6 +101,20 @@ def agree(chosen: Sequence[Authored], factors: Mapping[int, Mapping[str, Tensor]
     return True
 
 
+def attention_widths(factors: Mapping[int, Mapping[str, Tensor]]) -> set[int]:
+    """The widths of attention blocks, if the factors are those of attention alone: of each block the output, then q, k and v
+    in one."""
+    widths = set()
+    for i, pair in factors.items():
+        if set(pair) != {"down", "up"} or any(tensor.ndim != 2 for tensor in pair.values()):
+            return set()
+        width, times = pair["down"].shape[1], 3 if i % 2 else 1
+        if len(pair["up"]) != times * width:
+            return set()
+        widths.add(width)
+    return widths
+
+
 def rows_of(name: str, vocabulary: Mapping[str, int], where: str) -> list[int]:
     """The rows of the words that a regular expression finds in the vocabulary."""
     return sorted(vocabulary[word] for word in matching(name, vocabulary, where))

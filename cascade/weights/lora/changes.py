@@ -45,6 +45,8 @@ class Kind(NamedTuple):
         return used
 
 
+# The one tensor of whole numbers, see `algorithms.rows`.
+INDICES = "indices"
 # What accompanies the factors of low rank: alpha, and DoRA's magnitude.
 BESIDE = ("alpha", "magnitude")
 KINDS = (
@@ -85,7 +87,10 @@ class Change:
         weight: the base weight, float32. The result is in its shape and on its device.
         Raises ValueError, RuntimeError or IndexError if the adapter is of another shape.
         """
-        tensors = {name: _beside(tensor, weight) for name, tensor in self.tensors.items()}
+        tensors = {
+            name: tensor.to(weight.device) if name == INDICES else _beside(tensor, weight)
+            for name, tensor in self.tensors.items()
+        }
         delta = self.function(weight, tensors, self.scale)
         if self.magnitude is not None:
             delta = algorithms.decomposed(weight, delta, _beside(self.magnitude, weight))
@@ -100,7 +105,7 @@ class Change:
 
 
 def _beside(tensor: Tensor, weight: Tensor) -> Tensor:
-    return tensor.to(weight.device, torch.float32 if tensor.is_floating_point() else None)
+    return tensor.to(weight.device, torch.float32)
 
 
 def scale_of(kind: Kind, tensors: Mapping[str, Tensor]) -> float:

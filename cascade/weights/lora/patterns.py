@@ -10,7 +10,7 @@ import regex
 
 from cascade.weights.errors import WeightsError, shortened
 
-SECONDS = 5.0
+SECONDS = 2.0
 
 
 def matching(pattern: str, texts: Iterable[str], where: object, *, whole: bool = False) -> list[str]:
@@ -23,7 +23,7 @@ def matching(pattern: str, texts: Iterable[str], where: object, *, whole: bool =
         whole: whether it must match the end of a dotted name, from a dot or the beginning on, as PEFT matches.
 
     Raises:
-        WeightsError: it is no pattern, or takes over 5 s.
+        WeightsError: it is no pattern, or takes over 2 s.
     """
     deadline = time.monotonic() + SECONDS
     try:

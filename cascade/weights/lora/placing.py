@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -178,6 +177,8 @@ def _fitting(group: Group, network: Layers) -> tuple[Changes, set[str]] | None:
     if kind is not None:
         weights = [f"{layer}.weight" for layer in layers]
         changes = _of_weights(kind[0], {name: group.tensors[name] for name in kind[1]}, group.scale, len(layers))
+        if changes is None:
+            return None
         for name, change in zip(weights, changes, strict=True):
             if not change.fits(network.shapes[name]):
                 return None
@@ -200,29 +201,28 @@ def _of_tensor(group: Group, name: str, network: Layers) -> tuple[Changes, set[s
     return None
 
 
-def _of_weights(kind: Kind, tensors: Mapping[str, Tensor], scale: float | None, parts: int) -> list[Change]:
-    """The change of a weight, or of each of the parts, q, k and v, that lie in it one below the other."""
+# What has a row an output, and is split where q, k and v lie in one weight.
+BY_OUTPUTS = ("up", "diff", "set")
+
+
+def _of_weights(kind: Kind, tensors: Mapping[str, Tensor], scale: float | None, parts: int) -> list[Change] | None:
+    """The change of a weight, or of each of the parts, q, k and v, that lie in it one below the other; None if the tensors
+    cannot be such."""
     try:
         change = change_of(kind, tensors, scale)
-        if parts == 1:
-            return [change]
-        split = {"up", "diff", "set", "magnitude"}
-        pieces: list[dict[str, Any]] = [dict(change.tensors) for _ in range(parts)]
-        magnitudes: Sequence[Tensor | None] = [None] * parts
-        for name, tensor in change.tensors.items():
-            if name in split and len(tensor) % parts == 0:
-                for piece, part in zip(pieces, tensor.chunk(parts), strict=True):
-                    piece[name] = part
-            elif name in split:
-                return [replace(change, tensors={})] * parts
-        if change.magnitude is not None:
-            magnitudes = change.magnitude.chunk(parts)
-        return [
-            replace(change, tensors=piece, magnitude=magnitude)
-            for piece, magnitude in zip(pieces, magnitudes, strict=True)
-        ]
-    except (ValueError, RuntimeError, TypeError, ZeroDivisionError):  # numbers that are none, sizes of 0
-        return [Change(algorithms.difference, {})] * parts
+    except (ValueError, RuntimeError, TypeError, ZeroDivisionError):  # alpha is no number, or the rank 0
+        return None
+    if parts == 1:
+        return [change]
+    stacked = [change.tensors[name] for name in BY_OUTPUTS if name in change.tensors]
+    if change.magnitude is not None or any(one.ndim == 0 or len(one) % parts for one in stacked):
+        return None
+    pieces: list[dict[str, Tensor]] = [dict(change.tensors) for _ in range(parts)]
+    for name in BY_OUTPUTS:
+        if name in change.tensors:
+            for piece, part in zip(pieces, change.tensors[name].chunk(parts), strict=True):
+                piece[name] = part
+    return [replace(change, tensors=piece) for piece in pieces]
 
 
 def _of_biases(group: Group, layers: Sequence[str], weights: Changes) -> dict[str, list[tuple[str, Change]]]:
@@ -388,8 +388,6 @@ def _width(adapter: Adapter, known: Mapping[str, Layers]) -> int | None:
         )
         if is_query and down is not None and down.ndim == 2:
             widths.add(down.shape[1])
-    for i, pair in adapter.numbered.items():
-        if i == 0 and set(pair) == {"down", "up"} and adapter.settings is None and pair["up"].ndim == 2:
-            widths.add(len(pair["up"]))
-    widths -= {ours}
-    return widths.pop() if len(widths) == 1 else None
+    if adapter.settings is None:
+        widths |= authors.attention_widths(adapter.numbered)
+    return widths.pop() if len(widths) == 1 and ours not in widths else None
