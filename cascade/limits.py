@@ -17,8 +17,10 @@ from cascade import sizes
 from cascade.networks.controlnet import KINDS
 
 MOST_IMAGES = 4
-# Of a text. The text encoder sees some 300; 50 MB would take 300 s to tokenize.
+# Of a text. The text encoder sees some 1,200 of them; 50 MB would take 300 s to tokenize.
 MOST_CHARACTERS = 10_000
+# Of a text, of 75 tokens each.
+MOST_CHUNKS = 4
 RATIOS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")
 # Where a mask is expected: the transparent part of the image.
 ALPHA = "alpha"

@@ -22,7 +22,7 @@ from cascade.guides.image_prompts import ImagePromptEncoder
 from cascade.guides.inpainting import latents_of, set_into
 from cascade.images.colours import to_rgb
 from cascade.images.tensors import fitted, to_image, to_pixels
-from cascade.limits import InputError
+from cascade.limits import MOST_CHUNKS, InputError
 from cascade.loading import load_parts
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
@@ -31,6 +31,8 @@ from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.plan import Plan, Planner, check_alike, check_request
 from cascade.progress import Count, Progress
+from cascade.prompts.embeddings import Embeddings
+from cascade.prompts.text import TextEmbeddings, joined, repeated
 from cascade.request import Request
 from cascade.running.cache import ResidentWeights
 from cascade.running.device import choose_device, current
@@ -40,7 +42,7 @@ from cascade.stages.decoder import decoder_steps
 from cascade.stages.encoder import encode_pixels
 from cascade.stages.pixels import decode_pixels, decoding_bytes, tile_within
 from cascade.stages.prior import Residuals, prior_steps
-from cascade.stages.text import TextEmbeddings, TextEncoder
+from cascade.stages.text import TextEncoder
 from cascade.weights import CONTROLNETS, StageSettings
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class Given:
     """What the steps of a plan are given, computed once.
 
     Attributes:
-        texts: one a request, each of one row.
+        texts: one a request, each of one row and at its own length.
         image_prompts: (1, N, D), times their strengths.
         start: semantic latents, float32 (1, 16, h, w), of the start image.
         free: bool (1, 1, h, w), the latents that are made anew; None: all.
@@ -83,8 +85,8 @@ class Given:
             return self.texts[places[0]]
         negatives = [self.texts[place].negative for place in places]
         return Texts(
-            _stacked([self.texts[place].prompt for place in places]),
-            None if negatives[0] is None else _stacked(negatives),
+            joined([self.texts[place].prompt for place in places]),
+            None if negatives[0] is None else joined(negatives),
         )
 
     def with_known(self, latents: Tensor) -> Tensor:
@@ -199,8 +201,10 @@ class Cascade:
             loaded = load_parts(folder, device, dtype, memory, lite)
             parts = loaded.parts
             images = parts.get("feature_extractor"), parts.get("image_encoder")
+            text_encoder = parts["text_encoder"]
+            embeddings = Embeddings(text_encoder.config.hidden_size, loaded.folder.root / "embeddings")
             return cls(
-                TextEncoder(parts["tokenizer"], parts["text_encoder"], log_prompts=log_prompts),
+                TextEncoder(parts["tokenizer"], text_encoder, embeddings=embeddings, log_prompts=log_prompts),
                 parts["prior"],
                 parts["decoder"],
                 parts["vqgan"],
@@ -320,6 +324,7 @@ class Cascade:
 
     def _steps(self, requests: tuple[Request, ...]) -> Iterator[Progress]:
         plan = self.planner.plan(requests)
+        self._check_prompts(requests)
         job = self.runner.job(plan.size)
         yield from job.iterate(self._work(plan, job))
 
@@ -405,15 +410,21 @@ class Cascade:
 
     # ---- its parts ----
 
+    def _check_prompts(self, requests: Sequence[Request]) -> None:
+        """Make sure that there are the embeddings that prompts name. Encodes nothing."""
+        for place, request in enumerate(requests):
+            prefix = f"requests[{place}]." if len(requests) > 1 else ""
+            for name in ("prompt", "negative_prompt"):
+                self.text.read(getattr(request, name), weighting=request.prompt_weighting, name=prefix + name)
+
     def _encode_text(self, request: Request, *, guided: bool) -> Texts:
-        """Both prompts in one forward."""
+        """Both prompts in one forward, each at its own length."""
         prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
         run = partial(self.runner.run_for_any_size, "text_encoder")
-        both = self.text.encode(prompts, run)
-        prompt, *negative = (
-            TextEmbeddings(*row) for row in zip(both.tokens.split(1), both.pooled.split(1), strict=True)
-        )
-        return Texts(prompt, negative[0] if negative else None)
+        texts = self.text.encode_each(prompts, run, weighting=request.prompt_weighting, most_chunks=MOST_CHUNKS)
+        if not guided:
+            return Texts(texts[0], None)
+        return Texts(*(repeated(*texts) if request.repeat_prompts else texts))
 
     def _encode_image_prompts(self, request: Request) -> Tensor:
         """(1, N, D), times their strengths."""
@@ -492,11 +503,6 @@ def _taken(
         latents = step.x
         yield count.did(stage, latents=predicted(step.x0))
     return latents
-
-
-def _stacked(texts: Sequence[TextEmbeddings]) -> TextEmbeddings:
-    tokens, pooled = zip(*texts, strict=True)
-    return TextEmbeddings(torch.cat(tokens), torch.cat(pooled))
 
 
 def _images(work: Iterable[Progress], on_progress: Callable[[Progress], None] | None) -> Iterator[Image.Image]:

@@ -11,6 +11,7 @@ from cascade import sizes
 from cascade.guides.controls import Control
 from cascade.guides.inpainting import check_mask, transparent
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, Limits, counted, need
+from cascade.prompts.parsing import check_weights
 from cascade.sampling import SAMPLERS
 
 LARGEST_SEED = 2**63 - 1
@@ -23,8 +24,9 @@ class Request:
     """What to make.
 
     Attributes:
-        prompt, negative_prompt: what the pictures show, and what not, in up to 10,000 characters each. The latter acts
-            through guidance only.
+        prompt, negative_prompt: what the pictures show, and what not, in up to 10,000 characters and 300 tokens each; tokens
+            beyond are cut, with a warning. The latter acts through guidance only. `embedding:NAME`, after a blank or at
+            the beginning, stands for the vectors of the model folder's file `embeddings/NAME.safetensors`.
         width, height: pixels, 64 to 2048; None: the size that the model draws best, or with an `image` the one of its
             shape and that area (`sizes.fitted_size`).
         num_images: how many pictures, at least 1.
@@ -33,6 +35,11 @@ class Request:
         guidance_scale_prior, guidance_scale_decoder: 0 to 20; 1 or less turns guidance off, which is twice as fast;
             None: as the model folder says.
         sampler: of both stages: "ddpm", "ddim" or "lcm".
+        prompt_weighting: whether brackets in the prompts are weights, as in ComfyUI: `(word)`, `(word:1.3)`, from -4 to 4, and
+            `\\(` a bracket. Otherwise they are text.
+        repeat_prompts: whether a prompt and a negative prompt of different lengths are repeated until they are equally long,
+            as in ComfyUI (`prompts.text.repeated`). Otherwise each counts at its own length, so that what one does to the
+            picture does not depend on how long the other is.
         image_prompts: up to 4 images of any size and mode that say, beside the prompt, what the pictures show.
         image_prompt_strengths: 0 to 2, by which their embeddings are multiplied, one an image; empty: 1. The network
             normalises what it makes of them, so half the strength is not half the effect.
@@ -66,6 +73,8 @@ class Request:
     guidance_scale_prior: float | None = None
     guidance_scale_decoder: float | None = None
     sampler: str = "ddpm"
+    prompt_weighting: bool = False
+    repeat_prompts: bool = False
     image_prompts: Sequence[Image.Image] = ()
     image_prompt_strengths: Sequence[float] = ()
     image: Image.Image | None = None
@@ -77,6 +86,8 @@ class Request:
         for name, limits in ALLOWED.items():
             # In one kind, whatever the caller had: lists become tuples, numpy's numbers Python's.
             object.__setattr__(self, name, limits.check(name, getattr(self, name)))
+        for name in ("prompt", "negative_prompt") if self.prompt_weighting else ():
+            check_weights(name, getattr(self, name))
         check_strengths(self.image_prompts, self.image_prompt_strengths)
         self._check_mask()
         for place, control in enumerate(self.controls):
@@ -208,5 +219,7 @@ ALLOWED: dict[str, Limits] = {
     "steps_decoder": replace(LIMITS["steps_decoder"], high=1000),
     "seed": Limits(int, 0, low=0, high=LARGEST_SEED),
     "sampler": Limits(str, "ddpm", choices=tuple(SAMPLERS)),
+    "prompt_weighting": Limits(bool, False),
+    "repeat_prompts": Limits(bool, False),
     "controls": Limits(Control, most=MOST_IMAGES),
 }

@@ -28,8 +28,8 @@ ALLOWED = {
         "cascade.limits",
         "cascade.sizes",
     ),
-    "cascade.request": ("cascade.guides", "cascade.limits", "cascade.sampling", "cascade.sizes"),
-    "cascade.stages": ("cascade.networks", "cascade.sampling", "cascade.sizes"),
+    "cascade.request": ("cascade.guides", "cascade.prompts", "cascade.limits", "cascade.sampling", "cascade.sizes"),
+    "cascade.stages": ("cascade.prompts", "cascade.networks", "cascade.sampling", "cascade.sizes"),
     "cascade.running": ("cascade.networks", "cascade.kernels"),
     "cascade.weights": ("cascade.networks", "cascade.sizes", "cascade.safety"),
     "cascade.safety": ("cascade.weights",),
@@ -40,6 +40,7 @@ ALLOWED = {
     "cascade.kernels": (),
     "cascade.sampling": (),
     "cascade.sizes": (),
+    "cascade.prompts": ("cascade.limits",),
 }
 
 

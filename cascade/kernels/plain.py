@@ -101,12 +101,15 @@ def attention(
     key: Tensor,
     value: Tensor,
     dropout: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """One softmax over the image's own keys and those of the condition, (B, T, C).
 
     query, own_key, own_value: (B, T, C), with any stride between rows. Without own ones, attends to the condition alone.
     key, value: (B, heads, tokens, C / heads), with equal strides.
     dropout: of the attention weights.
+    bias: float32 (B, tokens), added to the logits of the condition's keys, finite or -inf; None: zeros. At least one key of a
+        sample must have a finite one.
     """
     heads = key.shape[1]
 
@@ -115,7 +118,11 @@ def attention(
 
     if own_key is not None:
         key, value = torch.cat([split(own_key), key], dim=2), torch.cat([split(own_value), value], dim=2)
-    return F.scaled_dot_product_attention(split(query), key, value, dropout_p=dropout).transpose(1, 2).flatten(2)
+    mask = None
+    if bias is not None:
+        mask = F.pad(bias, (key.shape[2] - bias.shape[1], 0))[:, None, None].to(query.dtype)
+    attended = F.scaled_dot_product_attention(split(query), key, value, attn_mask=mask, dropout_p=dropout)
+    return attended.transpose(1, 2).flatten(2)
 
 
 def timestep_maps(mappers: Sequence[nn.Module], times: Tensor, dtype: torch.dtype) -> Tensor:

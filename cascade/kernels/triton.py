@@ -336,8 +336,8 @@ def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 @triton.jit
 def _attend(
-    q, acc, norm, top, key_ptr, value_ptr, row, tokens, factor,
-    D: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    q, acc, norm, top, key_ptr, value_ptr, bias_ptr, row, tokens, factor, root,
+    D: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """More keys and values for the running softmax of a block of queries: whole blocks, or (TAIL) what is left of them."""
     d = tl.arange(0, DB)
@@ -349,6 +349,10 @@ def _attend(
             inside = inside & (n < tokens)[:, None]
         place = n[:, None] * row + d[None, :]
         score = tl.dot(q, tl.load(key_ptr + place, mask=inside, other=0.0).T)
+        if BIASED:
+            # Finite: from a first block of keys that are all at -inf, inf - inf would follow.
+            bias = tl.maximum(tl.load(bias_ptr + n, mask=n < tokens, other=0.0), -1e30)
+            score += bias[None, :] * root
         if TAIL:
             score = tl.where((n < tokens)[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1) * factor)
@@ -363,10 +367,10 @@ def _attend(
 
 @triton.jit(do_not_specialize=["own", "queries", "context"])
 def _attention(
-    q_ptr, k_ptr, v_ptr, key_ptr, value_ptr, out_ptr,
-    own, queries, context, factor,
+    q_ptr, k_ptr, v_ptr, key_ptr, value_ptr, bias_ptr, out_ptr,
+    own, queries, context, factor, root,
     q_row, own_row, key_batch, key_head, key_row, out_row,
-    D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
@@ -378,15 +382,26 @@ def _attention(
     norm = tl.zeros((BM,), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     at = sample * own * own_row + head * D
-    acc, norm, top = _attend(q, acc, norm, top, k_ptr + at, v_ptr + at, own_row, own, factor, D, DB, BN, False, STAGES)
-    acc, norm, top = _attend(q, acc, norm, top, k_ptr + at, v_ptr + at, own_row, own, factor, D, DB, BN, True, STAGES)
+    acc, norm, top = _attend(
+        q, acc, norm, top, k_ptr + at, v_ptr + at, bias_ptr, own_row, own, factor, root,
+        D, DB, BN, False, STAGES, False,
+    )  # fmt: skip
+    acc, norm, top = _attend(
+        q, acc, norm, top, k_ptr + at, v_ptr + at, bias_ptr, own_row, own, factor, root,
+        D, DB, BN, True, STAGES, False,
+    )  # fmt: skip
     at = sample * key_batch + head * key_head
+    key_ptr += at
+    value_ptr += at
+    bias_ptr += sample * context
     acc, norm, top = _attend(
-        q, acc, norm, top, key_ptr + at, value_ptr + at, key_row, context, factor, D, DB, BN, False, STAGES
-    )
+        q, acc, norm, top, key_ptr, value_ptr, bias_ptr, key_row, context, factor, root,
+        D, DB, BN, False, STAGES, BIASED,
+    )  # fmt: skip
     acc, norm, top = _attend(
-        q, acc, norm, top, key_ptr + at, value_ptr + at, key_row, context, factor, D, DB, BN, True, STAGES
-    )
+        q, acc, norm, top, key_ptr, value_ptr, bias_ptr, key_row, context, factor, root,
+        D, DB, BN, True, STAGES, BIASED,
+    )  # fmt: skip
     acc = acc / norm[:, None]
     out = (sample * queries + m)[:, None] * out_row + head * D + d[None, :]
     tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=inside)
@@ -399,6 +414,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     dropout: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """See `plain.attention`."""
     batch, queries, channels = query.shape
@@ -407,7 +423,7 @@ def attention(
     # Loads are of 16 bytes; and a replaced layer may return other strides.
     strides_fit = all(_has_even_rows(x) for x in (query, *own_pair)) and key.stride() == value.stride()
     if size % 8 or dropout or not strides_fit or key.stride(3) != 1 or len({x.stride(1) for x in own_pair}) > 1:
-        return plain.attention(query, own_key, own_value, key, value, dropout)
+        return plain.attention(query, own_key, own_value, key, value, dropout, bias)
     out = query.new_empty(batch, queries, channels)
     own = 0 if own_key is None else own_key.shape[1]
     own_row = 0 if own_key is None else own_key.stride(1)
@@ -419,10 +435,10 @@ def attention(
     # On an H100 the fastest of eleven shapes, at 576 and at 1024 queries; cuDNN's kernel takes 15 to 30% longer.
     block = 64
     _attention[(triton.cdiv(queries, block), heads, batch)](
-        query, own_key, own_value, key, value, out,
-        own, queries, context, factor,
+        query, own_key, own_value, key, value, query if bias is None else bias.contiguous(), out,
+        own, queries, context, factor, size**0.5,
         query.stride(1), own_row, key.stride(0), key.stride(1), key.stride(2), out.stride(1),
-        D=size, DB=max(16, _power(size)), BM=block, BN=64, STAGES=3, num_warps=4,
+        D=size, DB=max(16, _power(size)), BM=block, BN=64, STAGES=3, BIASED=bias is not None, num_warps=4,
     )  # fmt: skip
     return out
 

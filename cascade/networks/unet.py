@@ -40,11 +40,13 @@ class Conditions(NamedTuple):
     keys, values: one tensor an attention block (order: down then up), (B, heads, tokens, channels per head).
     feature_map: Stage B's semantic and pixel maps, summed, float32 (B, h / patch, w / patch, channels); None in
         Stage C.
+    bias: float32 (B, tokens), added to the logits of the keys in every attention block; None: zeros.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     feature_map: Tensor | None
+    bias: Tensor | None = None
 
 
 def timestep_embedding(ratio: Tensor, dim: int, max_positions: int = 10000) -> Tensor:
@@ -191,18 +193,19 @@ class Attention(UsesKernels, nn.Module):
         pair = columns(self.to_qkv, tokens, self.channels, 3 * self.channels).chunk(2, dim=-1)
         return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in pair)
 
-    def forward(self, tokens: Tensor, key: Tensor, value: Tensor, own: bool) -> Tensor:
+    def forward(self, tokens: Tensor, key: Tensor, value: Tensor, own: bool, bias: Tensor | None = None) -> Tensor:
         """Attention of tokens (B, T, C), before `to_out`: (B, T, C).
 
         key, value: of the condition, as `key_value` returns them.
         own: whether the tokens attend to each other too.
+        bias: float32 (B, condition tokens), added to the logits of the condition's keys.
         """
         if own:
             query, own_key, own_value = self.to_qkv(tokens).chunk(3, dim=-1)
         else:
             query, own_key, own_value = columns(self.to_qkv, tokens, 0, self.channels), None, None
         dropout = self.dropout if self.training else 0.0
-        return self.kernels.attention(query, own_key, own_value, key, value, dropout)
+        return self.kernels.attention(query, own_key, own_value, key, value, dropout, bias)
 
 
 class ConditionKeyValue(nn.Module):
@@ -226,11 +229,11 @@ class AttnBlock(UsesKernels, nn.Module):
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, channels))
         self.condition = ConditionKeyValue()
 
-    def forward(self, stream: Stream, key: Tensor, value: Tensor) -> Stream:
-        """stream: (B, H, W, C). key, value: what `condition` returned."""
+    def forward(self, stream: Stream, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Stream:
+        """stream: (B, H, W, C). key, value: what `condition` returned. bias: see `Conditions`."""
         (out,) = self.attention.to_out
         stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out)
-        attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn)
+        attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn, bias)
         # The dtype that `norm` was told: a replaced to_qkv may return another.
         attended = attended.to(normed.dtype).view(normed.shape)
         return self.kernels.add_linear(stream, attended, out, after_norm=True)
@@ -509,15 +512,19 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         effnet: Tensor | None = None,
         pixels: Tensor | None = None,
         latent_size: tuple[int, int] | None = None,
+        clip_text_bias: Tensor | None = None,
     ) -> Conditions:
         """Does the step-invariant work. Differentiable.
 
         clip_text_pooled: (B, 1, P) or (B, P), projected text embedding.
-        clip_text: (B, 77, T), the text encoder's last hidden states. Stage C needs it, Stage B takes none.
+        clip_text: (B, N, T), the text encoder's last hidden states; in training, N is 77. Stage C needs it, Stage B takes
+            none.
         clip_img: (B, N, I) or (B, I), image embeddings; None means no image, zeros. Stage C only.
         effnet: (B, E, h, w), semantic latents at any size. Stage B needs it.
         pixels: (B, 3, h, w), a low-resolution image at any size; None means zeros. Stage B only.
         latent_size: (height, width) of the sample. Needed where `effnet` is.
+        clip_text_bias: float32 (B, N), added to the logits of the text's keys: -inf hides padding, ln k makes a token
+            count k times. None: zeros.
         Raises ValueError if an input that the network needs is missing.
         """
         if self.effnet_mapper is not None and (effnet is None or latent_size is None):
@@ -539,7 +546,10 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
             feature_map = feature_map + mapped
         if feature_map is not None:
             feature_map = channels_last(feature_map)
-        return Conditions(tuple(key for key, _ in pairs), tuple(value for _, value in pairs), feature_map)
+        bias = None
+        if clip_text_bias is not None:  # the text is the first of the tokens
+            bias = F.pad(clip_text_bias.float(), (0, tokens.shape[1] - clip_text_bias.shape[1]))
+        return Conditions(tuple(key for key, _ in pairs), tuple(value for _, value in pairs), feature_map, bias)
 
     @property
     def _weight_dtype(self) -> torch.dtype:
@@ -600,12 +610,13 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         times = torch.stack(
             [timestep_embedding(torch.zeros_like(timestep_ratio) if r is None else r, dim) for r in ratios]
         )
-        per_block: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        per_block: dict[nn.Module, tuple[Tensor | None, ...]] = {}
         if self.timestep_mappers is not None:
             mapped = [block for block in self.blocks() if isinstance(block, TimestepBlock)]
             per_block |= zip(mapped, self.timestep_mappers(times, self._weight_dtype), strict=True)
         attention = [block for block in self.blocks() if isinstance(block, AttnBlock)]
-        per_block |= zip(attention, zip(conditions.keys, conditions.values, strict=True), strict=True)
+        pairs = zip(conditions.keys, conditions.values, strict=True)
+        per_block |= zip(attention, ((*pair, conditions.bias) for pair in pairs), strict=True)
 
         stream = self._embed(sample, conditions.feature_map)
         residuals = controlnet_residuals or {}
@@ -646,7 +657,7 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         repeats: nn.ModuleList,
         stream: Stream,
         skip: Tensor | None,
-        per_block: Mapping[nn.Module, tuple[Tensor, Tensor]],
+        per_block: Mapping[nn.Module, tuple[Tensor | None, ...]],
         residuals: Mapping[int, Tensor],
         executed: int,
     ) -> tuple[Stream, int]:

@@ -55,6 +55,8 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
             channels = block.attention.channels
             for pending in (False, True):
                 jobs[AttnBlock, channels, pending] = _attention_block(block, channels, pending, unet)
+            if unet.config.clip_text_in_channels is not None:  # texts of unlike lengths share its batches
+                jobs[AttnBlock, channels, "biased"] = _attention_block(block, channels, False, unet, biased=True)
     for channels in unet.config.block_out_channels:
         for pending in (False, True):
             jobs["norm", channels, pending] = _norm(channels, pending, unet)
@@ -80,11 +82,14 @@ def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device
     return job
 
 
-def _attention_block(block: AttnBlock, channels: int, pending: bool, unet: StableCascadeUNet) -> Callable[[], object]:
+def _attention_block(
+    block: AttnBlock, channels: int, pending: bool, unet: StableCascadeUNet, biased: bool = False
+) -> Callable[[], object]:
     def job() -> object:
         tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
         key_value = block.condition.forward(tokens, block.kv_mapper, block.attention)
-        return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value)
+        bias = torch.zeros(tokens.shape[:2], device=unet.device) if biased else None
+        return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value, bias)
 
     return job
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cascade.networks.protocol import UNet
 from cascade.networks.unet import resize
+from cascade.prompts.text import TextEmbeddings, joined
 from cascade.sampling import Noise, Sample, Step, alpha_sigma, beside_zeros, diffuse, sample, with_guidance
-from cascade.stages.text import TextEmbeddings
 
 
 class Residuals(NamedTuple):
@@ -55,8 +55,8 @@ def prior_steps(
     Args:
         prior: Stage C.
         text: what to show: the embeddings of B prompts, or of one for all.
-        negative: what not to show, in the same form; normally those of the empty prompt. Needed, and used, for
-            guidance above 1 only: otherwise the unconditional half is not computed.
+        negative: what not to show, in the same form, of any length; normally those of the empty prompt. Needed, and used,
+            for guidance above 1 only: otherwise the unconditional half is not computed.
         size: (h, w) of the latents, see `sizes.semantic_size`.
         noise: draws the initial noise, then a step's noise when its turn comes.
         steps, shift, sampler: see `sampling.sample`.
@@ -92,11 +92,13 @@ def prior_steps(
         x = diffuse(
             start.expand(batch, *shape), x, torch.tensor(strength), shift if start_shift is None else start_shift
         )
-    halves = [text] if guidance <= 1 else [text, negative]
+    halves = [one.expand(batch) for one in ([text] if guidance <= 1 else [text, negative])]
+    texts = joined(halves)
     with torch.no_grad():
         conditions = prior.condition(
-            clip_text_pooled=torch.cat([half.pooled.expand(batch, -1, -1) for half in halves]),
-            clip_text=torch.cat([half.tokens.expand(batch, -1, -1) for half in halves]),
+            clip_text_pooled=texts.pooled,
+            clip_text=texts.tokens,
+            clip_text_bias=texts.bias,
             clip_img=None if image is None else beside_zeros(image.expand(batch, -1, -1), len(halves)),
         )
     taken = steps_taken(steps, strength)

@@ -1,16 +1,24 @@
 """Text: prompts become embeddings, which condition Stages B and C.
 
 One tokenizer and one text encoder serve both stages. Stage C sees every token's hidden state and the pooled projection;
-Stage B sees the pooled projection only.
+Stage B sees the pooled projection only. What a prompt's brackets and names mean is in `cascade.prompts`.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from cascade.prompts.chunks import Chunk
+from cascade.prompts.embeddings import Embeddings
+from cascade.prompts.encoding import encode, encoder_of
+from cascade.prompts.reading import read, special_of
+from cascade.prompts.text import TextEmbeddings, joined
 
 # (function, *tensors) -> what the function returns.
 Run = Callable[..., Any]
@@ -19,18 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Characters of the part that was cut from a prompt, in the log.
 MOST_QUOTED = 200
-
-
-class TextEmbeddings(NamedTuple):
-    """The text encoder's output for B prompts, in its own dtype and on its device.
-
-    Attributes:
-        tokens: (B, 77, D), the last layer's hidden states, before the final layer norm.
-        pooled: (B, 1, D), the projection of the end-of-text token.
-    """
-
-    tokens: Tensor
-    pooled: Tensor
 
 
 def directly(function: Callable[..., Any], *tensors: Tensor) -> Any:
@@ -42,60 +38,100 @@ class TextEncoder:
     """Encodes prompts.
 
     Args:
-        tokenizer: CLIP's; ``model_max_length`` (77) tokens a prompt, begin and end of text included.
+        tokenizer: CLIP's; ``model_max_length`` (77) tokens a chunk, begin and end of text included.
         encoder: CLIP ViT-bigG/14's text tower in the published model.
+        embeddings: those that prompts may name; None: none.
         log_prompts: whether the warning about a prompt that was cut quotes the part that was cut.
     """
 
     def __init__(
-        self, tokenizer: CLIPTokenizer, encoder: CLIPTextModelWithProjection, *, log_prompts: bool = True
+        self,
+        tokenizer: CLIPTokenizer,
+        encoder: CLIPTextModelWithProjection,
+        *,
+        embeddings: Embeddings | None = None,
+        log_prompts: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
+        self.embeddings = embeddings or Embeddings(encoder.config.hidden_size)
         self.log_prompts = log_prompts
 
+    def encode(self, prompts: Sequence[str], run: Run = directly, *, weighting: bool = False) -> TextEmbeddings:
+        """Encode prompts of any length as one batch: see `encode_each`, and `prompts.text.joined`."""
+        return joined(self.encode_each(prompts, run, weighting=weighting))
+
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], run: Run = directly) -> TextEmbeddings:
-        """Encode prompts. The empty prompt is encoded like any other: guidance uses it as the absence of a prompt.
+    def encode_each(
+        self,
+        prompts: Sequence[str],
+        run: Run = directly,
+        *,
+        weighting: bool = False,
+        most_chunks: int | None = None,
+        words: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> list[TextEmbeddings]:
+        """Encode prompts, each at its own length. The empty prompt is encoded like any other: guidance uses it as the absence
+        of a prompt.
 
         The attention mask is passed on. It changes only the padding's hidden states, but Stage C was trained on all 77.
 
         Args:
-            prompts: B texts. What exceeds 77 tokens is cut, with a warning that quotes at most 200 characters of it.
+            prompts: texts, at least one.
             run: runs the network.
+            weighting, words: see `read`.
+            most_chunks: of 75 tokens. The rest of a prompt is cut, with a warning that quotes at most 200 characters of it.
+                None: no limit.
+
+        Returns:
+            For each prompt its embeddings, of one row.
+
+        Raises:
+            InputError: see `read`.
         """
         if isinstance(prompts, str):
             raise TypeError(f"prompts must be a sequence of texts, but is the text {prompts!r}.")
-        prompts = list(prompts)
-        batch = self.tokenizer.pad(
-            {"input_ids": self._tokenize(prompts)},
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
+        chunks = [self.read(prompt, weighting=weighting, words=words) for prompt in prompts]
+        if most_chunks is not None:
+            chunks = [self._cut(prompt, of_it, most_chunks) for prompt, of_it in zip(prompts, chunks, strict=True)]
+        return encode(
+            chunks,
+            special_of(self.tokenizer),
+            partial(run, encoder_of(self.encoder)),
+            self.encoder.device,
+            self.encoder.dtype,
+            ends_early=weighting,
         )
-        device = self.encoder.device
-        tensors = batch.input_ids.to(device), batch.attention_mask.to(device)
-        return TextEmbeddings(*run(self._encode, *tensors))
 
-    def _encode(self, ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.encoder(ids, attention_mask=attention_mask, output_hidden_states=True)
-        return output.hidden_states[-1], output.text_embeds.unsqueeze(1)
+    def read(
+        self,
+        prompt: str,
+        *,
+        weighting: bool = False,
+        words: Mapping[str, Tensor] = MappingProxyType({}),
+        name: str = "prompt",
+    ) -> list[Chunk]:
+        """The chunks of a prompt. Encodes nothing.
 
-    def _tokenize(self, prompts: list[str]) -> list[list[int]]:
-        """At most 77 tokens each. Warns of what is cut."""
-        limit = self.tokenizer.model_max_length
-        # verbose=False: the tokenizer's own warning of the length says neither which prompt nor what is lost.
-        batch = self.tokenizer(prompts, return_offsets_mapping=True, verbose=False)
-        kept = []
-        for prompt, ids, places in zip(prompts, batch.input_ids, batch.offset_mapping, strict=True):
-            if len(ids) > limit:
-                # The last token kept is the end of text, so the prompt's own words end one earlier.
-                dropped = prompt[places[limit - 1][0] :].strip()
-                if self.log_prompts:
-                    quoted = dropped[:MOST_QUOTED] + ("..." if len(dropped) > MOST_QUOTED else "")
-                    logger.warning("The prompt exceeds %d tokens; this end of it was left out: %r", limit, quoted)
-                else:
-                    logger.warning("The prompt exceeds %d tokens; %d were left out.", limit, len(ids) - limit)
-                ids = [*ids[: limit - 1], ids[-1]]
-            kept.append(ids)
-        return kept
+        Args:
+            weighting: whether brackets are weights and names of embeddings must exist, see `prompts.reading.read`.
+            words: vectors by name, which `embedding:NAME` finds before those of `embeddings`: (n, D) or (D,), any dtype.
+            name: of the input, for errors.
+
+        Raises:
+            InputError: a weight lies outside of -4 to 4, or an embedding is missing or cannot be used.
+        """
+        return read(prompt, self.tokenizer, self.embeddings.with_words(words), weighting=weighting, name=name)
+
+    def _cut(self, prompt: str, chunks: list[Chunk], most: int) -> list[Chunk]:
+        """The first chunks of a prompt. Warns of what is cut."""
+        left = [token for chunk in chunks[most:] for token in chunk.tokens]
+        if left:
+            limit = most * (self.tokenizer.model_max_length - 2)
+            if self.log_prompts:
+                dropped = prompt[left[0].place :].strip()
+                quoted = dropped[:MOST_QUOTED] + ("..." if len(dropped) > MOST_QUOTED else "")
+                logger.warning("The prompt exceeds %d tokens; this end of it was left out: %r", limit, quoted)
+            else:
+                logger.warning("The prompt exceeds %d tokens; %d were left out.", limit, len(left))
+        return chunks[:most]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -126,6 +127,30 @@ def test_attention(triton: ModuleType, batch: int, tokens: int, context: int, he
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "context", "hidden"), [(576, 158, slice(77, 154)), (77, 316, slice(0, 250))])
+def test_attention_with_a_bias(
+    triton: ModuleType, tokens: int, context: int, hidden: slice, dtype: torch.dtype
+) -> None:
+    """-inf hides keys, whole blocks of them at the beginning, too; zeros change nothing, to the bit."""
+    torch.manual_seed(2)
+    heads, head = 3, 64
+    query, own_key, own_value = draw(2, tokens, 3 * heads * head, dtype=dtype).chunk(3, dim=-1)
+    key, value = (
+        x.unflatten(-1, (heads, head)).transpose(1, 2)
+        for x in draw(2, context, 2 * heads * head, dtype=dtype).chunk(2, dim=-1)
+    )
+    bias = torch.zeros(2, context, device="cuda")
+    bias[0, hidden] = -torch.inf
+    bias[1, :77] = math.log(3)
+    for given in ((query, own_key, own_value, key, value), (query, None, None, key, value)):
+        expected = plain.attention(*(None if x is None else x.float() for x in given), 0.0, bias)
+        assert error(triton.attention(*given, 0.0, bias), expected) < ROUNDING[dtype]
+        without = triton.attention(*given)
+        torch.testing.assert_close(triton.attention(*given, 0.0, torch.zeros_like(bias)), without, atol=0, rtol=0)
+        assert error(without, expected) > ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("conditions", [1, 2, 3])
 def test_timestep_maps(triton: ModuleType, conditions: int, dtype: torch.dtype) -> None:
     torch.manual_seed(6)
@@ -207,7 +232,7 @@ def test_the_text_encoders_graph_minds_the_mask(model_folder: Path) -> None:
     for prompt in ("", "a red apple", "a " * 90):
         ids = text.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").to("cuda")
         output = text.encoder(**ids, output_hidden_states=True)
-        embeddings = text.encode([prompt])
+        (embeddings,) = text.encode_each([prompt], most_chunks=1)
         torch.testing.assert_close(embeddings.tokens, output.hidden_states[-1])
         torch.testing.assert_close(embeddings.pooled[:, 0], output.text_embeds)
 

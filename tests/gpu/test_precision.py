@@ -64,7 +64,7 @@ class Text(NamedTuple):
     negative: TextEmbeddings
 
     def to(self, network: StableCascadeUNet) -> "Text":
-        return Text(*(TextEmbeddings(*(x.to(network.device, network.dtype) for x in one)) for one in self))
+        return Text(*(TextEmbeddings(*(x.to(network.device, network.dtype) for x in one[:2])) for one in self))
 
 
 def make_networks(prior: dict[str, Any], decoder: dict[str, Any], vqgan: dict[str, Any], device: str) -> Networks:

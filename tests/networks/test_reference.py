@@ -24,44 +24,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def unet(name: str) -> StableCascadeUNet:
-    config = fixture_data.description(name)["config"]
-    down, up = config["blocks"]
-    down_repeats, up_repeats = config["block_repeat"]
-    res, time, attention = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
-    stage_c = name == "stage_c"
-    names = {
-        "timestep_ratio_embedding_dim": config["c_r"],
-        "patch_size": config["patch_size"],
-        "conditioning_dim": config["c_cond"],
-        "block_out_channels": config["c_hidden"],
-        "num_attention_heads": config["nhead"],
-        "down_num_layers_per_block": down,
-        "up_num_layers_per_block": up,
-        "down_blocks_repeat_mappers": down_repeats,
-        "up_blocks_repeat_mappers": up_repeats,
-        "block_types_per_layer": [(res, time, attention) if heads > 0 else (res, time) for heads in config["nhead"]],
-        "clip_seq": config["c_clip_seq"],
-        "dropout": 0.1,
-    }
-    if stage_c:
-        names |= {
-            "clip_text_in_channels": config["c_clip_text"],
-            "clip_text_pooled_in_channels": config["c_clip_text_pooled"],
-            "clip_image_in_channels": config["c_clip_img"],
-            "switch_level": config["switch_level"],
-        }
-    else:
-        names |= {
-            "in_channels": 4,
-            "out_channels": 4,
-            "clip_text_pooled_in_channels": config["c_clip"],
-            "effnet_in_channels": config["c_effnet"],
-            "pixel_mapper_in_channels": config["c_pixels"],
-            "timestep_conditioning_type": ["sca"],
-        }
-    state_dict = single_file.convert(fixture_data.weights(name))
-    assert single_file.component_of(state_dict) == ("prior" if stage_c else "decoder")
-    return single_file.build(state_dict, StableCascadeUNet, names)
+    return fixture_data.unet(name, fixture_data.description(name)["config"], fixture_data.weights(name))
 
 
 def test_stage_c():

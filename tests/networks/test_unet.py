@@ -1,6 +1,7 @@
 """StableCascadeUNet: published configurations, diffusers' class as a reference, and what diffusers' class cannot do."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -124,6 +125,41 @@ def test_absent_image_is_a_zero_embedding():
 
 
 @torch.no_grad()
+def test_texts_of_unlike_lengths_in_one_batch():
+    """What -inf hides has no effect, and ln k counts a text k times, as repeating its tokens does."""
+    network = make(STAGE_C)
+    sample, ratio, given = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.9]), inputs(STAGE_C)
+    text = given.pop("clip_text")
+    with torch.no_grad():
+        alone = network(sample, ratio, **given, clip_text=text[:, :3])
+        twice = network(sample, ratio, **given, clip_text=text[:, :3].repeat(1, 2, 1))
+
+        def biased(text: torch.Tensor, bias: list[list[float]]) -> torch.Tensor:
+            conditions = network.condition(**given, clip_text=text, clip_text_bias=torch.tensor(bias))
+            return network(sample, ratio, conditions)
+
+        log2, hidden = math.log(2), -math.inf
+        torch.testing.assert_close(biased(text, [[0] * 3 + [hidden] * 4] * 2), alone)
+        torch.testing.assert_close(biased(text[:, :3], [[log2] * 3] * 2), twice)
+        mixed = biased(text, [[log2] * 3 + [hidden] * 4, [0] * 3 + [hidden] * 4])
+        torch.testing.assert_close(mixed, torch.cat([twice[:1], alone[1:]]))
+        torch.testing.assert_close(biased(text[:, :3], [[0] * 3] * 2), alone)
+    assert (twice - alone).abs().max() > 1e-3
+
+
+def test_the_bias_of_a_text_lets_gradients_pass():
+    network = make(STAGE_C)
+    network.enable_gradient_checkpointing()
+    given = inputs(STAGE_C)
+    text = given["clip_text"].requires_grad_()
+    bias = torch.zeros(2, 7)
+    bias[:, 5:] = -math.inf
+    conditions = network.condition(**given, clip_text_bias=bias)
+    network(torch.randn(2, 16, 3, 3), torch.rand(2), conditions).square().sum().backward()
+    assert text.grad[:, :5].abs().sum(dim=2).min() > 0
+    assert not text.grad[:, 5:].any()
+
+
 def test_controlnet_residual_goes_before_its_resblock():
     """Runs of ResBlocks are numbered; a level that is run again goes on counting."""
     network, sample, ratio = make(STAGE_B), torch.randn(1, 4, 16, 16), torch.rand(1)

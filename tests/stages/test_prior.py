@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cascade.networks.unet import StableCascadeUNet
+from cascade.prompts.text import TextEmbeddings, joined
 from cascade.sampling import Noise, diffuse, finish
 from cascade.stages.prior import Residuals, prior_steps, residuals_by_step, steps_taken
-from cascade.stages.text import TextEmbeddings, TextEncoder
+from cascade.stages.text import TextEncoder
 from tests.tiny import count_calls
 
 SIZE = (3, 5)
@@ -91,6 +92,22 @@ def test_texts_and_guidance_matter(
     for i, first in enumerate(results):
         for second in results[:i]:
             assert not torch.allclose(first, second, rtol=1e-3)
+
+
+def test_a_picture_does_not_depend_on_how_long_the_other_texts_are(
+    prior: StableCascadeUNet, components: dict[str, Any]
+) -> None:
+    """Each text counts at its own length, whatever it shares a batch with."""
+    encoder = TextEncoder(components["tokenizer"], components["text_encoder"])
+    texts = encoder.encode_each(["a cat", "a dog" * 60, "fog" * 30])
+    negatives = encoder.encode_each(["snow" * 40, "", "rain"])
+    together = make(prior, joined(texts), joined(negatives), seeds=(1, 2, 3))
+    for i, seed in enumerate((1, 2, 3)):
+        alone = make(prior, texts[i], negatives[i], seeds=(seed,))
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-3)
+    # Without guidance there is no negative prompt to share a batch with.
+    first, second = (make(prior, joined(texts[:end]), seeds=(1, 2)[:end], guidance=1.0) for end in (1, 2))
+    torch.testing.assert_close(second[:1], first, rtol=1e-4, atol=1e-3)
 
 
 def test_image_prompt_of_zeros_is_no_image_prompt(

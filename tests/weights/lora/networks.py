@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from cascade.networks.unet import StableCascadeUNet
-from cascade.weights import single_file
 from cascade.weights.lora import Placed, merged
 from cascade.weights.lora.words import TABLE
+from tests import fixture_data
 from tests.fixture_data import weight
 
 FOLDER = Path(os.environ.get("CASCADE_LORA_FIXTURES") or Path(__file__).parents[2] / "fixtures" / "lora")
@@ -35,41 +35,8 @@ def tensors(name: str) -> dict[str, Tensor]:
 def unet(name: str) -> StableCascadeUNet:
     """The network of NAME.json, with its weights. Not to be changed."""
     content = description(name)
-    config = content["config"]
-    (down, up), (down_repeats, up_repeats) = config["blocks"], config["block_repeat"]
-    res, time, attention = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
-    names = {
-        "timestep_ratio_embedding_dim": config["c_r"],
-        "patch_size": config["patch_size"],
-        "conditioning_dim": config["c_cond"],
-        "block_out_channels": config["c_hidden"],
-        "num_attention_heads": config["nhead"],
-        "down_num_layers_per_block": down,
-        "up_num_layers_per_block": up,
-        "down_blocks_repeat_mappers": down_repeats,
-        "up_blocks_repeat_mappers": up_repeats,
-        "block_types_per_layer": [(res, time, attention) if heads > 0 else (res, time) for heads in config["nhead"]],
-        "clip_seq": config["c_clip_seq"],
-        "dropout": 0.0,
-    }
-    if "c_effnet" in config:
-        names |= {
-            "in_channels": 4,
-            "out_channels": 4,
-            "clip_text_pooled_in_channels": config["c_clip"],
-            "effnet_in_channels": config["c_effnet"],
-            "pixel_mapper_in_channels": config["c_pixels"],
-            "timestep_conditioning_type": ["sca"],
-        }
-    else:
-        names |= {
-            "clip_text_in_channels": config["c_clip_text"],
-            "clip_text_pooled_in_channels": config["c_clip_text_pooled"],
-            "clip_image_in_channels": config["c_clip_img"],
-            "switch_level": config["switch_level"],
-        }
     weights = {key: weight(key, shape, SEED) for key, shape in content["state_dict"].items()}
-    return single_file.build(single_file.convert(weights), StableCascadeUNet, names)
+    return fixture_data.unet("stage_b" if "c_effnet" in content["config"] else "stage_c", content["config"], weights)
 
 
 @cache

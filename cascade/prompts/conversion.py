@@ -1,0 +1,56 @@
+"""Embedding files that are pickles -> safetensors files, which `cascade.prompts.embeddings` reads.
+
+torch reads them without running what they hold (`weights_only`).
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cascade.prompts.embeddings import vectors_of
+
+
+def convert(source: Path, target: Path, width: int = 1280) -> tuple[int, int]:
+    """Write the vectors of a file into a safetensors file, as float32, under the name clip_g.
+
+    Args:
+        source: written by `torch.save`: A1111's `string_to_param`, a list of dicts, or a dict of tensors.
+        target: the new file.
+        width: D, of the model's text encoder, by which those vectors of a list are found that are meant for it.
+
+    Returns:
+        The shape of what was written, (n, D).
+
+    Raises:
+        ValueError: the file is none that torch reads, or has no vectors.
+        OSError: a file cannot be read or written.
+    """
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{source} is no file of tensors that torch.save wrote.") from error
+    found = [one[None] if one.dim() == 1 else one for one in _vectors(content, width)]
+    if not found or any(one.dim() != 2 for one in found):
+        raise ValueError(f"{source} has no vectors of an embedding.")
+    vectors = torch.cat(found).detach().float().contiguous()
+    save_file({"clip_g": vectors}, target, metadata={"format": "pt"})
+    return tuple(vectors.shape)
+
+
+def _vectors(content: Any, width: int) -> list[Tensor]:
+    """Those that ComfyUI takes (comfy/sd1_clip.py, `load_embed`)."""
+    if isinstance(content, list):
+        tensors = [one for part in content if isinstance(part, Mapping) for one in part.values()]
+        return [one for one in tensors if isinstance(one, Tensor) and one.shape[-1:] == (width,)]
+    if not isinstance(content, Mapping):
+        return []
+    parameters = content.get("string_to_param")
+    if isinstance(parameters, Mapping):
+        return [one for one in parameters.values() if isinstance(one, Tensor)][:1]
+    tensors = {name: one for name, one in content.items() if isinstance(name, str) and isinstance(one, Tensor)}
+    return [tensors[name] for name in vectors_of(list(tensors))]

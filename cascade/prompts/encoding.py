@@ -1,0 +1,113 @@
+"""Chunks -> hidden states: the text encoder, the vectors of embeddings in place of words, and the weights.
+
+A weight w moves a token's hidden state z along the line from that of the empty prompt at the same place, e, to e + w (z - e)
+(ComfyUI, comfy/sd1_clip.py, `encode_token_weights`). It acts on the states that the text encoder returns. So the tokens that
+follow, end of text and padding among them, have seen the word whatever its weight, and so has the pooled embedding.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection
+
+from cascade.prompts.chunks import Chunk, Special
+from cascade.prompts.text import TextEmbeddings
+
+Encoder = Callable[..., tuple[Tensor, Tensor]]
+
+
+def encoder_of(network: CLIPTextModelWithProjection) -> Encoder:
+    """A function of tensors, which a graph can replay.
+
+    It takes ids and mask, int64 (B, 77); and, for embeddings, vectors (B, 77, D) and where they stand, bool (B, 77, 1). It
+    returns the last layer's hidden states before the final layer norm, (B, 77, D), and the projection of the first end-of-text
+    token, (B, 1, P).
+    """
+
+    def encode(ids: Tensor, mask: Tensor, *embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        def placed(_: object, __: object, words: Tensor) -> Tensor:
+            vectors, places = embeddings
+            return torch.where(places, vectors, words)
+
+        # transformers' CLIP takes ids only: no embeddings of the caller's.
+        hook = network.get_input_embeddings().register_forward_hook(placed) if embeddings else None
+        try:
+            output = network(ids, attention_mask=mask, output_hidden_states=True)
+        finally:
+            if hook is not None:
+                hook.remove()
+        return output.hidden_states[-1], output.text_embeds.unsqueeze(1)
+
+    return encode
+
+
+def encode(
+    prompts: Sequence[Sequence[Chunk]],
+    special: Special,
+    run: Encoder,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    ends_early: bool,
+) -> list[TextEmbeddings]:
+    """Encode prompts, all of their chunks in one forward.
+
+    Args:
+        prompts: the chunks of each.
+        run: `encoder_of`, or what calls it.
+        device, dtype: the text encoder's.
+        ends_early: see `Chunk.mask`.
+
+    Returns:
+        One for each prompt, of batch 1, at the prompt's own length.
+    """
+    rows = list(itertools.chain.from_iterable(prompts))
+    states, pooled = run(*_inputs(rows, special, device, dtype, ends_early))
+    weights = torch.tensor([row.all_weights(special) for row in rows], dtype=torch.float32)
+    if (weights != 1).any():
+        # In a forward of its own: a row more would change how products are rounded, and so words of weight 1.
+        empty, _ = run(*_inputs([Chunk((), ())], special, device, dtype, ends_early))
+        states = weighted(states, empty, weights.to(device))
+    first, texts = 0, []
+    for prompt in prompts:
+        last = first + len(prompt)
+        texts.append(TextEmbeddings(states[first:last].flatten(0, 1)[None], pooled[first : first + 1]))
+        first = last
+    return texts
+
+
+def weighted(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
+    """e + w (z - e), in float32; where the weight is 1, z as it is.
+
+    Args:
+        states: z, (B, 77, D).
+        empty: e, (1, 77, D), of the empty prompt.
+        weights: w, float32 (B, 77).
+    """
+    w = weights[..., None]
+    z, e = states.float(), empty.float()
+    return torch.where(w == 1, z, e + w * (z - e)).to(states.dtype)
+
+
+def _inputs(
+    rows: Sequence[Chunk], special: Special, device: torch.device, dtype: torch.dtype, ends_early: bool
+) -> list[Tensor]:
+    ids = torch.tensor([row.ids(special) for row in rows], device=device)
+    mask = torch.tensor([row.mask(special, ends_early=ends_early) for row in rows], device=device)
+    placed = {
+        (row, place): token.vector
+        for row, chunk in enumerate(rows)
+        for place, token in enumerate(chunk.tokens, 1)
+        if token.vector is not None
+    }
+    if not placed:
+        return [ids, mask]
+    at = tuple(torch.tensor(list(placed)).T)
+    stacked = torch.stack(list(placed.values()))
+    vectors = torch.zeros(*ids.shape, stacked.shape[1], dtype=dtype)
+    vectors[at] = stacked.to(dtype)
+    places = torch.zeros(*ids.shape, 1, dtype=torch.bool)
+    places[at] = True
+    return [ids, mask, vectors.to(device), places.to(device)]

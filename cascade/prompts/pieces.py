@@ -1,0 +1,117 @@
+"""Parts of a prompt -> tokens, and the vectors of the embeddings that they name as `embedding:NAME`.
+
+A name begins after a blank, a line break or nothing, and ends at white space (ComfyUI, comfy/sd1_clip.py,
+`tokenize_with_weights`). Commas at its end are text, if the name without them is one.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from cascade.limits import InputError, shown
+from cascade.prompts.embeddings import EmbeddingError, Embeddings
+from cascade.prompts.parsing import Part
+
+# Names that an error lists.
+MOST_NAMES = 20
+
+_MARK = re.compile(r"(?:^|[ \n])(embedding:)")
+
+
+class Token(NamedTuple):
+    """A token, or a vector in its place.
+
+    Attributes:
+        id: in the vocabulary; of a vector, 0.
+        vector: float32 (D,) or None.
+        place: the index in the prompt at which it begins.
+    """
+
+    id: int
+    vector: Tensor | None
+    place: int
+
+
+class Piece(NamedTuple):
+    """Tokens that were made together, of one weight: what stands inside of a pair of brackets, or an embedding."""
+
+    tokens: list[Token]
+    weight: float
+
+
+class _Stretch(NamedTuple):
+    """Some of a part: text, or an embedding's vectors."""
+
+    part: Part
+    start: int
+    stop: int
+    vectors: Tensor | None = None
+
+
+def pieces(
+    parts: Sequence[Part], tokenizer: CLIPTokenizer, embeddings: Embeddings, *, strict: bool, name: str = "prompt"
+) -> list[Piece]:
+    """The pieces of a prompt, each tokenized by itself, without begin and end of text.
+
+    Args:
+        strict: whether a name that no embedding has is an error; otherwise it stays text.
+        name: of the input, for errors.
+
+    Raises:
+        InputError: an embedding is missing (if `strict`), or its file cannot be used.
+    """
+    stretches = [stretch for part in parts for stretch in _stretches(part, embeddings, strict, name)]
+    texts = [one.part.text[one.start : one.stop] for one in stretches if one.vectors is None]
+    # verbose=False: the tokenizer would warn of more than 77 tokens, which are no fault.
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    made = tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
+    tokenized = iter(zip(made["input_ids"], made["offset_mapping"], strict=True))
+    found = []
+    for part, start, _, vectors in stretches:
+        if vectors is None:
+            tokens = [
+                Token(id, None, part.places[start + offset]) for id, (offset, _) in zip(*next(tokenized), strict=True)
+            ]
+        else:
+            tokens = [Token(0, vector, part.places[start]) for vector in vectors]
+        if tokens:
+            found.append(Piece(tokens, part.weight))
+    return found
+
+
+def _stretches(part: Part, embeddings: Embeddings, strict: bool, name: str) -> Iterator[_Stretch]:
+    """Cut a part at the embeddings that it names."""
+    marks = list(_MARK.finditer(part.text))
+    text = 0
+    for mark, following in itertools.zip_longest(marks, marks[1:]):
+        end = following.start() if following else len(part.text)
+        word = re.compile(r"\s*(\S*)").match(part.text, mark.end(), end)
+        stop, vectors = word.end(), None
+        try:
+            vectors = embeddings.find(word[1])
+            # Commas are tried last: they may belong to the name.
+            bare = word[1].strip(",")
+            if vectors is None and bare != word[1] and (vectors := embeddings.find(bare)) is not None:
+                stop -= len(word[1]) - len(word[1].rstrip(","))
+        except EmbeddingError as error:
+            raise InputError(f"{name} names the embedding {shown(word[1])}, but {error}.") from error
+        if vectors is not None:
+            if text < mark.start():
+                yield _Stretch(part, text, mark.start())
+            yield _Stretch(part, mark.start(1), stop, vectors)
+            text = stop
+        elif strict:
+            raise _missing(name, word[1], embeddings.names())
+    if text < len(part.text):
+        yield _Stretch(part, text, len(part.text))
+
+
+def _missing(name: str, wanted: str, names: Sequence[str]) -> InputError:
+    there = f"it has {', '.join(names[:MOST_NAMES])}" if names else "it has none"
+    if len(names) > MOST_NAMES:
+        there += f" and {len(names) - MOST_NAMES} more"
+    return InputError(f"{name} names the embedding {shown(wanted)}, which this model does not have: {there}.")

@@ -1,0 +1,33 @@
+"""A prompt -> its chunks: all of this room that needs no text encoder."""
+
+from transformers import CLIPTokenizer
+
+from cascade.prompts.chunks import Chunk, Special, chunks
+from cascade.prompts.embeddings import Embeddings
+from cascade.prompts.parsing import check_weights, parse, whole
+from cascade.prompts.pieces import pieces
+
+
+def special_of(tokenizer: CLIPTokenizer) -> Special:
+    """The ids that a tokenizer has for begin and end of text and padding, and the length of its chunks."""
+    return Special(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.model_max_length)
+
+
+def read(
+    prompt: str, tokenizer: CLIPTokenizer, embeddings: Embeddings, *, weighting: bool, name: str = "prompt"
+) -> list[Chunk]:
+    """The chunks of a prompt.
+
+    Args:
+        weighting: whether brackets are weights, see `parsing`, and a name that no embedding has is an error. Otherwise
+            brackets are text, and so is `embedding:NAME` where no embedding has the name.
+        name: of the input, for errors.
+
+    Raises:
+        InputError: a weight lies outside of -4 to 4, or an embedding is missing or cannot be used.
+    """
+    if weighting:
+        check_weights(name, prompt)
+    parts = parse(prompt) if weighting else whole(prompt)
+    found = pieces(parts, tokenizer, embeddings, strict=weighting, name=name)
+    return chunks(found, tokenizer.model_max_length - 2)

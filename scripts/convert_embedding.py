@@ -1,0 +1,41 @@
+"""``scripts/convert-embedding``: its options, and what it tells the person who runs it."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from cascade.prompts.conversion import convert
+from cascade.prompts.embeddings import SUFFIX
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``scripts/convert-embedding``; ``arguments`` default to the process's. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/convert-embedding",
+        description="Convert textual-inversion embeddings that are pickles to safetensors files beside them, without running "
+        "what the pickles hold.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by torch.save: .pt, .bin")
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=1280,
+        help="of the model's text encoder: chooses among the vectors of a file for several text encoders (default: 1280)",
+    )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    failed = 0
+    for source in options.files:
+        target = source.with_suffix(SUFFIX)
+        try:
+            if target.exists():
+                raise ValueError(f"{target} is already there.")
+            count, width = convert(source, target, options.width)
+        except (ValueError, OSError) as error:
+            logger.error("%s", error)
+            failed += 1
+        else:
+            logger.info("%s has %d vectors of %d numbers.", target, count, width)
+    return min(failed, 1)

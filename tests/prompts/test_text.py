@@ -1,0 +1,69 @@
+"""How texts of unlike lengths share a batch, and ComfyUI's repetition."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascade.prompts.text import TextEmbeddings, joined, repeated
+
+
+def text(chunks: int, batch: int = 1) -> TextEmbeddings:
+    return TextEmbeddings(torch.randn(batch, 77 * chunks, 4), torch.randn(batch, 1, 3))
+
+
+def test_texts_of_one_length_are_a_batch_without_bias() -> None:
+    texts = [text(2), text(2, batch=3)]
+    whole = joined(texts)
+    assert torch.equal(whole.tokens, torch.cat([one.tokens for one in texts]))
+    assert torch.equal(whole.pooled, torch.cat([one.pooled for one in texts]))
+    assert whole.bias is None
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+def test_texts_come_out_as_they_went_in(chunks: list[int]) -> None:
+    texts = [text(number) for number in chunks]
+    whole = joined(texts)
+    assert (whole.bias is None) == (len(set(chunks)) == 1)
+    for row, one in enumerate(texts):
+        length = one.tokens.shape[1]
+        assert torch.equal(whole.tokens[row, :length], one.tokens[0])
+        assert torch.equal(whole.pooled[row], one.pooled[0])
+        assert not whole.tokens[row, length:].any()
+        if whole.bias is not None:
+            assert whole.bias[row].tolist() == [0.0] * length + [-math.inf] * (whole.bias.shape[1] - length)
+
+
+@given(st.integers(1, 3), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_joining_twice_is_joining_once(first: int, chunks: list[int]) -> None:
+    """As for a batch of pictures, then its two halves."""
+    texts = [text(first), *(text(number) for number in chunks)]
+    once, twice = joined(texts), joined([texts[0], joined(texts[1:])])
+    assert torch.equal(once.tokens, twice.tokens)
+    assert (once.bias is None) == (twice.bias is None)
+    assert once.bias is None or torch.equal(once.bias, twice.bias)
+
+
+def test_one_text_for_a_batch() -> None:
+    one = joined([text(1), text(3)])
+    row = TextEmbeddings(one.tokens[:1], one.pooled[:1], one.bias[:1]).expand(4)
+    assert [tuple(part.shape) for part in row] == [(4, 231, 4), (4, 1, 3), (4, 231)]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "times"),
+    [
+        ((1, 1), (1, 1)), ((2, 1), (1, 2)), ((1, 4), (4, 1)), ((2, 3), (3, 2)), ((3, 4), (4, 3)), ((6, 4), (2, 3)),
+        ((1, 5), (1, 1)), ((4, 5), (1, 1)), ((6, 1), (1, 1)),
+    ],
+)  # fmt: skip
+def test_what_comfyui_repeats(chunks: tuple[int, int], times: tuple[int, int]) -> None:
+    texts = [text(number) for number in chunks]
+    for before, after, number in zip(texts, repeated(*texts), times, strict=True):
+        assert after.tokens is before.tokens
+        if number == 1:
+            assert after.bias is None
+        else:
+            torch.testing.assert_close(after.bias, torch.full(after.tokens.shape[:2], math.log(number)))
