@@ -11,6 +11,8 @@ from cascade import sizes
 from cascade.guides.controls import Control
 from cascade.guides.inpainting import check_mask, transparent
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, Limits, counted, need
+from cascade.loras.lora import MOST as MOST_LORAS
+from cascade.loras.lora import Lora
 from cascade.prompts.parsing import check_weights
 from cascade.sampling import SAMPLERS
 
@@ -55,6 +57,9 @@ class Request:
         controls: up to 4, see `Control`. One of the kind "inpainting" needs a mask; with a mask and none of that kind,
             the model's inpainting ControlNet, if it has one, is used at scale 1.
 
+        loras: up to 8, see `Lora`: adapters of Stages C and B and the text encoder. Their changes are added up. Words that they
+            bring may be used in the prompts, by name.
+
     A float without a fraction is accepted as a whole number, a number of numpy as a number, and a list as a tuple; the
     attributes are int, float and tuple. The attribute `mask` is an image of mode "1", in the size of `image`.
 
@@ -81,6 +86,7 @@ class Request:
     prompt_strength: float = LIMITS["prompt_strength"].default
     mask: Image.Image | Literal["alpha"] | None = None
     controls: Sequence[Control] = ()
+    loras: Sequence[Lora] = ()
 
     def __post_init__(self) -> None:
         for name, limits in ALLOWED.items():
@@ -231,4 +237,5 @@ ALLOWED: dict[str, Limits] = {
     "sampler": Limits(str, "ddpm", choices=tuple(SAMPLERS)),
     "repeat_prompts": Limits(bool, False),
     "controls": Limits(Control, most=MOST_IMAGES),
+    "loras": Limits(Lora, most=MOST_LORAS),
 }

@@ -60,7 +60,7 @@ def no_weights(folder: Path) -> WeightsError:
     return WeightsError(f"{folder} has no weights: it should hold {STEMS[0]}{SUFFIX} or {STEMS[1]}{SUFFIX}.")
 
 
-def pickle_error(path: Path) -> WeightsError:
+def pickle_error(path: Path | str) -> WeightsError:
     return WeightsError(f"{path} is a pickle, which can run code when it is read; only safetensors files are opened.")
 
 
@@ -96,7 +96,7 @@ def read_json(path: Path) -> Any:
         raise WeightsError(f"{path} is not valid JSON: {shortened(error).rstrip('.')}.") from error
 
 
-def unreadable(path: Path, error: Exception) -> WeightsError:
+def unreadable(path: Path | str, error: Exception) -> WeightsError:
     """The error of a file that safetensors or the disk refuses."""
     return WeightsError(f"{path} is truncated or no safetensors file: {shortened(error).rstrip('.')}.")
 

@@ -77,6 +77,9 @@ class LateUploader:
             copy_one()
         self.done = max(self.done, uploaded)
 
+    def finish(self) -> None:
+        self.wait(len(self.asked))
+
     def read(self, tensor: Tensor) -> None:
         """Work is launched that reads this."""
         start = tensor.data_ptr() - self.cache.data_ptr()
