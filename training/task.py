@@ -35,8 +35,9 @@ class Task(nn.Module, ABC):
         """Updates state that has no gradient, such as an adaptive loss weight; called after every micro-batch."""
 
     @abstractmethod
-    def evaluate(self) -> tuple[dict[str, float], Image.Image]:
-        """Figures to log, and a sheet of pictures; called with the averaged weights, in evaluation mode, without gradients."""
+    def evaluate(self) -> tuple[dict[str, float], Image.Image | None]:
+        """Figures to log, and a sheet of pictures or None; called with the averaged weights, in evaluation mode, without
+        gradients."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -287,9 +287,10 @@ class Trainer:
                 figures, picture = self.task.evaluate()
             self._report(figures)
             samples = self.folder / "samples"
-            with writing(samples):
-                samples.mkdir(parents=True, exist_ok=True)
-                picture.save(samples / f"{self.progress.step:06d}.png")
+            if picture is not None:
+                with writing(samples):
+                    samples.mkdir(parents=True, exist_ok=True)
+                    picture.save(samples / f"{self.progress.step:06d}.png")
             with writing(self.model):
                 write_components(self.model, self.folder.name, self.task.save)
         self.task.train()

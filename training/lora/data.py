@@ -1,0 +1,133 @@
+"""The pictures of a LoRA's training as semantic latents, and their captions: encoded once, and kept on the training device."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cascade.images.tensors import to_pixels
+from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.unet import StableCascadeUNet
+from cascade.prompts.text import TextEmbeddings
+from cascade.sampling import Noise, finish
+from cascade.sizes import semantic_size
+from cascade.stages.encoder import for_encoder
+from cascade.stages.prior import prior_steps
+from cascade.weights import StageSettings
+from training.lora.pictures import Captioned, buckets
+from training.lora.words import Captions
+from training.picture_folder import read
+
+# Pictures that are encoded or sampled at a time.
+AT_ONCE = 8
+
+
+@torch.no_grad()
+def encode_pictures(pictures: Sequence[Captioned], effnet: SemanticEncoder, device: torch.device) -> list[Tensor]:
+    """Semantic latents of pictures of one size, float32 (16, h, w) each, on ``device``."""
+    made: list[Tensor] = []
+    for first in range(0, len(pictures), AT_ONCE):
+        some = pictures[first : first + AT_ONCE]
+        pixels = torch.cat([to_pixels(read(one.file, one.size[::-1]), device) for one in some])
+        made += effnet(for_encoder(pixels)).float()
+    return made
+
+
+@torch.no_grad()
+def sample_latents(
+    prior: StableCascadeUNet,
+    text: TextEmbeddings,
+    negative: TextEmbeddings,
+    *,
+    resolution: int,
+    settings: StageSettings,
+    seeds: Sequence[int],
+) -> Tensor:
+    """What Stage C makes of texts: float32 (B, 16, h, w), of square pictures; a few at a time.
+
+    Args:
+        text: of B prompts, or of one for all.
+        negative: of the empty prompt.
+        resolution: pixels of a side.
+        settings: of the sampler.
+        seeds: B of them.
+    """
+    made = []
+    for first in range(0, len(seeds), AT_ONCE):
+        some = seeds[first : first + AT_ONCE]
+        rows = slice(None) if len(text.tokens) == 1 else slice(first, first + AT_ONCE)
+        steps = prior_steps(
+            prior,
+            TextEmbeddings(text.tokens[rows], text.pooled[rows]),
+            negative,
+            size=semantic_size(resolution, resolution),
+            noise=Noise(some, text.tokens.device),
+            steps=settings.steps,
+            guidance=settings.guidance,
+            shift=settings.shift,
+            rescale=settings.rescale,
+        )
+        made.append(finish(steps))
+    return torch.cat(made)
+
+
+class Texts:
+    """The embeddings of captions.
+
+    Args:
+        captions: the texts, the empty one last.
+        vectors: returns those of the new word; None: there is none.
+        changing: whether embeddings change while training, and so are computed at every step; otherwise they are computed
+            once, and the text encoder is not needed any more.
+    """
+
+    def __init__(self, captions: Captions, vectors: Callable[[], Tensor] | None, *, changing: bool) -> None:
+        self.empty = len(captions) - 1
+        self._captions, self._vectors = (captions, vectors) if changing else (None, None)
+        self._kept: TextEmbeddings | None = None
+        if not changing:
+            with torch.no_grad():
+                rows = torch.arange(len(captions), device=captions.ids.device).split(4 * AT_ONCE)
+                parts = [captions.encode(some) for some in rows]
+            self._kept = TextEmbeddings(*(torch.cat(values) for values in list(zip(*parts, strict=True))[:2]))
+
+    def rows(self, indices: Tensor) -> TextEmbeddings:
+        """Those of the captions ``indices`` (B,)."""
+        if self._kept is not None:
+            return TextEmbeddings(self._kept.tokens[indices], self._kept.pooled[indices])
+        return self._captions.encode(indices, None if self._vectors is None else self._vectors())
+
+
+class Latents:
+    """Latents by size, of which micro-batches are drawn.
+
+    Attributes:
+        groups: of each size, latents (N, 16, h, w) and the rows of their captions (N,).
+    """
+
+    def __init__(self, groups: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.groups = list(groups)
+        self._counts = torch.tensor([len(rows) for _, rows in groups], dtype=torch.float32)
+
+    def __len__(self) -> int:
+        return int(self._counts.sum())
+
+    @classmethod
+    def of_pictures(cls, pictures: Sequence[Captioned], effnet: SemanticEncoder, device: torch.device) -> "Latents":
+        """Encode pictures; the caption of picture i has the row i."""
+        groups = []
+        for indices in buckets(pictures).values():
+            made = torch.stack(encode_pictures([pictures[i] for i in indices], effnet, device))
+            groups.append((made, torch.tensor(indices, device=device)))
+        return cls(groups)
+
+    def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents (size, 16, h, w) and the rows of their captions (size,). Every picture is as likely as any other.
+
+        No picture comes twice while the group has others.
+        """
+        own = torch.Generator().manual_seed(generator.initial_seed())
+        latents, rows = self.groups[int(torch.multinomial(self._counts, 1, generator=own))]
+        rounds = -(-size // len(rows))
+        chosen = torch.cat([torch.randperm(len(rows), generator=own) for _ in range(rounds)])[:size].to(rows.device)
+        return latents[chosen], rows[chosen]

@@ -1,0 +1,206 @@
+"""The pictures of a LoRA's training: a folder, or a zip of one, and the size at which each is trained on."""
+
+import math
+import shutil
+import stat
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from cascade.images.colours import PictureError
+from cascade.images.decoding import PictureFile
+from cascade.sizes import LARGEST, MULTIPLE, SMALLEST, Size
+from training.errors import TrainingError
+from training.picture_folder import ENDINGS, read
+
+# Of a zip: files, bytes of one, and of all. A picture of 64 million pixels, the limit, has at most 200 MB as PNG.
+MOST_FILES = 10_000
+MOST_BYTES = 200_000_000
+MOST_BYTES_IN_ALL = 8_000_000_000
+CAPTIONS = ".txt"
+CHUNK = 1 << 20
+# What a bucket's shape may be: width to height.
+STEEPEST = 4.0
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture and what it shows.
+
+    Attributes:
+        file: the picture.
+        caption: its text.
+        size: (height, width) in pixels at which it is trained on.
+    """
+
+    file: Path
+    caption: str
+    size: Size
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """The pictures and text files of a zip, written to an empty folder; what else it holds is left out.
+
+    Args:
+        archive: a zip file.
+        folder: need not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TrainingError: it is no zip, damaged or encrypted, too large, or a name in it leads out of the folder.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = [member for member in opened.infolist() if not member.is_dir()]
+            wanted = [member for member in members if _is_wanted(PurePosixPath(member.filename))]
+            if len(wanted) > MOST_FILES:
+                raise TrainingError(
+                    f"{archive.name} holds {len(wanted)} pictures and texts; {MOST_FILES} are the limit."
+                )
+            left = MOST_BYTES_IN_ALL
+            for member in wanted:
+                left = _write(archive, opened, member, folder, left)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, TrainingError):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise TrainingError(f"{archive.name} cannot be unpacked: {error.strerror}.") from error
+        kind = "is no zip file" if not zipfile.is_zipfile(archive) else "is a damaged or encrypted zip file"
+        raise TrainingError(f"{archive.name} {kind}: {str(error).rstrip('.')}.") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _is_wanted(name: PurePosixPath) -> bool:
+    hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.parts)
+    return not hidden and name.suffix.lower() in (*ENDINGS, CAPTIONS)
+
+
+def _write(archive: Path, opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, left: int) -> int:
+    """Write one file. Returns how many bytes may still follow."""
+    name = PurePosixPath(member.filename.replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
+        raise TrainingError(f"{archive.name} holds {member.filename!r}, whose path leads out of the folder.")
+    if stat.S_ISLNK(member.external_attr >> 16):
+        raise TrainingError(f"{archive.name} holds {member.filename!r}, which is a link, not a picture.")
+    target = folder.joinpath(*name.parts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # By what comes out: the size in the header may be a lie.
+    written = 0
+    with opened.open(member) as source, target.open("wb") as file:
+        while chunk := source.read(CHUNK):
+            written += len(chunk)
+            if written > MOST_BYTES:
+                raise TrainingError(
+                    f"{archive.name} holds {member.filename!r}, which has over {MOST_BYTES // 10**6} MB unpacked, the limit."
+                )
+            if written > left:
+                raise TrainingError(
+                    f"{archive.name} has over {MOST_BYTES_IN_ALL // 10**9} GB of pictures unpacked, the limit."
+                )
+            file.write(chunk)
+    return left - written
+
+
+def find_pictures(path: Path, scratch: Path) -> Path:
+    """The folder of pictures that a path means: itself, or a zip unpacked to ``scratch``.
+
+    Raises:
+        TrainingError: there is neither, see `unpack`.
+    """
+    if path.is_dir():
+        return path
+    if not path.is_file():
+        raise TrainingError(f"There is no folder or zip file {path}.")
+    shutil.rmtree(scratch, ignore_errors=True)
+    return unpack(path, scratch)
+
+
+def caption_of(file: Path, *, otherwise: str, prefix: str, word: str) -> str:
+    """What a picture is said to show.
+
+    Args:
+        file: the picture; a text file of its name beside it has its caption.
+        otherwise: the caption of pictures without such a file.
+        prefix: put before every caption.
+        word: put before every caption that does not have it.
+
+    Raises:
+        TrainingError: there is none, or it is not UTF-8.
+    """
+    beside = file.with_suffix(CAPTIONS)
+    if beside.is_file():
+        try:
+            caption = " ".join(beside.read_text(encoding="utf-8-sig").split())
+        except UnicodeDecodeError as error:
+            raise TrainingError(
+                f"{beside.name} is not UTF-8: byte {error.start + 1} is {error.object[error.start]:#04x}."
+            ) from None
+    elif otherwise or prefix or word:
+        caption = otherwise
+    else:
+        raise TrainingError(
+            f"{file.name} has no caption: give it {beside.name}, or one caption or word for all pictures."
+        )
+    caption = f"{prefix}{caption}"
+    if word and word.lower() not in caption.lower():
+        caption = f"{word}, {caption}" if caption.strip() else word
+    return caption.strip()
+
+
+def bucket_size(width: int, height: int, resolution: int) -> Size:
+    """The (height, width) at which a picture is trained on: its shape, with about the area of a square.
+
+    Sides are multiples of a 16th of the square's, 64 pixels of 1024, so that pictures of nearly one shape share a bucket. What
+    exceeds 4:1 is cut off.
+    """
+    ratio = min(max(width / height, 1 / STEEPEST), STEEPEST)
+    step = max(MULTIPLE, resolution // 16 // MULTIPLE * MULTIPLE)
+    sides = (resolution / math.sqrt(ratio), resolution * math.sqrt(ratio))
+    least, most = math.ceil(SMALLEST / step) * step, LARGEST // step * step
+    rows, columns = (min(max(round(side / step) * step, least), most) for side in sides)
+    return rows, columns
+
+
+def captioned_pictures(folder: Path, resolution: int, *, caption: str, prefix: str, word: str) -> list[Captioned]:
+    """The pictures of a folder and its sub-folders, in the order of their names. Each is read once.
+
+    Raises:
+        TrainingError: there is none, one is damaged, or has no caption.
+    """
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix.lower() in ENDINGS and _is_wanted(PurePosixPath(path.relative_to(folder)))
+    )
+    if not files:
+        raise TrainingError(f"There are no pictures ({', '.join(ENDINGS)}) in {folder.name or folder}.")
+    captions = [caption_of(file, otherwise=caption, prefix=prefix, word=word) for file in files]
+    with ThreadPoolExecutor() as pool:
+        sizes = list(pool.map(lambda file: _size(file, resolution), files))
+    return [Captioned(*one) for one in zip(files, captions, sizes, strict=True)]
+
+
+def _size(file: Path, resolution: int) -> Size:
+    try:
+        with file.open("rb") as content:
+            width, height = PictureFile(content, file.name).size()
+    except PictureError as error:
+        raise TrainingError(str(error)) from error
+    except OSError as error:
+        raise TrainingError(f"{file.name} cannot be read: {error.strerror or error}.") from error
+    size = bucket_size(width, height, resolution)
+    read(file, (size[1], size[0]))  # a damaged one is found before training
+    return size
+
+
+def buckets(pictures: Sequence[Captioned]) -> dict[Size, list[int]]:
+    """The pictures' indices by size, in the order of their first ones."""
+    found: dict[Size, list[int]] = {}
+    for index, picture in enumerate(pictures):
+        found.setdefault(picture.size, []).append(index)
+    return found

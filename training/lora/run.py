@@ -1,0 +1,204 @@
+"""One training of a LoRA: the model, pictures, what is trained, and the file at the end."""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from cascade.weights import ModelFolder, WeightsError
+from training.checkpoint import has_checkpoint
+from training.errors import TrainingError, writing
+from training.files import whole_file
+from training.lora.adapters import adapted_layers, add_lora, linear_layers
+from training.lora.data import Latents, Texts, sample_latents
+from training.lora.file import FILE, metadata_of, tensors_of, write_lora
+from training.lora.pictures import Captioned, captioned_pictures
+from training.lora.settings import Recipe
+from training.lora.words import Captions, first_vectors
+from training.run import start_processes
+from training.tasks.lora import LoraTask
+from training.trainer import fit
+
+logger = logging.getLogger(__name__)
+
+STATE = "training"
+SETTINGS = "settings.json"
+
+
+def train_lora(
+    weights: Path, pictures: Path, output: Path, recipe: Recipe, *, lite: bool = False, deadline: float = math.inf
+) -> bool:
+    """Train a LoRA, or go on with one that was stopped.
+
+    Args:
+        weights: the model folder.
+        pictures: a folder of pictures.
+        output: gets `FILE`, the recipe as `SETTINGS`, and in `STATE` checkpoints, samples and logs.
+        recipe: what is trained, and how.
+        lite: of the published repositories, whether the smaller Stage C is taken.
+        deadline: wall-clock time (`time.time`) at which to save and stop.
+
+    Returns:
+        Whether the last step was reached. The file is there in both cases.
+
+    Raises:
+        TrainingError: the pictures, a setting or the model folder is wrong, or a file cannot be written.
+        training.interruption.Stopped: Ctrl-C or SIGTERM came; a checkpoint has been saved.
+    """
+    began = time.time()
+    state = start_processes()
+    resolution = recipe.lora.resolution
+    try:
+        folder = ModelFolder.open(weights, lite=("prior",) if lite else ())
+        folder.require(("prior", "text_encoder", "tokenizer", "effnet"))
+        recipe = dataclasses.replace(
+            recipe, lora=dataclasses.replace(recipe.lora, resolution=resolution or folder.native_size)
+        )
+        task = _Preparation(folder, recipe, output, state).task(pictures)
+    except WeightsError as error:
+        raise TrainingError(str(error)) from error
+    if state.is_main_process:
+        with writing(output), whole_file(output / SETTINGS) as part:
+            part.write_text(json.dumps(recipe.as_tables(), indent=2) + "\n", encoding="utf-8")
+    options = dataclasses.replace(recipe.options, compile=False)
+    return fit(task, options, output / STATE, output, deadline=deadline, began=began)
+
+
+class _Preparation:
+    """What comes before the first step."""
+
+    def __init__(self, folder: ModelFolder, recipe: Recipe, output: Path, state: PartialState) -> None:
+        self.folder, self.recipe, self.settings, self.output = folder, recipe, recipe.lora, output
+        self.device = state.device
+        on_gpu = self.device.type == "cuda"
+        precision = recipe.options.precision
+        if precision == "fp16":
+            raise TrainingError("[options] precision is 'fp16'; LoRAs are trained in 'bf16' or 'no'.")
+        self.dtype = torch.bfloat16 if on_gpu and precision == "bf16" else torch.float32
+
+    def _load(self, component: str, dtype: torch.dtype | None = None) -> Any:
+        return self.folder.load_component(component, device=self.device, dtype=dtype or self.dtype)
+
+    def task(self, pictures: Path) -> LoraTask:
+        settings, options = self.settings, self.recipe.options
+        found = captioned_pictures(
+            pictures,
+            settings.resolution,
+            caption=settings.caption,
+            prefix=settings.caption_prefix,
+            word=settings.word,
+        )
+        latents = self._encode(found)
+        set_seed(options.seed)
+        prior = self._load("prior")
+        prior.use_kernels("plain")
+        encoder = self._load("text_encoder")
+        tokenizer = self._load("tokenizer")
+        texts = [*(one.caption for one in found), settings.preserve, *settings.samples, ""]
+        new = settings.word if settings.learns_a_word else ""
+        captions = Captions(texts, tokenizer, encoder, new, settings.vectors)
+        if captions.cut:
+            logger.warning("%d captions have over 75 tokens; what comes after is left out.", captions.cut)
+        preserved = self._preserved(prior, captions, len(found)) if settings.preserve else None
+        trained = {f"prior.{name}": value for name, value in self._adapt(prior, settings.rank).items()}
+        if settings.text_encoder_rank:
+            own = self._adapt(encoder, settings.text_encoder_rank, text=True)
+            trained |= {f"text_encoder.{name}": value for name, value in own.items()}
+        encoder.requires_grad_(settings.text_encoder_rank > 0)
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        word = None
+        if new:
+            vectors = first_vectors(settings.begins_from, settings.vectors, tokenizer, encoder)
+            word = trained["word"] = nn.Parameter(vectors)
+        if settings.gradient_checkpointing:
+            prior.enable_gradient_checkpointing()
+        if settings.compile_blocks and self.device.type == "cuda":
+            for block in prior.blocks():
+                block.compile()
+        text = Texts(captions, (lambda: word) if new else None, changing=settings.trains_text)
+        previewer = self._load("previewer", torch.float32) if "previewer" in self.folder and settings.samples else None
+        if settings.samples and previewer is None:
+            logger.warning("%s has no previewer, so there are no samples.", self.folder.root)
+        networks: dict[str, nn.Module] = {"prior": prior}
+        if settings.text_encoder_rank:
+            networks["text_encoder"] = encoder
+        logger.info(
+            "LoRA of rank %d: %.2f M parameters, %d steps of %d, on %d pictures of %d sizes%s.",
+            settings.rank,
+            sum(value.numel() for value in trained.values()) / 1e6,
+            options.steps,
+            options.batch_size,
+            len(found),
+            len(latents.groups),
+            f", and {len(preserved)} of {settings.preserve!r}" if preserved else "",
+        )
+        if has_checkpoint(self.output / STATE):
+            logger.info("%s has a checkpoint, which is continued.", self.output)
+        return LoraTask(
+            prior,
+            trained,
+            text=text,
+            latents=latents,
+            preserved=preserved,
+            preserve_share=settings.preserve_share,
+            caption_dropout=settings.caption_dropout,
+            samples=range(len(found) + 1, len(texts) - 1),
+            resolution=settings.resolution,
+            settings=self.folder.sampler["prior"],
+            previewer=previewer,
+            write=lambda folder: self._write(folder, networks, {} if word is None else {new: word}),
+            modes=[encoder] if settings.text_encoder_rank else [],
+        )
+
+    def _encode(self, found: list[Captioned]) -> Latents:
+        """With the semantic encoder, whose memory is free afterwards."""
+        effnet = self._load("effnet", torch.float32)
+        return Latents.of_pictures(found, effnet, self.device)
+
+    def _preserved(self, prior: nn.Module, captions: Captions, row: int) -> Latents:
+        """Pictures that the model makes of what shall stay as it is, before anything is learned."""
+        settings, count = self.settings, self.settings.preserve_pictures
+        with torch.no_grad():
+            text, empty = (captions.encode(torch.tensor([one], device=self.device)) for one in (row, len(captions) - 1))
+        made = sample_latents(
+            prior,
+            text,
+            empty,
+            resolution=settings.resolution,
+            settings=self.folder.sampler["prior"],
+            seeds=range(self.recipe.options.seed, self.recipe.options.seed + count),
+        )
+        return Latents([(made, torch.full((count,), row, device=self.device))])
+
+    def _adapt(self, network: nn.Module, rank: int, *, text: bool = False) -> dict[str, nn.Parameter]:
+        settings = self.settings
+        layers = linear_layers(network, ("all",) if text else settings.targets)
+        alpha = rank if settings.alpha is None else settings.alpha
+        return add_lora(network, layers, rank=rank, alpha=alpha, dropout=settings.dropout)
+
+    def _write(self, folder: Path, networks: dict[str, nn.Module], words: dict[str, Tensor]) -> None:
+        settings = self.settings
+        adapted = {name: adapted_layers(network) for name, network in networks.items()}
+        tensors = tensors_of(adapted, words, getattr(torch, settings.number))
+        metadata = metadata_of(
+            tensors,
+            title=settings.title or self.output.absolute().name,
+            resolution=settings.resolution,
+            rank=settings.rank,
+            alpha=settings.rank if settings.alpha is None else settings.alpha,
+            word=settings.word,
+            model=self.folder.name,
+        )
+        try:
+            write_lora(folder / FILE, tensors, metadata)
+        except ValueError as error:
+            raise TrainingError(f"{self.output / FILE} cannot be written: {error}.") from error
