@@ -45,6 +45,55 @@ def make_schema(source: str, runner: str = "Predictor") -> dict[str, Any]:
     return _Reader(source).document(runner)
 
 
+def add_training(document: dict[str, Any], source: str, function: str = "train") -> None:
+    """Add what trainings take and answer to the document of a predictor.
+
+    Args:
+        document: as `make_schema` returns it.
+        source: the text of train.py.
+        function: its name. What it returns is a `BaseModel` of that file.
+
+    Raises:
+        SchemaError, SyntaxError: see `make_schema`. A choice that has another's name is refused, too.
+    """
+    reader = _Reader(source)
+    inputs, output, enums = reader.training(function)
+    schemas = document["components"]["schemas"]
+    for name in enums:
+        if name in schemas:
+            raise SchemaError(f"The input {name} of {function}() has choices, and something else has its name.")
+    answer = schemas["PredictionResponse"]["properties"]
+    schemas |= {
+        "TrainingInput": inputs,
+        "TrainingOutput": output,
+        **enums,
+        "TrainingRequest": component("TrainingRequest", {**titled(id=TEXT), "input": ref("TrainingInput")}),
+        "TrainingResponse": component(
+            "TrainingResponse", {**answer, "input": ref("TrainingInput"), "output": ref("TrainingOutput")}
+        ),
+    }
+    (named,) = titled(training_id=TEXT).values()
+    document["paths"] |= {
+        "/trainings": {
+            "post": {
+                "description": "Run a single training on the model",
+                "operationId": "train_trainings_post",
+                "requestBody": {"content": as_json(ref("TrainingRequest"))},
+                "responses": answers(ref("TrainingResponse"), validated=True),
+                "summary": "Train",
+            }
+        },
+        "/trainings/{training_id}/cancel": {
+            "post": {
+                "operationId": "cancel_trainings__training_id__cancel_post",
+                "parameters": [{"in": "path", "name": "training_id", "required": True, "schema": named}],
+                "responses": answers({}, validated=True),
+                "summary": "Cancel",
+            }
+        },
+    }
+
+
 class _Reader:
     def __init__(self, source: str) -> None:
         self.source = source
@@ -58,10 +107,39 @@ class _Reader:
 
     def document(self, runner: str) -> dict[str, Any]:
         method = self.find_run(runner)
-        arguments = method.args
+        inputs, enums = self.inputs(method, method.args.args[1:], "Input")
+        if method.returns is None:
+            self.refuse(method, "run() has no return type")
+        output, nullable = self.kind(method.returns)
+        if nullable:
+            self.refuse(method.returns, "what run() returns may not be None")
+        return envelope(inputs, in_order({**output, "title": "Output"}), enums)
+
+    def training(self, function: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The inputs of a function, the object that it returns, and the enumerations of the inputs' choices."""
+        found = [node for node in self.module.body if isinstance(node, ast.FunctionDef) and node.name == function]
+        if not found:
+            raise SchemaError(f"There is no function {function}.")
+        inputs, enums = self.inputs(found[0], found[0].args.args, "TrainingInput")
+        return inputs, self.model(found[0]), enums
+
+    def model(self, function: ast.FunctionDef) -> dict[str, Any]:
+        """The schema of the `BaseModel` that a function returns."""
+        name = function.returns.id if isinstance(function.returns, ast.Name) else ""
+        for node in self.module.body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                fields = [one for one in node.body if isinstance(one, ast.AnnAssign)]
+                kinds = {one.target.id: self.kind(one.annotation)[0] for one in fields}
+                return component("TrainingOutput", titled(**kinds), required=list(kinds))
+        return self.refuse(function, f"{function.name}() returns no BaseModel of this file")
+
+    def inputs(
+        self, function: ast.FunctionDef, parameters: list[ast.arg], heading: str
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The schema of a function's inputs, and the enumerations of their choices."""
+        arguments = function.args
         if arguments.posonlyargs or arguments.vararg or arguments.kwonlyargs or arguments.kwarg:
-            self.refuse(method, "run() takes self and plain parameters only")
-        parameters = arguments.args[1:]
+            self.refuse(function, f"{function.name}() takes plain parameters only")
         missing = len(parameters) - len(arguments.defaults)
         properties, enums, required = {}, {}, []
         for order, parameter in enumerate(parameters):
@@ -72,13 +150,8 @@ class _Reader:
             if choices is not None:
                 enums[parameter.arg] = choices
             properties[parameter.arg] = in_order({**field, "x-order": order})
-        inputs = {"properties": properties, **({"required": required} if required else {})}
-        if method.returns is None:
-            self.refuse(method, "run() has no return type")
-        output, nullable = self.kind(method.returns)
-        if nullable:
-            self.refuse(method.returns, "what run() returns may not be None")
-        return envelope({**inputs, "title": "Input", "type": "object"}, in_order({**output, "title": "Output"}), enums)
+        needed = {"required": required} if required else {}
+        return {"properties": properties, **needed, "title": heading, "type": "object"}, enums
 
     def find_run(self, runner: str) -> ast.FunctionDef:
         for node in self.module.body:

@@ -25,21 +25,23 @@ from urllib.parse import urlsplit
 import yaml
 
 from scripts.environment import ROOT
-from scripts.openapi import SchemaError, make_schema
+from scripts.openapi import SchemaError, add_training, make_schema
 
 SCHEMA = ROOT / ".cog" / "openapi_schema.json"
 COG_FOLDERS = Path("/tmp/coglet/predictions")
 """Where Cog makes a folder for each prediction, whoever serves and whatever TMPDIR is."""
 
 
-def read_config() -> tuple[str, dict[str, str]]:
-    """What cog.yaml runs, as ``file:class``, and the environment variables that it sets."""
+def read_config() -> tuple[str, str, dict[str, str]]:
+    """What cog.yaml runs and trains, as ``file:class`` and ``file:function``, and the environment variables that it sets."""
     config = yaml.safe_load((ROOT / "cog.yaml").read_text(encoding="utf-8"))
-    return config["run"], dict(variable.split("=", 1) for variable in config["environment"])
+    return config["run"], config["train"], dict(variable.split("=", 1) for variable in config["environment"])
 
 
-def write_schema(runner: str) -> Path:
-    """Bring the schema up to date with ``file:class``; whoever reads meanwhile finds the old one or the new one.
+def write_schema(runner: str, trainer: str) -> Path:
+    """Bring the schema up to date with ``file:class`` and ``file:function``.
+
+    Whoever reads meanwhile finds the old one or the new one.
 
     Returns:
         The working folder for Cog's server: the repository, or a temporary one if that cannot be written.
@@ -48,7 +50,10 @@ def write_schema(runner: str) -> Path:
         SchemaError: Cog could not make one.
     """
     file, _, name = runner.partition(":")
-    schema = json.dumps(make_schema((ROOT / file).read_text(encoding="utf-8"), name))
+    document = make_schema((ROOT / file).read_text(encoding="utf-8"), name)
+    file, _, name = trainer.partition(":")
+    add_training(document, (ROOT / file).read_text(encoding="utf-8"), name)
+    schema = json.dumps(document)
     with contextlib.suppress(OSError):
         if SCHEMA.read_text(encoding="utf-8") == schema:
             return ROOT
@@ -169,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="let Cog's server be reached itself, which ids can end: for behind a proxy that checks them",
     )
+    parser.add_argument("--train", action="store_true", help="serve trainings of LoRAs instead of predictions")
     options = parser.parse_args(arguments)
     if options.upload_url and (problem := upload_problem(options.upload_url)):
         sys.stderr.write(f"--upload-url is {options.upload_url!r}; {problem}.\n")
@@ -185,17 +191,19 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, OverflowError) as error:
         sys.stderr.write(f"Cannot listen at {options.host}, port {options.port}: {error}.\n")
         return 1
-    runner, variables = read_config()
+    runner, trainer, variables = read_config()
     try:
-        folder = write_schema(runner)
+        folder = write_schema(runner, trainer)
     except SchemaError as error:
-        sys.stderr.write(f"{runner} has inputs that Cog cannot describe. {error}\n")
+        sys.stderr.write(f"{runner} or {trainer} has inputs that Cog cannot describe. {error}\n")
         return 1
     host, port = "127.0.0.1", free_port()
     if options.without_front:
         address, port = sockets[0].getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
     command = [sys.executable, "-m", "cog.server.http", "--host", host]
+    if options.train:
+        command += ["--x-mode", "train"]
     if options.upload_url:
         command += ["--upload-url", options.upload_url]
     if options.await_explicit_shutdown:
@@ -205,6 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
         **variables,
         **os.environ,
         "COG_PREDICT_TYPE_STUB": str(ROOT / runner),
+        "COG_TRAIN_TYPE_STUB": str(ROOT / trainer),
         "PORT": str(port),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }

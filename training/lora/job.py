@@ -1,0 +1,89 @@
+"""A training from a zip to a tar: what a server does with one request."""
+
+import io
+import json
+import logging
+import tarfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from cascade import Cascade, Lora, Request
+from training.errors import TrainingError, writing
+from training.interruption import Stopped
+from training.lora.file import FILE
+from training.lora.pictures import captioned_pictures, find_pictures
+from training.lora.run import SETTINGS, train_lora
+from training.lora.settings import Recipe
+
+logger = logging.getLogger(__name__)
+
+TAR = "lora.tar"
+
+
+def run_job(
+    weights: Path, pictures: Path, folder: Path, recipe: Recipe, *, seconds: float | None = None, prompt: str = ""
+) -> Path:
+    """Train a LoRA, and make a picture without it and one with it.
+
+    Args:
+        weights: the model folder.
+        pictures: a zip, or a folder.
+        folder: empty; everything is written here, and whoever made it removes it.
+        recipe: what is trained, and how.
+        seconds: after which training stops, and returns what it has; None: it does not.
+        prompt: of the two pictures; "": the first caption.
+
+    Returns:
+        A tar of lora.safetensors, settings.json, before.webp and after.webp.
+
+    Raises:
+        TrainingError: see `training.lora.run.train_lora`.
+    """
+    began = time.time()
+    deadline = float("inf") if seconds is None else began + seconds
+    output = folder / "output"
+    found = find_pictures(pictures, folder / "pictures")
+    try:
+        finished = train_lora(weights, found, output, recipe, deadline=deadline)
+    except Stopped as stopped:
+        raise TrainingError(f"The server is being stopped; the training ended after step {stopped.step}.") from None
+    finally:
+        # Another training may be of another precision, which accelerate's state forbids.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if not finished:
+        logger.info("The time is up; this is the LoRA so far.")
+    settings = recipe.lora
+    if not prompt:
+        resolution = settings.resolution or 1024  # only captions are wanted
+        how = {"caption": settings.caption, "prefix": settings.caption_prefix, "word": settings.word}
+        prompt = captioned_pictures(found, resolution, **how)[0].caption
+    before, after = _before_and_after(weights, output / FILE, prompt, recipe.options.seed)
+    tables = {**json.loads((output / SETTINGS).read_text("utf-8")), "finished": finished, "prompt": prompt}
+    target = folder / TAR
+    with writing(target), tarfile.open(target, "w") as archive:
+        archive.add(output / FILE, FILE)
+        _add(archive, SETTINGS, json.dumps(tables, indent=2).encode())
+        for name, picture in (("before.webp", before), ("after.webp", after)):
+            content = io.BytesIO()
+            picture.save(content, "webp", quality=90)
+            _add(archive, name, content.getvalue())
+    return target
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mtime = len(content), int(time.time())
+    archive.addfile(member, io.BytesIO(content))
+
+
+def _before_and_after(weights: Path, file: Path, prompt: str, seed: int) -> tuple[Image.Image, Image.Image]:
+    cascade = Cascade.load(weights)
+    # A word that the LoRA brings is text like any other without it.
+    pictures = [cascade.generate(Request(prompt, seed=seed, loras=loras))[0] for loras in ((), (Lora(file),))]
+    return pictures[0], pictures[1]
