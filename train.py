@@ -9,11 +9,16 @@ import tempfile
 
 from cog import BaseModel, Input, Path
 
+from serving.cog_files import takes_urls
+from serving.download import Limits
+from serving.image_urls import UrlSettings, downloaded
 from serving.settings import find_weights
 from training.errors import TrainingError
 from training.lora.job import run_job
 from training.lora.settings import Recipe
 
+# Of the zip: 2 hours, a minute without progress, and as much as its pictures may have.
+DOWNLOAD = Limits(seconds=7200, idle_seconds=60, size=8_000_000_000)
 LAYERS = ["attention", "mlp", "conditions", "timesteps", "all"]
 
 
@@ -91,8 +96,6 @@ def train(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     _Outputs.clear()
-    if not isinstance(input_images, Path):  # a text that is no URL comes through as it is
-        raise ValueError("input_images must be an http or https URL, or a data URL.")
     seed = random.randrange(2**32) if seed is None else int(seed) % 2**32
     folder = tempfile.TemporaryDirectory(prefix="cascade-training-")
     try:
@@ -120,14 +123,19 @@ def train(
                 "checkpoint_seconds": 1e9,
             },
         )
-        made = run_job(
-            find_weights(),
-            input_images,
-            Path(folder.name),
-            recipe,
-            seconds=None if minutes is None else 60 * minutes,
-            prompt=sample_prompt,
-        )
+        urls = UrlSettings(DOWNLOAD, UrlSettings.from_environment().public_only)
+        with downloaded({"input_images": input_images}, ["input_images"], urls) as inputs:
+            if isinstance(inputs["input_images"], str):  # also the path of a file of the server's
+                raise ValueError("input_images must be an http, https or data URL.")
+            made = run_job(
+                find_weights(),
+                inputs["input_images"],
+                Path(folder.name),
+                recipe,
+                seconds=None if minutes is None else 60 * minutes,
+                prompt=sample_prompt,
+                name="input_images",
+            )
     except BaseException as error:  # Cog cancels by a BaseException
         folder.cleanup()
         if isinstance(error, TrainingError):
@@ -135,3 +143,6 @@ def train(
         raise
     _Outputs.folder = folder
     return TrainingOutput(weights=Path(made))
+
+
+train = takes_urls(train)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from training.errors import TrainingError
 
 ADAPTER = "default"
-# Of Stage C's Linear layers, by target.
+# Of Stage C's Linear layers, by target; and of the text encoder's, those that ComfyUI knows by kohya's names.
 TARGETS = {
+    "text_encoder": r"text_model\.encoder\..*",
     "attention": r".*\.attention\.(to_qkv|to_out\.0)",
     "mlp": r".*\.channelwise\.\d+",
     "conditions": r"clip_.*_mapper|.*\.kv_mapper\.\d+",

@@ -25,7 +25,14 @@ TAR = "lora.tar"
 
 
 def run_job(
-    weights: Path, pictures: Path, folder: Path, recipe: Recipe, *, seconds: float | None = None, prompt: str = ""
+    weights: Path,
+    pictures: Path,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    seconds: float | None = None,
+    prompt: str = "",
+    name: str | None = None,
 ) -> Path:
     """Train a LoRA, and make a picture without it and one with it.
 
@@ -36,6 +43,7 @@ def run_job(
         recipe: what is trained, and how.
         seconds: after which training stops, and returns what it has; None: it does not.
         prompt: of the two pictures; "": the first caption.
+        name: what errors call the zip; None: its file's name.
 
     Returns:
         A tar of lora.safetensors, settings.json, before.webp and after.webp.
@@ -46,7 +54,7 @@ def run_job(
     began = time.time()
     deadline = float("inf") if seconds is None else began + seconds
     output = folder / "output"
-    found = find_pictures(pictures, folder / "pictures")
+    found = find_pictures(pictures, folder / "pictures", name)
     try:
         finished = train_lora(weights, found, output, recipe, deadline=deadline)
     except Stopped as stopped:

@@ -40,12 +40,13 @@ class Captioned:
     size: Size
 
 
-def unpack(archive: Path, folder: Path) -> Path:
+def unpack(archive: Path, folder: Path, name: str) -> Path:
     """The pictures and text files of a zip, written to an empty folder; what else it holds is left out.
 
     Args:
         archive: a zip file.
         folder: need not exist.
+        name: what errors call the zip.
 
     Returns:
         The folder.
@@ -56,23 +57,27 @@ def unpack(archive: Path, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(archive) as opened:
             members = [member for member in opened.infolist() if not member.is_dir()]
-            wanted = [member for member in members if _is_wanted(PurePosixPath(member.filename))]
+            wanted = [member for member in members if _is_wanted(_path(member))]
             if len(wanted) > MOST_FILES:
-                raise TrainingError(
-                    f"{archive.name} holds {len(wanted)} pictures and texts; {MOST_FILES} are the limit."
-                )
+                raise TrainingError(f"{name} holds {len(wanted)} pictures and texts; {MOST_FILES} are the limit.")
             left = MOST_BYTES_IN_ALL
             for member in wanted:
-                left = _write(archive, opened, member, folder, left)
+                left = _write(name, opened, member, folder, left)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         if isinstance(error, TrainingError):
             raise
         if isinstance(error, OSError) and error.errno is not None:
-            raise TrainingError(f"{archive.name} cannot be unpacked: {error.strerror}.") from error
-        kind = "is no zip file" if not zipfile.is_zipfile(archive) else "is a damaged or encrypted zip file"
-        raise TrainingError(f"{archive.name} {kind}: {str(error).rstrip('.')}.") from error
+            raise TrainingError(f"{name} cannot be unpacked: {error.strerror}.") from error
+        if not zipfile.is_zipfile(archive):
+            raise TrainingError(f"{name} is no zip file.") from error
+        raise TrainingError(f"{name} is a damaged or encrypted zip file: {str(error).rstrip('.')}.") from error
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _path(member: zipfile.ZipInfo) -> PurePosixPath:
+    """Where a file lies in a zip; some programs on Windows write backslashes."""
+    return PurePosixPath(member.filename.replace("\\", "/"))
 
 
 def _is_wanted(name: PurePosixPath) -> bool:
@@ -80,13 +85,13 @@ def _is_wanted(name: PurePosixPath) -> bool:
     return not hidden and name.suffix.lower() in (*ENDINGS, CAPTIONS)
 
 
-def _write(archive: Path, opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, left: int) -> int:
+def _write(archive: str, opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, left: int) -> int:
     """Write one file. Returns how many bytes may still follow."""
-    name = PurePosixPath(member.filename.replace("\\", "/"))
+    name = _path(member)
     if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
-        raise TrainingError(f"{archive.name} holds {member.filename!r}, whose path leads out of the folder.")
+        raise TrainingError(f"{archive} holds {member.filename!r}, whose path leads out of the folder.")
     if stat.S_ISLNK(member.external_attr >> 16):
-        raise TrainingError(f"{archive.name} holds {member.filename!r}, which is a link, not a picture.")
+        raise TrainingError(f"{archive} holds {member.filename!r}, which is a link, not a picture.")
     target = folder.joinpath(*name.parts)
     target.parent.mkdir(parents=True, exist_ok=True)
     # By what comes out: the size in the header may be a lie.
@@ -96,18 +101,20 @@ def _write(archive: Path, opened: zipfile.ZipFile, member: zipfile.ZipInfo, fold
             written += len(chunk)
             if written > MOST_BYTES:
                 raise TrainingError(
-                    f"{archive.name} holds {member.filename!r}, which has over {MOST_BYTES // 10**6} MB unpacked, the limit."
+                    f"{archive} holds {member.filename!r}, which has over {MOST_BYTES // 10**6} MB unpacked, the limit."
                 )
             if written > left:
                 raise TrainingError(
-                    f"{archive.name} has over {MOST_BYTES_IN_ALL // 10**9} GB of pictures unpacked, the limit."
+                    f"{archive} has over {MOST_BYTES_IN_ALL // 10**9} GB of pictures unpacked, the limit."
                 )
             file.write(chunk)
     return left - written
 
 
-def find_pictures(path: Path, scratch: Path) -> Path:
+def find_pictures(path: Path, scratch: Path, name: str | None = None) -> Path:
     """The folder of pictures that a path means: itself, or a zip unpacked to ``scratch``.
+
+    name: what errors call the zip; None: its file's name.
 
     Raises:
         TrainingError: there is neither, see `unpack`.
@@ -117,7 +124,7 @@ def find_pictures(path: Path, scratch: Path) -> Path:
     if not path.is_file():
         raise TrainingError(f"There is no folder or zip file {path}.")
     shutil.rmtree(scratch, ignore_errors=True)
-    return unpack(path, scratch)
+    return unpack(path, scratch, name or path.name)
 
 
 def caption_of(file: Path, *, otherwise: str, prefix: str, word: str) -> str:

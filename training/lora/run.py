@@ -181,7 +181,7 @@ class _Preparation:
 
     def _adapt(self, network: nn.Module, rank: int, *, text: bool = False) -> dict[str, nn.Parameter]:
         settings = self.settings
-        layers = linear_layers(network, ("all",) if text else settings.targets)
+        layers = linear_layers(network, ("text_encoder",) if text else settings.targets)
         alpha = rank if settings.alpha is None else settings.alpha
         return add_lora(network, layers, rank=rank, alpha=alpha, dropout=settings.dropout)
 

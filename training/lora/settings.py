@@ -28,7 +28,7 @@ class LoraSettings:
         alpha: the change of a weight is alpha / rank times the product of the two matrices; None: rank, that is 1 times.
         targets: layers of Stage C: "attention" (q, k, v and output; the authors' choice), "mlp" (of the ResBlocks),
             "conditions" (what text and image embeddings enter through), "timesteps", or "all" (these four).
-        text_encoder_rank: of a LoRA of all Linear layers of the text encoder; 0: it has none.
+        text_encoder_rank: of a LoRA of the Linear layers in the text encoder's blocks; 0: it has none.
         dropout: share of a LoRA's inputs that are zeroed in training.
         caption: of every picture that has no text file beside it; empty: every picture needs one.
         caption_prefix: put before every caption.
