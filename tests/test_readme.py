@@ -54,7 +54,7 @@ def in_repository(command: list[str | Path], folder: Path) -> subprocess.Complet
         (folder / name).symlink_to(ROOT / name)
     variables = {name: value for name, value in os.environ.items() if name != "CASCADE_WEIGHTS"}
     variables |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
 
 
 def test_the_table_of_inputs_is_that_of_the_schema() -> None:
@@ -172,7 +172,7 @@ def test_scripts_are_there() -> None:
     "script", sorted({name for name, options in named_scripts().items() if options} - {"scripts/test"})
 )
 def test_scripts_have_the_options_that_are_named(script: str) -> None:
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert not {option for option in named_scripts()[script] if not re.search(rf"{option}\b", done.stdout)}
 

@@ -60,7 +60,7 @@ def test_the_script_keeps_what_the_latents_say(tmp_path: Path) -> None:
     (apple,) = Cascade.load(MINI).generate(Request("a red apple on a green background"))
     apple.save(tmp_path / "apple.png")
     command = [sys.executable, ROOT / "scripts" / "reconstruct", tmp_path / "apple.png", "-o", tmp_path / "again.png"]
-    done = subprocess.run([*command, "--weights", MINI], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--weights", MINI], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "256x256 pixels become 16 x 6 x 6 semantic latents.\n" in done.stderr
     again = read_picture(tmp_path / "again.png", "again")
