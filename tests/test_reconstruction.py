@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 MINI = ROOT / "weights" / "mini"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("new/a.webp", "WEBP"), ("a.jpg", "JPEG")])
 def test_it_does_what_the_engine_does(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
@@ -54,6 +55,7 @@ def test_it_tells_as_little_as_it_is_asked_to(
     assert said == "CASCADE_METADATA is 'little'; it must be one of full, settings, none."
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (MINI / "model.json").is_file(), reason="weights/mini is not there")
 def test_the_script_keeps_what_the_latents_say(tmp_path: Path) -> None:
     """As it is run, on the miniature: the same apple, in other pixels."""

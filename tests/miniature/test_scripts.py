@@ -59,6 +59,7 @@ def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err.startswith("npm is not installed, and ")
 
 
+@pytest.mark.slow
 def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_prompts(make_prompts(sorted(NAMES), STYLES, 5, one=4, two=2), tmp_path / "prompts.json")
     files = ["--drawings", drawings, "--prompts", tmp_path / "prompts.json", "--output", tmp_path / "out"]

@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent.parent
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">
 <ellipse cx="12" cy="12" rx="{radius}" ry="9" fill="hsl({hue}, 80%, {light}%)"/></svg>"""
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = {
     "vqgan": StageA,
     "effnet": SemanticEncoder,
