@@ -148,7 +148,7 @@ def test_several_files(hub: Hub, add: Callable[..., None], refuse: Run, fetch: R
 def test_what_cannot_be_used(hub: Hub, add: Callable[..., None], refuse: Run) -> None:
     add("me/pickles", model_dot_ckpt=b"PK", README_dot_md=b"mine")
     assert refuse("me/pickles") == "me/pickles has no weights of Stable Cascade in safetensors files."
-    assert refuse("mine") == "'mine' is no name of a repository: it must be like owner/name."
+    assert refuse("mine") == "'mine' is not the name of a repository: it must be like owner/name."
     assert refuse("me/nothing") == (
         f"{hub.url} has no repository me/nothing, or shows it only to those with a token, in HF_TOKEN."
     )

@@ -290,7 +290,7 @@ def cut_projection(tensors: dict[str, Tensor]) -> None:
     ("path", "change", "problem"),
     [
         (PRIOR, drop, " has no tensor clf.1.bias."),
-        (PRIOR, add, " has a tensor surplus.weight, which is none of its network's."),
+        (PRIOR, add, " has a tensor surplus.weight, which its network does not have."),
         (PRIOR, reshape, ": clf.1.bias has the shape (1, 16) instead of (16,)."),
         (PRIOR, widen, ": clf.1.bias has the dtype F32 instead of BF16."),
         (TEXT_ENCODER, forget_projection, " has no tensor text_projection.weight."),
@@ -318,7 +318,7 @@ def test_wrong_tensors(
 
 def test_controlnets_that_were_mixed_up(full: Path, fails: Callable[[Path], str]) -> None:
     replace(full, CANNY, (full / "stable-cascade/controlnet/inpainting.safetensors").read_bytes())
-    assert fails(full) == f"{full / CANNY} is no controlnet_canny: it reads 4 channels, not 1."
+    assert fails(full) == f"{full / CANNY} is not a controlnet_canny: it reads 4 channels, not 1."
 
 
 def test_harmless_differences(lite: Path, target: Path) -> None:
@@ -346,7 +346,7 @@ def test_harmless_differences(lite: Path, target: Path) -> None:
         (
             "stable-cascade-prior/prior/config.json",
             b'{"block_out_channels": [8]}',
-            "{file} describes no prior: num_attention_heads has 2 values; block_out_channels has 1, one a level.",
+            "{file} does not describe the prior: num_attention_heads has 2 values; block_out_channels has 1, one a level.",
         ),
         ("stable-cascade-prior/tokenizer/tokenizer.json", b"{}", "{file.parent} holds no readable tokenizer: "),
         (
@@ -388,7 +388,7 @@ def test_a_damaged_list(full: Path, fails: Callable[[Path], str], content: str) 
 def test_a_folder_of_something_else(full: Path, target: Path, fails: Callable[[Path], str]) -> None:
     (target / "prior").mkdir(parents=True)
     (target / "prior" / "thesis.txt").write_text("mine")
-    assert fails(full) == f"{target} holds something other than a model: name another folder with --output."
+    assert fails(full) == f"{target} is not a model folder, and not empty: name another folder with --output."
 
 
 def test_a_disk_that_fills_up(full: Path, lite: Path, target: Path, fails: Callable[[Path], str]) -> None:

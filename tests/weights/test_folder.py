@@ -377,7 +377,7 @@ def test_configurations_with_the_launch_s_names(copy: Path, components: dict[str
     assert {key: loaded.config[key] for key in ours} == ours
     file.write_text(json.dumps({**launch, "blocks": 3, "level_config": ["CXA"]}))
     write_model_json(copy, **ABOUT)
-    with pytest.raises(WeightsError, match=rf"{file} describes no {component}: "):
+    with pytest.raises(WeightsError, match=rf"{file} does not describe the {component}: "):
         ModelFolder.open(copy).load_component(component)
 
 
@@ -536,7 +536,9 @@ def test_a_controlnet_in_the_place_of_another(copy: Path) -> None:
     for file in (copy / "controlnet_inpainting").iterdir():
         shutil.copy(file, copy / "controlnet_canny")
     write_model_json(copy, **ABOUT)
-    with pytest.raises(WeightsError, match=r"controlnet_canny/.* is no controlnet_canny: it reads 4 channels, not 1\."):
+    with pytest.raises(
+        WeightsError, match=r"controlnet_canny/.* is not a controlnet_canny: it reads 4 channels, not 1\."
+    ):
         ModelFolder.open(copy).load_component("controlnet_canny")
 
 

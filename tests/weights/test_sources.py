@@ -448,7 +448,7 @@ def test_what_is_unknown(refuse: Refuse, tmp_path: Path) -> None:
     )
     save_file({}, tmp_path / "x.safetensors")
     assert refuse("--prior", tmp_path / "x.safetensors") == (
-        "x.safetensors cannot be used: its tensors (none at all) are those of none of Stable Cascade's networks."
+        "x.safetensors cannot be used: its tensors (none at all) belong to none of Stable Cascade's networks."
     )
 
 
@@ -467,7 +467,9 @@ def test_another_network_of_cascade_s(
 ) -> None:
     save_file(components[given].state_dict(), tmp_path / "x.safetensors")
     asked = "--" + wanted.rpartition("(")[2].rstrip(")")
-    assert refuse(asked, tmp_path / "x.safetensors") == f"x.safetensors is no {wanted}: it holds {holds}; see {option}."
+    assert (
+        refuse(asked, tmp_path / "x.safetensors") == f"x.safetensors is not {wanted}: it holds {holds}; see {option}."
+    )
 
 
 PICKLE = "{} is a pickle, which can run code when it is read; only safetensors files are opened."
@@ -578,7 +580,7 @@ def test_a_size_that_was_never_published(refuse: Refuse, tmp_path: Path, model_f
     }
     shapes["down_blocks.1.0.depthwise.weight"] = (512, 1, 3, 3)
     assert refuse("--prior", write_empty(tmp_path / "x.safetensors", shapes.items())) == (
-        "x.safetensors does not fit, and has no config.json beside it: it is Stage C (prior) of the width 512; published is "
+        "x.safetensors does not fit, and has no config.json beside it: it is Stage C (prior) of width 512; published widths are "
         "2048 or 1536."
     )
 
@@ -639,7 +641,7 @@ def test_weights_that_are_no_numbers(refuse: Refuse, tmp_path: Path, components:
     weights = {**weights, "clf.1.bias": torch.full_like(weights["clf.1.bias"], value)}
     save_file(weights, tmp_path / "x.safetensors")
     assert refuse("--prior", tmp_path / "x.safetensors") == (
-        "x.safetensors cannot be used: clf.1.bias holds values that are infinite or no numbers (NaN)."
+        "x.safetensors cannot be used: clf.1.bias holds infinite or NaN values."
     )
 
 
@@ -655,14 +657,14 @@ def test_double_precision_is_not_kept(save: Save, tmp_path: Path, components: di
 def test_a_network_for_a_tokenizer(refuse: Refuse, tmp_path: Path, components: dict[str, Any]) -> None:
     save_file(components["prior"].state_dict(), tmp_path / "x.safetensors")
     assert refuse("--tokenizer", tmp_path / "x.safetensors") == (
-        "x.safetensors is no tokenizer: it holds Stage C (prior); see --prior."
+        "x.safetensors is not the tokenizer: it holds Stage C (prior); see --prior."
     )
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ("[]", "it is no JSON object."),
+        ("[]", "it is not a JSON object."),
         ('{"c_hidden": [16, 16]}', "it lacks 'num_attention_heads'."),
         ('{"num_attention_heads": [0, 0]}', "num_attention_heads, 0, does not divide block_out_channels, 2048."),
         ("[" * 100_000, None),
@@ -679,7 +681,7 @@ def test_configurations_that_describe_nothing(
     if sentence is None:
         assert told.startswith("mine/config.json is not valid JSON: ")
     else:
-        assert told == f"mine/config.json describes no prior: {sentence}"
+        assert told == f"mine/config.json does not describe the prior: {sentence}"
 
 
 def test_integers_are_refused(refuse: Refuse, tmp_path: Path, components: dict[str, Any]) -> None:

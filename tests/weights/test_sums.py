@@ -123,9 +123,7 @@ def test_folders_of_older_versions_say_that_they_cannot_be_checked(
         caplog.clear()
         opened = ModelFolder.open(copy)
         opened.require()
-        assert caplog.messages == [
-            f"The weights in {copy} come without checksums: damage to them would not be noticed."
-        ]
+        assert caplog.messages == [f"The weights in {copy} have no checksums, so damage to them is not detected."]
         opened.load_component("prior")
 
 
