@@ -139,7 +139,7 @@ def test_what_cannot_be_captured_runs_plainly_and_is_logged_once(
     assert graphs.run("add", torch.add, torch.ones(1), torch.ones(1)).tolist() == [2.0]
     assert len(graphs) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "('prior', 'step') cannot be captured as a CUDA graph and runs without, more slowly. "
+        "('prior', 'step') cannot be captured as a CUDA graph, and runs slower without one. "
         "AcceleratorError: CUDA error: operation not permitted when stream is capturing"
     ]
 

@@ -61,7 +61,7 @@ def test_from_the_mildest_remedy_to_the_last() -> None:
     memory, allowance = Memory(1, with_graphs=0.5, held=1), Allowance(4)
     assert memory.run(5, 4, allowance) == list(range(5))
     assert remedies(memory) == [
-        (4, "trying again without the CUDA graphs recorded so far"),
+        (4, "trying again without the CUDA graphs captured so far"),
         (4, "going on with 2 at a time"),
         (2, "going on with 1 at a time"),
         (1, "going on without CUDA graphs"),
