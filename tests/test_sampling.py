@@ -191,9 +191,9 @@ def test_noise_of_an_image_depends_on_its_own_seed_only(seed: int, batch: int) -
     ("wrong", "message"),
     [
         ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"t_start": 0.0}, "t_start is 0.0; it must lie above 0"),
+        ({"t_start": 0.0}, "t_start is 0.0; it must be above 0"),
         ({"t_start": 1.5}, "t_start is 1.5"),
-        ({"shift": 0.0}, "shift is 0.0; it must lie above 0"),
+        ({"shift": 0.0}, "shift is 0.0; it must be above 0"),
         ({"sampler": "euler"}, "sampler is 'euler'; it must be one of ddpm, ddim, lcm"),
     ],
 )

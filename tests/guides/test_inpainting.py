@@ -172,7 +172,7 @@ def test_masks_that_were_made_by_resizing_the_image_have_its_shape(width: int, h
         (
             {"image": photo(80, 63), "mask": Image.new("L", (80, 63), 255)},
             ValueError,
-            "image has 80x63 pixels; with a mask, which leaves its size, each side must have 64 to 2048.",
+            "image has 80x63 pixels; with a mask, pictures have its size, so each side must have 64 to 2048.",
         ),
         (
             {"image": Image.new("L", (2049, 80)), "mask": Image.new("L", (2049, 80), 255)},

@@ -262,10 +262,10 @@ def test_steps_taken(steps: int, strength: float, taken: int) -> None:
     ("wrong", "message"),
     [
         ({"strength": 0.5}, "strength is 0.5, but there is no start"),
-        ({"start": torch.zeros(1, 16, *SIZE), "strength": 0.0}, "strength is 0.0; it must lie above 0"),
+        ({"start": torch.zeros(1, 16, *SIZE), "strength": 0.0}, "strength is 0.0; it must be above 0"),
         ({"start": torch.zeros(1, 16, 4, 4)}, r"start has the shape \(1, 16, 4, 4\); it must be \(1 or 1, 16, 3, 5\)"),
         ({"steps": 0}, "steps is 0"),
-        ({"free": torch.ones(1, 1, *SIZE).bool()}, "free says which latents are made anew, but there is no start"),
+        ({"free": torch.ones(1, 1, *SIZE).bool()}, "free needs start, which has the latents that are kept"),
     ],
 )
 def test_wrong_arguments_are_refused(
