@@ -346,7 +346,7 @@ def test_harmless_differences(lite: Path, target: Path) -> None:
         (
             "stable-cascade-prior/prior/config.json",
             b'{"block_out_channels": [8]}',
-            "{file} does not describe the prior: num_attention_heads has 2 values; block_out_channels has 1, one a level.",
+            "{file} does not describe the prior: num_attention_heads has 2 values; block_out_channels has 1, one per level.",
         ),
         ("stable-cascade-prior/tokenizer/tokenizer.json", b"{}", "{file.parent} holds no readable tokenizer: "),
         (

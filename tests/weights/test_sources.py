@@ -603,7 +603,7 @@ FP8 = torch.zeros(()).to(torch.float8_e4m3fn)
         ),
         (
             {"clf.1.weight": FP8, "clf.1.scale_weight": torch.ones(3)},
-            "x.safetensors cannot be used: clf.1.weight has 3 scales; only one for all, or one a row, is understood.",
+            "x.safetensors cannot be used: clf.1.weight has 3 scales; it must have one in all, or one per row.",
         ),
     ],
 )
