@@ -55,8 +55,8 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float) -> Tensor:
     Args:
         cond, uncond: predictions with and without the conditions, (B, ...).
         scale: guidance scale. 1 returns `cond`; higher values move away from `uncond`.
-        rescale: 0 to 1, how far the result's standard deviation is brought back to that of `cond`. It is taken over each
-            sample. The authors take it over the batch, where an image depends on those it is made with.
+        rescale: 0 to 1, how far the result's standard deviation is brought back to that of `cond`. It is computed per sample.
+            The authors compute it over the batch, so that an image depends on the others in its batch.
     """
     cond, uncond = cond.float(), uncond.float()
     guided = torch.lerp(uncond, cond, scale)

@@ -74,8 +74,8 @@ class StageA(UsesKernels, ModelMixin, ConfigMixin):
         fold = up_down_scale_factor
         widths = [embed_dim // 2 ** (levels - 1 - i) for i in range(levels)]  # finest first
         self.factor = fold * 2 ** (levels - 1)
-        # Receptive field of `decode`: a pixel depends on latents at most so many away from its own. Each 3x3 convolution at
-        # the coarsest level adds one, and each finer level less than two.
+        # Receptive field of `decode`, in latents on each side of a pixel's own latent: one per 3x3 convolution at the coarsest
+        # level, and less than two per finer level.
         self.reach = bottleneck_blocks + 2 * (levels - 1)
 
         self.in_block = nn.Sequential(nn.PixelUnshuffle(fold), nn.Conv2d(in_channels * fold**2, widths[0], 1))
