@@ -40,19 +40,20 @@ CPU = torch.device("cpu")
 
 
 class LateUploader:
-    """Copies as late as they are allowed to be, and complains about one that could come too early.
+    """Copies as late as possible, and fails for a copy that could overwrite memory in use.
 
-    Work is done when it is launched. Copies are done when work waits for them, if not before. A copy must not overwrite
-    what work reads that was launched after the last mark that it waits for.
+    Work runs when it is launched. Copies run when work waits for them. A copy must not overwrite memory that is read by
+    work launched after the last mark that the copy waits for.
     """
 
     def __init__(self, cache: Tensor) -> None:
         self.cache = cache
         self.asked: list[Callable[[], object]] = []
+        self.bytes = 0
         self.done = 0
         self.marks = 0
         self.held = 0
-        self.reads: list[tuple[int, int, int]] = []  # from and to which byte, and behind how many marks
+        self.reads: list[tuple[int, int, int]] = []  # first byte, last byte + 1, marks at launch
 
     def mark(self) -> int:
         self.marks += 1
@@ -68,6 +69,7 @@ class LateUploader:
         for first, last, _ in self.reads:
             assert last <= start or start + target.numel() <= first, "a copy may overwrite what is still read"
         self.asked.append(lambda: target.copy_(source))
+        self.bytes += target.numel()
 
     def uploaded(self) -> int:
         return len(self.asked)
@@ -78,7 +80,7 @@ class LateUploader:
         self.done = max(self.done, uploaded)
 
     def read(self, tensor: Tensor) -> None:
-        """Work is launched that reads this."""
+        """Launch work that reads a tensor."""
         start = tensor.data_ptr() - self.cache.data_ptr()
         if 0 <= start < self.cache.numel():
             self.reads.append((start, start + tensor.nbytes, self.marks))
@@ -315,20 +317,24 @@ def test_in_any_order_each_finds_its_weights(calls: list[tuple[str, list[str]]],
     assert {name: one.network.weight.data_ptr() for name, one in weights.items()} == addresses
 
 
-def test_what_has_room_beside_comes_early() -> None:
-    """The next request's text encoder while the decoder runs, and of the prior what neither of them takes."""
+def test_prefetch_uploads_what_does_not_overlap() -> None:
+    """While the decoder runs: the next request's text encoder, and the part of the prior that overlaps neither."""
     rows = {"text_encoder": 40, "prior": 200, "decoder": 80}
     weights = {name: HostWeights(torch.nn.Linear(64, number, bias=False), pin=False) for name, number in rows.items()}
-    weights["prior"].blocks = weights["decoder"].blocks = [torch.nn.Identity()]  # begin at the start
+    weights["prior"].blocks = weights["decoder"].blocks = [torch.nn.Identity()]  # placed at the cache's start
     cache = WeightCache(weights, CPU, MemoryMode("offload"), uploader=LateUploader)
-    cache.use("decoder")
-    asked = len(cache.uploader.asked)
-    cache.prefetch("text_encoder", "prior")
-    assert len(cache.uploader.asked) == asked + 2
-    cache.use("text_encoder")
-    assert len(cache.uploader.asked) == asked + 2
-    cache.use("prior")
-    assert len(cache.uploader.asked) == asked + 4  # where the decoder was, and where the text encoder was
+    sizes = {name: one.size for name, one in weights.items()}
+
+    def uploaded(call: Callable[..., None], *names: str) -> int:
+        before = cache.uploader.bytes
+        call(*names)
+        return cache.uploader.bytes - before
+
+    assert uploaded(cache.use, "decoder") == sizes["decoder"]
+    overlap = sizes["decoder"] + sizes["text_encoder"]
+    assert uploaded(cache.prefetch, "text_encoder", "prior") == sizes["text_encoder"] + sizes["prior"] - overlap
+    assert uploaded(cache.use, "text_encoder") == 0
+    assert uploaded(cache.use, "prior") == overlap
 
 
 @pytest.mark.parametrize("mode", ["offload", "stream", "tight"])
