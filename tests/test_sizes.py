@@ -1,4 +1,4 @@
-"""Latent sizes and crops for every size that can be asked for."""
+"""Latent sizes and crops for all allowed sizes."""
 
 import math
 

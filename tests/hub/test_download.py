@@ -1,4 +1,4 @@
-"""scripts/download-weights, in a process of its own, with huggingface_hub's real client, against a Hub on this machine."""
+"""scripts/download-weights in its own process, with huggingface_hub's real client, against a local Hub."""
 
 import contextlib
 import errno
@@ -70,14 +70,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def published_file(hub: Hub, path: str) -> Path:
-    """Where the Hub has ``<owner>/<name>/<path>``."""
+    """The Hub's file ``<owner>/<name>/<path>``."""
     owner, name, path = path.split("/", 2)
     (files,) = (files for (repository, _), files in hub.repositories.items() if repository == f"{owner}/{name}")
     return files[path].content
 
 
 def files_in(folder: Path) -> set[str]:
-    """All files of a download but what it notes for itself."""
+    """All files of a download except download.json and the lock."""
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return files - {"download.json", ".lock"}
 
@@ -120,7 +120,7 @@ def test_progress_is_shown_at_a_terminal(folder: Path, start: Script) -> None:
     process = start("download-weights", "--output", folder, "--only", "--with", "image-encoder", stderr=terminal)
     os.close(terminal)
     shown = b""
-    with contextlib.suppress(OSError):  # which is how the end of a terminal is told
+    with contextlib.suppress(OSError):  # the signal when a terminal is closed
         while piece := os.read(screen, 1024):
             shown += piece
     os.close(screen)
@@ -129,7 +129,7 @@ def test_progress_is_shown_at_a_terminal(folder: Path, start: Script) -> None:
 
 
 def test_the_revision_is_pinned(hub: Hub, folder: Path, succeed: Run) -> None:
-    """What main is now must not matter."""
+    """The branch main must not matter."""
     for (name, _), files in list(hub.repositories.items()):
         hub.repositories[name, "main"] = dict.fromkeys(files, next(iter(files.values())))
     succeed("download-weights", "--output", folder, "--only", "--with", "image-encoder")
@@ -256,7 +256,7 @@ def test_the_free_disk_is_checked_first(hub: Hub, folder: Path, fail: Run) -> No
 
 
 def test_a_disk_that_fills_up(hub: Hub, folder: Path, fail: Run, succeed: Run) -> None:
-    """As a limit of the process: the system refuses to write, as it does when a disk is full."""
+    """With a limit on the process's files, the system refuses to write, like with a full disk."""
     arguments = ("download-weights", "--output", folder, "--only", "--with", "previewer")
     limit = PIECE + 1000
 
@@ -328,7 +328,7 @@ def nothing(hub: Hub) -> None:
 
 
 def speak_plainly(hub: Hub) -> None:
-    """As it does anyway, where TLS is spoken to it."""
+    """Do nothing: the server answers TLS with plain HTTP anyway."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Memory modes: which is chosen, and that every network finds its weights when its turn comes."""
+"""Memory modes: which one is chosen, and that every network has its weights when it runs."""
 
 import copy
 from collections.abc import Callable
@@ -87,7 +87,7 @@ class LateUploader:
 
 
 def watch_reads(network: torch.nn.Module, uploader: LateUploader) -> None:
-    """Every module's own parameters are read when it is run, and those of blocks whenever they are."""
+    """Report the reads of a network: each module's own parameters when it runs."""
 
     def read(module: torch.nn.Module, _: object) -> None:
         for parameter in module.parameters(recurse=not isinstance(module, StableCascadeUNet)):
@@ -107,7 +107,7 @@ def pack(components: dict[str, Any]) -> dict[str, HostWeights]:
 
 
 def make_cached(components: dict[str, Any], choice: MemoryMode, **options: Any) -> Cascade:
-    """A Cascade whose networks take turns, with copies that are late."""
+    """A Cascade whose networks share a cache, with late copies."""
     weights = pack(components)
     cache = WeightCache(weights, CPU, choice, uploader=LateUploader)
     cascade = make_cascade(components, **options)
@@ -154,7 +154,7 @@ def test_what_is_chosen_fits(sizes: dict[str, int], available: int, itemsize: in
         assert always + largest < available
     else:
         assert choice.size == 0 or always + choice.size < available
-    # More memory is never used worse.
+    # With more memory, the mode is never a slower one.
     order = ("stream", "offload", "resident")
     assert order.index(choose_memory("auto", sizes, available + GIB, itemsize).name) >= order.index(choice.name)
     for mode in MODES[1:]:
@@ -191,7 +191,7 @@ def prior_weights() -> HostWeights:
 
 
 def make_prior() -> StableCascadeUNet:
-    """Of 8 + 8 blocks, of which some run two and three times."""
+    """A Stage C of 8 + 8 blocks, some of which run two or three times."""
     torch.manual_seed(0)
     return StableCascadeUNet(
         conditioning_dim=16,
@@ -222,7 +222,7 @@ def test_blocks_run_in_the_order_that_is_told() -> None:
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.6, 0.9])
 def test_streamed_blocks_have_their_weights(part: float) -> None:
-    """Whatever stays, in forwards and conditions that follow each other in any order, and with another network between."""
+    """For any number of staying blocks, any order of forwards and conditions, and another network in between."""
     prior = make_prior()
     plain = copy.deepcopy(prior)
     weights = {"prior": HostWeights(prior, pin=False), "other": HostWeights(torch.nn.Linear(100, 100), pin=False)}
@@ -261,7 +261,7 @@ def fail(*_: object) -> None:
 
 
 def test_copies_go_ahead_of_the_blocks() -> None:
-    """All that a step needs has been asked for before its block runs, but for the first."""
+    """Every block's upload is requested before the block runs, except the first block's."""
     prior = make_prior()
     weights = {"prior": HostWeights(prior, pin=False), "other": HostWeights(torch.nn.Linear(4, 4), pin=False)}
     cache = WeightCache(weights, CPU, MemoryMode("stream", 0), uploader=LateUploader)
@@ -359,7 +359,7 @@ def test_every_mode_makes_the_same_pictures(components: dict[str, Any], mode: st
     for request in requests:
         for one, other in zip(resident.generate(request), cascade.generate(request), strict=True):
             assert difference(one, other) <= 1
-    # Whoever stops halfway, and looks at something else between the steps, disturbs nothing.
+    # A caller may stop halfway, and call other methods between the steps.
     steps, others = cascade.steps(requests[0]), resident.steps(requests[0])
     for mine, theirs in zip(steps, others, strict=True):
         if mine.image is not None:

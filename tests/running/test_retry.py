@@ -1,4 +1,4 @@
-"""Parts, retries, and how long what was learned holds."""
+"""Parts, retries, and how long reduced limits are kept."""
 
 from collections.abc import Iterator
 
@@ -12,8 +12,8 @@ SHORT = RuntimeError("CUDA error: out of memory")
 
 
 class Memory:
-    """In which `room` things fit at a time, `with_graphs` fewer where graphs are recorded, and `held` fewer as long as
-    graphs from before hold some."""
+    """Memory for `room` items at a time: `with_graphs` fewer while graphs are captured, and `held` fewer while older
+    graphs hold memory."""
 
     def __init__(self, room: float, with_graphs: float = 0, held: float = 0) -> None:
         self.room, self.with_graphs, self.held = room, with_graphs, held
@@ -24,7 +24,7 @@ class Memory:
         self.remedies.append((together, remedy))
 
     def run(self, count: int, at_once: int, allowance: Allowance, fails_after: int = 0) -> list[int]:
-        """The numbers of the things, as they are finished; a batch that does not fit fails after so many of its things."""
+        """Return the indices of the finished items. A batch that does not fit fails after `fails_after` items."""
 
         def make(first: int, last: int) -> Iterator[int | None]:
             yield None  # a step

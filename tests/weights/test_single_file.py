@@ -1,4 +1,4 @@
-"""Readers of single-file checkpoints: names, prefixes, what a file is."""
+"""Single-file checkpoints: names, prefixes and recognition."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checksums of pieces: every byte of a file is covered by one, and is compared when the file is loaded."""
+"""Checksums of pieces: they cover every byte of a file, and loading compares them."""
 
 import json
 import shutil
