@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # Picture sizes whose reduced limits are kept.
 SIZES = 64
-# Bytes. Free memory varies by some tens of MiB between requests, with the graphs that are held.
+# Reduced limits are dropped when this many more bytes are free. Held graphs change free memory by some tens of MiB per request.
 MARGIN = 256 * 2**20
 
 
