@@ -45,11 +45,11 @@ class Predictor(BaseRunner):
     def run(
         self,
         prompt: str = Input(
-            description="Text that describes the picture; may be empty. Only its first 75 tokens are used.",
+            description="Text that describes the picture; may be empty. Only its first 300 tokens are used.",
             default="a red apple on a green background",
         ),
         negative_prompt: str = Input(
-            description="Text that describes what to avoid. Only its first 75 tokens are used; ignored without guidance above 1.",
+            description="Text that describes what to avoid. Only its first 300 tokens are used; ignored without guidance above 1.",
             default="",
         ),
         width: int | None = Input(
@@ -173,6 +173,10 @@ class Predictor(BaseRunner):
         ),
         previews: bool = Input(
             description="true: metrics.previews has small pictures, replaced after each step of Stage C. Needs the previewer.",
+            default=False,
+        ),
+        prompt_weighting: bool = Input(
+            description="true: (word:1.3) in the prompts is a weight, -4 to 4, as in ComfyUI. false: brackets are text.",
             default=False,
         ),
     ) -> list[Path]:

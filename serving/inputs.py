@@ -6,7 +6,7 @@
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,23 @@ from cascade.guides.inpainting import check_canvas, check_shape, extend
 from cascade.images.reading import image_prompt_size, read_picture
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, counted, need, shown
 from cascade.pipeline import Cascade
-from cascade.request import Request, check_enlarged, check_kind, check_masked, check_strengths, upscaling
+from cascade.request import (
+    Request,
+    check_enlarged,
+    check_kind,
+    check_masked,
+    check_prompt_weights,
+    check_strengths,
+    upscaling,
+)
 
 SEEDS = 2**32
+# What a `Request` takes under the same name, but for pictures and sizes.
+AS_GIVEN = tuple(
+    field.name
+    for field in fields(Request)
+    if field.name in LIMITS and LIMITS[field.name].kind is not Image.Image and field.name not in ("width", "height")
+)
 PICTURES = tuple(name for name, limits in LIMITS.items() if limits.kind is Image.Image)
 URL = re.compile("(https?|data):", re.IGNORECASE)
 FILE = "it must be an http, https or data URL of a picture"
@@ -51,6 +65,8 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
     if inputs["upscale"]:
         check_upscale(inputs)
     check_strengths(inputs["image_prompts"], inputs["image_prompt_strengths"])
+    if inputs["prompt_weighting"]:
+        check_prompt_weights(inputs["prompt"], inputs["negative_prompt"])
     return inputs | control_inputs(inputs)
 
 
@@ -68,19 +84,15 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
     size = size_of_pictures(inputs, image, cascade.native_size)
     prompts = read_list("image_prompts", inputs["image_prompts"], image_prompt_size)
     defaults = cascade.defaults
-    asked = {
-        "prompt": inputs["prompt"],
-        "negative_prompt": inputs["negative_prompt"],
-        "num_images": inputs["num_images"],
+    asked = {name: inputs[name] for name in AS_GIVEN} | {
         "seed": either(inputs["seed"], secrets.randbelow(SEEDS)) % SEEDS,
         "steps_prior": either(inputs["steps_prior"], defaults["prior"].steps),
         "steps_decoder": either(inputs["steps_decoder"], defaults["decoder"].steps),
-        "guidance_scale_prior": inputs["guidance_scale_prior"],
         "guidance_scale_decoder": either(inputs["guidance_scale_decoder"], defaults["decoder"].guidance),
         "image_prompts": prompts,
         "image_prompt_strengths": inputs["image_prompt_strengths"] or [inputs["image_prompt_strength"]] * len(prompts),
-        "prompt_strength": inputs["prompt_strength"],
         "controls": read_controls(inputs, size),
+        "prompt_weighting": inputs["prompt_weighting"],
     }
     if inputs["upscale"]:
         asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], 1.0)
