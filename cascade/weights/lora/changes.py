@@ -98,6 +98,8 @@ class Change:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether this is a change of a tensor of such a shape. Computes nothing: all is on the meta device."""
+        if self.function is algorithms.lora and self.magnitude is None and "mid" not in self.tensors:
+            return algorithms.lora_fits(shape, self.tensors["up"].shape, self.tensors["down"].shape)
         try:
             return self.delta(torch.empty(tuple(shape), device="meta")).shape == torch.Size(shape)
         except (ValueError, RuntimeError, IndexError, ZeroDivisionError):
