@@ -92,8 +92,8 @@ class Request:
         for name, limits in ALLOWED.items():
             # In one kind, whatever the caller had: lists become tuples, numpy's numbers Python's.
             object.__setattr__(self, name, limits.check(name, getattr(self, name)))
-        for name in ("prompt", "negative_prompt") if self.prompt_weighting else ():
-            check_weights(name, getattr(self, name))
+        if self.prompt_weighting:
+            check_prompt_weights(self.prompt, self.negative_prompt)
         check_strengths(self.image_prompts, self.image_prompt_strengths)
         self._check_mask()
         for place, control in enumerate(self.controls):
@@ -123,6 +123,16 @@ class Request:
                 raise InputError(
                     f"{name} of the picture is {side}; with super_resolution it must be at least {SMALLEST_ENLARGED}."
                 )
+
+
+def check_prompt_weights(prompt: str, negative_prompt: str) -> None:
+    """Make sure that the weights in both prompts lie between -4 and 4.
+
+    Raises:
+        InputError: one does not.
+    """
+    check_weights("prompt", prompt)
+    check_weights("negative_prompt", negative_prompt)
 
 
 def check_strengths(images: Sequence[object], strengths: Sequence[float]) -> None:
@@ -225,7 +235,6 @@ ALLOWED: dict[str, Limits] = {
     "steps_decoder": replace(LIMITS["steps_decoder"], high=1000),
     "seed": Limits(int, 0, low=0, high=LARGEST_SEED),
     "sampler": Limits(str, "ddpm", choices=tuple(SAMPLERS)),
-    "prompt_weighting": Limits(bool, False),
     "repeat_prompts": Limits(bool, False),
     "controls": Limits(Control, most=MOST_IMAGES),
     "loras": Limits(Lora, most=MOST_LORAS),
