@@ -25,7 +25,8 @@ from tests.loras.files import full, lora
 from tests.running.test_memory import make_cached, pack
 from tests.tiny import make_cascade
 
-REQUEST = Request("a b c", negative_prompt="d", num_images=2)
+SMALL = {"width": 64, "height": 64, "steps_prior": 2, "steps_decoder": 1}
+REQUEST = Request("a b c", negative_prompt="d", **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def same(first: list[Image.Image], second: list[Image.Image]) -> bool:
 
 
 def request(*loras: Lora, **options: Any) -> Request:
-    return Request("a b c", negative_prompt="d", num_images=2, loras=loras, **options)
+    return Request("a b c", negative_prompt="d", loras=loras, **SMALL, **options)
 
 
 @pytest.mark.parametrize("mode", ["resident", "offload", "stream"])
@@ -274,22 +275,25 @@ def test_words_are_used_by_name(components: dict[str, Any], tmp_path: Path, capl
     }
     with caplog.at_level("INFO"):
         made = {
-            name: cascade.generate(Request(prompt, loras=[Lora(one), Lora(two)])) for name, prompt in prompts.items()
+            name: cascade.generate(Request(prompt, **SMALL, loras=[Lora(one), Lora(two)]))
+            for name, prompt in prompts.items()
         }
     assert "Words that the prompt may use: xyz, <q r>." in caplog.text
     assert same(made["xyz"], made["embedding:xyz"])
     assert same(made["xyz"], made["XYZ"])
     assert len({image.tobytes() for (image,) in made.values()}) == 3
     # Words count whole at every scale but 0, at which they are letters.
-    assert same(cascade.generate(Request("a xyz b", loras=[Lora(one, 0.1)])), made["xyz"])
-    plain = cascade.generate(Request("a xyz b"))
-    assert same(cascade.generate(Request("a xyz b", loras=[Lora(one, 0)])), plain)
+    assert same(cascade.generate(Request("a xyz b", **SMALL, loras=[Lora(one, 0.1)])), made["xyz"])
+    plain = cascade.generate(Request("a xyz b", **SMALL))
+    assert same(cascade.generate(Request("a xyz b", **SMALL, loras=[Lora(one, 0)])), plain)
     assert not same(made["xyz"], plain)
 
 
 def test_words_inside_of_other_words_are_letters(components: dict[str, Any], tmp_path: Path) -> None:
     cascade, path = make_cascade(components), word_file(tmp_path, "bc", 1)
-    assert same(cascade.generate(Request("abc bcd", loras=[Lora(path)])), cascade.generate(Request("abc bcd")))
+    assert same(
+        cascade.generate(Request("abc bcd", **SMALL, loras=[Lora(path)])), cascade.generate(Request("abc bcd", **SMALL))
+    )
 
 
 def test_words_that_share_a_name_get_numbers(components: dict[str, Any], tmp_path: Path) -> None:
@@ -300,8 +304,8 @@ def test_words_that_share_a_name_get_numbers(components: dict[str, Any], tmp_pat
         paths.append(word_file(tmp_path / str(number), "xyz", number))
     both = [Lora(path) for path in paths]
     for path, name in zip(paths, ("xyz", "xyz2"), strict=True):
-        made = cascade.generate(Request(f"a {name}", loras=both))
-        assert same(made, cascade.generate(Request("a xyz", loras=[Lora(path)])))
+        made = cascade.generate(Request(f"a {name}", **SMALL, loras=both))
+        assert same(made, cascade.generate(Request("a xyz", **SMALL, loras=[Lora(path)])))
 
 
 @pytest.mark.parametrize("mode", ["resident", "offload"])
@@ -322,9 +326,9 @@ def test_the_authors_words(mode: str, components: dict[str, Any], tmp_path: Path
     with torch.no_grad():
         changed["text_encoder"].get_input_embeddings().weight[vocabulary["b</w>"]] += deltas[1]
     save_file({"clip_g": word[None]}, tmp_path / "word.safetensors")
-    expected = make_cascade(changed).generate(Request("a word b", loras=[Lora(tmp_path / "word.safetensors")]))
-    assert same(cascade.generate(Request("a [new] b", loras=[Lora(path, 0.5)])), expected)
-    assert same(cascade.generate(Request("a b")), make_cascade(components).generate(Request("a b")))
+    expected = make_cascade(changed).generate(Request("a word b", **SMALL, loras=[Lora(tmp_path / "word.safetensors")]))
+    assert same(cascade.generate(Request("a [new] b", **SMALL, loras=[Lora(path, 0.5)])), expected)
+    assert same(cascade.generate(Request("a b", **SMALL)), make_cascade(components).generate(Request("a b", **SMALL)))
 
 
 def test_words_of_a_request_are_known_to_its_errors(components: dict[str, Any], tmp_path: Path) -> None:

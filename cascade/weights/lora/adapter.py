@@ -110,6 +110,10 @@ def _settings(package: Package, others: Sequence[Path]) -> authors.Settings | No
         authors.NUMBERED.fullmatch(key) or key == authors.VECTORS for file in package.files for key in file.tensors
     ):
         return None
+    for file in package.files:
+        if authors.METADATA in file.metadata:
+            where = f"{package.path}: {authors.METADATA}"
+            return authors.settings_of(files.json_object(where, file.metadata[authors.METADATA].encode()), where)
     for name, content in package.documents.items():
         where = f"{package.path}: {name}"
         found = authors.settings_of(files.json_object(where, content), where)
@@ -130,7 +134,7 @@ def _read(package: Package, file: Stored, several: bool) -> Adapter:
     words, rows, inversion = _words(package, file)
     used = {key for pair in keys.values() for key in pair.values()} | words.keys() | rows.keys()
     taken = {key: part for key in file.tensors if key not in used and (part := parts.split(key)) is not None}
-    if keys or rows:
+    if keys or (rows and not taken):
         title = formats.AUTHORS
     elif inversion:
         title = formats.TEXTUAL_INVERSION

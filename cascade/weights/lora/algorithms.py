@@ -9,7 +9,7 @@ OFT, trainers mean other curves between these ends, each its own.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,15 @@ def lora(weight: Tensor, t: Tensors, scale: float) -> Tensor:
         # The authors' adapters of convolutions: one number for all taps of a kernel.
         return (product * scale)[:, :, None, None].expand_as(weight)
     return _like(product * scale, weight)
+
+
+def lora_fits(weight: Sequence[int], up: Sequence[int], down: Sequence[int]) -> bool:
+    """Whether `lora`, without `mid`, takes factors of these shapes: what the meta device says too, in 1 % of its time. An
+    adapter of all layers of Stage C has 650 pairs."""
+    if len(up) < 2 or len(down) < 2 or math.prod(up[2:]) != 1 or up[1] != down[0] or up[0] != weight[0]:
+        return False
+    columns = math.prod(down[1:])
+    return columns == math.prod(weight[1:]) or (len(weight) == 4 and columns == weight[1])
 
 
 def loha(weight: Tensor, t: Tensors, scale: float) -> Tensor:

@@ -15,6 +15,8 @@ from cascade.weights.lora.layers import Authored, Shapes, authored
 from cascade.weights.lora.patterns import matching
 
 NUMBERED = re.compile(r"weights\.(\d{1,5})\.lora_(down|up)")
+# Where converted files have their settings: a text of the file's metadata.
+METADATA = "training_settings"
 VECTORS, INDICES = "embeddings.embeddings", "embeddings.indices"
 # What training the published example adapts, and what is tried for a file without settings.
 USUAL = (".attn",)

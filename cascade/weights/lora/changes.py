@@ -98,6 +98,8 @@ class Change:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether this is a change of a tensor of such a shape. Computes nothing: all is on the meta device."""
+        if self.function is algorithms.lora and self.magnitude is None and "mid" not in self.tensors:
+            return algorithms.lora_fits(shape, self.tensors["up"].shape, self.tensors["down"].shape)
         try:
             return self.delta(torch.empty(tuple(shape), device="meta")).shape == torch.Size(shape)
         except (ValueError, RuntimeError, IndexError, ZeroDivisionError):
@@ -128,9 +130,10 @@ def change_of(kind: Kind, tensors: Mapping[str, Tensor], scale: float | None) ->
     Args:
         kind: one of `KINDS`.
         tensors: its own, by the names of `parts.SUFFIXES`.
-        scale: what stands elsewhere, such as in PEFT's configuration; None: what the tensors say.
+        scale: what stands elsewhere, such as in PEFT's configuration; None: what the tensors say. Whole weights have none.
     """
-    scale = scale_of(kind, tensors) if scale is None else scale
+    if scale is None or not (kind.rank or kind.function in (algorithms.oft_inputs, algorithms.ia3_factors)):
+        scale = scale_of(kind, tensors)
     rest = {name: tensor for name, tensor in tensors.items() if name not in BESIDE}
     function = kind.function
     if function is algorithms.oft and rest["oft_blocks"].ndim == 4:

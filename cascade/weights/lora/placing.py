@@ -113,7 +113,7 @@ class _Finding:
         self.changes: dict[str, Changes] = {}
         self.unplaced: list[str] = []
         self.ignored: dict[str, list[str]] = {}
-        self.counted = 0
+        self._fits: dict[tuple[int, str], tuple[Changes, set[str]] | None] = {}
         # Of what may belong to Stage B or C, all belongs to one of them: to the one that more of it fits.
         self.unets = self._unets()
 
@@ -130,7 +130,10 @@ class _Finding:
 
     def _fitting(self, group: Group, network: str) -> tuple[Changes, set[str]] | None:
         """What a group changes in a network, and which of its tensors are used; None if it does not fit."""
-        return _fitting(group, self.known[network])
+        key = id(group), network
+        if key not in self._fits:
+            self._fits[key] = _fitting(group, self.known[network])
+        return self._fits[key]
 
     def candidates(self, group: Group) -> list[str]:
         """The networks that a group may be of, the likeliest first."""
@@ -147,7 +150,6 @@ class _Finding:
                 changes, used = fitting
                 for name, several in changes.items():
                     self.changes.setdefault(network, {}).setdefault(name, []).extend(several)
-                self.counted += len(used)
                 self.unplaced += [key for name, key in group.keys.items() if name not in used]
                 return
         for reason, means_nothing in MEANINGLESS:
@@ -267,7 +269,6 @@ def _place_numbered(adapter: Adapter, networks: Mapping[str, Shapes], found: _Fi
             one.layers, _of_weights(lora, pair, 1 / len(pair["down"]), len(one.layers)), strict=True
         ):
             found.changes.setdefault("prior", {}).setdefault(f"{layer}.weight", []).append(change)
-        found.counted += 2
 
 
 def _place_words(
@@ -282,7 +283,6 @@ def _place_words(
         if vectors is None or len(table) != 2 or vectors.ndim != 2 or vectors.shape[1] != table[1] or not alike:
             found.unplaced += [key for key in adapter.shapes if _is_of_word(key, name, kinds)]
             continue
-        found.counted += len(kinds)
         words.append(Word(name, vectors.float(), None, None if outputs is None else outputs.float()))
     if adapter.rows is None:
         return tuple(words)
@@ -290,7 +290,6 @@ def _place_words(
     if learned is None:
         found.unplaced += [authors.VECTORS, authors.INDICES]
         return tuple(words)
-    found.counted += 2
     return (*words, *learned)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from cascade.networks.unet import StableCascadeUNet
 from cascade.weights import single_file
 from cascade.weights.errors import WeightsError
-from cascade.weights.lora import Adapter, Placed, merged, patterns, place
+from cascade.weights.lora import Adapter, Placed, algorithms, merged, patterns, place
 from cascade.weights.lora.layers import Layers
 from tests.weights.lora.networks import FOLDER, shapes, text_encoder, unet
 
@@ -550,3 +550,20 @@ def test_shapes_alone_place_an_adapter_of_the_published_size(tmp_path: Path) -> 
     adapter = place(Adapter.read(tmp_path / "one.safetensors"), {"prior": published("prior")})
     assert len(adapter.changes["prior"]) == len(names)
     assert issubclass(single_file.VARIANTS[0].network, StableCascadeUNet)
+
+
+@given(
+    weight=st.lists(st.integers(1, 4), min_size=2, max_size=4).filter(lambda shape: len(shape) != 3),
+    up=st.lists(st.integers(1, 4), max_size=4),
+    down=st.lists(st.integers(1, 4), max_size=4),
+)
+@example([4, 1, 3, 3], [4, 2], [2, 1])
+@example([4, 1, 3, 3], [4, 2, 1, 1], [2, 1, 3, 3])
+@example([4, 3, 1, 1], [4, 2, 1, 1], [2, 3])
+def test_which_factors_fit_is_what_their_product_says(weight: list[int], up: list[int], down: list[int]) -> None:
+    try:
+        delta = algorithms.lora(torch.zeros(weight), {"up": torch.zeros(up), "down": torch.zeros(down)}, 1.0)
+        fits = list(delta.shape) == weight
+    except (RuntimeError, ValueError, IndexError):
+        fits = False
+    assert algorithms.lora_fits(weight, up, down) == fits
