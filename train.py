@@ -9,7 +9,7 @@ import tempfile
 
 from cog import BaseModel, Input, Path
 
-from serving.cog_files import takes_urls
+from serving.cog_files import sweep
 from serving.download import Limits
 from serving.image_urls import UrlSettings, downloaded
 from serving.settings import find_weights
@@ -95,6 +95,7 @@ def train(
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
+    sweep()
     _Outputs.clear()
     seed = random.randrange(2**32) if seed is None else int(seed) % 2**32
     folder = tempfile.TemporaryDirectory(prefix="cascade-training-")
@@ -145,4 +146,5 @@ def train(
     return TrainingOutput(weights=Path(made))
 
 
-train = takes_urls(train)
+# Cog then passes the URL on as text, and `downloaded` fetches it within limits. The schema is made of the source above.
+train.__annotations__["input_images"] = str

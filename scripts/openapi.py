@@ -139,7 +139,7 @@ class _Reader:
         """The schema of a function's inputs, and the enumerations of their choices."""
         arguments = function.args
         if arguments.posonlyargs or arguments.vararg or arguments.kwonlyargs or arguments.kwarg:
-            self.refuse(function, f"{function.name}() takes plain parameters only")
+            self.refuse(function, f"{function.name}() takes self and plain parameters only")
         missing = len(parameters) - len(arguments.defaults)
         properties, enums, required = {}, {}, []
         for order, parameter in enumerate(parameters):

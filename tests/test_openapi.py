@@ -11,7 +11,8 @@ import pytest
 from cog import Path as CogPath
 
 from predict import Predictor
-from scripts.openapi import SchemaError, make_schema
+from scripts.openapi import SchemaError, add_training, make_schema
+from train import train
 
 ROOT = Path(__file__).parent.parent
 INPUTS = {name: one for name, one in inspect.signature(Predictor.run).parameters.items() if name != "self"}
@@ -213,3 +214,48 @@ def test_another_class_may_be_read() -> None:
 def test_nothing_is_run_or_imported() -> None:
     source = "import no_such_module\nraise SystemExit\nclass Predictor:\n    def run(self, x: int = 1) -> str: ...\n"
     assert make_schema(source)["components"]["schemas"]["Output"]["type"] == "string"
+
+
+def test_what_is_read_of_train_py_is_what_python_makes_of_it() -> None:
+    document = make_schema((ROOT / "predict.py").read_text())
+    before = json.loads(json.dumps(document))
+    add_training(document, (ROOT / "train.py").read_text())
+    schemas = document["components"]["schemas"]
+    assert {name: schemas[name] for name in before["components"]["schemas"]} == before["components"]["schemas"]
+    trained = inspect.signature(train).parameters
+    said = schemas["TrainingInput"]
+    assert list(said["properties"]) == list(trained)
+    assert said["required"] == ["input_images"]
+    for name, one in said["properties"].items():
+        declared = trained[name].default
+        assert one["description"] == declared.description
+        assert (one.get("minimum"), one.get("maximum")) == (declared.ge, declared.le)
+        if name != "input_images":
+            assert one["default"] == declared.default
+    assert schemas["TrainingOutput"]["required"] == ["weights"]
+    assert schemas["TrainingRequest"]["properties"]["input"] == {"$ref": "#/components/schemas/TrainingInput"}
+    assert {"/trainings", "/trainings/{training_id}/cancel"} <= document["paths"].keys()
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("x = 1", "There is no function train"),
+        ("def train() -> Path:\n    pass", "returns no BaseModel of this file"),
+        (
+            "class O(BaseModel):\n    w: Path\ndef train(status: str = Input(default='a', choices=['a'])) -> O:\n    pass",
+            "",
+        ),
+        (
+            "class O(BaseModel):\n    w: Path\ndef train(output_format: str = Input(default='a', choices=['a'])) -> O:\n    pass",
+            "something else has its name",
+        ),
+    ],
+)
+def test_a_trainer_that_cog_would_refuse(source: str, sentence: str) -> None:
+    document = make_schema((ROOT / "predict.py").read_text())
+    if not sentence:
+        return add_training(document, source)
+    with pytest.raises(SchemaError, match=sentence):
+        add_training(document, source)
+    return None

@@ -900,7 +900,8 @@ def test_cog_finds_the_predictor(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cog_yaml() -> None:
     config = yaml.safe_load((ROOT / "cog.yaml").read_text())
     assert config["run"] == "predict.py:Predictor"
-    assert set(config) == {"build", "environment", "run"}
+    assert config["train"] == "train.py:train"
+    assert set(config) == {"build", "environment", "run", "train"}
     build = config["build"]
     lines = (ROOT / build["python_requirements"]).read_text().splitlines()
     # Cog reads torch's version from a line that holds nothing else, and chooses the base image by it.
@@ -916,6 +917,8 @@ def test_cog_yaml() -> None:
 def test_every_package_of_the_container_is_imported_there() -> None:
     sources = [
         ROOT / "predict.py",
+        ROOT / "train.py",
+        *(ROOT / "training").rglob("*.py"),
         *(ROOT / "cascade").rglob("*.py"),
         *(ROOT / "serving").rglob("*.py"),
         *(ROOT / "scripts").iterdir(),
@@ -936,7 +939,8 @@ def test_every_package_of_the_container_is_imported_there() -> None:
 
 def test_the_container_gets_what_it_needs_and_little_else() -> None:
     ignored = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
-    assert {".git", ".venv", "tests", "training", "miniature", "docs", "__pycache__"} <= ignored
-    assert not {"predict.py", "cascade", "serving", "scripts", "weights", "requirements.txt", "weights/mini"} & ignored
+    assert {".git", ".venv", "tests", "miniature", "docs", "__pycache__"} <= ignored
+    needed = {"predict.py", "train.py", "cascade", "serving", "training", "scripts", "weights", "requirements.txt"}
+    assert not {*needed, "weights/mini"} & ignored
     assert ".cog" not in ignored, "where Cog puts the schema while it builds, for the container"
     assert not list((ROOT / "weights" / "mini").rglob("*.py")), "--separate-weights wants folders without code"
