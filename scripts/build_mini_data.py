@@ -1,4 +1,4 @@
-"""Builds the miniature's drawings from three open icon sets, packages of npm."""
+"""Builds the miniature's drawings from three open icon sets, which are npm packages."""
 
 import argparse
 import logging
@@ -16,15 +16,15 @@ from training.files import whole_file
 
 
 def package_file(icon_set: IconSet, folder: Path) -> Path:
-    """Where `folder` has, or gets, a set's package; npm calls it so."""
+    """The file of a set's package in ``folder``, by npm's name for it."""
     return folder / f"{icon_set.package.lstrip('@').replace('/', '-')}-{icon_set.version}.tgz"
 
 
 def tarball(icon_set: IconSet, folder: Path, scratch: Path) -> Path:
-    """The package's file in `folder`, fetched by npm if it is not there.
+    """The package's file in ``folder``, fetched by npm if it is missing.
 
     Raises:
-        TrainingError: npm is not there, or does not bring it.
+        TrainingError: npm is not installed, or fails.
     """
     file = package_file(icon_set, folder)
     if not file.exists():
@@ -33,7 +33,9 @@ def tarball(icon_set: IconSet, folder: Path, scratch: Path) -> Path:
         try:
             subprocess.run(["npm", "pack", package, "--silent"], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
         except FileNotFoundError:
-            raise TrainingError(f"npm is not installed, and {file} is not there: --icons names its folder.") from None
+            raise TrainingError(
+                f"npm is not installed, and {file} is missing; --icons can name a folder that has it."
+            ) from None
         except subprocess.CalledProcessError as error:
             raise TrainingError(f"npm pack {package} failed with exit code {error.returncode}.") from None
         with whole_file(file) as part:
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=ROOT / "build" / "mini" / "drawings.zip",
         help="default: %(default)s",
     )
-    parser.add_argument("--icons", type=Path, help="a folder for the packages' files; else a temporary one")
+    parser.add_argument("--icons", type=Path, help="a folder that keeps the packages' files (default: a temporary one)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -64,12 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build(output: Path, icons: Path | None, listing: Path = OBJECT_LIST) -> None:
-    """Draws the objects that all icon sets have, and lists them.
+    """Draws the objects that all icon sets have, and writes their list.
 
     Args:
-        output: the file to write.
-        icons: a folder that has the packages' files, or gets them; None for a temporary one.
-        listing: the object list to write.
+        output: the file of drawings.
+        icons: a folder that keeps the packages' files; None: a temporary one.
+        listing: the file of the object list.
 
     Raises:
         TrainingError: a package cannot be fetched or is damaged, or the file cannot be written.
@@ -85,7 +87,9 @@ def build(output: Path, icons: Path | None, listing: Path = OBJECT_LIST) -> None
                 with tarfile.open(file) as archive:
                     archive.extract("package/icons.json", scratch / icon_set.key, filter="data")
             except (tarfile.TarError, EOFError, KeyError) as error:
-                raise TrainingError(f"{file} is no whole package of {icon_set.package}: {error}. Remove it.") from error
+                raise TrainingError(
+                    f"{file} is not a complete package of {icon_set.package} ({error}); remove it."
+                ) from error
             sets.append(read_icon_set(scratch / icon_set.key / "package" / "icons.json"))
         objects = select_objects(sets)
         save_objects(objects, listing)
