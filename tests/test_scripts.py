@@ -57,6 +57,7 @@ def start(root: Path, **variables: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_environment(tmp_path: Path) -> None:
     """From nothing, by two scripts at once; again; with a changed requirement; with one that fails; after damage."""
     (tmp_path / "scripts").mkdir()
@@ -95,6 +96,7 @@ def test_environment(tmp_path: Path) -> None:
     assert mended.communicate()[0] == "2.0 root PASSIVE a b c\n"
 
 
+@pytest.mark.slow
 def test_a_python_that_has_the_packages_is_enough(tmp_path: Path) -> None:
     """As in a container. Another version than the one that is named is not enough."""
     (tmp_path / "scripts").mkdir()
@@ -337,6 +339,7 @@ def test_pictures_into_a_folder(made: list[Path], tmp_path: Path) -> None:
         assert all(target.is_file() for target in targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"), [("a.webp", "WEBP"), ("a.jpg", "JPEG"), ("a.jpeg", "JPEG"), ("a.PNG", "PNG"), ("new/", "WEBP")]
 )
@@ -353,6 +356,7 @@ def test_a_picture_is_made_in_the_format_that_its_name_asks_for(
     assert read_record(file)["picture"]["seed"] == 3
 
 
+@pytest.mark.slow
 def test_a_picture_may_be_a_file_or_a_url(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,13 @@ ROOT = Path(__file__).parent.parent.parent
 Script = Callable[..., subprocess.Popen[str]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Nearly all of them run scripts, each in a process of its own."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, StoredFile]]:
     """What the Hub has. Not to be changed."""

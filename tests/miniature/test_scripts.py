@@ -59,6 +59,7 @@ def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err.startswith("npm is not installed, and ")
 
 
+@pytest.mark.slow
 def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two sets; a third one joins them without the first two being judged again."""
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--batch", "2"]

@@ -271,6 +271,7 @@ def test_dropout_only_in_training():
         assert not torch.equal(network(sample, ratio, conditions), network(sample, ratio, conditions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "channels"), [(STAGE_C, 16), (STAGE_B, 4)], ids=["C", "B"])
 @torch.no_grad()
 def test_one_graph_for_the_compiler(config, channels):
@@ -278,7 +279,7 @@ def test_one_graph_for_the_compiler(config, channels):
     conditions = network.condition(**inputs(config, 1), latent_size=(10, 8))
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(sample, ratio, conditions), network(sample, ratio, conditions))
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_initialisation():

@@ -331,6 +331,7 @@ def test_what_has_room_beside_comes_early() -> None:
     assert len(cache.uploader.asked) == asked + 4  # where the decoder was, and where the text encoder was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offload", "stream", "tight"])
 def test_every_mode_makes_the_same_pictures(components: dict[str, Any], mode: str) -> None:
     """Text, images, masks, controls, previews and batches, one request after the other."""

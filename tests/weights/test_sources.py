@@ -243,6 +243,7 @@ def test_a_fine_tuned_stage_a_keeps_the_scale(
     assert save("--vqgan", tmp_path / "tuned", base=base).stage_a_scale == 0.43
 
 
+@pytest.mark.slow
 def test_comfyui_s_stage_c_in_one_file(save: Save, tmp_path: Path, components: dict[str, Any]) -> None:
     weights = {name: changed(components[name]) for name in ("prior", "text_encoder")}
     tuned = {
@@ -570,6 +571,7 @@ def test_a_lite_network_with_the_full_one_s_configuration(refuse: Refuse, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_a_size_that_was_never_published(refuse: Refuse, tmp_path: Path, model_folder: Path) -> None:
     """Of a network of one's own that is not the size of the one that is there, only a configuration can tell the rest."""
     shapes = {
