@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{error.filename or options.output} cannot be used: {error.strerror}.\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. What has arrived is kept; run the same command again to go on.\n")
+        sys.stderr.write("Interrupted. What was downloaded is kept; run the same command again to go on.\n")
         return 130
     logger.info("All of it is in %s; scripts/save-weights makes a model folder of it.", options.output)
     return 0
