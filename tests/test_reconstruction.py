@@ -100,8 +100,8 @@ def test_what_cannot_be_done_is_one_sentence(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "a.gif"], "error: -o must end in .png, .webp, .jpg, unlike a.gif\n"),
-        (["--seed", "-1"], "error: --seed must be from 0 to 9223372036854775807, not -1\n"),
+        (["-o", "a.gif"], "error: -o is a.gif; it must end in .png, .webp or .jpg\n"),
+        (["--seed", "-1"], "error: --seed is -1; it must be from 0 to 9223372036854775807\n"),
     ],
 )
 def test_wrong_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

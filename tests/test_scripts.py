@@ -148,16 +148,14 @@ def test_a_folder_that_another_user_owns(tmp_path: Path) -> None:
             assert ended.returncode == 1
             assert ended.stderr == (
                 f"{clone}/.venv has no packages of requirements.txt that this user can run, and cannot be made: "
-                f"Permission denied. Run scripts/hello once as the owner of {clone}, with a Python that all can run, "
+                f"Permission denied. Run scripts/hello once as the owner of {clone}, with a Python that all users can run, "
                 "or copy the folder.\n"
             )
 
 
 def test_old_python_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "OLDEST_PYTHON", (99, 1))
-    with pytest.raises(
-        SystemExit, match=r"Python 99\.1 or newer is needed, and this is 3\.\d+: run it as python99\.1 "
-    ):
+    with pytest.raises(SystemExit, match=r"Python 99\.1 or newer is needed; this is 3\.\d+\. Run: python99\.1 "):
         environment.enter("requirements.txt")
 
 
@@ -288,7 +286,7 @@ def test_list_of_inputs() -> None:
         (["-i", "output_format=jpg"], "output_format is jpg, but -o is output.png.\n"),
         (
             ["-o", "apple.txt"],
-            "-o must end in .png, .webp, .jpg, .jpeg, or name a folder with a / at its end, unlike a",
+            "-o is apple.txt; it must end in .png, .webp, .jpg, .jpeg, or / for a folder.",
         ),
     ],
 )

@@ -291,7 +291,7 @@ def test_two_downloads_into_one_folder(hub: Hub, folder: Path, start: Script, fa
         time.sleep(0.01)
     assert fail(*arguments) == f"Another download into {folder} is running: wait for it, or end it."
     ended.append(True)
-    assert first.communicate()[1].endswith("scripts/save-weights makes a model folder of it.\n")
+    assert first.communicate()[1].endswith("scripts/save-weights makes a model folder from it.\n")
     assert previewer_is_whole(hub, folder)
 
 
@@ -437,7 +437,7 @@ def test_a_name_that_is_unknown(folder: Path, fail: Run) -> None:
         (["--only"], "--only needs --with"),
         (
             ["--with", "safety,face"],
-            "argument --with: 'face' is none of controlnet, effnet, previewer, image-encoder, safety",
+            "argument --with: 'face' is not one of controlnet, effnet, previewer, image-encoder, safety",
         ),
         (["--prior", "small"], "argument --prior: invalid choice: 'small' (choose from 'full', 'lite')"),
     ],
