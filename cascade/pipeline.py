@@ -421,7 +421,13 @@ class Cascade:
         """Both prompts in one forward, each at its own length."""
         prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
         run = partial(self.runner.run_for_any_size, "text_encoder")
-        texts = self.text.encode_each(prompts, run, weighting=request.prompt_weighting, most_chunks=MOST_CHUNKS)
+        texts = self.text.encode_each(
+            prompts,
+            run,
+            weighting=request.prompt_weighting,
+            weight_pooled=request.weight_pooled,
+            most_chunks=MOST_CHUNKS,
+        )
         if not guided:
             return Texts(texts[0], None)
         return Texts(*(repeated(*texts) if request.repeat_prompts else texts))

@@ -37,6 +37,8 @@ class Request:
         sampler: of both stages: "ddpm", "ddim" or "lcm".
         prompt_weighting: whether brackets in the prompts are weights, as in ComfyUI: `(word)`, `(word:1.3)`, from -4 to 4, and
             `\\(` a bracket. Otherwise they are text.
+        weight_pooled: whether these weights act on the pooled text too, which decides backgrounds and is all that Stage B sees
+            of a prompt (`prompts.encoding.weighted_pooled`). ComfyUI's do not.
         repeat_prompts: whether a prompt and a negative prompt of different lengths are repeated until they are equally long,
             as in ComfyUI (`prompts.text.repeated`). Otherwise each counts at its own length, so that what one does to the
             picture does not depend on how long the other is.
@@ -73,6 +75,7 @@ class Request:
     guidance_scale_decoder: float | None = None
     sampler: str = "ddpm"
     prompt_weighting: bool = False
+    weight_pooled: bool = False
     repeat_prompts: bool = False
     image_prompts: Sequence[Image.Image] = ()
     image_prompt_strengths: Sequence[float] = ()
@@ -229,6 +232,7 @@ ALLOWED: dict[str, Limits] = {
     "steps_decoder": replace(LIMITS["steps_decoder"], high=1000),
     "seed": Limits(int, 0, low=0, high=LARGEST_SEED),
     "sampler": Limits(str, "ddpm", choices=tuple(SAMPLERS)),
+    "weight_pooled": Limits(bool, False),
     "repeat_prompts": Limits(bool, False),
     "controls": Limits(Control, most=MOST_IMAGES),
 }

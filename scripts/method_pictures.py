@@ -63,6 +63,7 @@ EDGES = {
     PROMPTS[3]: ("a full moon on a black background",),
 }
 EDGES_SEED = 3
+WEIGHTS_SEED = 5
 SEMANTIC_TILES = 4  # 16 channels are shown as 4 x 4
 
 # GitHub shows README.md some 830 pixels wide, half as wide as the widest picture.
@@ -216,6 +217,24 @@ def draw_channels(latents: Tensor) -> Image.Image:
     return to_image(page.expand(3, -1, -1))
 
 
+def draw_weights(cascade: Cascade) -> Image.Image:
+    """Weight 0 for one of two objects, beside the prompt without it; and two colours with weights that add up to 2."""
+    ground = " on a turquoise background"
+    removed = [
+        "a banjo next to a rhinoceros",
+        "(a banjo:0) next to a rhinoceros",
+        "a rhinoceros",
+        "a banjo next to (a rhinoceros:0)",
+        "a banjo",
+    ]
+    colours = [(f"a cat on a (red:{w:g}) (blue:{2 - w:g}) background", w) for w in (0.5, 0.75, 1.0, 1.25, 1.5)]
+    requests = [Request(prompt + ground, seed=WEIGHTS_SEED, prompt_weighting=True) for prompt in removed]
+    requests += [Request(prompt, seed=WEIGHTS_SEED, prompt_weighting=True, weight_pooled=True) for prompt, _ in colours]
+    captions = [*removed, *(f"(red:{w:g}) (blue:{2 - w:g})" for _, w in colours)]
+    pictures = [cascade.generate(request)[0] for request in requests]
+    return sheet(pictures, captions, len(removed))
+
+
 DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
     "mini.webp": draw_examples,
     "prior.webp": draw_prior,
@@ -226,6 +245,7 @@ DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
     "image-to-image.webp": draw_image_to_image,
     "inpainting.webp": draw_inpainting,
     "canny.webp": draw_canny,
+    "weights.webp": draw_weights,
 }
 
 

@@ -139,6 +139,28 @@ def test_weights(encoder: TextEncoder, empty: torch.Tensor, weight: float) -> No
     assert torch.equal(weighted.pooled, plain.pooled)
 
 
+def test_weights_act_on_the_pooled_text_on_demand(encoder: TextEncoder) -> None:
+    def pooled(prompt: str, weight_pooled: bool = True) -> torch.Tensor:
+        (text,) = encoder.encode_each([prompt], weighting=True, weight_pooled=weight_pooled)
+        return text.pooled
+
+    whole, without_b, without_c = pooled("a b c d"), pooled("a c d"), pooled("a b d")
+    assert torch.equal(pooled("a (b:2) c d", False), whole)
+    torch.testing.assert_close(pooled("a (b:0) c d"), without_b)
+    torch.testing.assert_close(pooled("a (b:1.5) c d"), whole + 0.5 * (whole - without_b))
+    expected = whole - 0.5 * (whole - without_b) + 0.2 * (whole - without_c)
+    torch.testing.assert_close(pooled("a (b:.5) (c:1.2) d"), expected)
+    torch.testing.assert_close(pooled("a (b:0) (c:0) d"), pooled("a d"))
+    # What ComfyUI weights is as without.
+    states = [
+        encoder.encode_each(["a (b:2) c", "", "(a:0) d"], weighting=True, weight_pooled=one) for one in (False, True)
+    ]
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(states[0][1].pooled, states[1][1].pooled)
+    torch.testing.assert_close(states[1][2].pooled, pooled("d"))
+
+
 def test_weights_of_later_chunks(encoder: TextEncoder, empty: torch.Tensor) -> None:
     """The empty prompt's state at the same place of 77."""
     weighted = encoder.encode(["a" * 75 + "(bc:0)"], weighting=True).tokens[0]
