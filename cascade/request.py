@@ -11,6 +11,8 @@ from cascade import sizes
 from cascade.guides.controls import Control
 from cascade.guides.inpainting import check_mask, transparent
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, Limits, counted, need
+from cascade.loras.lora import MOST as MOST_LORAS
+from cascade.loras.lora import Lora
 from cascade.prompts.parsing import check_weights
 from cascade.sampling import SAMPLERS
 
@@ -56,6 +58,9 @@ class Request:
         controls: up to 4, see `Control`. The kind "inpainting" needs a mask. With a mask and no control of that kind, the
             model's inpainting ControlNet, if it has one, is used at scale 1.
 
+        loras: up to 8, see `Lora`: adapters of Stages C and B and the text encoder. Their changes are added up. Words that they
+            bring may be used in the prompts, by name.
+
     A float without a fraction is accepted as a whole number, a numpy number as a number, and a list as a tuple. Attributes
     are converted to int, float and tuple, and `mask` to an image of mode "1" in the size of `image`.
 
@@ -83,6 +88,7 @@ class Request:
     prompt_strength: float = LIMITS["prompt_strength"].default
     mask: Image.Image | Literal["alpha"] | None = None
     controls: Sequence[Control] = ()
+    loras: Sequence[Lora] = ()
 
     def __post_init__(self) -> None:
         for name, limits in ALLOWED.items():
@@ -235,4 +241,5 @@ ALLOWED: dict[str, Limits] = {
     "weight_pooled": Limits(bool, False),
     "repeat_prompts": Limits(bool, False),
     "controls": Limits(Control, most=MOST_IMAGES),
+    "loras": Limits(Lora, most=MOST_LORAS),
 }

@@ -5,14 +5,15 @@ stay valid. accelerate's and diffusers' offload hooks allocate new memory on eve
 hook `forward`, which fused functions bypass. So this module manages copies itself.
 """
 
+import contextlib
 from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.networks.protocol import UNet
 from cascade.networks.unet import AttnBlock, Conditions
@@ -46,6 +47,15 @@ class ResidentWeights:
     def wrap(self, name: str, network: UNet) -> UNet:
         """A UNet that calls `use` before it runs."""
         return network
+
+    @contextlib.contextmanager
+    def editing(self, name: str, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """A context for changing a network's weights in place, which kernels and graphs read at their addresses.
+
+        Yields:
+            The tensors to write to, by the names of the network's parameters. They may be on the host.
+        """
+        yield {key: parameter.data for key, parameter in network.named_parameters()}
 
     def workspace(self, wanted: int) -> int:
         """How many of the `wanted` bytes are available for temporary work."""
@@ -171,6 +181,27 @@ class WeightCache(ResidentWeights):
 
     def wrap(self, name: str, network: UNet) -> UNet:
         return CachedUNet(network, self, name)
+
+    @contextlib.contextmanager
+    def editing(self, name: str, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """See `ResidentWeights`. The host's bytes are written to, and uploaded again before the network runs."""
+        if name not in self.regions:
+            with super().editing(name, network) as tensors:
+                yield tensors
+            return
+        region = self.regions[name]
+        self.uploader.finish()
+        try:
+            yield region.weights.tensors()
+        finally:
+            if self.device.type == "cuda":  # copies from there to the host
+                torch.cuda.current_stream(self.device).synchronize()
+            for part in self._inside(region.start, region.stop):
+                if self.owners[part] == name:
+                    self.owners[part] = None
+            if region.stream is not None:
+                region.stream.clear()
+            self.release()
 
     def workspace(self, wanted: int) -> int:
         return super().workspace(wanted if self.mode == "offload" else min(wanted, SMALL_WORK))

@@ -72,12 +72,26 @@ class HostWeights:
     def bytes_of(self, group: int) -> Tensor:
         return self.host[self.bounds[group] : self.bounds[group + 1]]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters as the host has them, by name: views of `host`, in the parameters' shapes and strides."""
+        views = {
+            id(place.tensor): _view(place, self.bytes_of(group))
+            for group, places in enumerate(self._groups)
+            for place in places
+        }
+        return {name: views[id(parameter)] for name, parameter in self.network.named_parameters()}
+
     def move(self, group: int, target: Tensor) -> None:
         """Make a group's tensors views of other bytes, uint8, on any device. Copies nothing: the caller fills the bytes."""
         for place in self._groups[group]:
-            tensor = place.tensor
-            data = target[place.offset : place.offset + _extent(tensor)].view(tensor.dtype)
-            tensor.data = data.as_strided(tensor.shape, tensor.stride())
+            place.tensor.data = _view(place, target)
+
+
+def _view(place: _Slice, memory: Tensor) -> Tensor:
+    """The bytes of a tensor, in a group's memory, as such a tensor."""
+    tensor = place.tensor
+    data = memory[place.offset : place.offset + _extent(tensor)].view(tensor.dtype)
+    return data.as_strided(tensor.shape, tensor.stride())
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from cascade.networks.protocol import UNet
 from cascade.networks.unet import StableCascadeUNet
@@ -72,6 +73,16 @@ class Runner:
     def release(self) -> None:
         """Allow uploads to overwrite the weights of the network used last."""
         self.weights.release()
+
+    @contextlib.contextmanager
+    def editing(self, name: str, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """A context for changing a network's weights in place.
+
+        Yields:
+            The tensors to write to, by the names of the network's parameters. They may be on the host.
+        """
+        with current(self.device), self.weights.editing(name, network) as tensors:
+            yield tensors
 
     def workspace(self, wanted: int) -> int:
         """How many of the `wanted` bytes are available for temporary work."""

@@ -32,6 +32,9 @@ class Uploader(Protocol):
     def wait(self, uploaded: Any) -> None:
         """Make later work wait for an event from `uploaded`."""
 
+    def finish(self) -> None:
+        """Return when all copies requested so far are done: the host's bytes may then be changed."""
+
 
 class CudaUploader:
     """Copies on a separate CUDA stream. The work runs on the current stream.
@@ -62,6 +65,9 @@ class CudaUploader:
     def wait(self, uploaded: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(uploaded)
 
+    def finish(self) -> None:
+        self.stream.synchronize()
+
 
 class DirectUploader:
     """Copies synchronously, on a device without streams."""
@@ -76,6 +82,8 @@ class DirectUploader:
     def uploaded(self) -> None: ...
 
     def wait(self, uploaded: None) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class BlockStream:

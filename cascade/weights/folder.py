@@ -24,7 +24,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -293,6 +293,11 @@ class ModelFolder:
                     f"{self.root / path} is damaged: its content differs from the checksums in {sums.where}. Fetch or copy "
                     "the file again."
                 )
+
+    def standard_files(self, components: Iterable[str]) -> dict[str, list[Path]]:
+        """Of each component here that lies in the standard form, the safetensors files, whose tensors have our names."""
+        folders = {name: self.parts[name] for name in components if name in self.parts and self.parts[name].is_dir()}
+        return {name: find_weights(folder) for name, folder in folders.items()}
 
     def size(self, component: str, dtype: torch.dtype) -> int:
         """Bytes of a network's tensors, with floating-point tensors in `dtype`. Reads only the file's header.

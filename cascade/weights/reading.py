@@ -66,7 +66,7 @@ def no_weights(folder: Path) -> WeightsError:
     return WeightsError(f"{folder} has no weights: it should hold {STEMS[0]}{SUFFIX} or {STEMS[1]}{SUFFIX}.")
 
 
-def pickle_error(path: Path) -> WeightsError:
+def pickle_error(path: Path | str) -> WeightsError:
     return WeightsError(f"{path} is a pickle, which can run code when it is read; only safetensors files are opened.")
 
 
@@ -102,7 +102,7 @@ def read_json(path: Path) -> Any:
         raise WeightsError(f"{path} is not valid JSON: {shortened(error).rstrip('.')}.") from error
 
 
-def unreadable(path: Path, error: Exception) -> WeightsError:
+def unreadable(path: Path | str, error: Exception) -> WeightsError:
     """The error for a file that cannot be read."""
     return WeightsError(f"{path} is truncated or no safetensors file: {shortened(error).rstrip('.')}.")
 

@@ -79,6 +79,9 @@ class LateUploader:
             copy_one()
         self.done = max(self.done, uploaded)
 
+    def finish(self) -> None:
+        self.wait(len(self.asked))
+
     def read(self, tensor: Tensor) -> None:
         """Launch work that reads a tensor."""
         start = tensor.data_ptr() - self.cache.data_ptr()
