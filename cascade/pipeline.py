@@ -452,8 +452,14 @@ class Cascade:
         prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
         prompts = [words.spelled(prompt) for prompt in prompts]
         run = partial(self.runner.run_for_any_size, "text_encoder")
-        options = {"weighting": request.prompt_weighting, "most_chunks": MOST_CHUNKS, "words": words.vectors}
-        texts = self.text.encode_each(prompts, run, **options)
+        texts = self.text.encode_each(
+            prompts,
+            run,
+            weighting=request.prompt_weighting,
+            weight_pooled=request.weight_pooled,
+            most_chunks=MOST_CHUNKS,
+            words=words.vectors,
+        )
         if not guided:
             return Texts(texts[0], None)
         return Texts(*(repeated(*texts) if request.repeat_prompts else texts))
