@@ -16,26 +16,24 @@ from training.files import whole_file
 
 
 def package_file(icon_set: IconSet, folder: Path) -> Path:
-    """The file of a set's package in ``folder``, by npm's name for it."""
+    """The file of a set's package in `folder`, with the name that npm gives it."""
     return folder / f"{icon_set.package.lstrip('@').replace('/', '-')}-{icon_set.version}.tgz"
 
 
 def tarball(icon_set: IconSet, folder: Path, scratch: Path) -> Path:
-    """The package's file in ``folder``, fetched by npm if it is missing.
+    """The package's file in `folder`. npm downloads it if it is missing.
 
     Raises:
-        TrainingError: npm is not installed, or fails.
+        TrainingError: npm is not installed or fails.
     """
     file = package_file(icon_set, folder)
     if not file.exists():
         package = f"{icon_set.package}@{icon_set.version}"
-        print(f"Fetching {package}.", flush=True)
+        print(f"Downloading {package}.", flush=True)
         try:
             subprocess.run(["npm", "pack", package, "--silent"], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
         except FileNotFoundError:
-            raise TrainingError(
-                f"npm is not installed, and {file} is missing; --icons can name a folder that has it."
-            ) from None
+            raise TrainingError(f"npm is not installed, and {file} is missing; --icons names its folder.") from None
         except subprocess.CalledProcessError as error:
             raise TrainingError(f"npm pack {package} failed with exit code {error.returncode}.") from None
         with whole_file(file) as part:
@@ -52,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=ROOT / "build" / "mini" / "drawings.zip",
         help="default: %(default)s",
     )
-    parser.add_argument("--icons", type=Path, help="a folder that keeps the packages' files (default: a temporary one)")
+    parser.add_argument("--icons", type=Path, help="folder of the packages' files (default: a temporary folder)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -66,15 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build(output: Path, icons: Path | None, listing: Path = OBJECT_LIST) -> None:
-    """Draws the objects that all icon sets have, and writes their list.
+    """Draw the objects that all icon sets have, and list them.
 
     Args:
-        output: the file of drawings.
-        icons: a folder that keeps the packages' files; None: a temporary one.
-        listing: the file of the object list.
+        output: the file to write.
+        icons: the folder of the packages' files; missing ones are downloaded into it. None: a temporary folder.
+        listing: the object list to write.
 
     Raises:
-        TrainingError: a package cannot be fetched or is damaged, or the file cannot be written.
+        TrainingError: a package cannot be downloaded or is damaged, or the file cannot be written.
     """
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -88,7 +86,7 @@ def build(output: Path, icons: Path | None, listing: Path = OBJECT_LIST) -> None
                     archive.extract("package/icons.json", scratch / icon_set.key, filter="data")
             except (tarfile.TarError, EOFError, KeyError) as error:
                 raise TrainingError(
-                    f"{file} is not a complete package of {icon_set.package} ({error}); remove it."
+                    f"{file} is not a complete package of {icon_set.package}: {error}. Remove it."
                 ) from error
             sets.append(read_icon_set(scratch / icon_set.key / "package" / "icons.json"))
         objects = select_objects(sets)

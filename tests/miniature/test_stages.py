@@ -37,6 +37,8 @@ from training.stages import waits_for
 ROOT = Path(__file__).parent.parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = {
     "vqgan": StageA,
     "effnet": SemanticEncoder,
@@ -211,7 +213,7 @@ def test_several_processes_train_together(trained: Path, tmp_path: Path) -> None
         check=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
+        timeout=1200,
     )
     assert (tmp_path / "stage_c" / run.FINISHED).exists()
     # Each process keeps a random state of its own, and the gradients of both are in the one network that is saved.
