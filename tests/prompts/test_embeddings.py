@@ -168,4 +168,4 @@ def test_the_script_converts_what_it_can(tmp_path: Path, caplog: pytest.LogCaptu
     assert messages[1] == f"{tmp_path}/fox.pt has no vectors of an embedding."
     assert "absent.pt" in messages[3]
     assert main(files[:1]) == 1  # it is there, and is kept
-    assert caplog.records[-1].getMessage() == f"{tmp_path}/cat.safetensors is already there."
+    assert caplog.records[-1].getMessage() == f"{tmp_path}/cat.safetensors exists already."

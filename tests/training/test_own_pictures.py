@@ -40,17 +40,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", run.ORDER)
 def test_every_stage_finishes(trained: Path, stage: str) -> None:
     assert (trained / "run" / stage / run.FINISHED).is_file()
 
 
+@pytest.mark.slow
 def test_a_model_folder_is_made_of_them(trained: Path, tmp_path: Path) -> None:
     files = [str(trained / "config.toml"), str(trained / "run" / "model"), str(tmp_path / "weights")]
     assert assemble.main(files) == 0
     ModelFolder.open(tmp_path / "weights").verify()
 
 
+@pytest.mark.slow
 def test_the_log_says_what_it_does(
     trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,7 +63,7 @@ def test_the_log_says_what_it_does(
     assert "2 steps of 4, on 36 pictures and 4 held-out ones" in caplog.text
     assert "clip: not compiled, because there is no GPU." in caplog.text
     (figures,) = [message for message in caplog.messages if "unseen_accuracy" in message]
-    assert figures.endswith("(of 4 held-out pictures: too few to tell much)")
+    assert figures.endswith("(on 4 held-out pictures, too few to say much)")
 
 
 NEEDS = {
@@ -76,6 +79,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", run.STAGES)
 def test_a_stage_before_those_it_needs(
     tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], stage: str
@@ -87,6 +91,7 @@ def test_a_stage_before_those_it_needs(
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", run.STAGES)
 def test_the_seed_decides_what_a_stage_begins_with(tmp_path: Path, trained: Path, stage: str) -> None:
     """Whatever was drawn before its networks are built."""
@@ -104,6 +109,7 @@ def test_the_seed_decides_what_a_stage_begins_with(tmp_path: Path, trained: Path
         assert torch.equal(value, tasks[1][name]), name
 
 
+@pytest.mark.slow
 def test_assembling_before_training(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert assemble.main([str(trained / "config.toml"), str(tmp_path / "none"), str(tmp_path / "weights")]) == 1
     said = capsys.readouterr().err
@@ -118,7 +124,10 @@ def cut(folder: Path) -> None:
 
 
 FAULTS = {
-    "no caption": (lambda folder: (folder / "03.txt").unlink(), "03.png has no caption: 03.txt is not beside it."),
+    "no caption": (
+        lambda folder: (folder / "03.txt").unlink(),
+        "03.png has no caption; it must be beside it, in 03.txt.",
+    ),
     "caption in Latin-1": (
         lambda folder: (folder / "03.txt").write_bytes(b"caf\xe9"),
         "03.txt is not UTF-8: byte 4 is 0xe9.",
@@ -131,19 +140,20 @@ FAULTS = {
     "empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "pictures holds no pictures (.jpg,"),
     "no folder": (
         shutil.rmtree,
-        "pictures: --data is a folder of pictures with captions, or what [data] source reads.",
+        "pictures; --data must be a folder of captioned pictures, or a path that [data] source reads.",
     ),
     "a file": (
         lambda folder: (shutil.rmtree(folder), folder.write_text("text")),
-        "pictures is no folder of pictures, and [data] names no source",
+        "pictures is not a folder of pictures, and [data] names no source",
     ),
     "one picture": (
         lambda folder: [file.unlink() for file in folder.iterdir() if not file.name.startswith("03")],
-        "pictures holds a single picture; training needs another one to look at.",
+        "pictures holds only one picture; training needs another one to evaluate on.",
     ),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_data(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
     spoil, sentence = FAULTS[fault]
@@ -157,6 +167,7 @@ def test_wrong_data(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "run" / "stage_a").exists()
 
 
+@pytest.mark.slow
 def test_pictures_are_looked_at_once_and_again_after_a_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +184,7 @@ def test_pictures_are_looked_at_once_and_again_after_a_change(
     assert "pictures/03.png is a damaged PNG file." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_damaged_components_are_named(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(trained / "run" / "model", tmp_path / "run" / "model")
     file = tmp_path / "run" / "model" / "effnet" / "diffusion_pytorch_model.safetensors"
@@ -180,7 +192,7 @@ def test_damaged_components_are_named(tmp_path: Path, trained: Path, capsys: pyt
     assert train(trained / "config.toml", "stage_c", trained / "pictures", tmp_path / "run") == 1
     said = capsys.readouterr().err
     assert said.startswith(f"{file.parent} cannot be read (")
-    assert said.endswith("); remove it, and run the stage semantic again.\n")
+    assert said.endswith("); remove it and run the stage semantic again.\n")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +240,7 @@ def test_statistics_of_few_pictures_take_few_batches(components: dict[str, objec
         assert statistics_batches(task, Options(steps=1, batch_size=batch, learning_rate=1.0)) == expected
 
 
+@pytest.mark.slow
 def test_sheets_of_few_pictures_can_be_opened(trained: Path) -> None:
     for file in (trained / "run").glob("*/samples/*.png"):
         with Image.open(file) as sheet:
