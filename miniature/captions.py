@@ -16,6 +16,7 @@ STYLE_PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cartoon": (("cartoon", "cartoon style"), ("in cartoon style", "as a cartoon", "in a cartoon style")),
     "3D": (("3D", "glossy 3D"), ("in 3D style", "in glossy 3D style", "in 3D")),
     "flat": (("flat", "flat style"), ("in flat style", "in a flat style", "as a flat icon")),
+    "ink": (("ink", "ink style"), ("in ink style", "in black ink", "as an ink drawing")),  # of a LoRA, see `loras`
 }
 """Of each style, the words before an object and the words after it."""
 

@@ -468,13 +468,18 @@ def _render_packed(svg: str) -> bytes:
     return _pack(render_drawing(svg))
 
 
-def pack_drawings(objects: Sequence[IconObject], sets: Sequence[Mapping[str, str]], path: Path) -> None:
+def pack_drawings(
+    objects: Sequence[IconObject],
+    sets: Sequence[Mapping[str, str]],
+    path: Path,
+    styles: Sequence[str] = STYLES,
+) -> None:
     """Renders every object in every style into one zip file: ``catalogue.json``, and one WebP for each drawing.
 
     The file appears when it is complete. Shows a progress bar.
     """
     svgs = [icons[slug] for item in objects for icons, slug in zip(sets, item.slugs, strict=True)]
-    catalogue = {"names": [item.name for item in objects], "styles": STYLES, "size": DRAWING_SIZE}
+    catalogue = {"names": [item.name for item in objects], "styles": list(styles), "size": DRAWING_SIZE}
     # Ctrl-C reaches all processes of a terminal; only this one should react.
     deaf = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     with whole_file(path) as part, deaf as pool, zipfile.ZipFile(part, "w") as archive:
