@@ -9,7 +9,19 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from miniature.icons import ICON_SETS, OBJECT_LIST, IconSet, pack_drawings, read_icon_set, save_objects, select_objects
+from miniature import loras
+from miniature.icons import (
+    ICON_SETS,
+    OBJECT_LIST,
+    IconObject,
+    IconSet,
+    load_drawings,
+    load_objects,
+    pack_drawings,
+    read_icon_set,
+    save_objects,
+    select_objects,
+)
 from scripts.environment import ROOT
 from training.errors import TrainingError, writing
 from training.files import whole_file
@@ -41,6 +53,41 @@ def tarball(icon_set: IconSet, folder: Path, scratch: Path) -> Path:
     return file
 
 
+def icons_of(icon_set: IconSet, folder: Path, scratch: Path) -> dict[str, str]:
+    """A set's drawings, see `read_icon_set`; arguments and errors as `tarball`."""
+    file = tarball(icon_set, folder, scratch)
+    try:
+        with tarfile.open(file) as archive:
+            archive.extract("package/icons.json", scratch / icon_set.key, filter="data")
+    except (tarfile.TarError, EOFError, KeyError) as error:
+        raise TrainingError(f"{file} is no whole package of {icon_set.package}: {error}. Remove it.") from error
+    return read_icon_set(scratch / icon_set.key / "package" / "icons.json")
+
+
+def build_loras(output: Path, icons: Path | None) -> None:
+    """Draws the objects in the style of a LoRA, and writes both LoRAs' training pictures.
+
+    Args:
+        output: the folder; gets ink-drawings.zip, which evaluations need, ink.zip and pim.zip.
+        icons: see `build`.
+
+    Raises:
+        TrainingError: see `build`.
+    """
+    drawn = output / "ink-drawings.zip"
+    with tempfile.TemporaryDirectory() as name, writing(output):
+        scratch = Path(name)
+        folder = icons or scratch
+        folder.mkdir(parents=True, exist_ok=True)
+        found = icons_of(loras.STYLE, folder, scratch)
+        fluent = [icon_set.style for icon_set in ICON_SETS].index("3D")  # both sets of Microsoft have the same slugs
+        objects = [IconObject(item.name, (item.slugs[fluent],)) for item in load_objects()]
+        pack_drawings(objects, [found], drawn, (loras.STYLE.style,))
+        drawings, names, _ = load_drawings(drawn)
+        loras.write_style(output / "ink.zip", drawings, names)
+        loras.write_subject(output / "pim.zip")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/build-mini-data", description=__doc__.split("\n")[0])
@@ -51,10 +98,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="default: %(default)s",
     )
     parser.add_argument("--icons", type=Path, help="folder of the packages' files (default: a temporary folder)")
+    parser.add_argument(
+        "--loras", action="store_true", help="build what the LoRAs learn instead, into the folder of --output"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        build(options.output, options.icons)
+        if options.loras:
+            build_loras(options.output.parent, options.icons)
+        else:
+            build(options.output, options.icons)
     except TrainingError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -29,6 +29,7 @@ from miniature.evaluate import (
     text_to_pictures,
 )
 from miniature.evaluate_images import HEADINGS, evaluate_images, make_scenes
+from miniature.evaluate_loras import STYLE_FILE, SUBJECT_FILE, judge_style, judge_subject
 from miniature.icons import load_drawings
 from miniature.judge import Judge
 from miniature.prompts import make_prompts, plans_of
@@ -85,6 +86,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="SCENES",
         help="also judge the uses of images, on this many scenes of each set (200)",
     )
+    parser.add_argument(
+        "--loras",
+        type=Path,
+        metavar="FOLDER",
+        help=f"judge the LoRAs in this folder instead, {STYLE_FILE} and {SUBJECT_FILE}; needs scripts/build-mini-data --loras",
+    )
     options = parser.parse_args(arguments)
     for name, least in (("sets", 1), ("prompts", 4), ("batch", 1), ("images", 0), ("seed", 0)):
         value = getattr(options, name)
@@ -125,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.seed = secrets.randbelow(10**6)
         logger.info("The first set has --seed %d.", options.seed)
     try:
-        print(evaluate_model(options))
+        print(evaluate_loras(options) if options.loras else evaluate_model(options))
     except (TrainingError, WeightsError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -133,6 +140,23 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"Interrupted; finished sets are kept. Go on with --seed {options.seed}.\n")
         return 130
     return 0
+
+
+def evaluate_loras(options: argparse.Namespace) -> str:
+    """Judges the LoRAs that are there, with one set of prompts, and returns the tables."""
+    drawings, names, _ = load_drawings(options.drawings)
+    cascade = Cascade.load(options.weights, dtype=torch.float32, memory="resident", max_batch=options.batch)
+    lines = [f"--seed {options.seed}. {INTERVALS}"]
+    if (style := options.loras / STYLE_FILE).exists():
+        inks, _, _ = load_drawings(options.drawings.parent / "ink-drawings.zip")
+        values = judge_style(cascade, style, drawings, inks, names, options.seed)
+        lines += ["", table({STYLE_FILE: values})]
+    if (subject := options.loras / SUBJECT_FILE).exists():
+        values, others = judge_subject(cascade, subject, drawings, names, options.seed)
+        lines += ["", table({SUBJECT_FILE: values}), "", table(others)]
+    if len(lines) == 1:
+        raise TrainingError(f"{options.loras} has neither {STYLE_FILE} nor {SUBJECT_FILE}.")
+    return "\n".join(lines)
 
 
 def evaluate_model(options: argparse.Namespace) -> str:

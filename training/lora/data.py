@@ -15,7 +15,6 @@ from cascade.stages.encoder import for_encoder
 from cascade.stages.prior import prior_steps
 from cascade.weights import StageSettings
 from training.lora.pictures import Captioned, buckets
-from training.lora.words import Captions
 from training.picture_folder import read
 
 # Pictures that are encoded or sampled at a time.
@@ -75,27 +74,29 @@ class Texts:
     """The embeddings of captions.
 
     Args:
-        captions: the texts, the empty one last.
-        vectors: returns those of the new word; None: there is none.
+        count: of the captions; the empty one is the last.
+        encode: from rows of captions (B,), int64 on the training device, to their embeddings.
+        device: the training device.
         changing: whether embeddings change while training, and so are computed at every step; otherwise they are computed
             once, and the text encoder is not needed any more.
     """
 
-    def __init__(self, captions: Captions, vectors: Callable[[], Tensor] | None, *, changing: bool) -> None:
-        self.empty = len(captions) - 1
-        self._captions, self._vectors = (captions, vectors) if changing else (None, None)
-        self._kept: TextEmbeddings | None = None
+    def __init__(
+        self, count: int, encode: Callable[[Tensor], TextEmbeddings], device: torch.device, *, changing: bool
+    ) -> None:
+        self.empty = count - 1
+        self._encode = encode if changing else None
         if not changing:
             with torch.no_grad():
-                rows = torch.arange(len(captions), device=captions.ids.device).split(4 * AT_ONCE)
-                parts = [captions.encode(some) for some in rows]
-            self._kept = TextEmbeddings(*(torch.cat(values) for values in list(zip(*parts, strict=True))[:2]))
+                parts = [encode(rows) for rows in torch.arange(count, device=device).split(4 * AT_ONCE)]
+            self._tokens = torch.cat([part.tokens for part in parts])
+            self._pooled = torch.cat([part.pooled for part in parts])
 
     def rows(self, indices: Tensor) -> TextEmbeddings:
         """Those of the captions ``indices`` (B,)."""
-        if self._kept is not None:
-            return TextEmbeddings(self._kept.tokens[indices], self._kept.pooled[indices])
-        return self._captions.encode(indices, None if self._vectors is None else self._vectors())
+        if self._encode is not None:
+            return self._encode(indices)
+        return TextEmbeddings(self._tokens[indices], self._pooled[indices])
 
 
 class Latents:

@@ -124,7 +124,12 @@ class _Preparation:
         if settings.compile_blocks and self.device.type == "cuda":
             for block in prior.blocks():
                 block.compile()
-        text = Texts(captions, (lambda: word) if new else None, changing=settings.trains_text)
+        text = Texts(
+            len(captions),
+            lambda rows: captions.encode(rows, word),
+            self.device,
+            changing=settings.trains_text,
+        )
         previewer = self._load("previewer", torch.float32) if "previewer" in self.folder and settings.samples else None
         if settings.samples and previewer is None:
             logger.warning("%s has no previewer, so there are no samples.", self.folder.root)
