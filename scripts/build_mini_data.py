@@ -60,7 +60,7 @@ def icons_of(icon_set: IconSet, folder: Path, scratch: Path) -> dict[str, str]:
         with tarfile.open(file) as archive:
             archive.extract("package/icons.json", scratch / icon_set.key, filter="data")
     except (tarfile.TarError, EOFError, KeyError) as error:
-        raise TrainingError(f"{file} is no whole package of {icon_set.package}: {error}. Remove it.") from error
+        raise TrainingError(f"{file} is not a complete package of {icon_set.package}: {error}. Remove it.") from error
     return read_icon_set(scratch / icon_set.key / "package" / "icons.json")
 
 
@@ -131,17 +131,7 @@ def build(output: Path, icons: Path | None, listing: Path = OBJECT_LIST) -> None
         scratch = Path(name)
         folder = icons or scratch / "icons"
         folder.mkdir(parents=True, exist_ok=True)
-        sets = []
-        for icon_set in ICON_SETS:
-            file = tarball(icon_set, folder, scratch)
-            try:
-                with tarfile.open(file) as archive:
-                    archive.extract("package/icons.json", scratch / icon_set.key, filter="data")
-            except (tarfile.TarError, EOFError, KeyError) as error:
-                raise TrainingError(
-                    f"{file} is not a complete package of {icon_set.package}: {error}. Remove it."
-                ) from error
-            sets.append(read_icon_set(scratch / icon_set.key / "package" / "icons.json"))
+        sets = [icons_of(icon_set, folder, scratch) for icon_set in ICON_SETS]
         objects = select_objects(sets)
         save_objects(objects, listing)
         with writing(output):

@@ -14,6 +14,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 ALLOWED = {
     "scripts": ("predict", "serving", "cascade", "training", "miniature"),
     "predict": ("serving", "cascade"),
+    "train": ("training", "serving", "cascade"),
     "serving": ("cascade",),
     "training": ("cascade",),
     "miniature": ("training", "cascade"),
@@ -68,8 +69,8 @@ def tree() -> Iterator[str]:
 
 
 def modules() -> dict[str, Path]:
-    rooms = {one.partition(".")[0] for one in ALLOWED} - {"predict"}
-    files = [ROOT / "predict.py", *(file for one in rooms for file in (ROOT / one).rglob("*.py"))]
+    rooms = {one.partition(".")[0] for one in ALLOWED} - {"predict", "train"}
+    files = [ROOT / "predict.py", ROOT / "train.py", *(file for one in rooms for file in (ROOT / one).rglob("*.py"))]
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
     return dict(zip(names, files, strict=True))
 
