@@ -29,8 +29,10 @@ def pictures_of(cascade: Cascade, prompts: Sequence[str], seed: int, lora: Path 
         return [picture for (picture,) in made]
 
 
-def judge_style(cascade: Cascade, lora: Path, drawings: Tensor, inks: Tensor, names: list[str], seed: int) -> Values:
-    """100 prompts of one object in the new style, half of them of objects that it was never trained with.
+def judge_style(
+    cascade: Cascade, lora: Path, drawings: Tensor, inks: Tensor, names: list[str], seed: int, count: int = 100
+) -> Values:
+    """``count`` prompts of one object in the new style, half of them of objects that it was never trained with.
 
     Args:
         drawings: of the three styles that the miniature knows, see `icons.load_drawings`.
@@ -45,7 +47,7 @@ def judge_style(cascade: Cascade, lora: Path, drawings: Tensor, inks: Tensor, na
     judge = Judge(both.to(cascade.device), names, styles)
     values: Values = {}
     for label, trained in (("trained", True), ("untrained", False)):
-        plans = style_plans(names, 50, seed, trained=trained)
+        plans = style_plans(names, count // 2, seed, trained=trained)
         made = pictures_of(cascade, captions_of(plans, names, seed), seed, lora)
         for picture, index in zip(made, plans.objects[:, 0].tolist(), strict=True):
             pixels = to_pixels(picture, judge.device)[0]
@@ -61,9 +63,15 @@ def judge_style(cascade: Cascade, lora: Path, drawings: Tensor, inks: Tensor, na
 
 
 def judge_subject(
-    cascade: Cascade, lora: Path, drawings: Tensor, names: list[str], seed: int
+    cascade: Cascade,
+    lora: Path,
+    drawings: Tensor,
+    names: list[str],
+    seed: int,
+    count: int = 60,
+    more: int = 200,
 ) -> tuple[Values, dict[str, Values]]:
-    """60 prompts of the subject on new backgrounds; 200 of other objects, with the LoRA and without.
+    """``count`` prompts of the subject on new backgrounds; ``more`` of other objects, with the LoRA and without.
 
     Returns:
         ``subject first``: of all drawings and the subject's, the latter is nearest. And ``object first`` of the others, by
@@ -72,11 +80,11 @@ def judge_subject(
     styles = list(_known(len(drawings), len(names)))
     subject = subject_drawing().expand(len(styles), -1, -1, -1)
     judge = Judge(torch.cat([drawings, subject]).to(cascade.device), [*names, WORD], styles)
-    plans = subject_plans(60, seed, new=True)
+    plans = subject_plans(count, seed, new=True)
     made = pictures_of(cascade, captions_of(plans, [WORD], seed), seed, lora)
     first = [judge.ranked(to_pixels(one, judge.device)[0])[0][0] == WORD for one in made]
     others = {}
-    prompts = [one for one in make_prompts(names, styles, seed, 280) if len(one.objects) == 1][:200]
+    prompts = [one for one in make_prompts(names, styles, seed, 2 * more) if len(one.objects) == 1][:more]
     for label, used in (("without", None), ("with", lora)):
         pictures = pictures_of(cascade, [one.text for one in prompts], seed, used)
         right = [

@@ -25,8 +25,11 @@ STYLE = IconSet("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "ink", "MIT
 WORD = "[pim]"
 SUBJECT = Path(__file__).parent / "subject.svg"
 SIDE = 256
-# Of five objects, one is never trained in the new style; and backgrounds that the subject is never trained on.
+# Of five objects, one is never trained in the new style.
 UNTRAINED = 5
+# Black drawings are not seen on these.
+DARK = ("black", "dark blue", "dark green")
+# The subject is never trained on these.
 NEW_BACKGROUNDS = ("turquoise", "dark green", "purple", "beige", "gray", "orange")
 
 
@@ -42,9 +45,10 @@ def is_trained(plans: Plans) -> np.ndarray:
 
 
 def style_plans(names: list[str], count: int, seed: int, *, trained: bool) -> Plans:
-    """Scenes of one object each, in the new style, which their captions name."""
+    """Scenes of one object each, in the new style, which their captions name, on backgrounds that are not dark."""
     plans = sample_plans(20 * count + 100, names, seed, "train", 1)
-    plans = plans[(plans.objects[:, 1] < 0) & (is_trained(plans) == trained)][:count]
+    light = ~np.isin(plans.colours, [COLOUR_NAMES.index(name) for name in DARK]).any(1)
+    plans = plans[(plans.objects[:, 1] < 0) & light & (is_trained(plans) == trained)][:count]
     return replace(plans, says_style=np.ones(len(plans), bool))
 
 
