@@ -209,7 +209,7 @@ class Loras:
             status = STATUS.search(str(error))
             if site is None or status is None or status[1] not in ("401", "403", "404"):
                 raise
-            raise InputError(_refused(label, site, status[1], bool(headers))) from None
+            raise InputError(f"{label} {_refused(site, status[1], bool(headers))}.") from None
 
 
 def _digest(path: Path) -> str:
@@ -225,12 +225,12 @@ def _digest_of(file: Path, *state: int) -> str:
     return file_digest(file)
 
 
-def _refused(label: str, site: Site, status: str, had_token: bool) -> str:
+def _refused(site: Site, status: str, had_token: bool) -> str:
     if status == "404":
-        return f"{label} is not on {site.name}, or is private (404)."
+        return f"names something that is not on {site.name}, or is private (404)"
     if had_token:
-        return f"{label} may not be read with the token in {site.variable}: {site.name} answers {status}."
-    return f"{label} needs a token: {site.name} answers {status}, and {site.variable} is not set."
+        return f"may not be read with the token in {site.variable}: {site.name} answers {status}"
+    return f"needs a token: {site.name} answers {status}, and {site.variable} is not set"
 
 
 def _file_name(url: str) -> str:

@@ -1,5 +1,6 @@
 """LoRAs of requests: names, URLs, the Hub and Civitai, as local servers answer like them; kept by content."""
 
+import contextlib
 import json
 import os
 import threading
@@ -73,21 +74,21 @@ class Site(ThreadingHTTPServer):
     def handle_error(self, *_: Any) -> None:
         pass
 
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    site = Site()
-    yield site
-    site.shutdown()
-    site.server_close()
+    with contextlib.closing(Site()) as site:
+        yield site
 
 
 @pytest.fixture
 def other() -> Iterator[Site]:
-    site = Site()
-    yield site
-    site.shutdown()
-    site.server_close()
+    with contextlib.closing(Site()) as site:
+        yield site
 
 
 @pytest.fixture(autouse=True)
@@ -276,7 +277,11 @@ def test_tokens_go_to_their_site_alone(
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [(403, "needs a token: the Hub answers 403"), (404, "is not on the Hub, or is private"), (500, "500")],
+    [
+        (403, "needs a token: the Hub answers 403"),
+        (404, "names something that is not on the Hub, or is private"),
+        (500, "500"),
+    ],
 )
 def test_what_sites_refuse(status: int, said: str, site: Site, finder: Loras, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", site.url)
