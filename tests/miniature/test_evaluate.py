@@ -83,6 +83,7 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+@pytest.mark.slow
 def test_true_scenes_score_highly_and_wrong_ones_do_not() -> None:
     names = NAMES[:10]
     prompts = make_prompts(names, STYLES, 5, 56)

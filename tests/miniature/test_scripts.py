@@ -37,6 +37,7 @@ def drawings(icons: Path) -> Path:
     return icons / "drawings.zip"
 
 
+@pytest.mark.slow
 def test_drawings_of_what_all_sets_have(drawings: Path) -> None:
     _, names, styles = load_drawings(drawings)
     assert names == sorted(NAMES) == [item.name for item in load_objects(drawings.with_name("objects.json"))]
