@@ -175,7 +175,7 @@ def test_an_interrupted_download_goes_on(hub: Hub, folder: Path, start: Script, 
     _, err = process.communicate()
     if sent == signal.SIGINT:
         assert process.returncode == 130
-        assert err.splitlines()[-1].startswith("Interrupted. What was downloaded is kept; ")
+        assert err.splitlines()[-1].startswith("Interrupted. What has arrived is kept; ")
     assert not (folder / "download.json").exists()
 
     log = succeed(*arguments)
