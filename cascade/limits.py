@@ -17,6 +17,7 @@ from cascade import sizes
 from cascade.networks.controlnet import KINDS
 
 MOST_IMAGES = 4
+MOST_LORAS = 8
 # Per text. The text encoder reads some 1,200 of them; 50 MB would take 300 s to tokenize.
 MOST_CHARACTERS = 10_000
 # Of a text, of 75 tokens each.
@@ -230,4 +231,6 @@ LIMITS: dict[str, Limits] = {
     "control_ends": _PARTS,
     "previews": Limits(bool, False),
     "prompt_weighting": Limits(bool, False),
+    "lora_weights": Limits(str, most=MOST_LORAS),
+    "lora_scales": Limits(float, low=-2, high=3, most=MOST_LORAS),
 }

@@ -10,8 +10,7 @@ from PIL import Image
 from cascade import sizes
 from cascade.guides.controls import Control
 from cascade.guides.inpainting import check_mask, transparent
-from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, Limits, counted, need
-from cascade.loras.lora import MOST as MOST_LORAS
+from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, MOST_LORAS, InputError, Limits, counted, need
 from cascade.loras.lora import Lora
 from cascade.prompts.parsing import check_weights
 from cascade.sampling import SAMPLERS

@@ -30,7 +30,7 @@ from cascade.request import (
 )
 
 SEEDS = 2**32
-# What a `Request` takes under the same name, but for pictures and sizes.
+# Inputs that a `Request` has under the same name, except pictures and sizes.
 AS_GIVEN = tuple(
     field.name
     for field in fields(Request)
@@ -67,6 +67,8 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
     check_strengths(inputs["image_prompts"], inputs["image_prompt_strengths"])
     if inputs["prompt_weighting"]:
         check_prompt_weights(inputs["prompt"], inputs["negative_prompt"])
+    count = len(inputs["lora_weights"])
+    inputs["lora_scales"] = one_each("lora_scales", inputs["lora_scales"], 1.0, count, "lora_weights")
     return inputs | control_inputs(inputs)
 
 
@@ -92,7 +94,6 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
         "image_prompts": prompts,
         "image_prompt_strengths": inputs["image_prompt_strengths"] or [inputs["image_prompt_strength"]] * len(prompts),
         "controls": read_controls(inputs, size),
-        "prompt_weighting": inputs["prompt_weighting"],
     }
     if inputs["upscale"]:
         asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], 1.0)
@@ -155,16 +156,16 @@ def control_inputs(inputs: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     return columns
 
 
-def one_each(name: str, values: Sequence[Any], default: Any, count: int) -> tuple[Any, ...]:
-    """One value for each of `count` control_images; a single value is used for all, and `default` for none.
+def one_each(name: str, values: Sequence[Any], default: Any, count: int, of: str = "control_images") -> tuple[Any, ...]:
+    """One value for each of `count` elements of another input; a single value is used for all, and `default` for none.
 
     Raises:
         InputError: there are neither 0, 1 nor `count` values.
     """
-    need(name, values, "control_images", count)
+    need(name, values, of, count)
     if len(values) not in (0, 1, count):
         raise InputError(
-            f"{name} has {counted(len(values), 'value')}; it must have 1, or {count}, one for each of control_images."
+            f"{name} has {counted(len(values), 'value')}; it must have 1, or {count}, one for each of {of}."
         )
     return tuple(values) if len(values) == count else (values[0] if values else default,) * count
 
