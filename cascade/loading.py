@@ -18,7 +18,7 @@ from cascade.weights import CONTROLNETS, NEEDED, NETWORKS, ModelFolder
 
 logger = logging.getLogger(__name__)
 
-OPTIONAL = ("feature_extractor", "image_encoder", "effnet", "previewer", *CONTROLNETS)
+OPTIONAL = ("feature_extractor", "image_encoder", "ip_adapter", "effnet", "previewer", *CONTROLNETS)
 
 
 @dataclass(frozen=True, eq=False)
