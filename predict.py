@@ -1,7 +1,7 @@
 """The Predictor that Cog serves: the inputs' signature, setup, healthcheck, run. ``serving.service`` does the work.
 
-Cog's schema generator reads this file without running it: what stands in an ``Input()`` is a literal or a constant of
-this file, a description is one literal, and an input that may be left out is ``| None`` with the default None.
+Cog's schema generator reads this file without running it. So arguments of ``Input()`` are literals or constants of this
+file, a description is one literal, and an optional input is ``| None`` with the default None.
 """
 
 import logging
@@ -17,7 +17,7 @@ from serving.settings import Settings
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
 IP_ADAPTER_MODES = ["all", "style", "composition"]
 FORMATS = ["webp", "jpg", "png"]
-# Seconds. What is logged just before setup ends, Cog may lose: on a busy machine, the last line in one start of six.
+# Seconds to wait before `setup` returns. Cog can lose the last log line otherwise (one start in six on a busy machine).
 LAST_LINES = 0.2
 
 
@@ -27,7 +27,7 @@ class Predictor(BaseRunner):
     service: Service | None = None
 
     def setup(self) -> None:
-        """Load the safety checker and the model, onto the GPU if there is one. Fetches nothing.
+        """Load the safety checker and the model, onto the GPU if there is one. Downloads nothing.
 
         Raises:
             WeightsError: the weights are missing or damaged.
@@ -40,33 +40,33 @@ class Predictor(BaseRunner):
         self.service = service
 
     def healthcheck(self) -> bool:
-        """Whether predictions can work: the model is loaded, the GPU answers, the disk has room. Takes microseconds."""
+        """Whether predictions can work: the model is loaded, the GPU answers, and the disk has room. Takes microseconds."""
         return self.service is not None and self.service.is_healthy()
 
     def run(
         self,
         prompt: str = Input(
-            description="What the picture shows. Any text, or none; only its first 75 tokens are used.",
+            description="Text that describes the picture; may be empty. Only its first 300 tokens are used.",
             default="a red apple on a green background",
         ),
         negative_prompt: str = Input(
-            description="What the picture should not show. Only its first 75 tokens are used; ignored without guidance above 1.",
+            description="Text that describes what to avoid. Only its first 300 tokens are used; ignored without guidance above 1.",
             default="",
         ),
         width: int | None = Input(
-            description="Width in pixels, 64 to 2048. Default: from aspect_ratio, or from image.",
+            description="Width in pixels, 64 to 2048. Default: from aspect_ratio, or from image if given.",
             default=None,
             ge=64,
             le=2048,
         ),
         height: int | None = Input(
-            description="Height in pixels, 64 to 2048. Default: from aspect_ratio, or from image.",
+            description="Height in pixels, 64 to 2048. Default: from aspect_ratio, or from image if given.",
             default=None,
             ge=64,
             le=2048,
         ),
         num_images: int = Input(
-            description="Number of pictures, 1 to 4. The seed is increased by one for each.",
+            description="Number of pictures, 1 to 4. Each picture's seed is one more than the previous one's.",
             default=1,
             ge=1,
             le=4,
@@ -84,13 +84,13 @@ class Predictor(BaseRunner):
             le=50,
         ),
         guidance_scale_prior: float | None = Input(
-            description="Guidance scale of Stage C, 0 to 20. 1 or less turns guidance off, which is twice as fast; default: the model's own.",
+            description="Guidance scale of Stage C, 0 to 20. 1 or less turns guidance off, which is twice as fast. Default: the model's own.",
             default=None,
             ge=0,
             le=20,
         ),
         guidance_scale_decoder: float | None = Input(
-            description="Guidance scale of Stage B, 0 to 20. 1 or less turns guidance off, which is twice as fast; default: the model's own.",
+            description="Guidance scale of Stage B, 0 to 20. 1 or less turns guidance off, which is twice as fast. Default: the model's own.",
             default=None,
             ge=0,
             le=20,
@@ -114,10 +114,11 @@ class Predictor(BaseRunner):
             le=100,
         ),
         disable_safety_checker: bool = Input(
-            description="true: return pictures that the safety checker flags, too. false: drop them.", default=False
+            description="true: pictures are not checked. false: pictures that the safety checker flags are dropped.",
+            default=False,
         ),
         image_prompts: list[Path] | None = Input(
-            description="1 to 4 images that show what the picture shows, used beside the prompt. Default: the prompt alone.",
+            description="1 to 4 images that describe the picture, in addition to the prompt. Default: none.",
             default=None,
         ),
         image_prompt_strength: float = Input(
@@ -127,77 +128,81 @@ class Predictor(BaseRunner):
             le=2,
         ),
         image_prompt_strengths: list[float] | None = Input(
-            description="Strength of each of image_prompts, 0 to 2. Default: image_prompt_strength for all.",
+            description="One strength for each of image_prompts, 0 to 2. Default: image_prompt_strength for all.",
             default=None,
         ),
         ip_adapter_images: list[Path] | None = Input(
-            description="1 to 4 images for the IP-Adapter, which shows more of them than image_prompts. The model must have one.",
+            description="1 to 4 reference images for the IP-Adapter, which takes more from them than image_prompts. Needs an IP-Adapter.",
             default=None,
         ),
         ip_adapter_scales: list[float] | None = Input(
-            description="Strength of each of ip_adapter_images, 0 (none) to 2. Default: 1 for all.",
+            description="One strength for each of ip_adapter_images, 0 (none) to 2. Default: 1 for all.",
             default=None,
         ),
         ip_adapter_masks: list[Path] | None = Input(
-            description="Where in the picture each of ip_adapter_images counts: white. One each. Default: everywhere.",
+            description="One mask for each of ip_adapter_images; the image acts on the picture where its mask is white. Default: everywhere.",
             default=None,
         ),
         ip_adapter_mode: str = Input(
-            description="What the picture takes from ip_adapter_images: all, style or composition, as far as the adapter can.",
+            description="What the picture takes from ip_adapter_images: all, style or composition. Ignored without ip_adapter_images.",
             default="all",
             choices=IP_ADAPTER_MODES,
         ),
         image: Path | None = Input(
-            description="Image to start from, instead of noise: for image-to-image, inpainting, outpainting and upscaling.",
+            description="Image to start from instead of noise, for image-to-image, inpainting, outpainting and upscaling.",
             default=None,
         ),
         prompt_strength: float = Input(
-            description="How much of image is changed, 0 (only redrawn) to 1 (all of it). Ignored without image.",
+            description="How much image is changed: 0 redraws it, 1 replaces it. Ignored without image.",
             default=0.8,
             ge=0,
             le=1,
         ),
         mask: Path | None = Input(
-            description="White where image is repainted, of image's shape; or alpha: repaint image where it is transparent.",
+            description="Mask of image's shape; white is repainted. Or the text alpha, to repaint image where it is transparent.",
             default=None,
         ),
         outpaint: list[int] | None = Input(
-            description="Pixels to add to image and paint, 0 to 2048: four numbers, for left, top, right and bottom.",
+            description="Pixels to add to image and paint: four numbers from 0 to 2048, for left, top, right and bottom.",
             default=None,
         ),
         upscale: bool = Input(
-            description="true: redraw image at twice its size, at most 2048. Needs the super_resolution ControlNet.",
+            description="true: redraw image at twice its size, at most 2048 pixels a side. Needs the super_resolution ControlNet.",
             default=False,
         ),
         control_images: list[Path] | None = Input(
             description="1 to 4 images for ControlNets. Each is scaled and cropped to the picture's size.", default=None
         ),
         control_types: list[str] | None = Input(
-            description="canny, inpainting or super_resolution. One for all control_images, or one each. Default: canny.",
+            description="canny, inpainting or super_resolution: one type for all control_images, or one each. Default: canny.",
             default=None,
         ),
         control_scales: list[float] | None = Input(
-            description="Strength of the ControlNet, 0 (none) to 2. One for all control_images, or one each. Default: 1.",
+            description="Strength of a ControlNet, 0 (none) to 2. One for all control_images, or one each. Default: 1.",
             default=None,
         ),
         control_starts: list[float] | None = Input(
-            description="Fraction of Stage C's steps at which a ControlNet starts, 0 to 1: one for all, or one each. Default: 0.",
+            description="Fraction of Stage C's steps after which a ControlNet starts, 0 to 1. One for all, or one each. Default: 0.",
             default=None,
         ),
         control_ends: list[float] | None = Input(
-            description="Fraction of Stage C's steps at which a ControlNet ends, 0 to 1: one for all, or one each. Default: 1.",
+            description="Fraction of Stage C's steps after which a ControlNet ends, 0 to 1. One for all, or one each. Default: 1.",
             default=None,
         ),
         previews: bool = Input(
-            description="true: metrics.previews shows small pictures after each step of Stage C. Needs the previewer.",
+            description="true: metrics.previews has small pictures, replaced after each step of Stage C. Needs the previewer.",
+            default=False,
+        ),
+        prompt_weighting: bool = Input(
+            description="true: (word:1.3) in the prompts is a weight, -4 to 4, as in ComfyUI. false: brackets are text.",
             default=False,
         ),
     ) -> list[Path]:
-        """Make the pictures. They are deleted when the next run starts: Cog has sent them by then.
+        """Make the pictures. Their files are deleted when the next run starts, because Cog has sent them by then.
 
         Raises:
-            ValueError: an input is out of range or no picture, the model lacks what reads pictures, the GPU's memory
-                does not suffice, or every picture was flagged.
+            ValueError: an input is not allowed, a file is no picture, the model lacks a network that the inputs need,
+                the GPU's memory does not suffice, or the safety checker flagged every picture.
         """
         given = dict(locals())
         return [Path(file) for file in self.service.predict(given, self.record_metric)]

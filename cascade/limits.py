@@ -233,4 +233,5 @@ LIMITS: dict[str, Limits] = {
     "control_starts": _PARTS,
     "control_ends": _PARTS,
     "previews": Limits(bool, False),
+    "prompt_weighting": Limits(bool, False),
 }

@@ -108,8 +108,8 @@ class Request:
         for name, limits in ALLOWED.items():
             # In one kind, whatever the caller had: lists become tuples, numpy's numbers Python's.
             object.__setattr__(self, name, limits.check(name, getattr(self, name)))
-        for name in ("prompt", "negative_prompt") if self.prompt_weighting else ():
-            check_weights(name, getattr(self, name))
+        if self.prompt_weighting:
+            check_prompt_weights(self.prompt, self.negative_prompt)
         for name, images in ONE_EACH.items():
             check_one_each(name, getattr(self, name), images, getattr(self, images))
         # As grey, so that they are read once.
@@ -157,6 +157,16 @@ class Request:
                 raise InputError(
                     f"{name} of the picture is {side}; with super_resolution it must be at least {SMALLEST_ENLARGED}."
                 )
+
+
+def check_prompt_weights(prompt: str, negative_prompt: str) -> None:
+    """Make sure that the weights in both prompts lie between -4 and 4.
+
+    Raises:
+        InputError: one does not.
+    """
+    check_weights("prompt", prompt)
+    check_weights("negative_prompt", negative_prompt)
 
 
 def check_one_each(name: str, values: Sequence[object], images: str, there: Sequence[object]) -> None:
@@ -265,7 +275,6 @@ ALLOWED: dict[str, Limits] = {
     "sampler": Limits(str, "ddpm", choices=tuple(SAMPLERS)),
     "ip_adapter_starts": LIMITS["control_starts"],
     "ip_adapter_ends": LIMITS["control_ends"],
-    "prompt_weighting": Limits(bool, False),
     "repeat_prompts": Limits(bool, False),
     "controls": Limits(Control, most=MOST_IMAGES),
 }

@@ -49,21 +49,20 @@ def diffuse(x0: Tensor, noise: Tensor, t: Tensor, shift: float = 1.0) -> Tensor:
     return alpha.to(x0.device) * x0.float() + sigma.to(x0.device) * noise.float()
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float, whole_batch: bool = False) -> Tensor:
+def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float) -> Tensor:
     """Classifier-free guidance, with the rescaling of Lin et al. (arXiv 2305.08891, section 3.4). float32 (B, ...).
 
     Args:
         cond, uncond: predictions with and without the conditions, (B, ...).
         scale: 1 is `cond`; above, away from `uncond`.
-        rescale: 0..1, how far the result's standard deviation is brought back to that of `cond`.
-        whole_batch: take the standard deviation over the batch, as the authors do, instead of over each sample. An
-            image then depends on those it is made with.
+        rescale: 0 to 1, how far the result's standard deviation is brought back to that of `cond`. It is taken over each
+            sample. The authors take it over the batch, where an image depends on those it is made with.
     """
     cond, uncond = cond.float(), uncond.float()
     guided = torch.lerp(uncond, cond, scale)
     if rescale == 0:
         return guided
-    axes = tuple(range(0 if whole_batch else 1, cond.ndim))
+    axes = tuple(range(1, cond.ndim))
     wanted, actual = (value.std(dim=axes, keepdim=True) for value in (cond, guided))
     return guided * (rescale * wanted / (actual + 1e-9) + (1 - rescale))
 

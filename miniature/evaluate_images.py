@@ -1,6 +1,6 @@
 """How well does a miniature use images? Scores of what it makes of scenes of one object each.
 
-Anything that makes a picture of a `Request` can be judged. Objects count in any style.
+Every use takes functions that make pictures, and so can be tested without a model. Objects count in any style.
 """
 
 import logging
@@ -21,29 +21,32 @@ from cascade.request import Request
 from miniature.captions import Captioner
 from miniature.compose import compose
 from miniature.dataset import say_less
-from miniature.evaluate import Prompt, plans_of
+from miniature.evaluate import Pictures
 from miniature.judge import Judge
+from miniature.prompts import Prompt, plans_of
 from miniature.scenes import MARGIN, PLACE_NAMES, Plans
+from miniature.scores import Values
 from training.pictures import ssim
 
 logger = logging.getLogger(__name__)
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 TOLERANCE = 2
-"""Pixels that an edge may be off, in either direction."""
+"""Pixels by which an edge may be off, in either direction."""
 
 Generate = Callable[[Request], Image.Image]
+Reconstruct = Callable[[Image.Image], Image.Image]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A true scene of one object.
+    """A scene of one object.
 
     Attributes:
-        prompt, plan: what it shows; `plan` is one.
-        image: RGB, square.
-        other: a prompt for the same with another object, `other_name`.
-        quiet: a prompt for the same that says neither place, size nor style.
+        prompt, plan: what it shows; ``plan`` has one row.
+        image: the scene itself, RGB and square.
+        other: a prompt for the same scene with another object, ``other_name``.
+        quiet: a prompt for the same scene that names neither place, size nor style.
     """
 
     prompt: Prompt
@@ -56,21 +59,24 @@ class Scene:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a use of images came to.
+    """The scores of one use of images.
 
     Attributes:
-        scores: shares in 0..1 by name, a column a way to make pictures; for `evaluate.table`.
-        pictures: by what they are.
+        scores: {column: {score: one value a picture}}; a column is one way to make pictures.
+        pictures: by what made them.
     """
 
-    scores: dict[str, dict[str, float]]
-    pictures: dict[str, list[Image.Image]]
+    scores: dict[str, Values]
+    pictures: Pictures
 
 
 def make_scenes(
     prompts: Sequence[Prompt], drawings: Tensor, names: Sequence[str], styles: Sequence[str], side: int
 ) -> list[Scene]:
-    """The scenes, of `side` pixels, that prompts of one object speak of; the rest as `load_drawings` has it."""
+    """The scenes, ``side`` pixels large, that prompts of one object describe.
+
+    ``drawings``, ``names`` and ``styles`` are those of `icons.load_drawings`.
+    """
     plans = plans_of(prompts, names, styles)
     images = compose(drawings, plans, len(styles), (side, side))
     captioner = Captioner(names, styles)
@@ -90,10 +96,10 @@ def edge_f1(made: Tensor, true: Tensor, tolerance: int) -> float:
 
     Args:
         made, true: bool (H, W), true on an edge.
-        tolerance: an edge's pixel is right where the other picture has one at most this many rows and columns away.
+        tolerance: an edge pixel is right if the other picture has one at most this many rows and columns away.
 
     Returns:
-        0..1; two pictures without edges agree in full.
+        0..1; 1 for two pictures without edges.
     """
     if not made.any() or not true.any():
         return float(made.any() == true.any())
@@ -108,12 +114,12 @@ def _near(edges: Tensor, tolerance: int) -> Tensor:
 
 
 def edges_of(image: Image.Image) -> Tensor:
-    """Where a picture has edges, found at its full size: bool (H, W)."""
+    """The edges of a picture, found at its full size: bool (H, W)."""
     return controls.canny(to_pixels(image), side=None)[0, 0] > 0
 
 
 def object_mask(scene: Scene) -> Image.Image:
-    """White over a scene's object, and a margin around it; all of the rest is background."""
+    """A mask: white over a scene's object and a margin around it, black over the background."""
     side = scene.image.width
     reach = scene.plan.sizes[0, 0] / 2 + MARGIN
     at = (np.arange(side) + 0.5) / side
@@ -122,7 +128,7 @@ def object_mask(scene: Scene) -> Image.Image:
 
 
 def variation(generate: Generate, judge: Judge, scenes: Sequence[Scene]) -> Outcome:
-    """Pictures after a scene alone, without a word."""
+    """Pictures made from a scene as image prompt, with an empty prompt."""
     pictures = [
         generate(Request("", image_prompts=(scene.image,), seed=scene.prompt.seed))
         for scene in tqdm(scenes, desc="variation")
@@ -131,10 +137,10 @@ def variation(generate: Generate, judge: Judge, scenes: Sequence[Scene]) -> Outc
 
 
 def image_to_image(generate: Generate, judge: Judge, scenes: Sequence[Scene]) -> Outcome:
-    """Scenes painted anew at each of `STRENGTHS`, with prompts that leave place, size and style to the image.
+    """Image-to-image at each of `STRENGTHS`, with prompts that leave place, size and style to the image.
 
-    With their own captions, which say all of a scene, similarity hardly depends on the strength: there, at the least of them,
-    it is whether the object stays that counts.
+    A full caption decides alone, so similarity hardly depends on the strength then. It is tried at the smallest strength only,
+    where it shows whether the object stays.
     """
     prompts = {f"{strength}": (strength, [scene.quiet for scene in scenes]) for strength in STRENGTHS}
     prompts[f"{STRENGTHS[0]} with full caption"] = (STRENGTHS[0], [scene.prompt.text for scene in scenes])
@@ -145,38 +151,46 @@ def image_to_image(generate: Generate, judge: Judge, scenes: Sequence[Scene]) ->
             for text, scene in zip(tqdm(texts, desc=f"image-to-image {column}"), scenes, strict=True)
         ]
         similarity = [ssim(to_pixels(p), to_pixels(s.image)) for p, s in zip(pictures, scenes, strict=True)]
-        scores[column] = {"similarity": _mean(similarity), **_objects(judge, pictures, _names(scenes))}
+        scores[column] = {"similarity": similarity, **_objects(judge, pictures, _names(scenes))}
         made[f"image-to-image {column}"] = pictures
     return Outcome(scores, made)
 
 
 def inpainting(generate: Generate, judge: Judge, scenes: Sequence[Scene]) -> Outcome:
-    """Another object in the place of each scene's own."""
+    """Another object in the place of each scene's own. ``changed outside``: whether a pixel outside of the mask changed."""
     pictures, changed = [], []
     for scene in tqdm(scenes, desc="inpainting"):
         mask = object_mask(scene)
         picture = generate(Request(scene.other, image=scene.image, mask=mask, seed=scene.prompt.seed))
         outside = np.asarray(mask) == 0
-        changed.append((np.asarray(picture) != np.asarray(scene.image)).any(axis=-1)[outside].any())
+        differs = (np.asarray(picture) != np.asarray(scene.image)).any(axis=-1)
+        changed.append(float(differs[outside].any()))
         pictures.append(picture)
     scores = _objects(judge, pictures, [scene.other_name for scene in scenes])
-    return Outcome({"inpainting": {**scores, "changed outside": _mean(changed)}}, {"inpainting": pictures})
+    return Outcome({"inpainting": {**scores, "changed outside": changed}}, {"inpainting": pictures})
 
 
-def reconstruction(reconstruct: Callable[[Image.Image], Image.Image], judge: Judge, scenes: Sequence[Scene]) -> Outcome:
-    """What `reconstruct` leaves of the scenes."""
+def reconstruction(reconstruct: Reconstruct, judge: Judge, scenes: Sequence[Scene]) -> Outcome:
+    """What ``reconstruct`` leaves of the scenes."""
     pictures = [reconstruct(scene.image) for scene in tqdm(scenes, desc="reconstruction")]
     return Outcome({"reconstruction": _objects(judge, pictures, _names(scenes))}, {"reconstruction": pictures})
 
 
-def canny(generate: Generate, reconstruct: Callable[[Image.Image], Image.Image], scenes: Sequence[Scene]) -> Outcome:
-    """Pictures that follow the scenes' edges, those without that control, and the most that Stages B and A let pass.
+def off_centre(scenes: Sequence[Scene]) -> list[Scene]:
+    """The scenes of which a quiet prompt leaves place or size open, because they are not the default ones.
 
-    Prompts say neither place, size nor style, and only scenes count whose place or size is not the usual one: on all of them,
-    F1 is 0.39 without control, and 0.66 with full captions, where true latents give 0.71, which leaves a control little to
-    show (40 scenes of the shipped miniature).
+    On all scenes, edges agree too well without a control for it to show much: F1 is 0.39 with quiet prompts and 0.66 with
+    full captions, where true semantic latents give 0.71 (40 scenes of the shipped miniature).
     """
-    scenes = [s for s in scenes if s.prompt.place != PLACE_NAMES[0] or s.prompt.size is not None]
+    return [scene for scene in scenes if scene.prompt.place != PLACE_NAMES[0] or scene.prompt.size is not None]
+
+
+def canny(generate: Generate, reconstruct: Reconstruct, scenes: Sequence[Scene]) -> Outcome:
+    """How well pictures of quiet prompts follow the scenes' edges.
+
+    Columns: with the ControlNet; without it; and reconstructions from the true semantic latents, which is the best that
+    Stages B and A allow.
+    """
     made: dict[str, list[Image.Image]] = {"with ControlNet": [], "without": [], "true latents": []}
     for scene in tqdm(scenes, desc="canny"):
         plain = Request(scene.quiet, seed=scene.prompt.seed)
@@ -187,52 +201,53 @@ def canny(generate: Generate, reconstruct: Callable[[Image.Image], Image.Image],
     scores = {}
     for column, pictures in made.items():
         agreement = [edge_f1(edges_of(p), edges_of(s.image), TOLERANCE) for p, s in zip(pictures, scenes, strict=True)]
-        scores[column] = {"edges": _mean(agreement)}
+        scores[column] = {"edges": agreement}
     return Outcome(scores, {f"canny {column}": pictures for column, pictures in made.items()})
 
 
+HEADINGS = {
+    "variation": "Variation: scenes as image prompts, with an empty prompt.",
+    "image-to-image": (
+        "Image-to-image: scenes at each prompt_strength, with prompts that name neither place, size nor style; similarity to "
+        "the scene is SSIM."
+    ),
+    "inpainting": (
+        "Inpainting: scenes masked over their object, with prompts that name another object; changed outside: pictures in "
+        "which a pixel outside of the mask differs from the scene."
+    ),
+    "reconstruction": "Reconstruction: scenes through the semantic encoder and Stages B and A, with an empty prompt.",
+    "canny": (
+        "Canny: scenes whose object is not in the middle or not of the default size, with prompts that name neither place, "
+        f"size nor style; edges: F1 against the scene's edges, with a tolerance of {TOLERANCE} pixels."
+    ),
+}
+"""Of each use of images, the line above its table."""
+
+
 def evaluate_images(cascade: Cascade, judge: Judge, scenes: Sequence[Scene]) -> Iterator[tuple[str, Outcome]]:
-    """Every use of images that a model has the networks for, with a line that says what its scores are."""
+    """The outcome of every use of images that a model has the networks for; keys are those of `HEADINGS`."""
 
     def generate(request: Request) -> Image.Image:
         (picture,) = cascade.generate(request)
         return picture
 
-    count = f"{len(scenes)} scenes"
-    yield f"Variation: {count} as image prompts, with an empty prompt.", variation(generate, judge, scenes)
-    yield (
-        f"Image-to-image: {count} at each prompt_strength, with prompts that say neither place, size nor style; similarity to "
-        "the scene is SSIM.",
-        image_to_image(generate, judge, scenes),
-    )
-    yield (
-        f"Inpainting: {count} masked where their object is, with prompts that name another; changed outside: pictures of "
-        "which any pixel outside of the mask is not the scene's.",
-        inpainting(generate, judge, scenes),
-    )
-    yield f"Reconstruction: {count}, with an empty prompt.", reconstruction(cascade.reconstruct, judge, scenes)
+    yield "variation", variation(generate, judge, scenes)
+    yield "image-to-image", image_to_image(generate, judge, scenes)
+    yield "inpainting", inpainting(generate, judge, scenes)
+    yield "reconstruction", reconstruction(cascade.reconstruct, judge, scenes)
     if "canny" not in cascade.controlnets:
-        logger.warning("This model has no controlnet_canny: how well pictures follow edges is left out.")
-        return
-    outcome = canny(generate, cascade.reconstruct, scenes)
-    yield (
-        f"Canny: {len(outcome.pictures['canny without'])} of them, not in the middle or not of the usual size, with prompts that "
-        f"say neither place, size nor style; edges: F1 against the scene's, with {TOLERANCE} pixels' tolerance.",
-        outcome,
-    )
+        logger.warning("This model has no controlnet_canny: the score for edges is left out.")
+    elif chosen := off_centre(scenes):
+        yield "canny", canny(generate, cascade.reconstruct, chosen)
 
 
-def _objects(judge: Judge, pictures: Sequence[Image.Image], names: Sequence[str]) -> dict[str, float]:
+def _objects(judge: Judge, pictures: Sequence[Image.Image], names: Sequence[str]) -> Values:
     ranks = [
-        judge.ranked(to_pixels(picture)[0].to(judge.device))[0].index(name)
+        judge.ranked(to_pixels(picture, judge.device)[0])[0].index(name)
         for picture, name in zip(pictures, names, strict=True)
     ]
-    return {f"object {label}": _mean([rank < most for rank in ranks]) for label, most in (("first", 1), ("in 5", 5))}
+    return {f"object {label}": [float(rank < most) for rank in ranks] for label, most in (("first", 1), ("in 5", 5))}
 
 
 def _names(scenes: Sequence[Scene]) -> list[str]:
     return [scene.prompt.objects[0] for scene in scenes]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))

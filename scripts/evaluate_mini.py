@@ -1,57 +1,77 @@
-"""Judges the miniature on its fixed prompts: a table of scores stage by stage, and sheets of the pictures."""
+"""Judges the miniature on fresh sets of prompts: tables of scores stage by stage, and sheets of the pictures."""
 
 import argparse
+import hashlib
+import json
 import logging
+import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from cascade.images.tensors import to_image, to_pixels
+from cascade.images.tensors import to_image
 from cascade.pipeline import Cascade
 from cascade.weights import WeightsError
 from miniature.compose import compose
 from miniature.evaluate import (
-    PROMPTS,
-    Prompt,
+    Pictures,
     Verdict,
-    doubt,
-    evaluate,
-    generate_batch,
-    load_prompts,
-    plans_of,
+    fidelity,
+    pictures_by_stage,
+    score_pictures,
     sheet,
-    stage_pictures,
-    summarise,
-    table,
+    text_to_pictures,
 )
-from miniature.evaluate_images import evaluate_images, make_scenes
+from miniature.evaluate_images import HEADINGS, evaluate_images, make_scenes
 from miniature.icons import load_drawings
 from miniature.judge import Judge
+from miniature.prompts import make_prompts, plans_of
+from miniature.scores import estimate, pooled, table
 from scripts.environment import ROOT
-from training.errors import TrainingError
-from training.pictures import psnr
+from training.errors import TrainingError, writing
+from training.files import whole_file
+
+logger = logging.getLogger(__name__)
 
 SHEET = 100
-"""Pictures of a sheet."""
+"""Pictures on a sheet."""
 
-Pictures = dict[str, list[Image.Image]]
+INTERVALS = (
+    "In brackets, the 95 % interval for other prompts: Wilson's score interval for shares; for sharpness, similarity, edges and "
+    "PSNR, the mean +- 1.96 standard errors."
+)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/evaluate-mini", description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini")
-    parser.add_argument("--drawings", type=Path, default=ROOT / "build" / "mini" / "drawings.zip")
-    parser.add_argument("--prompts", type=Path, default=PROMPTS)
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "mini" / "evaluation")
-    parser.add_argument("--batch", type=int, default=50, help="pictures made at a time")
-    parser.add_argument("--limit", type=int, help="this many prompts only, spread over all of them")
+    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "mini", help="default: %(default)s")
     parser.add_argument(
-        "--guidance", type=float, nargs="*", default=[], help="scales of Stage C to try besides the model's own"
+        "--drawings", type=Path, default=ROOT / "build" / "mini" / "drawings.zip", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "build" / "mini" / "evaluation", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="of the first set; the others count up from it (default: a random one, which is printed)",
+    )
+    parser.add_argument("--sets", type=int, default=3, help="number of sets (default: %(default)s)")
+    parser.add_argument(
+        "--prompts", type=int, default=700, help="prompts of a set, two in seven of two objects (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=50, help="pictures made at a time (default: %(default)s)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        nargs="*",
+        default=[],
+        help="guidance scales of Stage C to try besides the model's own",
     )
     parser.add_argument(
         "--images",
@@ -60,119 +80,161 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         const=200,
         default=0,
         metavar="SCENES",
-        help="also judge the uses of images, on at most this many scenes (200)",
+        help="also judge the uses of images, on this many scenes of each set (200)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, least in (("sets", 1), ("prompts", 4), ("batch", 1), ("images", 0), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} is {value}; it must be at least {least}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.seed is None:
+        options.seed = secrets.randbelow(10**6)
+        logger.info("The first set has --seed %d.", options.seed)
     try:
         print(evaluate_model(options))
     except (TrainingError, WeightsError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"Interrupted; finished sets are kept. Go on with --seed {options.seed}.\n")
+        return 130
     return 0
 
 
 def evaluate_model(options: argparse.Namespace) -> str:
-    """Makes and judges all pictures; writes ``table.md``, sheets and ``verdicts.tsv``. Returns the table.
+    """Judges all sets and returns the tables; writes them to ``table.md`` and ``scores.json``.
+
+    Each set's values are kept in ``set-SEED.json``. A set that has been judged with the same weights and options is not judged
+    again, so an interrupted evaluation goes on where it was.
 
     Args:
-        options: as `parse` returns them.
+        options: as `parse` returns them, with a seed.
 
     Raises:
-        TrainingError: the drawings are missing or damaged.
-        WeightsError: the weights are.
+        TrainingError: the drawings are missing or damaged, or a file cannot be written.
+        WeightsError: the weights are missing or damaged.
     """
-    options.output.mkdir(parents=True, exist_ok=True)
-    drawings, names, styles = load_drawings(options.drawings)
-    # The authors' networks in float32: what is judged is the weights, not the arithmetic.
-    cascade = Cascade.load(options.weights, dtype=torch.float32, memory="resident")
-    judge = Judge(drawings.to(cascade.device), names, styles)
-    prompts = load_prompts(options.prompts)
-    alone = [prompt for prompt in prompts if prompt.unseen and len(prompt.objects) == 1][: options.images]
-    if options.limit:
-        prompts = prompts[:: -(-len(prompts) // options.limit)]
-
-    def draw(batch: Sequence[Prompt]) -> Tensor:
-        return compose(drawings, plans_of(batch, names, styles), len(styles), (cascade.native_size,) * 2)
-
-    made, ratios = pictures_by_stage(cascade, prompts, draw, options.batch)
-    columns = {}
-    for stage, pictures in made.items():
-        verdicts, _ = evaluate(replay(pictures), judge, prompts, cascade.device, options.batch)
-        columns[stage] = summarise(verdicts)
-    verdicts, made["C + B + A"] = evaluate(
-        partial(generate_batch, cascade), judge, prompts, cascade.device, options.batch
-    )
-    columns["C + B + A"] = summarise(verdicts)
-    for guidance in options.guidance:
-        name = f"guidance {guidance:g}"
-        generate = partial(generate_batch, cascade, guidance=guidance)
-        judged, made[name] = evaluate(generate, judge, prompts, cascade.device, options.batch)
-        columns[name] = summarise(judged)
-
-    lines = [table(columns), "", *fidelity(ratios, prompts)]
-    if options.images:
-        scenes = make_scenes(alone, drawings, names, styles, cascade.native_size)
-        for heading, outcome in evaluate_images(cascade, judge, scenes):
-            lines += ["", heading, "", table(outcome.scores)]
-            made |= outcome.pictures
-        lines += ["", doubt(len(scenes), "scenes")]
-    lines += ["", doubt(len(prompts), "prompts")]
-    report = "\n".join(lines).rstrip()
-    (options.output / "table.md").write_text(report + "\n")
-    write_sheets(made, options.output)
-    write_verdicts(verdicts, options.output / "verdicts.tsv")
+    seeds = range(options.seed, options.seed + options.sets)
+    judged = [values for seed in seeds if (values := load_set(options, seed))]
+    if len(judged) < options.sets:
+        judged = judge_sets(options, seeds)
+    report, scores = summary(options, judged)
+    with writing(options.output):
+        (options.output / "table.md").write_text(report + "\n", encoding="utf-8")
+        (options.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def pictures_by_stage(
-    cascade: Cascade, prompts: Sequence[Prompt], draw: Callable[[Sequence[Prompt]], Tensor], batch: int
-) -> tuple[Pictures, dict[str, list[float]]]:
-    """The true scenes, and what Stages A, and B and A, leave of them, with their PSNR in dB.
-
-    They are made ``batch`` at a time, so that any number of prompts fits into memory.
-
-    Args:
-        draw: the true scenes of prompts, float (n, 3, S, S) in 0..1.
-    """
-    made: Pictures = {"scenes": [], "A": [], "B + A": []}
-    ratios: dict[str, list[float]] = {"A": [], "B + A": []}
-    for first in range(0, len(prompts), batch):
-        chosen = prompts[first : first + batch]
-        scenes = draw(chosen)
-        made["scenes"] += [to_image(scene) for scene in scenes]
-        texts, seeds = [prompt.text for prompt in chosen], [prompt.seed for prompt in chosen]
-        for stage, pictures in stage_pictures(cascade, scenes, texts, seeds).items():
-            made[stage] += pictures
-            ratios[stage] += [
-                psnr(to_pixels(picture), scene.cpu()) for picture, scene in zip(pictures, scenes, strict=True)
-            ]
-    return made, ratios
+def judge_sets(options: argparse.Namespace, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The values of all sets; those that have not been judged yet are judged and kept."""
+    drawings, names, styles = load_drawings(options.drawings)
+    # float32: the weights are judged, not the arithmetic.
+    cascade = Cascade.load(options.weights, dtype=torch.float32, memory="resident", max_batch=options.batch)
+    judge = Judge(drawings.to(cascade.device), names, styles)
+    judged = []
+    for seed in seeds:
+        values = load_set(options, seed)
+        if values is None:
+            logger.info("Set %d.", seed)
+            values = judge_set(options, seed, cascade, judge, drawings)
+            with writing(set_file(options, seed)), whole_file(set_file(options, seed)) as part:
+                part.write_text(json.dumps({"of": about(options), "values": values}), encoding="utf-8")
+        judged.append(values)
+    return judged
 
 
-def replay(pictures: Sequence[Image.Image]) -> Callable[[list[str], list[int]], list[Image.Image]]:
-    """For `evaluate`: pictures that exist already, as many as it asks for, in order."""
-    remaining: Iterator[Image.Image] = iter(pictures)
-    return lambda texts, seeds: [next(remaining) for _ in texts]
+def judge_set(
+    options: argparse.Namespace, seed: int, cascade: Cascade, judge: Judge, drawings: Tensor
+) -> dict[str, Any]:
+    """The values of one set: ``text``, ``fidelity``, and ``images`` by use. Writes sheets and ``verdicts.tsv``."""
+    names, styles, side = judge.names, judge.styles, cascade.native_size
+    prompts = make_prompts(names, styles, seed, options.prompts)
+    scenes = []
+    for first in range(0, len(prompts), SHEET):  # all at once would take gigabytes
+        plans = plans_of(prompts[first : first + SHEET], names, styles)
+        scenes += [to_image(scene) for scene in compose(drawings, plans, len(styles), (side, side))]
+    made = pictures_by_stage(cascade, scenes, prompts)
+    for guidance in options.guidance:
+        made[f"guidance {guidance:g}"] = text_to_pictures(cascade, prompts, guidance)
+    text, verdicts = {}, {}
+    for column, pictures in made.items():
+        text[column], verdicts[column] = score_pictures(judge, pictures, scenes, prompts)
+    values = {"text": text, "fidelity": fidelity(made, prompts), "images": {}}
+    if options.images:
+        alone = [prompt for prompt in prompts if prompt.unseen and len(prompt.objects) == 1][: options.images]
+        for use, outcome in evaluate_images(
+            cascade, judge, make_scenes(alone, drawings, names, styles, cascade.native_size)
+        ):
+            values["images"][use] = outcome.scores
+            made |= outcome.pictures
+    folder = options.output / f"set-{seed}"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_sheets(made, folder)
+        write_verdicts(verdicts["C + B + A"], folder / "verdicts.tsv")
+    return values
 
 
-def fidelity(ratios: dict[str, list[float]], prompts: Sequence[Prompt]) -> list[str]:
-    """A line a stage: the mean PSNR of scenes with combinations that training never shows; none without such scenes."""
-    unseen = [index for index, prompt in enumerate(prompts) if prompt.unseen]
-    if not unseen:
-        return []
-    means = {stage: sum(values[index] for index in unseen) / len(unseen) for stage, values in ratios.items()}
-    scenes = f"{len(unseen)} scenes with combinations that training never shows"
-    return [f"{stage}: {mean:.2f} dB PSNR on {scenes}." for stage, mean in means.items()]
+def set_file(options: argparse.Namespace, seed: int) -> Path:
+    return options.output / f"set-{seed}.json"
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """What a set's values depend on besides its seed. ``model.json`` has the checksums of all weights."""
+    weights = options.weights / "model.json"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+    return {"weights": digest} | {name: getattr(options, name) for name in ("prompts", "guidance", "images")}
+
+
+def load_set(options: argparse.Namespace, seed: int) -> dict[str, Any] | None:
+    """The values of a set that has been judged with the same weights and options; else None."""
+    try:
+        content = json.loads(set_file(options, seed).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content["values"] if content.get("of") == about(options) else None
+
+
+def summary(options: argparse.Namespace, judged: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """The tables of all sets together as Markdown, and their estimates by table, column and score."""
+    seeds = [str(options.seed + index) for index in range(len(judged))]
+    sets = f"{len(judged)} sets of {options.prompts} prompts" if len(judged) > 1 else f"{options.prompts} prompts"
+    text = pooled([values["text"] for values in judged])
+    lines = [f"{sets}, --seed {', '.join(seeds)}. {INTERVALS}", "", table(text), ""]
+    ratios = pooled([{"": values["fidelity"]} for values in judged])[""]
+    for stage, decibels in ratios.items():
+        if decibels:
+            one = estimate(decibels)
+            lines.append(
+                f"{stage}: {one.mean:.2f} dB PSNR ({one.low:.2f} to {one.high:.2f}) on {one.count} scenes with combinations "
+                "that training never shows."
+            )
+    tables = {"text": text}
+    for use, heading in HEADINGS.items():
+        chosen = [values["images"][use] for values in judged if use in values["images"]]
+        if chosen:
+            tables[use] = pooled(chosen)
+            count = max(len(values) for scores in tables[use].values() for values in scores.values())
+            lines += ["", f"{heading} {count} scenes.", "", table(tables[use])]
+    scores: dict[str, Any] = {
+        name: {
+            column: {score: asdict(estimate(values)) for score, values in rows.items()}
+            for column, rows in columns.items()
+        }
+        for name, columns in tables.items()
+    }
+    return "\n".join(lines).rstrip(), {"seeds": seeds, **about(options), "scores": scores}
 
 
 def write_sheets(made: Pictures, folder: Path) -> None:
-    """Writes all pictures, `SHEET` a file, ten a row."""
+    """Writes all pictures, `SHEET` to a file, ten to a row."""
     for stage, pictures in made.items():
         for number, first in enumerate(range(0, len(pictures), SHEET)):
             file = f"{stage.replace(' + ', '').replace(' ', '-').lower()}-{number}.png"
@@ -180,6 +242,6 @@ def write_sheets(made: Pictures, folder: Path) -> None:
 
 
 def write_verdicts(verdicts: Sequence[Verdict], file: Path) -> None:
-    """Writes a line a prompt: its objects' ranks, whether the background is right, and whether training has seen the pair."""
+    """Writes a line a prompt: its objects' ranks, whether the background is right, and whether training shows the pair."""
     lines = [f"{v.ranks}\t{v.background}\t{'unseen' if v.prompt.unseen else 'seen'}\t{v.prompt.text}" for v in verdicts]
-    file.write_text("ranks\tbackground\tpair\tprompt\n" + "\n".join(lines) + "\n")
+    file.write_text("ranks\tbackground\tpair\tprompt\n" + "\n".join(lines) + "\n", encoding="utf-8")

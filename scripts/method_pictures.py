@@ -18,7 +18,7 @@ from cascade.guides.inpainting import extend
 from cascade.images.tensors import to_image, to_pixels
 from cascade.pipeline import Cascade
 from cascade.request import Request
-from cascade.stages.pixels import decode_pixels
+from miniature.stage_a import decode, encode_and_decode
 from scripts.environment import ROOT
 
 # The first seed of each; the prompts are chosen so that every kind of prompt that the miniature knows is shown.
@@ -117,8 +117,7 @@ def draw_decoder(cascade: Cascade) -> Image.Image:
         for progress in cascade.steps(request):
             step += progress.stage == "decoder"
             if progress.stage == "decoder" and step in DECODER_SHOWN:
-                (pixels,) = decode_pixels(cascade.vqgan, progress.latents)
-                pictures.append(to_image(pixels))
+                pictures += decode(cascade, progress.latents)
                 captions.append(f"step {step} of {STEPS_DECODER}")
     return sheet(pictures, captions, len(DECODER_SHOWN))
 
@@ -128,10 +127,7 @@ def draw_compression(cascade: Cascade) -> Image.Image:
     pictures, captions = [], []
     for prompt in FOLLOWED:
         (original,) = cascade.generate(Request(prompt, seed=SEED))
-        with torch.no_grad():
-            latents = cascade.vqgan.encode(to_pixels(original).to(cascade.vqgan.device, cascade.vqgan.dtype))
-        (decoded,) = decode_pixels(cascade.vqgan, latents)
-        pictures += [original, to_image(decoded), draw_channels(cascade.encode(original)[0])]
+        pictures += [original, encode_and_decode(cascade, original), draw_channels(cascade.encode(original)[0])]
         captions += ["a picture", "Stage A, from 4×64×64", "16×6×6 semantic latents"]
         for seed in (1, 2):
             pictures.append(cascade.reconstruct(original, seed=seed, prompt=prompt))

@@ -1,6 +1,7 @@
-"""Trains the miniature from nothing: drawings, every stage in a process of its own, and the model folder."""
+"""Trains the miniature from nothing: drawings, every stage, the model folder, and what it all cost."""
 
 import argparse
+import json
 import math
 import subprocess
 import sys
@@ -10,27 +11,49 @@ from pathlib import Path
 from scripts.environment import ROOT
 from training.assemble import assemble
 from training.configuration import read_configuration
-from training.errors import TrainingError
-from training.run import FINISHED, ORDER
+from training.errors import TrainingError, writing
+from training.recipe import costs, costs_table, train_all, visible_gpus
+from training.run import FINISHED
+from training.stages import ORDER
+
+COSTS = "training.json"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/train-mini", description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, default=ROOT / "miniature" / "mini.toml", help="default: %(default)s")
     parser.add_argument(
         "--data",
         type=Path,
         default=ROOT / "build" / "mini" / "drawings.zip",
-        help="the drawings, made if they are not there (default: %(default)s)",
+        help="the drawings, which are made if they are not there (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "mini", help="default: %(default)s")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; call again to go on")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="save and stop after this time; call again to go on"
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        help="stages that may run at the same time (default: as many as there are GPUs, at least 1)",
+    )
+    parser.add_argument(
+        "--copy-to", type=Path, help="a folder that gets what each finished stage made, to go on elsewhere with"
+    )
     options = parser.parse_args(arguments)
-    end = time.time() + 60 * options.minutes
+    if options.at_once is None:
+        options.at_once = max(1, len(visible_gpus()))
+    if options.at_once < 1:
+        parser.error(f"--at-once is {options.at_once}; it must be at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    options = parse(arguments)
+    deadline = time.time() + 60 * options.minutes
     try:
-        files = (path.absolute() for path in (options.config, options.data, options.output))
-        return train_all(*files, end)
+        return train_mini(options, deadline)
     except TrainingError as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -38,36 +61,34 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def train_all(config: Path, data: Path, output: Path, end: float) -> int:
-    """Trains what is not finished, up to the time `end`; returns the exit code of what failed, or 0."""
-    checked = read_configuration(config)
+def train_mini(options: argparse.Namespace, deadline: float) -> int:
+    """Trains what is not finished, up to the deadline; returns the exit code of what failed, or 0.
+
+    Args:
+        options: as `parse` returns them.
+        deadline: wall-clock time (`time.time`).
+
+    Raises:
+        TrainingError: the configuration, the data or a file is wrong.
+    """
+    config, data, output = (path.absolute() for path in (options.config, options.data, options.output))
+    copy_to = options.copy_to.absolute() if options.copy_to else None
+    tables = read_configuration(config)
     if not data.exists():
-        code = run([ROOT / "scripts" / "build-mini-data", "--output", data])
+        code = subprocess.run([ROOT / "scripts" / "build-mini-data", "--output", data], cwd=ROOT).returncode
         if code:
             return code
-    for stage in ORDER:
-        if (output / stage / FINISHED).exists():
-            continue
-        command = [sys.executable, "-m", "training.run", config, stage, "--data", data, "--output", output]
-        if math.isfinite(end):
-            command += ["--minutes", str(max(0.0, (end - time.time()) / 60))]
-        code = run(command)
-        if code:
-            return code
-        if not (output / stage / FINISHED).exists():
-            sys.stdout.write(f"The time is up in {stage}; call again to go on.\n")
-            return 0
+    code = train_all(config, data, output, at_once=options.at_once, deadline=deadline, copy_to=copy_to)
+    if code:
+        return code
+    left = [stage for stage in ORDER if stage in tables and not (output / stage / FINISHED).exists()]
+    if left:
+        sys.stdout.write(f"The time is up; left: {', '.join(left)}. Call again to go on.\n")
+        return 0
     folder = output / "weights"
-    assemble(checked, output / "model", folder)
-    sys.stdout.write(f"{folder}\n")
+    assemble(tables, output / "model", folder)
+    made = costs(output)
+    with writing(folder):
+        (folder / COSTS).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(f"{costs_table(made)}\n{folder}\n")
     return 0
-
-
-def run(command: list[str | Path]) -> int:
-    """Runs a command, which says itself what is wrong; returns its exit code. Ctrl-C is the command's, which saves then."""
-    with subprocess.Popen(command, cwd=ROOT) as process:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                continue

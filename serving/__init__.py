@@ -1,1 +1,1 @@
-"""What lies between a caller and the engine: files, HTTP, Cog."""
+"""Between a caller and the engine: inputs, files, HTTP, Cog."""

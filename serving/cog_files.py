@@ -1,12 +1,12 @@
-"""What Cog does with files around a run, done in its place. Read in Cog and coglet 0.23.1.
+"""Replaces Cog's handling of input files, and removes the folders that it leaves. True of Cog and coglet 0.23.1.
 
 Cog's worker downloads the inputs of `run` that are annotated with `cog.Path` before it calls `run`. It sets no limits,
-hears no cancellation meanwhile, and leaves what it has downloaded when another download of the request fails. It reads
-the annotations anew for every prediction, from the instance's `run`, and hands on text as it is. So `takes_urls` wraps
-`run` in a function that says of these inputs that they are text; `serving.image_urls` downloads them. The schema keeps
-`format: uri`: it is made from predict.py's source.
+ignores cancellations while it downloads, and keeps the downloaded files when another download of the request fails. It
+reads the annotations of the instance's `run` for every prediction, and passes text on unchanged. So `takes_urls` wraps
+`run` in a function that annotates these inputs as text; `serving.image_urls` downloads them. The schema keeps
+`format: uri`, because it is made from predict.py's source.
 
-Cog also leaves three empty folders of every prediction; `sweep` removes them.
+Cog also leaves three empty folders per prediction; `sweep` removes them.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from typing import Any
 
 import cog
 
-# One for each prediction, with the folders "inputs" and "outputs" in it.
+# Has a folder for each prediction, which holds the folders "inputs" and "outputs".
 COG_FOLDERS = Path("/tmp/coglet/predictions")
-# Seconds. Cog makes them just before it calls `run`; in those of a running prediction it wants to find them.
+# Age in seconds from which `sweep` removes a folder. Cog makes it just before it calls `run`, and needs it until `run` ends.
 SWEEP_AFTER = 60.0
 
 
 def takes_urls(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, of which Cog believes that it takes text where it takes files: it hands on URLs as they are.
+    """Wrap `run` so that Cog passes URLs on as text instead of downloading them.
 
     Args:
-        run: a bound method of which some inputs are annotated with cog.Path, or with a list of it.
+        run: a bound method; some of its inputs are annotated with cog.Path, or with a list of it.
     """
     kinds = typing.get_type_hints(run)
 
@@ -47,12 +47,12 @@ def takes_urls(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def takes_files(kind: Any) -> bool:
-    """Whether a type is cog.Path, or has it in it."""
+    """Whether a type is cog.Path or contains it."""
     return kind is cog.Path or any(takes_files(one) for one in typing.get_args(kind))
 
 
 def sweep() -> None:
-    """Remove the empty folders of former predictions: Cog makes three for each, and they would use up the inodes."""
+    """Remove the empty folders of earlier predictions. Cog makes three for each, which would use up the inodes."""
     with contextlib.suppress(OSError), os.scandir(COG_FOLDERS) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):

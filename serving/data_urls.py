@@ -1,7 +1,8 @@
-"""What data URLs hold, decoded piece by piece.
+"""Decodes data URLs piece by piece.
 
-At once, it would take twice a URL's length besides it. urllib takes ninety times the length for one that is full of
-percent signs: 5.4 GB and 10 s for 60 MB of ``%41``, and 26 s for as many that are no escapes.
+Decoding at once would take twice the URL's length in additional memory. urllib takes ninety times the length for a URL
+that is full of percent signs: 5.4 GB and 10 s for 60 MB of ``%41``, and 26 s for as many percent signs that are no
+escapes.
 """
 
 import binascii
@@ -9,25 +10,25 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Characters.
+# Characters that are decoded at a time.
 PIECE = 2**18
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 NO_BASE64 = bytes(set(range(256)) - set(BASE64))
-# The values of hexadecimal digits; of all other bytes 16.
+# The value of each byte as a hexadecimal digit; 16 for all other bytes.
 DIGITS = np.full(256, 16, np.uint8)
 for digits in (b"0123456789abcdef", b"0123456789ABCDEF"):
     DIGITS[list(digits)] = range(16)
 
 
 def data_of(url: str, piece: int = PIECE) -> Iterator[bytes]:
-    """The content of a data URL (RFC 2397), in pieces. Base64 may have escapes, line breaks and other signs in it.
+    """The content of a data URL (RFC 2397), in pieces. In base64, escapes are decoded; line breaks and other signs are skipped.
 
     Args:
         url: of any length.
         piece: characters that are decoded at a time, at least 3.
 
     Raises:
-        ValueError: it has no comma or lone surrogates, or its base64 ends too early.
+        ValueError: the URL has no comma or has lone surrogates, or its base64 ends too early.
     """
     start = url.index(",") + 1
     pieces = unquoted(url, start, piece)
@@ -35,17 +36,17 @@ def data_of(url: str, piece: int = PIECE) -> Iterator[bytes]:
 
 
 def unquoted(url: str, start: int, piece: int) -> Iterator[bytes]:
-    """A URL from `start` on, with bytes in the place of escapes."""
+    """The bytes of a URL from `start` on, with escapes decoded."""
     while start < len(url):
         end = start + piece
-        cut = url.rfind("%", max(end - 2, start + 1), end)  # an escape may go on in the next piece
+        cut = url.rfind("%", max(end - 2, start + 1), end)  # an escape must not be split between two pieces
         end = end if cut < 0 else cut
         yield unquote(url[start:end].encode())
         start = end
 
 
 def unquote(text: bytes) -> bytes:
-    """As `urllib.parse.unquote_to_bytes`; what is no escape stays."""
+    """Like `urllib.parse.unquote_to_bytes`: decodes escapes, and keeps all other percent signs."""
     if b"%" not in text:
         return text
     signs = np.frombuffer(text, np.uint8)
@@ -58,7 +59,7 @@ def unquote(text: bytes) -> bytes:
 
 
 def decoded(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """What base64 stands for, up to its padding."""
+    """The bytes that base64 encodes, up to its padding."""
     rest = b""
     for one in pieces:
         rest += one.translate(None, NO_BASE64)

@@ -1,7 +1,7 @@
-"""Download a file from a URL that a stranger chose, within limits of time and size.
+"""Download a file from an untrusted URL, within limits of time and size.
 
-httpx sends the request and follows redirects, and its httpcore lets the connections be ours (serving/network.py);
-requests and urllib3 have no public way to say which address is connected to. huggingface_hub brings both.
+httpx sends the request and follows redirects; its httpcore accepts our own connections (serving/network.py). requests
+and urllib3 have no public way to choose the address of a connection. huggingface_hub installs both.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import httpx
 
 from serving.network import SLICE, Network, NotPublicError, UnknownNameError, UnreachableError
 
-# It logs every URL, with all secrets that a query may hold.
+# At INFO, httpx logs every URL, whose query may hold secrets.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 REDIRECTS = 5
@@ -34,9 +34,9 @@ class Limits:
     """How long a download may take and how large it may be.
 
     Args:
-        seconds: in all, from the name's resolution to the last byte.
-        idle_seconds: without receiving anything.
-        size: in bytes, as stored (a compressed answer is unpacked).
+        seconds: total, from resolving the host name to the last byte.
+        idle_seconds: longest time without receiving anything.
+        size: bytes of the stored file, after decompression.
     """
 
     seconds: float = 60.0
@@ -84,23 +84,24 @@ def download(
     headers: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
 ) -> int:
-    """Store what a URL names in a file, which must not exist; a failed download leaves none.
+    """Download a URL to a file. A failed download leaves no file.
 
-    HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY are followed unless `public_only`: a proxy resolves names itself, so
-    which address it connects to cannot be checked. SSL_CERT_FILE and SSL_CERT_DIR name other certificates to trust.
+    HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY are used unless `public_only` is set: a proxy resolves names itself,
+    so the address that it connects to cannot be checked. SSL_CERT_FILE and SSL_CERT_DIR name other certificates to trust.
 
     Args:
+        target: the file; must not exist.
         limits: default to those of a picture.
-        public_only: refuse addresses that are not public, redirects to them included. Errors then don't tell a closed
+        public_only: refuse addresses that are not public, after redirects, too. Errors then do not distinguish a closed
             port from an open one, nor a private name from an unknown one.
-        headers: sent with the request; Authorization is not sent on to another host.
+        headers: sent with the request; Authorization is not forwarded to another host.
         stop: ends the download within `SLICE` seconds once it is set.
 
     Returns:
         The file's size in bytes.
 
     Raises:
-        DownloadError: it failed, or exceeded a limit.
+        DownloadError: the download failed or exceeded a limit.
         StoppedError: `stop` was set.
     """
     watch = Watch(limits or Limits(), stop or threading.Event())
@@ -118,7 +119,7 @@ def download(
 
 
 def store(response: httpx.Response, target: Path, watch: Watch) -> int:
-    """Write an answer's body to a file; returns its size in bytes."""
+    """Write a response's body to a file; returns its size in bytes."""
     if response.status_code != http.HTTPStatus.OK:
         raise DownloadError(f"the server answered {describe(response.status_code)}")
     limit = watch.limits.size
@@ -137,7 +138,7 @@ def store(response: httpx.Response, target: Path, watch: Watch) -> int:
 
 
 def describe(status: int) -> str:
-    """A status as "404 Not Found"; the server's own words could be anything."""
+    """A status as "404 Not Found". Uses the standard phrase, because the server's own text is not trusted."""
     try:
         return f"{status} {http.HTTPStatus(status).phrase}"
     except ValueError:
@@ -145,7 +146,7 @@ def describe(status: int) -> str:
 
 
 class Transport(httpx.BaseTransport):
-    """Sends httpx's requests over a `Network`, through a proxy if the environment names one and not `direct`."""
+    """Sends httpx's requests over a `Network`; through a proxy if the environment names one, unless `direct` is set."""
 
     def __init__(self, network: Network, *, direct: bool) -> None:
         self.network = network
@@ -184,7 +185,7 @@ class Transport(httpx.BaseTransport):
 
 
 class Body(httpx.SyncByteStream):
-    """The body of httpcore's answer, as httpx takes it."""
+    """The body of httpcore's response, in the type that httpx takes."""
 
     def __init__(self, response: httpcore.Response) -> None:
         self.response = response
@@ -221,10 +222,10 @@ def as_proxy(proxy: str) -> httpcore.Proxy:
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
-    """The certificates to trust, read once: that takes some 20 ms.
+    """The certificates to trust. Cached, because reading them takes some 20 ms.
 
     Raises:
-        DownloadError: SSL_CERT_FILE or SSL_CERT_DIR names none.
+        DownloadError: SSL_CERT_FILE or SSL_CERT_DIR names no readable certificates.
     """
     try:
         return httpx.create_ssl_context()
@@ -235,9 +236,9 @@ def tls_context() -> ssl.SSLContext:
 
 @contextlib.contextmanager
 def explained(public_only: bool) -> Iterator[None]:
-    """Turn the errors of a download into a `DownloadError` of one clause.
+    """Turn the errors of a download into a `DownloadError` whose message is one clause.
 
-    If it is `public_only`, what could tell a stranger about the network is said in the same words.
+    With `public_only`, errors that could reveal something about the network have the same message.
     """
     try:
         yield
@@ -264,7 +265,7 @@ def explained(public_only: bool) -> Iterator[None]:
 
 
 def why(error: Exception) -> str:
-    """What went wrong on the way to a server, as a clause."""
+    """A connection's error as a clause."""
     if isinstance(error, UnreachableError):
         return "nothing answers there"
     if isinstance(error, ssl.SSLCertVerificationError):

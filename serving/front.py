@@ -1,13 +1,13 @@
-"""A front for Cog's server: refuses what would end the service, and passes all else on unchanged.
+"""A proxy in front of Cog's server: refuses requests that would end the service, and passes on all others unchanged.
 
-Cog 0.23.1 makes a folder named by a prediction's id before it runs. An id that cannot be a folder's name (over 255 bytes,
-a NUL, a place where it may not write) leaves the service BUSY for ever; one that is a path makes folders anywhere. So
-the front looks at the id, in the path and in the body, and at nothing else. `scripts/serve` starts it:
+Cog 0.23.1 makes a folder named after a prediction's id before it runs. An id that cannot be a folder's name (over 255
+bytes, a NUL, a folder that it may not write) leaves the service BUSY forever; an id that is a path makes folders
+anywhere. So the front checks the id in the path and in the body, and the size of the body. `scripts/serve` starts it:
 
     client -> front -> Cog's server -> worker
 
 The front is a child of Cog's server and ends with it, so signals, exit codes and process ids are Cog's. When a client
-goes away, so does its request to Cog, which then cancels the prediction.
+disconnects, the front closes the request to Cog, which then cancels the prediction.
 """
 
 import argparse
@@ -31,29 +31,29 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# Cog's own are pred_ and hexadecimal digits; Replicate's are lower-case letters and digits; many send UUIDs.
+# Cog's own ids are pred_ and hexadecimal digits; Replicate's are lower-case letters and digits; many clients send UUIDs.
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,99}")
 ALLOWED = "1 to 100 letters, digits, and signs of _ . : - after the first"
-# All that Cog serves. A path that is none of these could still reach one of them in a way that the check doesn't see.
+# All paths that Cog serves. Others are refused, because Cog might resolve one to a path whose id was not checked.
 PATHS = re.compile(rb"/[A-Za-z0-9_.-]*|/(?:predictions|trainings)/([^/]*)(/cancel)?")
-# As Cog's server: above it answers 413.
+# Bytes. Cog's own limit; Cog answers 413 to larger bodies.
 LARGEST_BODY = 100 * 1024 * 1024
-# Between values, and in texts. Of 10 million numbers in 20 MB, Cog's server takes 640 MB, and its worker 400.
+# Commas, between values and in texts. For 10 million numbers in 20 MB, Cog's server takes 640 MB, and its worker 400 MB.
 MOST_COMMAS = 1_000_000
-# From this size on, what is left of a body is looked for at once, in some 20 ms.
+# Bytes. After a larger body, garbage is collected at once, which takes some 20 ms.
 LARGE_BODY = 2**20
-# Cog answers a moment before it takes the next request. 41 of 60 requests in the same millisecond were refused; none
-# was 5 ms later.
+# Seconds between retries. Cog answers a moment before it accepts the next request: 41 of 60 requests within a millisecond
+# were refused, and none 5 ms later.
 RETRIES = (0.005, 0.01, 0.02, 0.04)
-# Of one connection, not of a request.
+# Headers of a connection, which a proxy does not forward (RFC 9110, 7.6.1).
 HOP_BY_HOP = {b"connection", b"expect", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding"}
 HOP_BY_HOP.add(b"upgrade")
-# httpx says how long the body is that it sends: a client may have said something else, and sent it in chunks.
+# httpx sets Content-Length for the body that it sends: the client's may differ, or the client may have sent chunks.
 NOT_SENT_ON = HOP_BY_HOP | {b"content-length"}
 
 
 class RefusedError(Exception):
-    """A request is not passed on."""
+    """A request that is not passed on; the front answers it itself."""
 
     def __init__(self, status: int, body: Any) -> None:
         super().__init__(status, body)
@@ -62,14 +62,14 @@ class RefusedError(Exception):
 
 
 class ClientGoneError(Exception):
-    """The client does not wait for an answer any more."""
+    """The client has disconnected."""
 
 
 class Front:
     """An ASGI application in front of Cog's server at `url`."""
 
     def __init__(self, url: str) -> None:
-        # A prediction takes as long as it takes; and every request has a connection of its own, as without the front.
+        # No timeout, because predictions may take long. A connection for each request, as without the front.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self.client = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)
         self.url = httpx.URL(url)
@@ -91,10 +91,10 @@ class Front:
         finally:
             large, body = len(body) > LARGE_BODY, b""
             if large:
-                gc.collect()  # httpx's responses are in cycles, and have their requests, which have the bodies
+                gc.collect()  # reference cycles in httpx's responses keep their requests, and so the bodies, alive
 
     async def forward(self, scope: Scope, path: bytes, body: bytes, receive: Receive, send: Send) -> None:
-        """Send a request on and its answer back, piece by piece, until the client goes."""
+        """Forward a request, and stream its response back until the client disconnects."""
         query = scope["query_string"]
         request = httpx.Request(
             scope["method"],
@@ -128,7 +128,7 @@ class Front:
             await response.aclose()
 
     async def ask(self, request: httpx.Request) -> httpx.Response:
-        """Cog's answer; asked again for a moment if it is 409, At capacity."""
+        """Cog's response. After 409, At capacity, asks again after each of the pauses `RETRIES`."""
         try:
             for pause in RETRIES:
                 response = await self.client.send(request, stream=True)
@@ -138,14 +138,14 @@ class Front:
                 await asyncio.sleep(pause)
             return await self.client.send(request, stream=True)
         except httpx.HTTPError as error:
-            raise RefusedError(503, {"error": "The server has ended, or is about to.", "status": "failed"}) from error
+            raise RefusedError(503, {"error": "The server has ended or is ending.", "status": "failed"}) from error
 
 
 def check_path(scope: Scope) -> bytes:
     """The path as the client sent it.
 
     Raises:
-        RefusedError: Cog has no such path, or the id in it is not allowed.
+        RefusedError: Cog has no such path, or its id is not allowed.
     """
     path = scope["raw_path"]
     match = PATHS.fullmatch(path)
@@ -154,23 +154,23 @@ def check_path(scope: Scope) -> bytes:
     if match[1] is not None:
         identifier = match[1].decode("latin-1")
         if match[2] and IDENTIFIER.fullmatch(identifier) is None:
-            raise RefusedError(404, {})  # as Cog, of a prediction that isn't there
+            raise RefusedError(404, {})  # Cog's answer for a prediction that does not exist
         check_identifier("path", identifier)
     return path
 
 
 def check_body(body: bytes) -> None:
-    """Make sure that a body, if there is one, is a JSON object whose id is allowed, of a bounded number of values.
+    """Check that a body is empty, or a JSON object with an allowed id and at most `MOST_COMMAS` commas.
 
-    Cog reads an array, too, as the values of its fields in their order: ``["id", {}, {}, null, []]``.
+    Arrays are refused, because Cog reads them as the values of its fields, in order: ``["id", {}, {}, null, []]``.
 
     Raises:
-        RefusedError: it is not.
+        RefusedError: the body is something else.
     """
     top: list[tuple[str, Any]] = []
 
     def note(pairs: list[tuple[str, Any]]) -> None:
-        top[:] = pairs  # of the outermost object, which is read to its end last
+        top[:] = pairs  # the outermost object ends last, so its pairs remain
 
     if not body:
         return
@@ -199,8 +199,8 @@ async def read(receive: Receive) -> bytes:
     """The body of a request.
 
     Raises:
-        RefusedError: it is too large.
-        ClientGoneError: it does not arrive.
+        RefusedError: the body is too large.
+        ClientGoneError: the client disconnected before the body was complete.
     """
     body = bytearray()
     while True:
@@ -227,7 +227,7 @@ async def answer(send: Send, status: int, body: Any) -> None:
 
 
 class Server(uvicorn.Server):
-    """Ends with Cog's server, not at signals: whoever is answered at that moment gets the answer."""
+    """Ignores signals and ends with Cog's server, so that clients still get answers that Cog finishes."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Any:
@@ -237,9 +237,11 @@ class Server(uvicorn.Server):
 
 
 async def serve(sockets: list[socket.socket], port: int, parent: int) -> None:
-    """Serve on sockets that are bound, from when Cog's server listens on a port until it has ended.
+    """Wait until Cog's server listens, then serve until it has ended.
 
     Args:
+        sockets: bound sockets to serve on.
+        port: where Cog's server listens at 127.0.0.1.
         parent: the process id of Cog's server, whose child this process is.
     """
     while os.getppid() == parent:
@@ -278,12 +280,12 @@ async def serve(sockets: list[socket.socket], port: int, parent: int) -> None:
 
 
 def main() -> None:
-    """Start beside Cog's server; scripts/server.py gives the arguments."""
+    """Run the front; scripts/server.py starts it with these arguments."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--sockets", type=int, nargs="+", help="descriptors of bound sockets")
     parser.add_argument("--to", type=int, help="the port of Cog's server at 127.0.0.1")
     parser.add_argument("--parent", type=int, help="the process id of Cog's server")
-    parser.add_argument("--remove", help="a folder to remove then")
+    parser.add_argument("--remove", help="a folder to remove at the end")
     options = parser.parse_args()
     asyncio.run(serve([socket.socket(fileno=number) for number in options.sockets], options.to, options.parent))
     if options.remove:

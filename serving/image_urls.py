@@ -1,4 +1,4 @@
-"""Files for the URLs of a request: all of them together, within limits, and gone afterwards."""
+"""Downloads the URLs of a request to temporary files: in parallel, within limits of time and size."""
 
 import contextlib
 import itertools
@@ -19,8 +19,9 @@ from cascade.limits import InputError
 from serving.data_urls import data_of
 from serving.download import DownloadError, Limits, StoppedError, download
 
-# Seconds after which a cancellation is heard.
+# Seconds between checks for a cancellation.
 HEARD = 0.1
+# Downloads at a time.
 AT_ONCE = 8
 
 
@@ -29,7 +30,7 @@ class UrlSettings:
     """How inputs are downloaded.
 
     Args:
-        limits: of each URL; they begin together.
+        limits: of each URL. All downloads start together.
         public_only: refuse addresses that are not public.
     """
 
@@ -41,7 +42,7 @@ class UrlSettings:
         """CASCADE_PUBLIC_URLS_ONLY (0 or 1, default 0), CASCADE_URL_SECONDS (60) and CASCADE_URL_MEGABYTES (100).
 
         Raises:
-            ValueError: one has another value.
+            ValueError: a variable has a value that is not allowed.
         """
         public_only = os.environ.get("CASCADE_PUBLIC_URLS_ONLY") or "0"
         if public_only not in ("0", "1"):
@@ -52,7 +53,7 @@ class UrlSettings:
 
 
 def positive(name: str, default: float) -> float:
-    """An environment variable's number."""
+    """The number in an environment variable, above 0 and below 1000000."""
     text = os.environ.get(name) or str(default)
     with contextlib.suppress(ValueError):
         if 0 < (value := float(text)) < 1e6:
@@ -62,19 +63,19 @@ def positive(name: str, default: float) -> float:
 
 @contextlib.contextmanager
 def downloaded(inputs: Mapping[str, Any], names: Collection[str], settings: UrlSettings) -> Iterator[dict[str, Any]]:
-    """Inputs with a file in the place of every http, https and data URL; the files are deleted afterwards.
+    """The inputs, with every http, https and data URL replaced by a file. The files are deleted at the end.
 
     Args:
-        inputs: by name, checked.
-        names: of the inputs that are files, or lists or tuples of files. What is neither file nor URL in them stays as it is.
+        inputs: checked inputs by name.
+        names: the inputs that are files, or lists or tuples of files. Values that are no URL stay unchanged.
 
     Raises:
-        InputError: a URL cannot be decoded or downloaded. The rest is then stopped.
+        InputError: a URL cannot be decoded or downloaded. The other downloads are stopped.
     """
     found = dict(inputs)
     urls: dict[str, tuple[str, Path]] = {}
     numbers = itertools.count()
-    # Its making and its end are what scripts/healthcheck knows a run's beginning and end by.
+    # scripts/healthcheck notices when this folder is made and removed: so it knows that predictions begin and end.
     with tempfile.TemporaryDirectory(prefix="cascade-inputs-") as folder:
 
         def file_of(label: str, value: Any) -> Any:
@@ -99,7 +100,7 @@ def downloaded(inputs: Mapping[str, Any], names: Collection[str], settings: UrlS
 
 
 def decode(label: str, url: str, target: Path) -> None:
-    """Write what a data URL holds to a file."""
+    """Write the content of a data URL to a file."""
     try:
         with target.open("wb") as file:
             file.writelines(data_of(url))
@@ -108,7 +109,7 @@ def decode(label: str, url: str, target: Path) -> None:
 
 
 def download_all(urls: dict[str, tuple[str, Path]], settings: UrlSettings) -> None:
-    """Download URLs to files, by label. Whatever ends this ends all downloads, within a second."""
+    """Download URLs to files, by label. If this ends early, all downloads stop within a second."""
     if not urls:
         return
     stop = threading.Event()
@@ -120,7 +121,7 @@ def download_all(urls: dict[str, tuple[str, Path]], settings: UrlSettings) -> No
             futures[future] = label, url
         waiting = set(futures)
         while waiting:
-            # In slices, because Cog cancels by an exception that is raised between two instructions of Python.
+            # A timeout, because Cog cancels by an exception, which Python raises between two instructions only.
             done, waiting = wait(waiting, HEARD, FIRST_EXCEPTION)
             for future in done:
                 label, url = futures[future]
@@ -141,7 +142,7 @@ def set_at_end(event: threading.Event) -> Iterator[None]:
 
 
 def host_of(url: str) -> str:
-    """A URL's host and port: the rest may hold secrets."""
+    """A URL's host and port, for error messages: its path and query may hold secrets."""
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, UnicodeError):
@@ -150,13 +151,13 @@ def host_of(url: str) -> str:
 
 
 class Server:
-    """Cog's server, if this process is its worker. At SIGTERM it stops listening, and waits for what is being made."""
+    """Cog's server, if this process is its worker. At SIGTERM it stops listening, and waits for the running prediction."""
 
     def __init__(self) -> None:
         port = os.environ.get("PORT") or "5000"
         self.address = ("127.0.0.1", int(port)) if "COG_PREDICT_TYPE_STUB" in os.environ else None
         self.next = time.monotonic()
-        # It may listen elsewhere: then its end cannot be seen.
+        # If it listens elsewhere, its end cannot be noticed.
         if self.address is not None and not self.listens():
             self.address = None
 

@@ -1,9 +1,9 @@
-"""The text "parameters" that AUTOMATIC1111's web UI writes, and Civitai and most viewers read.
+"""The text "parameters" that AUTOMATIC1111's web UI writes, and that Civitai and most viewers read.
 
-Its grammar: the prompt; a line that begins with ``Negative prompt: ``; and a last line of ``Name: value`` pairs with
-commas between them, where a value with a comma, a colon or a quotation mark is a JSON string. Nothing in a prompt can be
-escaped, so what would be taken for one of these keys gets a space before its colon, and control characters become
-spaces; the JSON record has the prompts as they were given.
+Its grammar: the prompt; a line that begins with ``Negative prompt: ``; and a last line of ``Name: value`` pairs,
+separated by commas. A value with a comma, a colon or a quotation mark is a JSON string. Prompts cannot be escaped. So
+text in a prompt that looks like one of these keys gets a space before its colon, and control characters become spaces.
+The JSON record holds the prompts unchanged.
 """
 
 import json
@@ -11,16 +11,16 @@ import re
 
 from serving.record import Record
 
-# Some readers look for these anywhere, others at the start of a line.
+# Some readers search for these keys anywhere, others only at the start of a line.
 KEYS = re.compile(r"(Negative prompt|Steps|Template):")
 NEWLINES = re.compile(r"\r\n?")
-# Of the control characters, tab and newline stay.
+# All control characters but tab and newline.
 UNREADABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LONE_SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 def infotext(record: Record) -> str:
-    """The text for one picture; without prompts, where the record has none. Empty for a picture without Stage C."""
+    """The text for one picture, without prompts if the record has none. Empty if Stage C did not make the picture."""
     if "steps_prior" not in record.inputs:
         return ""
     inputs, picture, model = record.inputs, record.picture, record.origin.model
@@ -36,7 +36,7 @@ def infotext(record: Record) -> str:
         "Decoder steps": inputs["steps_decoder"],
         "Decoder CFG scale": f"{inputs['guidance_scale_decoder']:g}",
         "Lora hashes": ", ".join(f"{lora.name}: {lora.sha256[:12]}" for lora in record.loras),
-        # Not a bare number, which A1111 would take for its own version, and adjust its settings to.
+        # Not a bare number: A1111 would take it for its own version, and change its settings to match.
         "Version": f"Stable Cascade {record.origin.versions['cascade']}",
     }
     settings = ", ".join(f"{name}: {quoted(str(value))}" for name, value in pairs.items() if value != "")
@@ -47,11 +47,11 @@ def infotext(record: Record) -> str:
 
 
 def readable(prompt: str) -> str:
-    """A prompt as the grammar can hold it."""
+    """A prompt without anything that would break the grammar."""
     text = KEYS.sub(r"\1 :", NEWLINES.sub("\n", prompt))
     return LONE_SURROGATES.sub("\ufffd", UNREADABLE.sub(" ", text)).strip()
 
 
 def quoted(value: str) -> str:
-    """A value of the last line."""
+    """A value of the last line, as a JSON string if it needs one."""
     return json.dumps(value, ensure_ascii=False) if re.search(r'[,:"\n]', value) else value

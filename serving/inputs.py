@@ -1,12 +1,12 @@
-"""The inputs of `Predictor.run`, as HTTP and the command line give them, become a `Request`.
+"""Turns the inputs of `Predictor.run`, from HTTP or the command line, into a `Request`.
 
-`check_inputs` refuses all that can be refused without a picture or a model; `request_from` reads the pictures.
+`check_inputs` makes all checks that need no picture and no model; `request_from` reads the pictures.
 """
 
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,36 @@ from cascade.request import (
     check_kind,
     check_masked,
     check_one_each,
+    check_prompt_weights,
     upscaling,
 )
 
 SEEDS = 2**32
+# What a `Request` takes under the same name, but for pictures and sizes.
+AS_GIVEN = tuple(
+    field.name
+    for field in fields(Request)
+    if field.name in LIMITS and LIMITS[field.name].kind is not Image.Image and field.name not in ("width", "height")
+)
 PICTURES = tuple(name for name, limits in LIMITS.items() if limits.kind is Image.Image)
 URL = re.compile("(https?|data):", re.IGNORECASE)
 FILE = "it must be an http, https or data URL of a picture"
 
 
 def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All inputs, in the kinds that `LIMITS` names; lists as tuples, the controls' with an element for each image.
+    """Check all inputs, and convert them to the kinds in `LIMITS`.
 
-    Cog's server takes 20.0 and 1e23 for whole numbers and 1 for a number, and hands them on as they are, as it does every
-    text that is no URL; without a schema it takes all.
+    Cog's checks do not suffice. Its server accepts 20.0 and 1e23 as whole numbers and 1 as a number, and any text as a
+    file, and passes them on unchanged. Without a schema, it accepts everything.
 
     Args:
-        given: by name. What is not in it has its default; what is no input is left alone.
+        given: values by name. A missing input gets its default; a name that is no input is ignored.
+
+    Returns:
+        All inputs by name. Lists are tuples; those of the controls have one element for each of control_images.
 
     Raises:
-        InputError: one is wrong, or does not go with another.
+        InputError: a value is not allowed, or does not fit another input.
     """
     inputs = {
         name: limits.check(name, given.get(name, limits.default), check_picture if name in PICTURES else None)
@@ -58,50 +68,48 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, images in ONE_EACH.items():
         if name in inputs:
             check_one_each(name, inputs[name], images, inputs[images])
+    if inputs["prompt_weighting"]:
+        check_prompt_weights(inputs["prompt"], inputs["negative_prompt"])
     return inputs | control_inputs(inputs)
 
 
 def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
-    """The request that inputs describe, with its size, its settings and a seed.
+    """The request that the inputs describe, with its size, its settings and a seed.
 
     Args:
-        inputs: of `check_inputs`, with files in the place of URLs (`image_urls.downloaded`).
-        cascade: the model, which decides what was left out.
+        inputs: from `check_inputs`, with URLs replaced by files (`image_urls.downloaded`).
+        cascade: the model, which has the defaults for inputs that are left out.
 
     Raises:
-        InputError: a picture is none, or does not go with the other inputs.
+        InputError: a file is no picture, or a picture does not fit the other inputs.
     """
     image, mask = read_image_and_mask(inputs, cascade.native_size)
     size = size_of_pictures(inputs, image, cascade.native_size)
     prompts = read_list("image_prompts", inputs["image_prompts"], image_prompt_size)
     defaults = cascade.defaults
-    asked = {
-        "prompt": inputs["prompt"],
-        "negative_prompt": inputs["negative_prompt"],
-        "num_images": inputs["num_images"],
+    asked = {name: inputs[name] for name in AS_GIVEN} | {
         "seed": either(inputs["seed"], secrets.randbelow(SEEDS)) % SEEDS,
         "steps_prior": either(inputs["steps_prior"], defaults["prior"].steps),
         "steps_decoder": either(inputs["steps_decoder"], defaults["decoder"].steps),
-        "guidance_scale_prior": inputs["guidance_scale_prior"],
         "guidance_scale_decoder": either(inputs["guidance_scale_decoder"], defaults["decoder"].guidance),
         "image_prompts": prompts,
         "image_prompt_strengths": inputs["image_prompt_strengths"] or [inputs["image_prompt_strength"]] * len(prompts),
         **read_references(inputs),
-        "prompt_strength": inputs["prompt_strength"],
         "controls": read_controls(inputs, size),
+        "prompt_weighting": inputs["prompt_weighting"],
     }
     if inputs["upscale"]:
         asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], 1.0)
         return upscaling(image, **asked)
     asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], defaults["prior"].guidance)
-    # A mask leaves the image's size; another one that is asked for is refused.
+    # With a mask, the size is the image's; `Request` refuses any other width and height.
     width, height = size if mask is None else (inputs["width"], inputs["height"])
     request = Request(image=image, mask=mask, width=width, height=height, **asked)
     return replace(request, width=size[0], height=size[1])
 
 
 def parts_of(request: Request) -> list[Request]:
-    """The request, cut in two where its seeds leave 32 bits: there they go on from 0, and can all be asked for."""
+    """The request, split in two if its seeds exceed 32 bits: they continue from 0, so that each can be requested."""
     below = min(request.num_images, SEEDS - request.seed)
     above = request.num_images - below
     parts = [replace(request, num_images=below)]
@@ -117,14 +125,14 @@ def seeds_of(request: Request) -> list[int]:
 
 
 def check_upscale(inputs: Mapping[str, Any]) -> None:
-    """Make sure that nothing is asked for that upscaling cannot do.
+    """Check that no input contradicts upscale.
 
     Raises:
-        InputError: something is.
+        InputError: an input does.
     """
     others = [name for name in ("mask", "outpaint", "width", "height") if inputs[name]]
     if others:
-        raise InputError(f"upscale makes all of image in twice its size; leave out {', '.join(others)}.")
+        raise InputError(f"upscale redraws all of image at twice its size; leave out {', '.join(others)}.")
     if len(inputs["control_images"]) == MOST_IMAGES:
         raise InputError(
             f"control_images has {counted(MOST_IMAGES, 'image')}; with upscale, which adds one, it may have at most "
@@ -133,10 +141,10 @@ def check_upscale(inputs: Mapping[str, Any]) -> None:
 
 
 def control_inputs(inputs: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """The inputs that describe controls, with an element for each of control_images.
+    """The inputs that describe controls, with one element for each of control_images.
 
     Raises:
-        InputError: their numbers do not fit, one needs a mask, or one ends before it starts.
+        InputError: a list has the wrong length, a control needs a mask, or one ends before it starts.
     """
     count = len(inputs["control_images"])
     defaults = {"control_types": "canny"}
@@ -152,10 +160,10 @@ def control_inputs(inputs: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def one_each(name: str, values: Sequence[Any], default: Any, count: int) -> tuple[Any, ...]:
-    """A value for each of so many control_images: of an input with one value, the same for all.
+    """One value for each of `count` control_images; a single value is used for all, and `default` for none.
 
     Raises:
-        InputError: the number of values is neither.
+        InputError: there are neither 0, 1 nor `count` values.
     """
     need(name, values, "control_images", count)
     if len(values) not in (0, 1, count):
@@ -166,7 +174,7 @@ def one_each(name: str, values: Sequence[Any], default: Any, count: int) -> tupl
 
 
 def place_of(name: str, values: Sequence[Any], place: int) -> str:
-    """What the caller knows a control's value by: its place in the list that was given, if one was."""
+    """The name of a control's value in errors: with its place in the list, if the caller gave a list."""
     return f"{name}[{min(place, len(values) - 1)}]" if values else name
 
 
@@ -174,12 +182,12 @@ def place_of(name: str, values: Sequence[Any], place: int) -> str:
 
 
 def check_picture(name: str, value: Any) -> Any:
-    """A file or a URL, or "alpha" as the mask.
+    """Check that a value is a file, a URL, or "alpha" as the mask.
 
-    Cog hands on texts that are no URLs; they could name files of this machine, and are not opened.
+    Cog also passes on other texts. They could name files on this machine, so they are refused.
 
     Raises:
-        InputError: it is neither.
+        InputError: the value is something else.
     """
     words = LIMITS[name].choices if name in LIMITS else ()
     if isinstance(value, Path) or (isinstance(value, str) and (value in words or URL.match(value))):
@@ -188,10 +196,10 @@ def check_picture(name: str, value: Any) -> Any:
 
 
 def read_image_and_mask(inputs: Mapping[str, Any], native: int) -> tuple[Image.Image | None, Image.Image | str | None]:
-    """`image` and `mask`, on the larger canvas if `outpaint` asks for one; without these, in the size of the pictures.
+    """`image` and `mask`: on a larger canvas with `outpaint`; without mask and outpaint, in the size of the pictures.
 
     Args:
-        native: pixels, see `sizes.fitted_size`.
+        native: side of the model's native size in pixels, see `sizes.fitted_size`.
 
     Raises:
         InputError: see `request_from`.
@@ -207,10 +215,10 @@ def read_image_and_mask(inputs: Mapping[str, Any], native: int) -> tuple[Image.I
 
 
 def size_of_image(inputs: Mapping[str, Any], native: int, width: int, height: int) -> tuple[int, int]:
-    """The (width, height) in which an image of `width` x `height` is needed.
+    """The (width, height) to which an image of `width` x `height` is scaled while it is read.
 
     Raises:
-        InputError: it cannot be used in its own size, which it is needed in.
+        InputError: the image must keep its size, and that size is not allowed.
     """
     if inputs["upscale"]:
         check_enlarged(width, height)
@@ -224,17 +232,17 @@ def size_of_image(inputs: Mapping[str, Any], native: int, width: int, height: in
 
 
 def size_of_mask(image: tuple[int, int], width: int, height: int) -> tuple[int, int]:
-    """The (width, height) in which a mask of `width` x `height` is needed: the image's.
+    """The (width, height) to which a mask of `width` x `height` is resized: the image's.
 
     Raises:
-        InputError: it has another shape.
+        InputError: the mask has another shape than the image.
     """
     check_shape((width, height), *image)
     return image
 
 
 def size_of_pictures(inputs: Mapping[str, Any], image: Image.Image | None, native: int) -> tuple[int, int]:
-    """(width, height) of the pictures that are made, with this `image` of `read_image_and_mask`."""
+    """(width, height) of the pictures to make. `image` is that of `read_image_and_mask`."""
     if image is not None:
         times = 2 if inputs["upscale"] else 1
         return times * image.width, times * image.height
@@ -249,7 +257,7 @@ def read_controls(inputs: Mapping[str, Any], size: tuple[int, int]) -> tuple[Con
         size: (width, height) of the pictures.
 
     Raises:
-        InputError: one is no picture.
+        InputError: a file is no picture.
     """
     half = tuple(-(-side // 2) for side in size)
     needed = [half if kind == "super_resolution" else size for kind in inputs["control_types"]]
@@ -260,17 +268,15 @@ def read_controls(inputs: Mapping[str, Any], size: tuple[int, int]) -> tuple[Con
 
 
 def read_references(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a request has of the IP-Adapter's inputs.
+    """The pictures among the IP-Adapter's inputs.
 
     Raises:
         InputError: one is no picture.
     """
-    masks = inputs["ip_adapter_masks"]
+    images, masks = inputs["ip_adapter_images"], inputs["ip_adapter_masks"]
     return {
-        "ip_adapter_images": read_list("ip_adapter_images", inputs["ip_adapter_images"], image_prompt_size),
-        "ip_adapter_scales": inputs["ip_adapter_scales"],
+        "ip_adapter_images": read_list("ip_adapter_images", images, image_prompt_size),
         "ip_adapter_masks": read_list("ip_adapter_masks", masks, grid_mask_size, mask=True),
-        "ip_adapter_mode": inputs["ip_adapter_mode"],
     }
 
 
@@ -289,7 +295,7 @@ def read_list(
         needed, options: see `read_picture`; `needed` is one for all, or one each.
 
     Raises:
-        InputError: one is no picture.
+        InputError: a file is no picture.
     """
     needed = needed * len(values) if len(needed) == 1 else needed
     return tuple(
@@ -299,10 +305,10 @@ def read_list(
 
 
 def read_one(name: str, file: Path, **options: Any) -> Image.Image:
-    """The picture of a file; the options are those of `read_picture`.
+    """The picture in a file; the options are those of `read_picture`.
 
     Raises:
-        InputError: it is none.
+        InputError: the file is no picture.
     """
     try:
         return read_picture(file, name, **options)

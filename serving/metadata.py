@@ -1,4 +1,4 @@
-"""What files, and logs, say about a request: CASCADE_METADATA decides how much."""
+"""The metadata of picture files. CASCADE_METADATA decides how much files and logs say about a request."""
 
 import os
 from collections.abc import Iterator
@@ -8,21 +8,21 @@ from cascade.images.metadata import Metadata, SourceType
 from serving.infotext import infotext
 from serving.record import Record
 
-# Characters of each prompt, where a format has no room for longer ones; None: all. The text encoder reads 77 tokens,
-# some 400 characters.
+# Characters to which prompts are cut, one after the other, until the metadata fits into the format; None: uncut. The text
+# encoder reads 77 tokens, some 400 characters.
 LENGTHS = (None, 5000, 2500, 1250)
 
 
 class Detail(StrEnum):
-    """How much files and logs may say about a request: the values of CASCADE_METADATA."""
+    """The values of CASCADE_METADATA: how much files and logs say about a request."""
 
-    FULL = "full"  # all
+    FULL = "full"  # everything
     SETTINGS = "settings"  # no prompts, no digests of input images
-    NONE = "none"  # only that the picture is a model's, as XMP's DigitalSourceType
+    NONE = "none"  # only XMP's DigitalSourceType, which says that a model made the picture
 
     @classmethod
     def from_environment(cls) -> "Detail":
-        """The value of CASCADE_METADATA; full where it is not set or empty.
+        """The value of CASCADE_METADATA; full if it is unset or empty.
 
         Raises:
             ValueError: it has another value.
@@ -34,7 +34,7 @@ class Detail(StrEnum):
 
 
 def metadata(record: Record, detail: Detail) -> Iterator[Metadata]:
-    """What the file of a picture says: all that `detail` allows; then, for formats with less room, shorter prompts."""
+    """Metadata for a picture's file: everything that `detail` allows, then versions with ever shorter prompts."""
     source = SourceType.EDITED if record.edited else SourceType.CREATED
     if detail is Detail.NONE:
         yield Metadata(source)

@@ -1,11 +1,11 @@
-"""Connections with a deadline, to public addresses only if that is asked for.
+"""Connections with a deadline; optionally to public addresses only.
 
-`Network` is a network backend of httpcore. A name is resolved here, its addresses are checked here, and the connection
-goes to a checked address: a name that resolves to another address the next time (DNS rebinding) changes nothing. TLS
-certificates are still checked against the name.
+`Network` is a network backend of httpcore. It resolves a name, checks its addresses, and connects to a checked address.
+So a name that later resolves to another address (DNS rebinding) has no effect. TLS certificates are still checked
+against the name.
 
-Every wait ends after `SLICE` seconds, looks whether the download must end, and goes on. So limits hold in every phase
-(name, connection, TLS, headers, body) and against a server that sends one byte at a time.
+Every wait is split into slices of `SLICE` seconds, between which `Waiting` can end the download. So limits hold in every
+phase (name, connection, TLS, headers, body) and against a server that sends one byte at a time.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from typing import Any, Protocol
 
 import httpcore
 
-# Seconds after which a stop is heard.
+# Seconds between checks for a stop or a deadline.
 SLICE = 0.2
-# Seconds until the next address of a name is tried.
+# Seconds to wait for one address of a name before the next is tried.
 CONNECT = 10.0
 
-# Addresses that Python 3.11 counts as global and that are special all the same: IETF protocol assignments (a cloud's
-# metadata server is among them), the 6to4 relay, and the address under which Azure's host answers its machines.
+# Special addresses that Python 3.11 counts as global: IETF protocol assignments (a cloud's metadata server is among
+# them), the 6to4 relay, and the address at which Azure's host answers its virtual machines.
 SPECIAL = [ipaddress.IPv4Network(network) for network in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")]
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 TUNNELS = [ipaddress.IPv6Network(network) for network in ("2002::/16", "2001::/32")]  # 6to4, Teredo
@@ -35,25 +35,25 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class NotPublicError(Exception):
-    """A name has no public address."""
+    """The name has no public address."""
 
 
 class UnknownNameError(Exception):
-    """A name cannot be resolved."""
+    """The name cannot be resolved."""
 
 
 class UnreachableError(Exception):
-    """No address of a name takes a connection."""
+    """No address of the name accepts a connection."""
 
 
 class Waiting(Protocol):
-    """What a connection asks while it waits."""
+    """Limits a connection's waits."""
 
     def seconds(self) -> float:
-        """How long to wait now, at most. Raises what ends the download: it was stopped, or took too long."""
+        """The longest time to wait now. Raises an exception if the download was stopped or took too long."""
 
     def received(self) -> None:
-        """Something came."""
+        """Called when data was received."""
 
 
 def is_public(address: str) -> bool:
@@ -114,7 +114,7 @@ class Network(httpcore.NetworkBackend):
         raise UnreachableError
 
     def resolve(self, host: str, port: int) -> list[tuple[Any, ...]]:
-        """The addresses of a name, by the system's resolver. That cannot be stopped, so it works in a thread of its own."""
+        """The addresses of a name, from the system's resolver. It cannot be stopped, so it runs in its own thread."""
         answer: list[Any] = []
         done = threading.Event()
 
@@ -132,7 +132,7 @@ class Network(httpcore.NetworkBackend):
         return answer
 
     def connect(self, connection: socket.socket, address: Any) -> bool:
-        """Whether a server answers there. The socket is non-blocking afterwards."""
+        """Connect, and return whether a server answered. The socket is non-blocking afterwards."""
         connection.setblocking(False)
         if connection.connect_ex(address) not in (0, errno.EINPROGRESS):
             return False
@@ -145,14 +145,14 @@ class Network(httpcore.NetworkBackend):
 
 
 class Stream(httpcore.NetworkStream):
-    """A connection. Limits come from `waiting`; the timeouts that httpcore hands over are ignored."""
+    """A connection. `waiting` sets the limits; httpcore's timeouts are ignored."""
 
     def __init__(self, connection: socket.socket, waiting: Waiting) -> None:
         self.connection = connection
         self.waiting = waiting
 
     def repeat(self, action: Callable[[], Any]) -> Any:
-        """The result of an action of the socket, tried again after each slice."""
+        """The result of a socket operation, which is retried after each slice."""
         while True:
             self.connection.settimeout(self.waiting.seconds())
             with contextlib.suppress(TimeoutError):
@@ -176,7 +176,7 @@ class Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        """Raises ssl.SSLError, of which ssl.SSLCertVerificationError says what is wrong with the certificate."""
+        """Raises ssl.SSLError; its subclass ssl.SSLCertVerificationError says what is wrong with the certificate."""
         stream = self
         try:
             stream = Stream(

@@ -1,4 +1,4 @@
-"""How much memory a prediction took."""
+"""The peak memory of a prediction."""
 
 import resource
 import sys
@@ -12,7 +12,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU those of tensors since the reset, else those of the process since it started."""
+    """Peak bytes: of tensors since the reset on a GPU, of the process since its start on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

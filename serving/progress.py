@@ -1,4 +1,4 @@
-"""What is told of a request while it runs: lines in the log, seconds by stage, previews. All of it comes from `Progress`."""
+"""Log lines, seconds by stage and previews of a running request, made from the `Progress` that the engine yields."""
 
 import base64
 import io
@@ -22,23 +22,23 @@ PREVIEW_QUALITY = 80
 
 
 def iterate_on(thread: ThreadPoolExecutor, steps: Generator[Progress, None, None]) -> Iterator[Progress]:
-    """Iterate, with every step computed on one thread, whichever of Cog's threads asks for it.
+    """Iterate, and compute every step on one thread.
 
-    Cog runs predictions now on one thread, now on another, and each would have its own of what libraries keep for a
-    thread: OpenMP helpers, oneDNN buffers, malloc arenas, cuBLAS workspaces. On two cores, with no GPU, it was 70 MB.
+    Cog may run each prediction on another thread, and libraries keep state for each thread (OpenMP workers, oneDNN
+    buffers, malloc arenas, cuBLAS workspaces): 70 MB on two cores without a GPU.
     """
     try:
         while (progress := thread.submit(next, steps, None).result()) is not None:
             yield progress
-    finally:  # whoever cancels waits for the step that is computed
+    finally:  # a cancellation waits for the running step
         thread.submit(steps.close).result()
 
 
 class Stopwatch:
-    """Adds up seconds by name. Work on a GPU is timed there: waiting for each step would leave the GPU idle after it.
+    """Adds up seconds by name. On a GPU it uses CUDA events, because waiting for each step would leave the GPU idle.
 
     Args:
-        device: where the work is done.
+        device: does the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,14 +49,14 @@ class Stopwatch:
         self.laps: list[tuple[str, Any]] = [("", self._now())]
 
     def lap(self, name: str) -> None:
-        """Add the time since the last lap, or the start, to a name. Returns when the GPU has finished the lap before."""
+        """Add the time since the last lap, or the start, to a name. Waits until the GPU has finished the previous lap."""
         self.laps.append((name, self._now()))
         if self.device.type == "cuda":
             self.laps[-2][1].synchronize()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By name, in the order in which they first occurred."""
+        """Seconds by name, in the order in which the names first occurred."""
         sums: dict[str, float] = defaultdict(float)
         for (_, before), (name, after) in itertools.pairwise(self.laps):
             if self.device.type == "cuda":
@@ -75,14 +75,14 @@ class Stopwatch:
 
 
 def timed(steps: Iterable[Progress], watch: Stopwatch) -> Iterator[Progress]:
-    """The work, with a lap of the watch for each piece: by its stage, but pictures count as part of the decoder."""
+    """Pass on the progress, and add a lap to the watch for each step: by stage; "image" counts as "decoder"."""
     for progress in steps:
         watch.lap("decoder" if progress.stage == "image" else progress.stage)
         yield progress
 
 
 class ProgressLines(tqdm):
-    """tqdm for a log: a line for every state, instead of one line that is overwritten."""
+    """tqdm for a log: writes a new line for every state instead of overwriting one line."""
 
     @staticmethod
     def status_printer(file: typing.TextIO) -> Callable[[str], None]:
@@ -94,8 +94,8 @@ class ProgressLines(tqdm):
 
 
 def shown(parts: Iterable[Iterator[Progress]]) -> Iterator[Progress]:
-    """The work of several requests, one after the other, with a bar of the progress on stderr."""
-    # Lines are for Replicate, which finds the progress in those that begin with a percentage.
+    """The progress of several requests, one after the other, shown as a progress bar on stderr."""
+    # Without a terminal, lines: Replicate reads the progress from lines that begin with a percentage.
     bar_class = tqdm if sys.stderr.isatty() else ProgressLines
     with bar_class(unit="step", mininterval=0, delay=1e-6) as bar:  # the total is known after the first step
         for part in parts:
@@ -112,18 +112,18 @@ def with_previews(
     preview: Callable[[Tensor], list[Image.Image]],
     show: Callable[[list[str]], None],
 ) -> Iterator[Progress]:
-    """The work; after each step of Stage C small pictures of it are shown, as data URLs, and in the end none.
+    """Pass on the progress, and show small pictures after each step of Stage C.
 
     Args:
-        steps: the work.
+        steps: the progress of a request.
         preview: makes small pictures of Stage C's latents.
-        show: is given the pictures.
+        show: called with the pictures as data URLs; at the end with none.
     """
     for progress in steps:
         if progress.stage == "prior":
             show([as_data_url(image) for image in preview(progress.latents)])
         yield progress
-    show([])  # the pictures have taken their place
+    show([])  # the finished pictures replace them
 
 
 def as_data_url(image: Image.Image) -> str:

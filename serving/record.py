@@ -1,6 +1,6 @@
-"""How a picture was made: all that is needed to make it again. Knows inputs and the model, not file formats.
+"""Records of how pictures were made, with everything needed to make them again. Independent of file formats.
 
-A record is a JSON object; docs/metadata.md explains its fields. Its ``inputs`` can be sent again as they are.
+A record is a JSON object; docs/metadata.md explains its fields. Its ``inputs`` can be sent again unchanged.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from cascade.weights import COMPONENTS, ModelFolder
 TEXTS = ("prompt", "negative_prompt")
 # aspect_ratio is resolved into width and height; previews do not change the picture.
 NOT_RECORDED = ("self", "aspect_ratio", "previews")
-# The values of a request that stand for inputs which may be left open.
+# Inputs that may be left out. The record has the values that the request used for them.
 RESOLVED = (
     "num_images",
     "seed",
@@ -33,7 +33,7 @@ RESOLVED = (
     "guidance_scale_decoder",
 )
 SIZE = ("width", "height")
-# Inputs that are ignored without another.
+# Inputs that are ignored without another input.
 NEEDS = {
     "prompt_strength": "image",
     "image_prompt_strength": "image_prompts",
@@ -52,13 +52,13 @@ class Lora:
 
 @dataclass(frozen=True)
 class Origin:
-    """What made the pictures; the same for all of a process.
+    """The model, device and software that made the pictures; the same for all pictures of a process.
 
     Attributes:
-        model: name, and sha256 of the weights (`weights_digest`) if model.json lists its files.
+        model: name, and sha256 of the weights (`weights_digest`) if model.json lists the model's files.
         sampling: shift and rescale of the stages "prior" and "decoder", which no input sets.
         device: type ("cuda", "cpu" ...), name of a GPU, dtype of the networks, memory mode.
-        versions: of this package, torch, transformers, Pillow and the libraries with which it writes pictures.
+        versions: of this package, torch, transformers, Pillow and the libraries with which Pillow writes pictures.
     """
 
     model: Mapping[str, str]
@@ -68,7 +68,7 @@ class Origin:
 
     @classmethod
     def of(cls, loaded: Cascade, folder: ModelFolder) -> "Origin":
-        """Of a model and the folder it was loaded from."""
+        """Describe a model and the folder that it was loaded from."""
         digest = weights_digest(folder)
         device = {"type": loaded.device.type}
         if loaded.device.type == "cuda":
@@ -90,14 +90,14 @@ class Record:
     """How one picture was made.
 
     Attributes:
-        inputs: by name, as the predictor takes them: what was left open has the value that was used. Without files.
+        inputs: the predictor's inputs by name, without files. An input that was left out has the value that was used.
         files: the files among the inputs, in order: {"input": name, "index": place in a list, "sha256": of its bytes}.
         sampler: "ddpm", "ddim" or "lcm".
-        origin: what made it.
-        edited: whether it is an altered input image, and not a new picture.
+        origin: the model, device and software.
+        edited: whether the picture is an altered input image, not a new picture.
         loras: adapters, in the order in which they were added.
-        picture: {"index": its place among the request's pictures, "seed": its own, "width", "height": pixels}.
-        prompts_cut: characters to which longer prompts are cut here; None: all are whole.
+        picture: {"index": place among the request's pictures, "seed": this picture's, "width", "height": pixels}.
+        prompts_cut: characters to which longer prompts are cut in this record; None: all are whole.
     """
 
     inputs: Mapping[str, Any]
@@ -111,13 +111,13 @@ class Record:
 
     @classmethod
     def of(cls, request: Request, given: Mapping[str, Any], origin: Origin, *, hashed: bool) -> "Record":
-        """Of a request, for all its pictures.
+        """The record of a request, for all its pictures.
 
         Args:
             request: with all values resolved.
             given: the predictor's inputs by name, files as paths.
-            origin: what will make it.
-            hashed: whether files are read for their digests.
+            origin: the model, device and software.
+            hashed: whether to read the files and record their sha256.
         """
         return cls(
             inputs=resolved_inputs(request, given),
@@ -128,23 +128,23 @@ class Record:
         )
 
     def of_picture(self, index: int, seed: int, width: int, height: int) -> "Record":
-        """Of one of the request's pictures."""
+        """The record of one of the request's pictures. `width` and `height` are in pixels."""
         return replace(self, picture={"index": index, "seed": seed, "width": width, "height": height})
 
     def without_texts(self) -> "Record":
-        """Without prompts, and without digests, by which who has an image can tell that it was used."""
+        """A copy without prompts and without digests: anyone who has an image could recognise it by its digest."""
         files = [{name: value for name, value in file.items() if name != "sha256"} for file in self.files]
         return replace(
             self, inputs={name: value for name, value in self.inputs.items() if name not in TEXTS}, files=files
         )
 
     def with_prompts_cut(self, length: int) -> "Record":
-        """With at most so many characters of each prompt."""
+        """A copy with at most `length` characters of each prompt."""
         cut = {name: self.inputs[name][:length] for name in TEXTS if name in self.inputs}
         return replace(self, inputs={**self.inputs, **cut}, prompts_cut=length)
 
     def to_json(self) -> str:
-        """ASCII."""
+        """The record as JSON in ASCII."""
         return json.dumps(
             {
                 "inputs": self.inputs,
@@ -161,11 +161,12 @@ class Record:
 
 
 def resolved_inputs(request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs that make the request again, in the order in which they were given: with the values that were used for
-    what was left open; without files and what is ignored.
+    """The inputs that make the request again, in their given order.
+
+    Inputs that were left out have the value that was used. Files and ignored inputs are not included.
     """
     resolved = {name: getattr(request, name) for name in RESOLVED}
-    # Enlarging takes no size.
+    # With upscale, width and height are not allowed.
     resolved |= dict.fromkeys(SIZE) if given.get("upscale") else {name: getattr(request, name) for name in SIZE}
     return {
         name: value
@@ -180,13 +181,13 @@ def resolved_inputs(request: Request, given: Mapping[str, Any]) -> dict[str, Any
 
 
 def paths_of(value: Any) -> list[Path]:
-    """The files of an input's value; none, if it is no file and no list of files."""
+    """The files in an input's value; empty if it is neither a file nor a list of files."""
     values = value if isinstance(value, list | tuple) else [value]
     return [path for path in values if isinstance(path, Path)]
 
 
 def described_files(given: Mapping[str, Any], *, hashed: bool) -> Iterator[dict[str, Any]]:
-    """The files among the inputs; of those that are hashed, the sha256 of their bytes as they were received."""
+    """Describe the files among the inputs. With `hashed`, each has the sha256 of its received bytes."""
     for name, value in given.items():
         for index, path in enumerate(paths_of(value)):
             described = {"input": name, "index": index} if isinstance(value, list | tuple) else {"input": name}
@@ -200,9 +201,9 @@ def file_digest(path: Path) -> str:
 
 
 def is_edited(request: Request) -> bool:
-    """Whether something of an input image stays: its pixels, what its latents say, or, enlarged, all of it.
+    """Whether part of an input image stays: its pixels, its latents, or all of it if it is enlarged.
 
-    Image prompts and edges steer the making of a new picture, and so does an image of which strength 1 leaves nothing.
+    Image prompts and edges only guide a new picture. An image at strength 1 without a mask leaves nothing of itself.
     """
     enlarged = any(control.kind == "super_resolution" for control in request.controls)
     kept = request.image is not None and (request.mask is not None or request.prompt_strength < 1)
@@ -210,8 +211,10 @@ def is_edited(request: Request) -> bool:
 
 
 def weights_digest(folder: ModelFolder) -> str | None:
-    """One sha256 for all files of the model's components: of the list "sha256  path" that sha256sum prints for them,
-    sorted by path. Taken from model.json, so no weights are read. None: there is no model.json.
+    """One sha256 for all files of the model's components; None without a model.json.
+
+    It is the sha256 of the lines "sha256  path" that sha256sum prints for these files, sorted by path. The checksums are
+    those in model.json, so no weights are read.
     """
     lines = [
         f"{checksum}  {path}\n"
@@ -222,7 +225,7 @@ def weights_digest(folder: ModelFolder) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes and writes pictures."""
+    """Versions of the software that computes and writes pictures."""
     found = {
         "cascade": cascade.__version__,
         "torch": torch.__version__,

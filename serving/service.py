@@ -1,4 +1,4 @@
-"""A model that is served: inputs become files and metrics, one prediction at a time. Knows no server."""
+"""A loaded model that turns inputs into files and metrics, one prediction at a time. Independent of any server."""
 
 import logging
 import shutil
@@ -33,17 +33,17 @@ from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Four pictures of the largest size, as PNG, and some.
+# Bytes. Four PNG pictures of the largest size need less.
 DISK_NEEDED = 200_000_000
 
 
 class Service:
-    """A loaded model and all that a server needs of it. Use `load`.
+    """A loaded model with everything that a server needs. Use `load`.
 
     Args:
         cascade: the model.
-        origin: describes it in metadata.
-        safety: checks the pictures; None: none is checked.
+        origin: describes the model in metadata.
+        safety: checks the pictures; None: pictures are not checked.
         settings: of the server.
     """
 
@@ -61,7 +61,7 @@ class Service:
 
     @classmethod
     def load(cls, settings: Settings) -> "Service":
-        """Load the safety checker and the model. Fetches nothing.
+        """Load the safety checker and the model. Downloads nothing.
 
         Raises:
             WeightsError: the weights are missing or damaged.
@@ -71,7 +71,7 @@ class Service:
         wanted = {"device": settings.device, "dtype": settings.dtype, "memory": settings.memory}
         try:
             device, _, _ = choose_device(wanted["device"], wanted["dtype"])
-            # First, so that the model knows how much memory is left.
+            # First, so that the model's memory mode is chosen by the memory that is left.
             safety = load_safety_checker(settings.weights, device)
             start = time.perf_counter()
             cascade = Cascade.load(settings.weights, **wanted, log_prompts=settings.metadata is Detail.FULL)
@@ -92,7 +92,7 @@ class Service:
     def is_healthy(self) -> bool:
         """Whether predictions can work: the GPU answers, and the disk has room. Takes microseconds.
 
-        Once the GPU is lost, which only another process can mend, it stays False.
+        Once the GPU is lost, this stays False: only a new process can use the GPU again.
         """
         if self.cascade.device.type == "cuda" and not self.gpu_is_lost:
             try:
@@ -102,15 +102,18 @@ class Service:
         return not self.gpu_is_lost and shutil.disk_usage(tempfile.gettempdir()).free > DISK_NEEDED
 
     def predict(self, given: Mapping[str, Any], record_metric: Callable[[str, Any], None]) -> list[Path]:
-        """Make the pictures that inputs ask for. Their files are deleted when the next prediction starts.
+        """Make the pictures of a request. Their files are deleted when the next prediction starts.
 
         Args:
             given: the inputs by name, see `inputs.check_inputs`.
             record_metric: called with a name and a value, see docs/http.md.
 
+        Returns:
+            The files, in the order of the metric "seeds".
+
         Raises:
-            ValueError: an input is out of range or no picture, the model lacks what reads pictures, the GPU's memory
-                does not suffice, or every picture was flagged.
+            ValueError: an input is not allowed, a file is no picture, the model lacks a network that the inputs need,
+                the GPU's memory does not suffice, or the safety checker flagged every picture.
         """
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
@@ -122,19 +125,20 @@ class Service:
             return self._with_care(request, lambda: self._make(request, record, inputs, record_metric))
 
     def _with_care(self, request: Request, make: Callable[[], list[Path]]) -> list[Path]:
-        """`make()`; if it fails, the files are deleted, the GPU's state is checked, and a lack of memory is explained."""
+        """Call `make`. If it fails, delete the files, check the GPU, and explain a lack of memory."""
         try:
             try:
                 return make()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            # Only here are the error, and all that its traceback kept in memory, gone.
+            # After the except block, so that the error and the tensors its traceback held are freed before smaller sizes
+            # are tried.
             raise ValueError(self._what_would_fit(request))
-        except BaseException as error:  # Cog cancels by one that is no Exception
+        except BaseException as error:  # Cog cancels by a BaseException
             if isinstance(error, Exception) and not isinstance(error, ValueError):
-                logger.exception("The prediction failed.")  # Cog shows the message alone
-            error.__traceback__ = None  # through which frames, and so tensors, would stay alive
+                logger.exception("The prediction failed.")  # Cog shows only the message
+            error.__traceback__ = None  # its frames would keep tensors alive
             self.outputs.cleanup()
             self._look_after_gpu()
             raise
@@ -184,16 +188,15 @@ class Service:
         return list(kept.values())
 
     def _steps(self, request: Request) -> Iterator[Progress]:
-        """The work, shown and timed."""
+        """The steps of the request, shown and timed."""
         parts = (iterate_on(self.model_thread, self.cascade.steps(part)) for part in parts_of(request))
         return timed(shown(parts), self.watch)
 
     def _preview(self, latents: Tensor, safety: SafetyChecker | None) -> list[Image.Image]:
-        """Small pictures of Stage C's latents, but for those that the safety checker flags.
+        """Small pictures of Stage C's latents, without those that the safety checker flags.
 
-        They go into a metric, because whoever asks for the prediction while it runs, and every webhook, gets the latest
-        value alone; of the log, they would get all that was ever written. Server-sent events Cog has for iterators of
-        outputs only.
+        They are sent as a metric, because clients and webhooks get only a metric's latest value, but the whole log. Cog
+        has server-sent events only for outputs that are iterators.
         """
         images = self.model_thread.submit(self.cascade.preview, latents).result()
         images = [image for image in images if safety is None or not self._flags(safety, image)]
@@ -204,8 +207,7 @@ class Service:
         return self.model_thread.submit(self.cascade.runner.with_room, partial(safety.flags, image)).result()
 
     def _what_would_fit(self, request: Request) -> str:
-        """One sentence about a request of which one picture exceeds the GPU's memory. What it says would fit has been
-        tried."""
+        """Error text for a request that does not fit on the GPU. Tries smaller sizes and names the first that works."""
         asked = f"A picture of {request.width}x{request.height} needs more memory than the GPU has left"
         smaller = request
         for smaller in smaller_requests(request):
@@ -220,18 +222,18 @@ class Service:
         return f"{asked}, and so does one of {smaller.width}x{smaller.height}: something else must be using it."
 
     def _look_after_gpu(self) -> None:
-        """Find out whether the GPU can still be used, after an error; free the memory that nothing holds."""
+        """After an error, find out whether the GPU can still be used, and free unused memory."""
         if self.cascade.device.type != "cuda" or self.gpu_is_lost:
             return
         if is_lost(self.cascade.device):
             self.gpu_is_lost = True
-            logger.error("The GPU can't be used by this process any more: the health check fails from now on.")
+            logger.error("This process can no longer use the GPU: the health check fails from now on.")
         else:
             torch.cuda.empty_cache()
 
 
 def load_safety_checker(model_folder: Path, device: torch.device) -> SafetyChecker | None:
-    """The safety checker in a model folder or beside it. Logs what there is."""
+    """The safety checker in a model folder or beside it; None if there is none. Logs which."""
     folder = find_safety_checker(model_folder)
     if folder is None:
         logger.warning("There is no safety_checker in %s or beside it: no picture will be checked.", model_folder)
@@ -243,6 +245,6 @@ def load_safety_checker(model_folder: Path, device: torch.device) -> SafetyCheck
 
 
 def size_of(opened: ModelFolder) -> int:
-    """The bytes of all components' files."""
+    """Bytes of all components' files."""
     files = (file for part in opened.parts.values() for file in ([part] if part.is_file() else part.rglob("*")))
     return sum(file.stat().st_size for file in files if file.is_file())

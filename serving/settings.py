@@ -1,4 +1,4 @@
-"""What environment variables set, for every server of a model."""
+"""A server's settings, read from environment variables."""
 
 import os
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class Settings:
 
     Attributes:
         weights: the model folder.
-        device, dtype, memory: see `Cascade.load`; "auto": what suits the machine.
-        metadata: how much of a request is written into its pictures and logs.
+        device, dtype, memory: see `Cascade.load`; "auto" chooses by the machine.
+        metadata: how much of a request is written into picture files and logs.
         urls: limits for image URLs.
     """
 

@@ -1,9 +1,9 @@
-"""The data of the diffusion stages, encoded once by the networks that stay frozen, and kept on the training device.
+"""The data of the diffusion stages, encoded once by the frozen networks, and kept on the training device.
 
-A step of Stage B alone on an H200, batch 192 of the miniature, took 30 ms with composing and encoding in it.
+Composing and encoding in every step would double its time: 30 ms of a step of Stage B alone (the miniature, batch 192, H200).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,22 +11,20 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
-from cascade.sizes import Size
+from cascade.sizes import ENCODER_STRIDE, Size
 from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
-from training.pictures import normalise
-from training.shapes import Shapes
+from training.pictures import normalise, resize
+from training.shapes import Shapes, shares
 
 BATCH = 256
 
+Encode = Callable[[Tensor], tuple[Tensor, ...]]
+"""Pixels (B, 3, H, W) in 0..1 to tensors (B, ...)."""
 
-def encode_pictures(
-    dataset: Dataset, indices: range, size: Size, encode: Callable[[Tensor], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    """What ``encode`` makes of the pictures ``indices`` (N) at ``size``, a batch at a time: tensors (N, ...).
 
-    They are float16; those of bytes stay bytes.
-    """
+def encode_pictures(dataset: Dataset, indices: range, size: Size, encode: Encode) -> tuple[Tensor, ...]:
+    """Encodes the pictures ``indices`` (N) at ``size``, a batch at a time: tensors (N, ...), float16 or bytes."""
     batch = max(1, BATCH * dataset.size[0] * dataset.size[1] // (size[0] * size[1]))
     parts = []
     for first in range(indices.start, indices.stop, batch):
@@ -40,7 +38,7 @@ class TextTable:
     """The embeddings of all captions, and of the empty one.
 
     Attributes:
-        pooled: float16 (N + 1, 1, D), the projected embeddings; the last is the empty caption's.
+        pooled: float16 (N + 1, 1, D), the projected embeddings; the last one is the empty caption's.
         tokens: float16 (N + 1, 77, D), the hidden states before the final LayerNorm; None unless asked for.
     """
 
@@ -66,15 +64,22 @@ class TextTable:
             tokens.append(output.hidden_states[-1].half())
 
     def rows(self, indices: Tensor, keep: Tensor) -> Tensor:
-        """``indices`` (B,), and the empty caption's row where ``keep`` (B,) is false."""
+        """The rows of the captions ``indices`` (B,); that of the empty caption if ``keep`` (B,) is false."""
         return torch.where(keep, indices, len(self.pooled) - 1)
 
 
 class Encoded:
-    """A dataset for the diffusion stages: for every size of ``shapes``, tensors by the networks ``encode`` calls.
+    """A dataset for the diffusion stages, encoded at every size of ``shapes``.
+
+    Args:
+        dataset: the pictures and captions.
+        shapes: the sizes.
+        text_encoder: encodes the captions.
+        encode: encodes the pictures.
+        with_tokens: whether the captions' hidden states are kept, besides their pooled embeddings.
+        more: further encoders. Of every size, each encodes a share of the pictures; the shares are equally large.
 
     Attributes:
-        parts: by size, the indices of its pictures and their tensors, of float16 or bytes.
         text: the captions' embeddings.
     """
 
@@ -83,39 +88,65 @@ class Encoded:
         dataset: Dataset,
         shapes: Shapes,
         text_encoder: CLIPTextModelWithProjection,
-        encode: Callable[[Tensor], tuple[Tensor, ...]],
+        encode: Encode,
         *,
         with_tokens: bool = False,
+        more: Sequence[Encode] = (),
     ) -> None:
         self.shapes = shapes
+        # Of each size, the pictures' indices and their tensors; of each further encoder, by the same sizes, its share.
+        self._parts: dict[Size, tuple[range, tuple[Tensor, ...]]] = {}
+        self._shares: dict[Size, list[tuple[range, tuple[Tensor, ...]]]] = {}
         with (
             torch.no_grad(),
             torch.autocast(dataset.device.type, torch.bfloat16, enabled=dataset.device.type == "cuda"),
         ):
             self.text = TextTable(dataset, text_encoder.eval(), with_tokens=with_tokens)
-            self.parts = {
-                size: (indices, encode_pictures(dataset, indices, size, encode))
-                for size, indices in shapes.split(len(dataset)).items()
-            }
+            for size, indices in shapes.split(len(dataset)).items():
+                self._parts[size] = indices, encode_pictures(dataset, indices, size, encode)
+                self._shares[size] = [
+                    (share, encode_pictures(dataset, share, size, one))
+                    for share, one in zip(shares(indices, len(more)), more, strict=True)
+                ]
 
-    def draw(self, index: int, native_batch: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Micro-batch ``index``: the pictures' indices (B,) and their tensors (B, ...), float32, on the device."""
+    def draw(
+        self, index: int, native_batch: int, generator: torch.Generator, more: int | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Micro-batch ``index``: the pictures' indices (B,) and their tensors (B, ...), float32, on the device.
+
+        Args:
+            native_batch: pictures of the native size; of other sizes, as many as have the same area.
+            more: draws from the share of this further encoder, whose tensors come last.
+        """
         size = self.shapes.at(index)
-        indices, tensors = self.parts[size]
+        indices, tensors = self._parts[size]
+        drawn_from, further = (indices, ()) if more is None else self._shares[size][more]
         count = self.shapes.batch_size(size, native_batch)
-        chosen = torch.randint(len(indices), (count,), generator=generator, device=generator.device)
-        return chosen + indices.start, tuple(tensor[chosen].float() for tensor in tensors)
+        chosen = torch.randint(len(drawn_from), (count,), generator=generator, device=generator.device)
+        place = chosen + (drawn_from.start - indices.start)
+        made = [*(tensor[place] for tensor in tensors), *(tensor[chosen] for tensor in further)]
+        return chosen + drawn_from.start, tuple(tensor.float() for tensor in made)
 
 
-def stage_b_encoder(vqgan: StageA, effnet: SemanticEncoder) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Pixels to decoder latents (B, 4, H/4, W/4) and semantic latents (B, 16, h, w)."""
+def at_scale(pixels: Tensor, scale: float) -> Tensor:
+    """Resizes pixels (B, 3, H, W) for the semantic encoder, so that one latent stands for ``scale`` pixels, nearly."""
+    rows, columns = (max(1, round(side / scale)) for side in pixels.shape[-2:])
+    return resize(pixels, (rows * ENCODER_STRIDE, columns * ENCODER_STRIDE))
+
+
+def stage_b_encoder(vqgan: StageA, effnet: SemanticEncoder) -> Encode:
+    """Pixels to Stage B's latents (B, 4, H/4, W/4) and semantic latents (B, 16, h, w)."""
     vqgan, effnet = vqgan.eval(), effnet.eval()
     return lambda pixels: (vqgan.encode(pixels), effnet(for_encoder(pixels)))
 
 
-def stage_c_encoder(
-    effnet: SemanticEncoder, image_encoder: CLIPVisionModelWithProjection
-) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def semantic_encoder(effnet: SemanticEncoder, scale: float) -> Encode:
+    """Pixels to semantic latents of ``scale`` pixels each, (B, 16, H/scale, W/scale)."""
+    effnet = effnet.eval()
+    return lambda pixels: (effnet(at_scale(pixels, scale)),)
+
+
+def stage_c_encoder(effnet: SemanticEncoder, image_encoder: CLIPVisionModelWithProjection) -> Encode:
     """Pixels to semantic latents (B, 16, h, w) and CLIP image embeddings (B, 1, D)."""
     effnet, image_encoder = effnet.eval(), image_encoder.eval()
     side = image_encoder.config.image_size

@@ -1,10 +1,9 @@
 """Trains one stage from a configuration file: ``python -m training.run CONFIG STAGE --data DATA --output FOLDER``.
 
-DATA is a folder of pictures, each with its caption in a text file of the same name, or what ``[data] source`` of the
-configuration reads (`training.sources`). FOLDER gets one sub-folder a stage (checkpoints, samples, TensorBoard logs, and at the
-end a file ``finished``) and ``model``, the model folder that grows with every stage. What a stage needs of earlier ones:
-`training.stages`. Every figure comes from the configuration; under ``accelerate launch -m training.run ...`` the same call runs
-on several processes.
+DATA is a folder of pictures, each with its caption in a text file of the same name, or a path that the configuration's
+``[data] source`` reads (`training.sources`). FOLDER gets a sub-folder for each stage (checkpoints, samples, TensorBoard logs, a
+record, and at the end a file ``finished``) and ``model``, the model folder that grows with every stage. `training.stages` says
+which stage needs which. ``accelerate launch -m training.run ...`` runs the same call on several processes.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from cascade.weights.writing import save_component
 from training.agreement import check_agreement
 from training.checkpoint import has_checkpoint
 from training.configuration import read_configuration
@@ -28,7 +28,7 @@ from training.options import Options
 from training.stages import ORDER, STAGES, check_needs
 from training.tasks.tokenizer import train_tokenizer
 from training.trainer import fit
-from training.workshop import Workshop
+from training.workshop import Workshop, load_component
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +38,36 @@ __all__ = ["FINISHED", "ORDER", "STAGES", "main", "train"]
 
 
 def start_processes() -> PartialState:
-    """This process's place among those that train together.
+    """Joins the processes that train together, if there are several.
 
-    Without a GPU, accelerate puts several processes together only where it is told that this is meant.
+    Without a GPU, accelerate does that only if ``cpu`` is set.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
-    # accelerate's launcher sets this for several processes; but without GPUs, and without MPI, it starts one.
+    # accelerate's launcher sets MASTER_ADDR for several processes, but starts only one without GPUs and MPI.
     if state.num_processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         logger.warning(
-            "One process trains: without GPUs, accelerate launch starts no more. On CPUs, several are started by: "
+            "One process trains: without GPUs, accelerate launch starts no more. To start several on CPUs, use "
             "python -m torch.distributed.run --standalone --nproc_per_node 2 -m training.run ..."
         )
     return state
+
+
+def round_components(model: Path, stage: str) -> None:
+    """Stores the components that a finished stage has trained in bfloat16, as a shipped model folder has them.
+
+    So later stages learn from the networks that will be shipped, and what is finished takes half the space.
+
+    Raises:
+        TrainingError: a component cannot be read or written.
+    """
+    networks = {component: load_component(model, component) for component in STAGES[stage].trains}
+
+    def write(folder: Path) -> None:
+        for component, network in networks.items():
+            save_component(folder / component, network, torch.bfloat16)
+
+    with writing(model):
+        write_components(model, stage, write)
 
 
 def train(
@@ -60,18 +78,19 @@ def train(
     Args:
         config_file: the configuration.
         stage: a name in `ORDER`.
-        data: a folder of pictures with captions, or what the configuration's source reads.
+        data: a folder of pictures with captions, or a path that the configuration's source reads.
         output: the training's folder.
-        deadline: wall-clock time at which to save and stop early.
-        steps: instead of the configuration's; its schedule is scaled.
+        deadline: wall-clock time (`time.time`) at which to save and stop.
+        steps: number of steps instead of the configuration's; warm-up and decay keep their shares of them.
 
     Returns:
-        Whether the stage is finished; otherwise a later call goes on.
+        Whether the stage is finished; otherwise the next call continues it.
 
     Raises:
         TrainingError: the configuration, the data or the model folder is wrong.
         Stopped: Ctrl-C or SIGTERM came.
     """
+    began = time.time()
     config = read_configuration(config_file)
     model, folder = output / "model", output / stage
     check_agreement(config, model, stage)
@@ -101,8 +120,10 @@ def train(
             len(task.dataset),
             len(task.unseen),
         )
-        finished = fit(task, options, folder, model, deadline=deadline)
+        finished = fit(task, options, folder, model, deadline=deadline, began=began)
     if finished and state.is_main_process:
+        if stage != "tokenizer":
+            round_components(model, stage)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FINISHED).touch()
     return finished
@@ -116,14 +137,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--data",
         type=Path,
         required=True,
-        help="a folder of pictures with captions, or what the configuration's source reads",
+        help="a folder of pictures with captions, or a path that the configuration's source reads",
     )
     parser.add_argument("--output", type=Path, required=True, help="the training's folder")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="save and stop after this long; call again to go on"
+        "--minutes", type=float, default=math.inf, help="save and stop after this time; the next call goes on"
     )
     parser.add_argument(
-        "--steps", type=int, help="instead of the configuration's; warm-up and decay are scaled with them"
+        "--steps", type=int, help="number of steps instead of the configuration's; warm-up and decay are scaled"
     )
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 1:
@@ -136,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     deadline = time.time() + 60 * options.minutes
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it has six lines for every checkpoint
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs six lines a checkpoint
     try:
         finished = train(
             options.config, options.stage, options.data, options.output, deadline=deadline, steps=options.steps
@@ -148,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{options.stage}: stopped and saved at step {stopped.step}; call again to go on.\n")
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        sys.stderr.write(f"{options.stage}: interrupted; what was saved before is there. Call again to go on.\n")
+        sys.stderr.write(f"{options.stage}: interrupted; the last checkpoint is kept. Call again to go on.\n")
         return 130
     if not finished:
         logger.info("%s: stopped at the time limit; call again to go on", options.stage)

@@ -1,6 +1,7 @@
-"""Which picture size a training step has: mostly the native one, and at times another, so that the networks learn them all."""
+"""Which picture size a training step has: mostly the native one, and regularly another, so that networks learn them all."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cascade.sizes import Size
 
@@ -10,9 +11,9 @@ class Shapes:
     """The sizes of training pictures, (height, width) in pixels.
 
     Attributes:
-        native: of most steps.
-        others: take turns, at every ``every``-th step; none: all steps have the native size.
-        every: steps from one other size to the next.
+        native: the size of most steps.
+        others: further sizes, which take turns; none: all steps have the native size.
+        every: one step in so many has another size.
     """
 
     native: Size
@@ -20,7 +21,7 @@ class Shapes:
     every: int = 16
 
     def at(self, index: int) -> Size:
-        """The size of micro-batch ``index``. A function of the index alone: processes agree, and training resumes exactly."""
+        """The size of micro-batch ``index``. It depends on nothing else, so processes agree, and training resumes exactly."""
         if not self.others or index % self.every != self.every - 1:
             return self.native
         return self.others[index // self.every % len(self.others)]
@@ -30,12 +31,18 @@ class Shapes:
         return max(1, native_batch * self.native[0] * self.native[1] // (size[0] * size[1]))
 
     def split(self, count: int) -> dict[Size, range]:
-        """``count`` pictures, at least 1, divided among the sizes: ``others`` share an eighth of them, the rest is native.
+        """Divides ``count`` pictures, at least 1, among the sizes: the others share an eighth, the native one has the rest.
 
-        Each size has a picture at least; fewer pictures than sizes serve several.
+        Each size has at least one picture; if there are fewer pictures than sizes, some serve several sizes.
         """
         each = max(1, count // 8 // len(self.others)) if self.others else 0
         starts = {size: index * each % count for index, size in enumerate(self.others)}
         parts = {size: range(start, start + each) for size, start in starts.items()}
         first = each * len(self.others)
         return {self.native: range(first if first < count else 0, count), **parts}
+
+
+def shares(indices: range, count: int) -> list[range]:
+    """Divides at least one index into ``count`` equal shares, each of at least one; few indices serve several shares."""
+    bounds = [indices.start + len(indices) * i // count for i in range(count + 1)] if count else []
+    return [range(first, max(last, first + 1)) for first, last in pairwise(bounds)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.errors import TrainingError
+from training.task import Task
 from training.tasks.clip import ClipTask
 from training.tasks.controlnet import CONTROL_KINDS, ControlNetTask
 from training.tasks.previewer import PreviewerTask
@@ -12,7 +13,6 @@ from training.tasks.stage_a import StageATask
 from training.tasks.stage_b import StageBTask
 from training.tasks.stage_c import StageCTask
 from training.tasks.vision import VisionTask
-from training.trainer import Task
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,19 @@ def maker(component: str) -> str:
     if component == "tokenizer":
         return "tokenizer"
     return next(name for name, stage in STAGES.items() if component in stage.trains and not stage.further)
+
+
+def trained_by(name: str) -> tuple[str, ...]:
+    """The components that a stage writes."""
+    return ("tokenizer",) if name == "tokenizer" else STAGES[name].trains
+
+
+def waits_for(name: str) -> tuple[str, ...]:
+    """The earlier stages, in the order of `ORDER`, that write a component which a stage needs or trains further."""
+    if name == "tokenizer":
+        return ()
+    components = {"tokenizer", *STAGES[name].needs, *STAGES[name].trains}
+    return tuple(one for one in ORDER[: ORDER.index(name)] if components.intersection(trained_by(one)))
 
 
 def check_needs(name: str, model: Path) -> None:

@@ -26,8 +26,8 @@ from training.picture_folder import Pictures
 from training.shapes import Shapes
 from training.sources import Source, make_source
 from training.stages import STAGES, advice, check_needs, maker
+from training.task import Task
 from training.tasks.controlnet import CONTROL_KINDS, new_controlnet
-from training.trainer import Task
 
 
 def load_component(model: Path, name: str) -> Any:

@@ -24,7 +24,8 @@ from typing import Any
 
 from PIL import AvifImagePlugin, Image, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401 - see main
 
-from cascade.images.colours import DamagedError, PictureError, bands_of
+from cascade.images.bands import bands_of
+from cascade.images.colours import DamagedError, PictureError
 from cascade.images.decoding import MOST_PIXELS, PictureFile
 
 # Of all cores together. The largest pictures take 1 to 5 s, depending on the format.

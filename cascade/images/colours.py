@@ -5,14 +5,14 @@ Works in bands of rows, so that beside a picture and what it becomes there is ne
 
 import io
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageCms
 
+from cascade.images.bands import Pixels, Upright
+
 logger = logging.getLogger(__name__)
 
-BAND_PIXELS = 2**21
 GREY_MODES = ("1", "L", "LA", "La")
 SRGB = ImageCms.createProfile("sRGB")
 # The mode in which lcms takes the colours of a profile's colour space.
@@ -44,29 +44,13 @@ def to_rgb(image: Image.Image, name: str = "The image", background: str | None =
     Raises:
         PictureError: it has 32 bits a channel, of which nothing says what is white.
     """
-    if image.mode in ("I", "F"):
-        raise PictureError(f"{name} has 32 bits a channel; 8 or 16 are read.")
     image.load()
-    conversion = Conversion.of(image, name, background)
-    if image.mode == "RGB" and not image.has_transparency_data and conversion.transform is None:
-        return image
-    transparent = image.has_transparency_data and background is None
-    converted = Image.new("RGBA" if transparent else "RGB", image.size)
-    for top, bottom in bands_of(image.size):
-        converted.paste(conversion.convert(image.crop((0, top, image.width, bottom))), (0, top))
-    return converted
-
-
-def bands_of(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """The first row, and the one after the last, of each band of a picture of this (width, height)."""
-    width, height = size
-    rows = max(BAND_PIXELS // width, 1)
-    return ((top, min(top + rows, height)) for top in range(0, height, rows))
+    return Conversion.of(image, name, background).whole(image)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How the bands of one picture become RGB.
+    """How one picture becomes RGB, whole or in bands.
 
     Attributes:
         greys: of 16 bits: the 8 bits of every value from 0 to 65535.
@@ -82,12 +66,25 @@ class Conversion:
     background: str | None
 
     @classmethod
-    def of(cls, image: Image.Image, name: str, background: str | None) -> "Conversion":
+    def of(cls, image: Pixels, name: str, background: str | None) -> "Conversion":
+        """The conversion of a decoded picture; see `to_rgb`.
+
+        Raises:
+            PictureError: it has 32 bits a channel.
+        """
+        if image.mode in ("I", "F"):
+            raise PictureError(f"{name} has 32 bits a channel; 8 or 16 are read.")
         greys = clear = None
         if image.mode.startswith("I;16"):
             greys, clear = greys_of(image), image.info.get("transparency")
         transform, device_mode = transform_of(image, name)
         return cls(greys, clear, transform, device_mode, background)
+
+    def whole(self, image: Image.Image) -> Image.Image:
+        """All of a picture; itself if nothing has to be changed."""
+        if image.mode == "RGB" and not image.has_transparency_data and self.transform is None:
+            return image
+        return Upright(image).joined(self.convert)
 
     def convert(self, band: Image.Image) -> Image.Image:
         alpha = None
@@ -113,7 +110,7 @@ class Conversion:
         return Image.alpha_composite(Image.new("RGBA", band.size, self.background), band).convert("RGB")
 
 
-def greys_of(image: Image.Image) -> list[int]:
+def greys_of(image: Pixels) -> list[int]:
     """The 8 bits of every value of a grey picture of 16 bits. Pillow would clip at 255.
 
     A TIFF file's tags say what else the values may mean, and Pillow heeds them in other modes only.
@@ -126,7 +123,7 @@ def greys_of(image: Image.Image) -> list[int]:
     return [255 - grey for grey in greys] if inverted else greys
 
 
-def transform_of(image: Image.Image, name: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
+def transform_of(image: Pixels, name: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
     """How a picture's colours become sRGB, and the mode in which they are taken; None if they are sRGB already."""
     if image.mode == "LAB":
         return ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB"), "LAB"

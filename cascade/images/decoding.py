@@ -6,11 +6,16 @@ Knows nothing of processes and limits of time and memory, see `child`. Imports n
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import ExifTags, Image, ImageOps
 
-from cascade.images.colours import DamagedError, PictureError, to_rgb
+from cascade.images.bands import Convert, Pixels, Size, Upright, turned
+from cascade.images.colours import Conversion, DamagedError, PictureError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Those that Pillow decodes by itself; left to choose, it would also start Ghostscript for an EPS file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -26,10 +31,7 @@ MOST_SCANS = 100
 ORDINARY_PIXELS = 2048 * 2048
 # A JPEG file is shrunk while it is decoded to no less than this times the size that is needed.
 DRAFT_MARGIN = 2
-# Of 64 megapixels, Lanczos takes 0.7 s. To this times the size that is needed, whole pixels are averaged first; by
-# Pillow's documentation the result cannot be told from the other one.
-AVERAGED_TO = 3
-# Pillow decodes WebP through three canvases: at 64 megapixels 994 MB, where OpenCV takes 410.
+# Pillow decodes WebP through three canvases: at 64 megapixels 994 MB, where OpenCV takes 200 to 520.
 LARGE_WEBP_PIXELS = 2**24
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,11 +42,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))
 # PNG stores a transparent grey as a value of as many bits as a pixel has; Pillow scales the pixels alone.
 GREY_SCALES = {"L;2": 85, "L;4": 17}
-
-Size = tuple[int, int]
 
 
 class PictureFile:
@@ -89,7 +88,7 @@ class PictureFile:
             DamagedError, MemoryError: see `decode`.
         """
         with self._named():
-            return turned_size(self.image)
+            return turned(self.image.size, turn_of(self.image))
 
     def decode(
         self, background: str | None = "white", needed: Size | None = None, *, mask: bool = False
@@ -110,26 +109,27 @@ class PictureFile:
             MemoryError: some do.
         """
         with self._named():
-            image = self._pixels(needed)
+            picture = self._pixels(needed)
+        stored = picture.stored
         if mask:
-            grey = to_rgb(image, self.name, "black").convert("L")
+            to_rgb = Conversion.of(stored, self.name, "black").convert
+            grey = picture.joined(lambda band: to_rgb(band).convert("L"))
             return grey if needed is None else grey.resize(needed, Image.Resampling.BOX)
-        if image.mode in ("L", "RGB", "CMYK") and not image.has_transparency_data:
-            # Fewer pixels, whose colours are then converted.
-            return to_rgb(scaled(image, needed), self.name, background)
-        return scaled(to_rgb(image, self.name, background), needed)
+        conversion = Conversion.of(stored, self.name, background)
+        if stored.mode in ("L", "RGB", "CMYK") and not stored.has_transparency_data:
+            return conversion.whole(fitted(picture, needed))  # fewer pixels, whose colours are then converted
+        return fitted(picture, needed, conversion.convert)
 
-    def _pixels(self, needed: Size | None) -> Image.Image:
-        """The upright picture, in its own colours and size, or if it is a large JPEG file at least in that of need."""
+    def _pixels(self, needed: Size | None) -> Upright:
+        """The picture, in its own colours and size, or if it is a large JPEG file at least in that of need."""
         image, self.image = self.image, None
         if needed is not None:
             draft(image, needed)
         if self.format != "WEBP" or self.pixels <= LARGE_WEBP_PIXELS or image.is_animated:
             return upright(image)
-        turn, info = turn_of(image), image.info
+        turn, found = turn_of(image), (image.size, image.mode, image.info)
         del image  # and with it the canvases
-        image = decode_webp(self.file, info)
-        return image if turn is None else image.transpose(turn)
+        return Upright(decode_webp(self.file, *found), turn)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -152,16 +152,10 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def turned_size(image: Image.Image) -> Size:
-    """(width, height) of a picture when it is upright."""
-    return image.size[::-1] if turn_of(image) in SIDEWAYS else image.size
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """A picture, decoded, turned as its EXIF says. With odd EXIF too, as long as that says which side is up."""
+def upright(image: Image.Image) -> Upright:
+    """A picture, decoded, and what its EXIF says turns it. With odd EXIF too, as long as that says which side is up."""
     image.load()
-    turn = turn_of(image)
-    return image if turn is None else image.transpose(turn)
+    return Upright(image, turn_of(image))
 
 
 def count_scans(file: BinaryIO) -> int:
@@ -177,23 +171,19 @@ def draft(image: Image.Image, needed: Size) -> None:
     """Let a large JPEG file be decoded at a half, a quarter or an eighth of its size, if that suffices."""
     if image.format not in JPEGS or image.width * image.height <= ORDINARY_PIXELS:
         return
-    width, height = turned_size(image)
+    width, height = turned(image.size, turn_of(image))
     scale = DRAFT_MARGIN * max(needed[0] / width, needed[1] / height)
     if scale < 1:
         image.draft(None, (math.ceil(scale * image.width), math.ceil(scale * image.height)))
 
 
-def scaled(image: Image.Image, needed: Size | None) -> Image.Image:
-    """A picture cut evenly to a shape and scaled, as `ImageOps.fit` does it; a large one, shrunk far, is averaged first."""
+def fitted(picture: Upright, needed: Size | None, convert: Convert | None = None) -> Image.Image:
+    """A picture, converted, cut evenly to a shape and scaled, as `ImageOps.fit` does it; a large one may be averaged first."""
     if needed is None:
-        return image
-    if image.width * image.height <= ORDINARY_PIXELS:
-        return ImageOps.fit(image, needed, Image.Resampling.LANCZOS)
-    ratio = needed[0] / needed[1]
-    left = (image.width - min(image.width, image.height * ratio)) / 2
-    above = (image.height - min(image.height, image.width / ratio)) / 2
-    box = (left, above, image.width - left, image.height - above)
-    return image.resize(needed, Image.Resampling.LANCZOS, box, AVERAGED_TO)
+        return picture.joined(convert)
+    if math.prod(picture.size) <= ORDINARY_PIXELS:
+        return ImageOps.fit(picture.joined(convert), needed, Image.Resampling.LANCZOS)
+    return picture.scaled(needed, convert)
 
 
 def mend_transparent_colour(image: Image.Image) -> None:
@@ -208,14 +198,49 @@ def mend_transparent_colour(image: Image.Image) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
-def decode_webp(file: BinaryIO, info: dict[str | tuple[int, int], Any]) -> Image.Image:
-    """A WebP file's picture as stored, with this `info` of Pillow's; by OpenCV."""
-    import cv2  # here, because it takes 0.1 s and 40 MB
+@dataclass(frozen=True)
+class Array:
+    """A picture that OpenCV has decoded. In Pillow's layout it would be another one of 4 bytes a pixel.
 
-    pixels = cv2.imread(file.name, cv2.IMREAD_UNCHANGED)
+    Args:
+        pixels: uint8 (height, width, 3 or 4), blue first.
+        info: see Pillow's `Image.info`.
+    """
+
+    pixels: "np.ndarray"
+    info: dict[str | tuple[int, int], Any]
+
+    @property
+    def mode(self) -> str:
+        return "RGBA" if self.has_transparency_data else "RGB"
+
+    @property
+    def size(self) -> Size:
+        return self.pixels.shape[1::-1]
+
+    @property
+    def has_transparency_data(self) -> bool:
+        return self.pixels.shape[2] == 4
+
+    def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
+        left, top, right, bottom = box
+        pixels = self.pixels[top:bottom, left:right].tobytes()
+        order = "BGRA" if self.has_transparency_data else "BGR"
+        return Image.frombytes(self.mode, (right - left, bottom - top), pixels, "raw", order)
+
+
+def decode_webp(file: BinaryIO, size: Size, mode: str, info: dict[str | tuple[int, int], Any]) -> Pixels:
+    """A WebP file's picture as stored, by OpenCV, with the size, mode and `info` that Pillow has found."""
+    import cv2  # here, because it takes 0.1 s and 40 MB
+    import numpy as np
+
+    # Left to find the size by itself, OpenCV copies the picture in the end: at 64 megapixels 192 MB.
+    place = np.empty((*reversed(size), len(mode)), np.uint8)
+    try:
+        pixels = cv2.imread(file.name, dst=place, flags=cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # its headers disagree about transparency
+        del place
+        pixels = cv2.imread(file.name, cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise OSError("OpenCV does not decode it")
-    mode, order = ("RGBA", "BGRA") if pixels.shape[2] == 4 else ("RGB", "BGR")
-    image = Image.frombuffer(mode, pixels.shape[1::-1], pixels, "raw", order, 0, 1)
-    image.info = info
-    return image
+    return Array(pixels, info)

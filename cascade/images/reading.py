@@ -19,8 +19,8 @@ from typing import Any
 
 from PIL import Image
 
+from cascade.images.bands import bands_of
 from cascade.images.child import MOST_CPU_SECONDS, MOST_SECONDS
-from cascade.images.colours import bands_of
 from cascade.images.decoding import ORDINARY_PIXELS, Size
 
 logger = logging.getLogger(__name__)

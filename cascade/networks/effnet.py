@@ -125,8 +125,4 @@ class SemanticEncoder(ModelMixin, ConfigMixin):
         channels = zip(pixels.unbind(dim=1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
         images = torch.stack([(x - mean) / std for x, mean, std in channels], dim=1)
         # Not self.dtype, for which diffusers looks through all layers.
-        return self.encode_normalized(images.to(self.mapper[0].weight.dtype))
-
-    def encode_normalized(self, images: Tensor) -> Tensor:
-        """`forward` for images that already have ImageNet's mean and deviation taken out."""
-        return self.mapper(self.backbone(images))
+        return self.mapper(self.backbone(images.to(self.mapper[0].weight.dtype)))

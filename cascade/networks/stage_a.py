@@ -9,7 +9,6 @@ from itertools import pairwise
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels
@@ -110,7 +109,6 @@ class StageA(UsesKernels, ModelMixin, ConfigMixin):
         bound = 1 / self.config.num_vq_embeddings
         nn.init.uniform_(self.vquantizer.embedding.weight, -bound, bound)
 
-    @apply_forward_hook
     def encode(self, pixels: Tensor, scale: float | None = None) -> Tensor:
         """(B, 3, H, W) in 0..1 -> latents (B, 4, H/4, W/4) divided by `scale` (None: the config's scale_factor).
 
@@ -121,7 +119,6 @@ class StageA(UsesKernels, ModelMixin, ConfigMixin):
             raise ValueError(f"pixels are {height}x{width}; sides must be multiples of {self.factor}.")
         return self.down_blocks(self.in_block(pixels)) / self._scale(scale)
 
-    @apply_forward_hook
     def decode(self, latents: Tensor, scale: float | None = None) -> Tensor:
         """Latents (B, 4, h, w), multiplied by `scale` (None: the config's scale_factor) -> pixels (B, 3, 4h, 4w).
 

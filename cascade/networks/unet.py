@@ -337,7 +337,6 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _repeated_blocks = ("ResBlock", "TimestepBlock", "AttnBlock")
 
     @register_to_config
     def __init__(

@@ -27,8 +27,8 @@ Function = Callable[..., Any]
 
 # Picture sizes whose graphs are kept. The least recently used one is dropped first.
 SIZES = 8
-# Graphs per size. With 1 to 4 pictures at a time, guidance or not, and each kind of image input, some 20 are in use.
-OF_A_SIZE = 32
+# Graphs per size. With 1 to 4 pictures at a time, 1 to 4 chunks of text, and each kind of image input, some 40 are in use.
+OF_A_SIZE = 48
 
 
 class Graph(Protocol):

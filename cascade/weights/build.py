@@ -35,7 +35,8 @@ from cascade.weights.folder import (
     check_channels,
     empty_network,
 )
-from cascade.weights.manifest import Manifest, sha256
+from cascade.weights.hashing import sha256
+from cascade.weights.manifest import Manifest
 from cascade.weights.published import ALWAYS, PARTS, Part
 from cascade.weights.reading import read_header, read_json
 from cascade.weights.single_file import controlnet_config

@@ -20,7 +20,6 @@ them. Only safetensors files are ever opened; nothing is unpickled. Whatever is 
 ``WeightsError`` that names it.
 """
 
-import hashlib
 import logging
 import math
 import os
@@ -52,6 +51,7 @@ from cascade.sizes import LARGEST, SMALLEST
 from cascade.weights import single_file
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.fitting import current_names, misfit
+from cascade.weights.hashing import sha256
 from cascade.weights.names import PICKLES, SUFFIX
 from cascade.weights.reading import (
     Sums,
@@ -534,9 +534,3 @@ def component_files(root: Path) -> list[str]:
     """The files of all components and extras, as paths relative to ``root``, sorted."""
     files = (file for component in (*COMPONENTS, *EXTRAS) for file in (root / component).rglob("*") if file.is_file())
     return sorted(file.relative_to(root).as_posix() for file in files)
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a whole file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -38,7 +38,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-from cascade.weights.manifest import INCOMPLETE, LOCK, DownloadError, amount, sha256
+from cascade.weights.hashing import sha256
+from cascade.weights.manifest import INCOMPLETE, LOCK, DownloadError, amount
 from cascade.weights.published import Repository
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ What it lists is whole, and as the Hub has it. Files that it does not list may b
 """
 
 import contextlib
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -87,11 +86,6 @@ def remove_download(folder: Path) -> None:
     for parent in sorted(parents, key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):  # something else is in it, or it was never made
             parent.rmdir()
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def amount(size: int) -> str:

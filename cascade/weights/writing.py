@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from cascade.weights.folder import COMPONENTS, StageSettings, component_files, sha256
+from cascade.weights.folder import COMPONENTS, StageSettings, component_files
+from cascade.weights.hashing import sha256
 from cascade.weights.names import SUFFIX
 from cascade.weights.reading import read_json
 from cascade.weights.sums import ALGORITHM, PIECE, sums_of

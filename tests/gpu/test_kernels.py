@@ -1,7 +1,6 @@
 """The fast path changes nothing: kernels are the plain functions, graphs are the network, pictures are the same."""
 
 import copy
-import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,8 @@ from cascade.networks.unet import StableCascadeUNet
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.running.graphs import SIZES, GraphCache, GraphedUNet
+from miniature.icons import STYLES, load_objects
+from miniature.prompts import make_prompts
 from tests.gpu.full_size import make_unet, published_config, random_conditions
 
 ROOT = Path(__file__).parents[2]
@@ -240,11 +241,11 @@ def test_the_text_encoders_graph_minds_the_mask(model_folder: Path) -> None:
 def test_pictures_are_those_of_plain_float32() -> None:
     """On the miniature, 64 prompts: by kernels and graphs in bfloat16, and by torch in float32."""
     folder = ROOT / "weights" / "mini"
-    prompts = json.loads((ROOT / "miniature" / "prompts.json").read_text())[::9][:64]
+    prompts = make_prompts([one.name for one in load_objects()], STYLES, 0, 64)
     fast, exact = Cascade.load(folder, "cuda"), Cascade.load(folder, "cuda", torch.float32)
     differences = []
     for prompt in prompts:
-        request = Request(prompt["text"], seed=prompt["seed"])
+        request = Request(prompt.text, seed=prompt.seed)
         (one,) = fast.generate(request)
         (other,) = exact.generate(request)
         differences.append(np.abs(np.asarray(one).astype(float) - np.asarray(other)).mean())

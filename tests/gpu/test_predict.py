@@ -114,4 +114,4 @@ def test_a_lost_gpu_fails_the_health_check_for_good_and_other_errors_do_not() ->
     )
     print(done.stdout, done.stderr)
     assert "as it should be" in done.stdout
-    assert done.stderr.count("The GPU can't be used by this process any more") == 1
+    assert done.stderr.count("This process can no longer use the GPU") == 1

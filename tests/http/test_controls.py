@@ -97,7 +97,7 @@ def test_enlarging(controlled: Server) -> None:
         ({"upscale": True}, "upscale needs image, which is left out."),
         (
             {"upscale": True, "image": CONTROL},
-            "upscale makes all of image in twice its size; leave out width, height.",
+            "upscale redraws all of image at twice its size; leave out width, height.",
         ),
         ({"image_prompt_strengths": [1, 1, 1]}, "image_prompt_strengths needs image_prompts, which is left out."),
         (

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.weights import CONTROLNETS, NETWORKS, TRANSFORMERS_CONFIGS
-from cascade.weights.manifest import Manifest, sha256
+from cascade.weights.hashing import sha256
+from cascade.weights.manifest import Manifest
 from cascade.weights.published import PARTS
 from tests.test_safety import save_classifier
 

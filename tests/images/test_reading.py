@@ -193,7 +193,7 @@ def test_odd_exif_still_says_which_side_is_up(kind: str) -> None:
     file = FIXTURES / f"exif_o6_{kind}.jpg"
     with Image.open(file) as stored:
         expected = stored.transpose(Image.Transpose.ROTATE_270)
-        assert upright(stored).tobytes() == expected.tobytes()
+        assert upright(stored).joined().tobytes() == expected.tobytes()
     assert read_picture(file, "image").tobytes() == expected.tobytes()
 
 
@@ -294,6 +294,19 @@ def test_what_the_size_is_for_may_refuse_it(tmp_path: Path) -> None:
 def test_webp_of_64_megapixels() -> None:
     """Of 34 bytes. More than what it takes at its own size is not held at any time: see tests/http/test_strangers.py."""
     assert read_picture(FIXTURES / "64-megapixels.webp", "image", needed=lambda *_: (64, 64)).size == (64, 64)
+
+
+@pytest.mark.parametrize("flags", [0, 0x10])
+def test_webp_whose_headers_disagree_about_transparency(tmp_path: Path, flags: int) -> None:
+    """A large one, which OpenCV decodes, and of which Pillow has found the mode."""
+    Image.new("RGBA", (4100, 4100), (255, 0, 0, 128)).save(tmp_path / "simple", "WEBP", lossless=True, method=0)
+    stored = (tmp_path / "simple").read_bytes()
+    still = stored[stored.index(b"VP8L") :]
+    side = (4099).to_bytes(3, "little")
+    content = b"WEBPVP8X" + (10).to_bytes(4, "little") + bytes([flags, 0, 0, 0]) + side * 2 + still
+    (tmp_path / "picture").write_bytes(b"RIFF" + len(content).to_bytes(4, "little") + content)
+    read = read_picture(tmp_path / "picture", "image", background=None, needed=lambda *_: (50, 50))
+    assert read.getpixel((25, 25)) == ((255, 0, 0, 128) if flags else RED)
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from miniature.evaluate import make_prompts, save_prompts
 from miniature.icons import ICON_SETS, STYLES, load_drawings, load_objects
 from scripts import build_mini_data, evaluate_mini, train_mini
 
@@ -60,19 +60,57 @@ def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_prompts(make_prompts(sorted(NAMES), STYLES, 5, one=4, two=2), tmp_path / "prompts.json")
-    files = ["--drawings", drawings, "--prompts", tmp_path / "prompts.json", "--output", tmp_path / "out"]
-    assert evaluate_mini.main([*map(str, files), "--limit", "2", "--batch", "1", "--guidance", "1"]) == 0
+    """Two sets; a third one joins them without the first two being judged again."""
+    options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--batch", "2"]
+    options += ["--guidance", "1", "--seed", "7"]
+    assert evaluate_mini.main([*options, "--sets", "2"]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
-    assert lines[0] == "| score | scenes | A | B + A | C + B + A | guidance 1 |"
-    assert lines[2].startswith("| object first | 100.0 % |")
-    assert [line.split(":")[0] for line in lines if "dB PSNR on 1 scenes with combinations" in line] == ["A", "B + A"]
+    assert lines[0].startswith("2 sets of 4 prompts, --seed 7, 8. In brackets, the 95 % interval")
+    assert lines[2] == "| score | scenes | A | B + A | C + B + A | guidance 1 |"
+    assert lines[4].startswith("| object first | 100.0 % (61.0 to 100.0) |")  # six pictures of one object
+    assert [line.split(":")[0] for line in lines if "on 2 scenes with combinations" in line] == ["A", "B + A"]
     assert (tmp_path / "out" / "table.md").read_text() == said
-    sheets = {file.name: Image.open(file).size for file in (tmp_path / "out").glob("*.png")}
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["scores"]["text"]["scenes"]["object first"] == {
+        "mean": 1.0,
+        "low": pytest.approx(0.61, abs=0.001),
+        "high": 1.0,
+        "count": 6,
+    }
+    folder = tmp_path / "out" / "set-7"
+    sheets = {file.name: Image.open(file).size for file in folder.glob("*.png")}
     names = ("scenes-0.png", "a-0.png", "ba-0.png", "cba-0.png", "guidance-1-0.png")
     assert sheets == dict.fromkeys(names, (10 * 256, 256))
-    assert len((tmp_path / "out" / "verdicts.tsv").read_text().splitlines()) == 3
+    assert len((folder / "verdicts.tsv").read_text().splitlines()) == 5
+
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("set-[78]*")}
+    assert evaluate_mini.main([*options, "--sets", "3"]) == 0
+    assert capsys.readouterr().out.startswith("3 sets of 4 prompts, --seed 7, 8, 9.")
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_evaluation_of_images(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--sets", "1"]
+    assert evaluate_mini.main([*options, "--images", "1"]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("4 prompts, --seed ")
+    assert "Image-to-image: scenes at each prompt_strength" in output.out
+    assert re.search(r"^\| similarity \| \d+\.\d %", output.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (["--sets", "0"], "--sets is 0; it must be at least 1"),
+        (["--prompts", "3"], "--prompts is 3; it must be at least 4"),
+        (["--seed", "-1"], "--seed is -1; it must be at least 0"),
+    ],
+)
+def test_wrong_options(option: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate_mini.main(option)
+    assert sentence in capsys.readouterr().err
 
 
 def test_evaluation_without_drawings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

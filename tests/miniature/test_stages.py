@@ -1,16 +1,24 @@
-"""Every stage of training, in order, at the smallest size that still runs the real code: from drawings to a model folder."""
+"""The miniature's recipe at the smallest size that still runs the real code: from drawings to a model folder."""
 
+import itertools
+import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import tomllib
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+import scripts.train_mini
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
@@ -23,8 +31,12 @@ from miniature.icons import STYLES, IconObject, pack_drawings
 from tests.miniature.small import DRAWN
 from tests.training.small import OWN_CLOCK, write_config
 from training import run
+from training.recipe import costs_table
+from training.record import Record
+from training.stages import waits_for
 
 ROOT = Path(__file__).parent.parent.parent
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">
 <ellipse cx="12" cy="12" rx="{radius}" ry="9" fill="hsl({hue}, 80%, {light}%)"/></svg>"""
 
@@ -40,8 +52,8 @@ NETWORKS = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of all stages, two steps each."""
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with drawings and a configuration; in ``run``, all stages, two at once; in ``kept``, what they made."""
     folder = tmp_path_factory.mktemp("training")
     names = ("apple", "pear", "plum", "fig", "lime", "melon")
     sets = [
@@ -51,18 +63,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     objects = [IconObject(name, (name,) * len(STYLES)) for name in names]
     pack_drawings(objects, sets, folder / "drawings.zip")
     write_config(folder, DRAWN)
-    for stage in run.ORDER:
-        run.main(
-            [
-                str(folder / "config.toml"),
-                stage,
-                "--data",
-                str(folder / "drawings.zip"),
-                "--output",
-                str(folder / "run"),
-            ]
-        )
-    return folder / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert train_mini(folder, folder / "run", "--at-once", "2", "--copy-to", str(folder / "kept")) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(recipe: Path) -> Path:
+    """The output folder of all stages, a few steps each."""
+    return recipe / "run"
+
+
+def train_mini(recipe: Path, output: Path, *options: str) -> int:
+    """``scripts/train-mini`` in this process; returns the exit code."""
+    files = ["--config", recipe / "config.toml", "--data", recipe / "drawings.zip", "--output", output]
+    return scripts.train_mini.main([*map(str, files), *options])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -84,29 +100,108 @@ def test_stage_a_latents_have_the_scale_that_diffusion_expects(trained: Path) ->
     """Whatever the weights, batch normalisation leaves the training latents at unit deviation after the scale factor."""
     network = StageA.from_pretrained(trained / "model" / "vqgan")
     affine = network.down_blocks[-1][1]
-    assert affine.weight.tolist() == pytest.approx([network.config.scale_factor] * 4)
+    assert affine.weight.tolist() == [torch.tensor(network.config.scale_factor).bfloat16().item()] * 4
     network.train()
     latents = network.encode(torch.rand(4, 3, 64, 64))
     assert latents.std().item() == pytest.approx(1, abs=0.05)
     assert math.isclose(latents.mean().item(), 0, abs_tol=0.05)
 
 
-def train_mini(trained: Path, *options: str) -> str:
-    """What ``scripts/train-mini`` says."""
-    files = ["--config", trained.parent / "config.toml", "--data", trained.parent / "drawings.zip", "--output", trained]
-    command = [sys.executable, ROOT / "scripts" / "train-mini", *files, *options]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def test_the_script_goes_on_where_it_was_and_writes_a_model_folder(trained: Path) -> None:
-    shutil.rmtree(trained / "previewer")
-    assert train_mini(trained, "--minutes", "0") == "The time is up in previewer; call again to go on.\n"
-    assert not (trained / "weights").exists()
-    assert train_mini(trained) == f"{trained / 'weights'}\n"
+def test_a_model_folder_is_made_of_them(trained: Path) -> None:
     ModelFolder.open(trained / "weights").verify()
     request = Request(prompt="an apple", width=128, height=192, steps_prior=1, steps_decoder=1)
     (image,) = Cascade.load(trained / "weights", device="cpu").generate(request)
     assert image.size == (128, 192)
+
+
+def test_steps_and_times_are_beside_the_weights(trained: Path) -> None:
+    made = json.loads((trained / "weights" / "training.json").read_text())
+    assert list(made["stages"]) == list(run.ORDER)
+    tables = tomllib.loads((trained.parent / "config.toml").read_text())
+    for name in run.STAGES:
+        stage = made["stages"][name]
+        assert stage["steps"] == tables[name]["options"]["steps"]
+        assert stage["samples_per_step"] == tables[name]["options"]["batch_size"]
+        assert (stage["sessions"], stage["devices"]) == (1, ["cpu"])
+        assert 0 < sum(stage["seconds"].values()) < stage["process_seconds"]
+    assert made["process_seconds"] == pytest.approx(sum(one["process_seconds"] for one in made["stages"].values()))
+    assert made["seconds"] < made["process_seconds"]  # two at once
+    table = costs_table(made).splitlines()
+    assert table[2].startswith("| tokenizer |  |  | ")
+    assert table[3].startswith("| stage_a | 2 | 2 | ")
+    assert table[-1].endswith(" minutes in 1 call.")
+
+
+def test_no_stage_starts_before_those_it_waits_for(trained: Path) -> None:
+    """And some run at the same time."""
+    processes = json.loads((trained / "recipe.json").read_text())["processes"]
+    starts = {one["stage"]: datetime.fromisoformat(one["started"]).timestamp() for one in processes}  # whole seconds
+    ends = {one["stage"]: starts[one["stage"]] + one["seconds"] for one in processes}
+    for stage in run.ORDER:
+        assert all(starts[stage] >= ends[before] - 2 for before in waits_for(stage)), stage
+    pairs = itertools.combinations(run.ORDER, 2)
+    assert any(starts[second] < ends[first] - 2 and starts[first] < ends[second] - 2 for first, second in pairs)
+
+
+def test_what_is_kept_is_enough_to_go_on_elsewhere(
+    recipe: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = shutil.copytree(recipe / "kept", tmp_path / "kept")
+    assert not list(kept.rglob("state"))
+    shutil.rmtree(kept / "previewer")
+    assert train_mini(recipe, kept, "--minutes", "0") == 0
+    assert capsys.readouterr().out == "The time is up; left: previewer. Call again to go on.\n"
+    assert not (kept / "weights").exists()
+    assert train_mini(recipe, kept) == 0
+    assert capsys.readouterr().out.endswith(f"{kept / 'weights'}\n")
+    for component in ("prior", "decoder", "vqgan"):
+        one, other = (load_file(path / "weights" / component / WEIGHTS) for path in (trained, kept))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    made = json.loads((kept / "weights" / "training.json").read_text())
+    assert len(made["calls"]) == 3
+    assert made["stages"]["stage_c"]["steps"] == 8
+
+
+@pytest.mark.parametrize("at_once", ["1", "2"])
+def test_a_stage_that_fails_ends_the_call(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], at_once: str
+) -> None:
+    kept = shutil.copytree(recipe / "kept", tmp_path / "kept")
+    shutil.rmtree(kept / "previewer")
+    shutil.rmtree(kept / "model" / "effnet")
+    assert train_mini(recipe, kept, "--at-once", at_once) == 1
+    output = capfd.readouterr()
+    assert "previewer needs effnet, which " in output.out + output.err
+    assert not (kept / "weights").exists()
+
+
+def test_a_signal_is_passed_on_to_stages_which_save(recipe: Path, tmp_path: Path) -> None:
+    tables = ("model", "data", "tokenizer", "vqgan", "stage_a")
+    others = [f"- {name}" for name in tomllib.loads((recipe / "config.toml").read_text()) if name not in tables]
+    lasting = "stage_a.options = { steps = 100000, batch_size = 2, learning_rate = 1e-3, evaluate_every = 2 }"
+    config = write_config(tmp_path, "\n".join([DRAWN, lasting, *others]))
+    files = ["--config", config, "--data", recipe / "drawings.zip", "--output", tmp_path / "run"]
+    with subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "train-mini", *files],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not list((tmp_path / "run" / "stage_a").glob("samples/*.png")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stage_a: stopped and saved at step " in said
+    assert (tmp_path / "run" / "stage_a" / "state").is_dir()
+    assert Record.load(tmp_path / "run" / "stage_a").steps > 0
+
+
+def test_a_component_of_a_finished_stage_is_stored_as_it_ships(trained: Path) -> None:
+    for component in NETWORKS:
+        files = [trained / folder / component / WEIGHTS for folder in ("model", "weights")]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_several_processes_train_together(trained: Path, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_the_same_sentence(made: Callable[..., Request], name: str, text: str, v
         ),
         (
             {"image": "IMAGE", "upscale": True, "width": 64, "outpaint": [8, 0, 0, 0]},
-            "upscale makes all of image in twice its size; leave out outpaint, width.",
+            "upscale redraws all of image at twice its size; leave out outpaint, width.",
         ),
         (
             {"image": "IMAGE", "mask": "alpha"},

@@ -10,7 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cascade.networks.unet import StableCascadeUNet
-from training.trainer import Options, Task, fit
+from training.options import Options
+from training.task import Task
+from training.trainer import fit
 
 OPTIONS = Options(
     steps=5, batch_size=2, learning_rate=1e-3, warmup=1, precision="no", compile=False, evaluate_every=100, ema=0.9

@@ -18,7 +18,7 @@ from training.latents import Encoded
 from training.options import Options
 from training.picture_folder import split_pictures
 from training.shapes import Shapes
-from training.trainer import statistics_batches
+from training.statistics import statistics_batches
 from training.workshop import Workshop
 
 COUNT = 40

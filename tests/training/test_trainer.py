@@ -1,5 +1,6 @@
 """The shared loop: exact resumption, gradient accumulation, schedule."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from training.errors import TrainingError
 from training.options import Options, learning_rate_factor
-from training.trainer import Task, fit, step_generator
+from training.record import Record
+from training.task import Task
+from training.trainer import fit, step_generator
 
 OPTIONS = Options(
     steps=8, batch_size=16, learning_rate=1e-2, warmup=2, decay=3, precision="no", compile=False, evaluate_every=5
@@ -121,6 +124,39 @@ def test_accumulation_sees_as_many_micro_batches(tmp_path: Path) -> None:
     assert len({tuple(x.flatten().tolist()) for x in task.seen}) == 6
 
 
+def test_accumulated_micro_batches_make_one_step_of_all(tmp_path: Path) -> None:
+    """Two micro-batches of 8 and one batch of both give the same weights."""
+
+    class Halves(Line):
+        """Draws the micro-batches of 8 samples; a batch of 16 is two of them."""
+
+        def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+            first = index * size // 8
+            parts = [
+                super(Halves, self).batch(0, 8, torch.Generator().manual_seed(first + i)) for i in range(size // 8)
+            ]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    tasks = {}
+    for accumulate in (1, 2):
+        tasks[accumulate] = Halves()
+        tasks[accumulate].dropout.p = 0.0
+        options = replace(OPTIONS, batch_size=16 // accumulate, accumulate=accumulate)
+        fit(tasks[accumulate], options, tmp_path / f"run{accumulate}", tmp_path / f"model{accumulate}")
+    for one, other in zip(tasks[1].parameters(), tasks[2].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_training_goes_on_with_another_number_of_micro_batches(tmp_path: Path) -> None:
+    options = replace(OPTIONS, decay=0, ema=0.0)
+    assert fit(Line(), replace(options, steps=3, accumulate=3), tmp_path / "run", tmp_path / "model")
+    before = load_file(tmp_path / "run" / "state" / "model.safetensors")
+    task = Line()
+    assert fit(task, replace(options, steps=4, accumulate=2), tmp_path / "run", tmp_path / "model")
+    assert len(task.seen) == 2
+    assert not torch.equal(task.line.weight, before["line.weight"])
+
+
 def test_learning_rate_rises_stays_and_falls_to_nothing() -> None:
     options = replace(OPTIONS, steps=100, warmup=10, decay=20)
     factors = [learning_rate_factor(step, options) for step in range(100)]
@@ -147,6 +183,34 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     assert before
     task = Line()
     task.forward = lambda x, y: {"loss": task.line(x).sum() * torch.inf}  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match=r"line: the weights are infinite or no numbers \(NaN\) at step 5; nothing"):
+    with pytest.raises(TrainingError, match=r"line: the weights are infinite or NaN at step 5; the last checkpoint"):
         fit(task, OPTIONS, tmp_path / "line", tmp_path / "model")
     assert {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_steps_and_times_are_recorded(tmp_path: Path) -> None:
+    """A training in three parts, of which the first is ended by its deadline and the second by an error."""
+    folder = tmp_path / "line"
+    began = time.time()
+    assert not fit(Line(), OPTIONS, folder, tmp_path / "model", deadline=0.0, began=began - 100)
+    broken = Line()
+    broken.forward = lambda x, y: {"loss": broken.line(x).sum() * torch.inf}  # type: ignore[method-assign]
+    with pytest.raises(TrainingError):
+        fit(broken, OPTIONS, folder, tmp_path / "model")
+    assert fit(Line(), OPTIONS, folder, tmp_path / "model")
+    record = Record.load(folder)
+    assert record.stage == "line"
+    assert record.options["steps"] == OPTIONS.steps == record.steps
+    assert [(session.first, session.last) for session in record.sessions] == [(0, 0), (0, 8)]
+    assert [session.device for session in record.sessions] == ["cpu", "cpu"]
+    assert all(session.started.startswith(("20", "21")) for session in record.sessions)
+    first, second = (session.seconds for session in record.sessions)
+    assert 100 <= first["prepare"] < 160
+    assert set(second) == {"prepare", "compile", "train", "evaluate", "save"}
+    assert sum(record.seconds.values()) == pytest.approx(100 + time.time() - began, abs=5)
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"record\.json is damaged \(.*; remove it to go on without its times\.$"):
+        fit(Line(), OPTIONS, tmp_path, tmp_path / "model")

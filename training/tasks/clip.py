@@ -14,7 +14,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 
 from training.dataset import Dataset
 from training.pictures import grid, normalise
-from training.trainer import Task
+from training.task import Task
 
 
 def factor(log_temperature: Tensor) -> Tensor:

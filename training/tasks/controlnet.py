@@ -28,9 +28,10 @@ from training.latents import Encoded, stage_c_encoder
 from training.masks import random_masks
 from training.objective import diffusion_losses, loss_weight
 from training.pictures import grid
+from training.sampling import text_to_semantic
 from training.shapes import Shapes
-from training.tasks.stage_c import dream, prior_batch
-from training.trainer import Task
+from training.task import Task
+from training.tasks.stage_c import prior_batch
 from training.values import Amount, Share
 
 
@@ -214,7 +215,7 @@ class ControlNetTask(Task):
         control = self.control.make(self.control.keep(small), torch.Generator(pixels.device).manual_seed(0))
         figures, previews = {}, []
         for key, residuals in (("error", self.controlnet(control)), ("error_without", None)):
-            latents = dream(self.frozen["prior"], self.frozen["text"], self.unseen, indices, residuals=residuals)
+            latents = text_to_semantic(self.frozen["prior"], self.frozen["text"], self.unseen, indices, residuals)
             figures[key] = (latents - true).square().mean().item()
             previews.append(self.frozen["previewer"](latents[:8]).float())
         seen = control[:8, :3].expand(-1, 3, -1, -1)

@@ -11,7 +11,7 @@ from cascade.networks.previewer import Previewer
 from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.pictures import for_previewer, grid, psnr
-from training.trainer import Task
+from training.task import Task
 from training.values import Amount
 
 

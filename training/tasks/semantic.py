@@ -23,8 +23,8 @@ from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps
 from training.pictures import for_previewer, grid, psnr
+from training.task import Task
 from training.tasks.stage_b import repaint
-from training.trainer import Task
 from training.values import Amount, Share
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cascade.networks.stage_a import StageA
 from training.dataset import Dataset
 from training.pictures import grid, psnr
-from training.trainer import Task
+from training.task import Task
 from training.values import Amount
 
 

@@ -15,14 +15,14 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.unet import StableCascadeUNet
-from cascade.sampling import diffuse, finish, guide, sample
-from cascade.sizes import semantic_size
+from cascade.sampling import diffuse
 from training.dataset import Dataset
 from training.latents import Encoded, stage_c_encoder
 from training.objective import diffusion_losses, keep_mask, loss_weight, sample_timesteps
 from training.pictures import grid
+from training.sampling import text_to_semantic
 from training.shapes import Shapes
-from training.trainer import Task
+from training.task import Task
 from training.values import Share
 
 
@@ -51,38 +51,6 @@ def prior_batch(
         "noise": torch.randn(latents.shape, generator=generator, device=latents.device),
     }
     return batch, tuple(rest)
-
-
-def dream(
-    prior: StableCascadeUNet,
-    text_encoder: CLIPTextModelWithProjection,
-    dataset: Dataset,
-    indices: Tensor,
-    *,
-    residuals: Mapping[int, Tensor] | None = None,
-    guidance: float = 4.0,
-    steps: int = 20,
-) -> Tensor:
-    """Semantic latents (B, 16, h, w) for the captions ``indices`` (B,), with the authors' sampler settings.
-
-    Args:
-        residuals: of a ControlNet, (B, C, h, w) each; they act with and without the caption.
-    """
-    tokens, mask = (torch.cat(pair) for pair in zip(dataset.tokens(indices), dataset.empty(len(indices)), strict=True))
-    output = text_encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
-    conditions = prior.condition(output.text_embeds.unsqueeze(1), clip_text=output.hidden_states[-1])
-    both = {k: torch.cat([residual, residual]) for k, residual in (residuals or {}).items()}
-    generator = torch.Generator(tokens.device).manual_seed(0)
-    shape = (len(indices), prior.config.in_channels, *semantic_size(*dataset.size))
-
-    def draw(_: int = 0) -> Tensor:
-        return torch.randn(shape, generator=generator, device=tokens.device)
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        epsilon = prior(torch.cat([x, x]), torch.cat([t, t]), conditions, controlnet_residuals=both)
-        return guide(*epsilon.float().chunk(2), guidance, 0.7)
-
-    return finish(sample(model, draw(), steps=steps, shift=2.0, noise=draw))
 
 
 class StageCTask(Task):
@@ -130,7 +98,7 @@ class StageCTask(Task):
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         indices = torch.arange(min(16, len(self.unseen)))
-        latents = dream(self.prior, self.frozen["text"], self.unseen, indices)
+        latents = text_to_semantic(self.prior, self.frozen["text"], self.unseen, indices)
         preview = self.frozen["previewer"](latents).float()
         pixels = self.unseen.images(indices)
         return {"latent_std": latents.std().item()}, grid([pixels[:8], preview[:8], pixels[8:], preview[8:]])

@@ -17,8 +17,8 @@ from training.dataset import Dataset
 from training.errors import TrainingError
 from training.latents import TextTable
 from training.pictures import grid, normalise
+from training.task import Task
 from training.tasks.clip import contrast, factor
-from training.trainer import Task
 from training.values import Amount
 
 AMONG = 5

@@ -14,11 +14,12 @@ from cascade.guides import controls
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import IMAGENET_MEAN, IMAGENET_STD, SemanticEncoder
 from cascade.weights import ModelFolder
-from training import trainer
+from training import statistics
 from training.dataset import Dataset
+from training.options import Options
 from training.shapes import Shapes
 from training.tasks.controlnet import Canny, ControlNetTask, Inpainting, new_controlnet
-from training.trainer import Options, fit, step_generator
+from training.trainer import fit, step_generator
 
 OPTIONS = Options(steps=6, batch_size=8, learning_rate=1e-2, warmup=2, precision="no", compile=False, ema=0.9)
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def few_batches_for_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """How well normalisations are measured does not matter here, and 40 batches take as long as all of the training."""
-    monkeypatch.setattr(trainer, "STATISTICS_BATCHES", 4)
+    monkeypatch.setattr(statistics, "BATCHES", 4)
 
 
 class Squares(Dataset):

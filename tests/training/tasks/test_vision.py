@@ -11,8 +11,9 @@ from transformers import CLIPVisionModelWithProjection
 
 from cascade.weights import ModelFolder
 from training.dataset import Dataset
+from training.options import Options
 from training.tasks.vision import VisionTask
-from training.trainer import Options, fit, step_generator
+from training.trainer import fit, step_generator
 
 CPU = torch.device("cpu")
 COLOURS = {

@@ -1,0 +1,346 @@
+"""All stages of a configuration by one call: each in a process of its own, several at once, and resumable stage by stage.
+
+A stage starts when the earlier stages that write what it needs are finished. Times are measured here and in `training.record`.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import torch
+
+from training.configuration import read_configuration
+from training.errors import FILE_ERRORS, TrainingError, summary, writing
+from training.files import whole_file
+from training.record import Record, timestamp
+from training.run import FINISHED
+from training.stages import ORDER, trained_by, waits_for
+
+ROOT = Path(__file__).parent.parent
+LEDGER = "recipe.json"
+POLL_SECONDS = 0.2
+WRITE_SECONDS = 10.0
+"""The ledger is written this often, so that a killed call loses less of its time."""
+
+
+@dataclass
+class Ledger:
+    """What training cost in all, kept in the training's folder.
+
+    Attributes:
+        calls: of `train_all`: ``started`` (UTC), ``seconds`` and ``gpus`` (their number).
+        processes: of stages: ``stage``, ``started`` and ``seconds``, from the process's start to its end.
+    """
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    processes: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, output: Path) -> "Ledger":
+        """The ledger of a training's folder, or an empty one.
+
+        Raises:
+            TrainingError: it is damaged.
+        """
+        file = output / LEDGER
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return cls()
+        except FILE_ERRORS as error:
+            raise TrainingError(
+                f"{file} is damaged ({summary(error)}); remove it to go on without its times."
+            ) from error
+
+    def save(self, output: Path) -> None:
+        """Writes the ledger.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        with writing(output / LEDGER), whole_file(output / LEDGER) as part:
+            part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass
+class Running:
+    """A stage's process.
+
+    Attributes:
+        stage: its name.
+        process: the process.
+        gpu: the entry for CUDA_VISIBLE_DEVICES; None without a GPU.
+        began: `time.time` of its start.
+        entry: its entry in the ledger.
+        log: the file that has its output; None: it writes to this process's.
+    """
+
+    stage: str
+    process: subprocess.Popen[bytes]
+    gpu: str | None
+    began: float
+    entry: dict[str, Any]
+    log: TextIO | None
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [one for one in named.split(",") if one.strip()]
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+class Recipe:
+    """One call that trains all stages; see `train_all`."""
+
+    def __init__(
+        self, config: Path, data: Path, output: Path, *, at_once: int, deadline: float, copy_to: Path | None
+    ) -> None:
+        self.config, self.data, self.output = config, data, output
+        self.at_once, self.deadline, self.copy_to = at_once, deadline, copy_to
+        tables = read_configuration(config)
+        self.stages = [stage for stage in ORDER if stage in tables]
+        self.gpus = visible_gpus()
+        self.running: list[Running] = []
+        self.code = 0
+        self.stopping = False
+        self.ledger = Ledger.load(output)
+        self.began = self.written = time.time()
+        self.call = {"started": timestamp(self.began), "seconds": 0.0, "gpus": len(self.gpus)}
+        self.ledger.calls.append(self.call)
+
+    def finished(self, stage: str) -> bool:
+        return (self.output / stage / FINISHED).exists()
+
+    @property
+    def unfinished(self) -> list[str]:
+        return [stage for stage in self.stages if not self.finished(stage)]
+
+    def train(self) -> int:
+        """Starts stages as they become ready, until all are finished or none can go on; returns the exit code."""
+        while True:
+            self._collect()
+            if not self.stopping and not self.code and time.time() < self.deadline:
+                self._start_ready()
+            if not self.running:
+                break
+            self._write_ledger(WRITE_SECONDS)
+            time.sleep(POLL_SECONDS)
+        self._write_ledger(0)
+        return self.code
+
+    def stop(self, number: int) -> None:
+        """Passes a signal on to all stages, which save and end, and starts no more.
+
+        Ctrl-C reaches all processes of a terminal by itself; stages take two at once for one (`interruption`).
+        """
+        self.stopping = True
+        for one in self.running:
+            one.process.send_signal(number)
+
+    def _start_ready(self) -> None:
+        for stage in self.unfinished:
+            if len(self.running) >= self.at_once:
+                return
+            # A stage may be finished and its process still end; until then, what it made has not been copied.
+            active = {one.stage for one in self.running}
+            if stage not in active and not active.union(self.unfinished).intersection(waits_for(stage)):
+                self._start(stage)
+
+    def _start(self, stage: str) -> None:
+        files = [self.config, stage, "--data", self.data, "--output", self.output]
+        command = [sys.executable, "-m", "training.run", *map(str, files)]
+        if math.isfinite(self.deadline):
+            command += ["--minutes", str(max(0.0, (self.deadline - time.time()) / 60))]
+        environment, gpu, log = dict(os.environ), None, None
+        if self.gpus:
+            # The GPU with the fewest stages.
+            gpu = min(self.gpus, key=lambda one: sum(other.gpu == one for other in self.running))
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        if self.at_once > 1:
+            folder = self.output / stage
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                log = (folder / "output.log").open("a", encoding="utf-8")
+        now = time.time()
+        entry = {"stage": stage, "started": timestamp(now), "seconds": 0.0}
+        self.ledger.processes.append(entry)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        self.running.append(Running(stage, process, gpu, now, entry, log))
+        where = f" on GPU {gpu}" if gpu else ""
+        say(f"{stage}: started{where}" + (f"; its output is in {log.name}" if log else ""))
+
+    def _collect(self) -> None:
+        """Takes note of stages that have ended."""
+        for one in list(self.running):
+            code = one.process.poll()
+            one.entry["seconds"] = time.time() - one.began
+            if code is None:
+                continue
+            self.running.remove(one)
+            if one.log:
+                one.log.close()
+            if self.finished(one.stage):
+                say(f"{one.stage}: finished after {one.entry['seconds']:.0f} s")
+                if self.copy_to:
+                    self._copy(one.stage, self.copy_to)
+            elif code == 0:
+                say(f"{one.stage}: the time is up; call again to go on")
+            else:
+                self._failed(one, code)
+            self._write_ledger(0)
+
+    def _failed(self, one: Running, code: int) -> None:
+        """Keeps the exit code of the first stage that failed, and has the others save and end."""
+        if one.log:
+            lines = Path(one.log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            say(f"{one.stage}: {lines[-1] if lines else 'no output'}")
+        if not self.code:
+            self.code = code if code > 0 else 128 - code
+            if not self.stopping:
+                self.stop(signal.SIGTERM)
+
+    def _copy(self, stage: str, target: Path) -> None:
+        """Copies what a finished stage made; the folder then has what it takes to go on with the next stages."""
+        with writing(target):
+            for component in trained_by(stage):
+                replace_folder(self.output / "model" / component, target / "model" / component)
+            (target / stage).mkdir(parents=True, exist_ok=True)
+            for file in (self.output / stage).glob("*.json"):
+                shutil.copy2(file, target / stage)
+            samples = sorted((self.output / stage / "samples").glob("*.png"))[-1:]
+            for file in (*samples, self.output / stage / FINISHED):  # the marker last
+                shutil.copy2(file, target / stage)
+        self.ledger.save(target)
+
+    def _write_ledger(self, every: float) -> None:
+        now = time.time()
+        self.call["seconds"] = now - self.began
+        if now - self.written >= every:
+            self.written = now
+            self.ledger.save(self.output)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Copies a folder over another one."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def train_all(
+    config: Path,
+    data: Path,
+    output: Path,
+    *,
+    at_once: int = 1,
+    deadline: float = math.inf,
+    copy_to: Path | None = None,
+) -> int:
+    """Trains every stage that the configuration has a table for and that is not finished.
+
+    Ctrl-C and SIGTERM have all running stages save and end. If one fails, the others save and end too.
+
+    Args:
+        config, data, output: as `training.run` has them.
+        at_once: how many stages may run at the same time; they are spread over the GPUs.
+        deadline: wall-clock time (`time.time`) at which stages save and end, and no more are started.
+        copy_to: gets what each finished stage made, in the layout of ``output``; to go on elsewhere with.
+
+    Returns:
+        0 if all stages are finished or the time is up; otherwise the exit code of the first stage that failed, or 128 plus the
+        signal.
+
+    Raises:
+        TrainingError: the configuration or the ledger is damaged, or a file cannot be written.
+    """
+    recipe = Recipe(config, data, output, at_once=at_once, deadline=deadline, copy_to=copy_to)
+    with passing_signals_to(recipe.stop):
+        return recipe.train()
+
+
+class passing_signals_to:
+    """Calls ``stop`` with the number of every SIGINT and SIGTERM that comes while the block runs."""
+
+    def __init__(self, stop: Callable[[int], None]) -> None:
+        self.stop = stop
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        def heard(number: int, frame: FrameType | None) -> None:
+            self.stop(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, heard)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def costs(output: Path) -> dict[str, Any]:
+    """What a training cost: steps, samples and seconds, by stage and in all.
+
+    Returns:
+        ``seconds``: wall-clock time of all calls; ``process_seconds``: the sum over all stages' processes, whether they ran at
+        once or not; ``calls``; and ``stages``: {stage: ``steps``, ``samples_per_step``, ``process_seconds``, ``seconds`` by
+        phase, ``devices``, ``sessions``}.
+
+    Raises:
+        TrainingError: a record is damaged.
+    """
+    ledger = Ledger.load(output)
+    stages: dict[str, Any] = {}
+    for stage in ORDER:
+        taken = sum(one["seconds"] for one in ledger.processes if one["stage"] == stage)
+        record = Record.load(output / stage)
+        if not taken and record is None:
+            continue
+        stages[stage] = {"process_seconds": taken}
+        if record is not None and record.sessions:
+            options = record.options
+            stages[stage] |= {
+                "steps": record.steps,
+                "samples_per_step": options["batch_size"] * options["accumulate"] * record.sessions[-1].processes,
+                "seconds": record.seconds,
+                "devices": sorted({session.device for session in record.sessions}),
+                "sessions": len(record.sessions),
+            }
+    return {
+        "seconds": sum(call["seconds"] for call in ledger.calls),
+        "process_seconds": sum(one["seconds"] for one in ledger.processes),
+        "calls": ledger.calls,
+        "stages": stages,
+    }
+
+
+def costs_table(made: Mapping[str, Any]) -> str:
+    """`costs` as a Markdown table: minutes by stage, with the steps, and in all."""
+    rows = [
+        ["stage", "steps", "samples a step", "minutes", "of these training", "device"],
+        ["---", "---:", "---:", "---:", "---:", "---"],
+    ]
+    for stage, one in made["stages"].items():
+        steps, samples = (f"{one[name]:,}" if name in one else "" for name in ("steps", "samples_per_step"))
+        training = f"{one['seconds'].get('train', 0) / 60:.1f}" if "seconds" in one else ""
+        devices = ", ".join(one.get("devices", ()))
+        rows.append([stage, steps, samples, f"{one['process_seconds'] / 60:.1f}", training, devices])
+    rows.append(["all stages", "", "", f"{made['process_seconds'] / 60:.1f}", "", ""])
+    calls = f"{len(made['calls'])} call{'s' * (len(made['calls']) != 1)}"
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", f"Wall-clock time: {made['seconds'] / 60:.1f} minutes in {calls}."])

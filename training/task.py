@@ -1,0 +1,43 @@
+"""What one stage of training learns, as the training loop sees it."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from training.dataset import Dataset
+
+
+class Task(nn.Module, ABC):
+    """The networks of one stage as sub-modules, and the loss as ``forward(**batch)``.
+
+    Parameters that require gradients are trained. Networks that stay frozen are kept out of the module, in a plain dict.
+
+    Attributes:
+        dataset: what is trained on; None for a task that has no fixed number of pictures.
+        unseen: held-out pictures, which `evaluate` looks at.
+    """
+
+    dataset: Dataset | None = None
+    unseen: Dataset | None = None
+
+    @abstractmethod
+    def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """The ``index``-th micro-batch of ``size`` samples; ``generator``, on the training device, is seeded for it alone."""
+
+    @abstractmethod
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Tensors of a micro-batch by name. ``loss`` is minimised; it and all other scalars are logged."""
+
+    def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        """Updates state that has no gradient, such as an adaptive loss weight; called after every micro-batch."""
+
+    @abstractmethod
+    def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        """Figures to log, and a sheet of pictures; called with the averaged weights, in evaluation mode, without gradients."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes each trained component to its own sub-folder of ``folder``."""
