@@ -1,4 +1,4 @@
-"""Word plans: the many ways to ask for a scene. Plain string work: one core words some 100,000 scenes a second."""
+"""Captions of plans, in many wordings. One core writes some 100,000 a second."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ STYLE_PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "3D": (("3D", "glossy 3D"), ("in 3D style", "in glossy 3D style", "in 3D")),
     "flat": (("flat", "flat style"), ("in flat style", "in a flat style", "as a flat icon")),
 }
-"""For every style, words that go before an object and words that go after it."""
+"""Of each style, the words before an object and the words after it."""
 
 _SMALL = ("small", "little", "tiny")
 _LARGE = ("large", "big", "huge")
@@ -82,9 +82,9 @@ _A_AFTER_ALL = ("uni", "ufo", "one", "eu", "use")
 
 
 def article(name: str, before: str = "") -> str:
-    """`before + name` with "a" or "an", or with nothing for plurals ("glasses"), substances ("bread") and proper names.
+    """``before + name`` with "a" or "an", or with no article for plurals ("glasses"), substances ("bread") and proper names.
 
-    `before` are adjectives, each with a space after it.
+    ``before`` holds adjectives, each followed by a space.
     """
     head = name.lower()
     for end in _HEAD_ENDS:
@@ -100,20 +100,22 @@ def article(name: str, before: str = "") -> str:
 
 
 class Captioner:
-    """Words the plans of one catalogue.
+    """Writes captions of plans.
 
-    `names` are the objects' names, `styles` the style words (keys of `STYLE_PHRASES`), and `also` maps a name to others
-    for the same object.
+    Args:
+        names: the objects' names.
+        styles: the styles' names, keys of `STYLE_PHRASES`.
+        also: further names of an object, by its name.
     """
 
     def __init__(self, names: Sequence[str], styles: Sequence[str], also: Mapping[str, Sequence[str]] | None = None):
         self.styles = [STYLE_PHRASES[style] for style in styles]
         others = also or {}
-        # The first name three times as often as each other one.
+        # The first name is three times as likely as each other one.
         self.names = [(name, name, name, *others.get(name, ())) for name in names]
 
     def captions(self, plans: Plans, rng: random.Random) -> list[str]:
-        """One caption for every plan, in wording that `rng` chooses."""
+        """One caption for each plan, in a wording that ``rng`` chooses."""
         columns = (
             plans.objects.tolist(),
             plans.styles.tolist(),
@@ -189,5 +191,5 @@ def _background(colours: list[int], gradient_way: int, chance: Callable[[], floa
 
 
 def _pick(choices: Sequence[str], chance: Callable[[], float]) -> str:
-    # Four times as quick as random.choice.
+    # Four times as fast as random.choice.
     return choices[int(chance() * len(choices))]

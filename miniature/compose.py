@@ -1,4 +1,4 @@
-"""Draw plans: drawings and a background become pictures, a batch at a time, on any device."""
+"""Composes pictures of plans, from drawings and a background: a batch at a time, on any device."""
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ from cascade.sizes import Size
 from miniature.scenes import COLOURS, GRADIENT_WAYS, Plans
 
 _LEVELS = (1.0, 0.75, 0.5, 0.375, 0.25)
-"""Sizes, relative to the packed drawings, that objects are first reduced to, so that sampling skips no pixel."""
+"""Sizes, relative to the packed drawings, to which drawings are reduced before sampling, so that it skips no pixel."""
 
 
 def background(plans: Plans, size: Size, device: torch.device | str = "cpu") -> Tensor:
-    """The plans' backgrounds, float32 (n, 3, height, width) in 0..1: plain colours or gradients."""
+    """The backgrounds of plans, float32 (n, 3, height, width) in 0..1: plain colours or gradients."""
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device) / 255
     start, end = palette[torch.as_tensor(plans.colours, device=device)].unbind(1)
     down, across = ((torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side for side in size)
@@ -23,17 +23,17 @@ def background(plans: Plans, size: Size, device: torch.device | str = "cpu") -> 
 
 
 def _levels(pixels: np.ndarray, side: int) -> np.ndarray:
-    """For objects of `pixels` from drawings of `side`, the smallest of `_LEVELS` with no fewer pixels, else 1."""
+    """For objects of ``pixels`` a side and drawings of ``side``: the smallest of `_LEVELS` with at least as many pixels, or 1."""
     levels = np.array(_LEVELS)
     enough = levels[:, None, None] * side >= np.asarray(pixels)[None]
     return np.where(enough, levels[:, None, None], np.inf).min(0, initial=1.0)
 
 
 def _centres(plans: Plans, size: Size) -> np.ndarray:
-    """The plans' centres in pixels, float32 (n, 2, 2), x and y, in pictures of ``size``.
+    """The centres of the plans' objects in pixels, float32 (n, 2, 2), x and y, in pictures of ``size``.
 
-    Where the picture is longer than a square, a lone object keeps its distance from the edge it was pushed to, and two
-    objects keep theirs from each other.
+    In a picture that is not square, a single object keeps its distance from the edge to which it was pushed, and two objects
+    keep their distance from each other.
     """
     short = min(size)
     centres = np.empty_like(plans.centres)
@@ -45,7 +45,7 @@ def _centres(plans: Plans, size: Size) -> np.ndarray:
 
 
 def _paste(pictures: Tensor, drawings: Tensor, centres: Tensor, sizes: Tensor) -> Tensor:
-    """Paste premultiplied float drawings (n, 4, s, s), `sizes` (n,) pixels large, at `centres` (n, 2), in pixels."""
+    """Pastes premultiplied float drawings (n, 4, s, s) at ``centres`` (n, 2), ``sizes`` (n,) large; both in pixels."""
     height, width = pictures.shape[-2:]
     x, y = (
         2 * (torch.arange(side, device=pictures.device) + 0.5 - centres[:, i, None]) / sizes[:, None]
@@ -57,16 +57,16 @@ def _paste(pictures: Tensor, drawings: Tensor, centres: Tensor, sizes: Tensor) -
 
 
 def compose(drawings: Tensor, plans: Plans, n_styles: int = 3, size: Size = (256, 256)) -> Tensor:
-    """Draw `plans`.
+    """Composes the pictures of plans.
 
     Args:
         drawings: uint8 (objects * n_styles, 4, s, s), premultiplied RGBA as from `load_drawings`, on any device.
-        plans: n plans; what they say in parts of the picture's side counts in parts of its shorter side.
-        n_styles: styles a object in `drawings`.
+        plans: n plans. Their sizes are shares of the picture's shorter side.
+        n_styles: number of styles of each object in ``drawings``.
         size: height and width of the pictures in pixels.
 
     Returns:
-        float32 (n, 3, height, width) in 0..1, on the device of `drawings`.
+        float32 (n, 3, height, width) in 0..1, on the device of ``drawings``.
     """
     device = drawings.device
     pictures = background(plans, size, device)

@@ -1,7 +1,7 @@
-"""The training data of the miniature as tensors: scenes drawn when they are asked for, with tokenised captions.
+"""The training data of the miniature: scenes, composed when they are asked for, with tokenised captions.
 
-A scene is a plan of a few numbers until :meth:`Scenes.images` composes its pixels on the training device, so any number of
-different scenes costs next to nothing to keep.
+Until `Scenes.images` composes its pixels on the training device, a scene is a plan of a few numbers, so many different scenes
+take little memory.
 """
 
 import random
@@ -27,12 +27,12 @@ CAPTIONS_FOR_TOKENIZER = 100_000
 
 
 def captioner(names: list[str], styles: list[str]) -> Captioner:
-    """The captioner for drawings of ``names`` in ``styles``, with the other names that the object list knows."""
+    """The captioner for drawings of ``names`` in ``styles``, with the further names in the object list."""
     return Captioner(names, styles, {item.name: item.also for item in load_objects()})
 
 
 def say_less(plans: Plans, share: float, seed: int) -> Plans:
-    """Plans of which a random ``share`` names neither place, size nor style; for captions only, nothing else is changed."""
+    """Plans of which a random ``share`` name neither place, size nor style in their captions; the scenes stay the same."""
     silent = np.random.default_rng(seed).random(len(plans)) < share
     return replace(
         plans,
@@ -48,10 +48,10 @@ class Scenes(Dataset):
     Args:
         data: the packed drawings that ``scripts/build-mini-data`` writes.
         count: number of scenes.
-        tokenizer, size, device: as :class:`Dataset` has them.
-        seed: decides every scene and every caption.
+        tokenizer, size, device: as `Dataset` has them.
+        seed: decides all scenes and captions.
         split: ``train``, or ``heldout`` for combinations that training never shows.
-        unsaid: share of the scenes whose captions name neither place, size nor style, wherever and however they are.
+        unsaid: share of the scenes whose captions name neither place, size nor style, even if these are not the defaults.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Scenes(Dataset):
     def shown(self, indices: Tensor) -> Tensor:
         objects = torch.from_numpy(self.plans.objects[indices.numpy()]).to(self.device, torch.int64)
         shown = torch.zeros(len(indices), len(self.names) + 1, dtype=torch.bool, device=self.device)
-        return shown.scatter_(1, objects % shown.shape[1], True)[:, :-1]  # -1, no object, is the last
+        return shown.scatter_(1, objects % shown.shape[1], True)[:, :-1]  # -1, no object, becomes the last column
 
 
 class Drawings:
-    """The packed drawings as a `training.sources.Source`: scenes of them, drawn while training.
+    """Scenes of the packed drawings, as a `training.sources.Source`.
 
     Args:
         path: the file that ``scripts/build-mini-data`` writes.
@@ -96,9 +96,9 @@ class Drawings:
         self.counts: dict[Split, int] = {"train": scenes, "heldout": unseen}
 
     def check(self, record: Path) -> None:
-        """Looks whether the file is whole; notes nothing."""
+        """Checks that the file is a zip file; notes nothing in ``record``."""
         if not zipfile.is_zipfile(self.path):
-            raise TrainingError(f"{self.path} is no whole zip file of drawings: scripts/build-mini-data makes one.")
+            raise TrainingError(f"{self.path} is not a zip file of drawings; scripts/build-mini-data makes one.")
 
     def captions(self) -> list[str]:
         """Captions of training scenes."""

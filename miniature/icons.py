@@ -493,7 +493,7 @@ def load_drawings(path: Path | str) -> tuple[torch.Tensor, list[str], list[str]]
 
     Returns:
         drawings: uint8 (objects * styles, 4, 192, 192), RGBA with colour premultiplied by alpha, 0..255.
-        names: one a object; drawing `object * len(styles) + style` shows object `names[object]` in `styles[style]`.
+        names: one for each object; drawing ``object * len(styles) + style`` shows ``names[object]`` in ``styles[style]``.
         styles: the style words, `STYLES`.
 
     Raises:

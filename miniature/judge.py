@@ -1,8 +1,8 @@
-"""Tell what is in a picture without any trained network: the nearest reference drawing, once the background is removed.
+"""Names the objects in a picture, without any trained network: by the nearest reference drawing.
 
-The background is a plane of colour fitted to the picture's border; what differs from it is the object; its tight crop is
-compared, pixel by pixel at 32x32, with every reference drawing as it would look on the same background.
-Pictures are float32 (n, 3, S, S) in 0..1 throughout.
+The background is a plane of colour, fitted to the picture's border. What differs from it is the object. Its tight crop is
+compared, pixel by pixel at 32x32, with every reference drawing on the same background. All pictures are float32 (n, 3, S, S) in
+0..1.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from miniature.scenes import COLOURS
 
 _SIDE = 32
 _BORDER = 0.03
-"""Width of the border that shows nothing but background; objects keep `scenes.MARGIN` (0.04) away from the edge."""
+"""Width of the border that shows only background, as a share of the side; objects keep `scenes.MARGIN` (0.04) from the edge."""
 _DIFFERENT = 0.10
-"""Colour distance (RGB in 0..1, Euclidean) from which a pixel belongs to the object."""
+"""Colour distance (RGB in 0..1, Euclidean) above which a pixel belongs to the object."""
 _MASK_WEIGHT = 0.3
-"""Weight of the silhouettes' difference beside the colours'."""
+"""Weight of the difference of silhouettes; that of colours is 1."""
 
 
 def background_plane(pictures: Tensor) -> Tensor:
-    """The plane `a + b x + c y`, a channel, that fits each picture's border best; border pixels far from it are left out."""
+    """The plane ``a + b x + c y``, for each channel, that fits each picture's border best; outliers count little."""
     n, _, _, side = pictures.shape
     at = torch.linspace(-1, 1, side, device=pictures.device)
     y, x = torch.meshgrid(at, at, indexing="ij")
@@ -47,16 +47,16 @@ def background_plane(pictures: Tensor) -> Tensor:
 
 
 def nearest_colours(colours: Tensor) -> list[str]:
-    """The names in `COLOURS` nearest to RGB `colours`, float (n, 3) in 0..1."""
+    """The names in `COLOURS` that are nearest to RGB ``colours``, float (n, 3) in 0..1."""
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=colours.device) / 255
     names = list(COLOURS)
     return [names[i] for i in torch.cdist(colours, palette).argmin(1).tolist()]
 
 
 def background_colours(pictures: Tensor, way: str | None = None) -> list[tuple[str, str]]:
-    """Names of each background's colours at the start and end of a gradient along `way` (of `GRADIENT_WAYS`).
+    """The names of each background's colours, at the start and the end of a gradient along ``way`` (of `GRADIENT_WAYS`).
 
-    With `way` None the background counts as plain: both names are that of the border's median colour.
+    If ``way`` is None, the background is plain, and both names are that of the border's median colour.
     """
     side = pictures.shape[-1]
     width = max(2, round(_BORDER * side))
@@ -72,12 +72,12 @@ def background_colours(pictures: Tensor, way: str | None = None) -> list[tuple[s
 
 
 def _crops(difference: Tensor, region: Tensor | None = None) -> Tensor:
-    """Tight square crops of what differs from the background: (n, 4, 32, 32), the difference and the silhouette.
+    """Tight square crops of the object: (n, 4, 32, 32), its difference from the background and its silhouette.
 
-    `difference` is (n, 3, S, S), picture less background. Of `region`, bool (n, S, S), only the inside counts.
+    ``difference`` (n, 3, S, S) is the picture minus the background. Only the inside of ``region``, bool (n, S, S), counts.
     """
     side = difference.shape[-1]
-    # A blur of three pixels keeps lone wrong pixels out of the silhouette.
+    # A blur of three pixels keeps single wrong pixels out of the silhouette.
     smooth = F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False)
     mask = smooth.norm(dim=1) > _DIFFERENT
     if region is not None:
@@ -105,7 +105,7 @@ def _crops(difference: Tensor, region: Tensor | None = None) -> Tensor:
 
 
 def _halves(difference: Tensor, sideways: bool) -> tuple[Tensor, Tensor]:
-    """The two regions, bool (n, S, S), either side of the emptiest column (or row) near the middle."""
+    """The two regions, bool (n, S, S), on either side of the emptiest column (or row) near the middle."""
     mask = (difference.norm(dim=1) > _DIFFERENT).float()
     side = mask.shape[-1]
     profile = mask.sum(1 if sideways else 2)
@@ -120,9 +120,9 @@ def _halves(difference: Tensor, sideways: bool) -> tuple[Tensor, Tensor]:
 
 
 class Judge:
-    """Names the objects in pictures by the nearest of the reference drawings.
+    """Names the objects in pictures by the nearest reference drawing.
 
-    `drawings`, `names` and `styles` are those of `load_drawings`.
+    ``drawings``, ``names`` and ``styles`` are those of `icons.load_drawings`.
     """
 
     def __init__(self, drawings: Tensor, names: Sequence[str], styles: Sequence[str]):
@@ -132,14 +132,15 @@ class Judge:
 
     @property
     def device(self) -> torch.device:
-        """Where the drawings lie, and pictures are to be."""
+        """The device of the drawings, where pictures must be too."""
         return self._references.device
 
     def distances(self, picture: Tensor, style: str | None = None, relation: str | None = None) -> list[Tensor]:
-        """How far the object, or each of the two objects, of one picture (3, S, S) is from every name: float (names,) each.
+        """The distances of the objects in one picture (3, S, S) from every name: float (names,) for each object.
 
-        `style` limits the references to one style. `relation`, of `scenes.RELATIONS`, says that the picture shows two objects
-        and where; they come in the order in which the relation names them.
+        Args:
+            style: limits the references to one style; None: the nearest of all styles counts.
+            relation: of `scenes.RELATIONS`, if the picture shows two objects. They come in the order in which it names them.
         """
         plane = background_plane(picture[None])
         difference = picture[None] - plane
@@ -155,7 +156,7 @@ class Judge:
             where = torch.ones_like(plane[:, 0]) if region is None else region.float()
             ground = (plane * where[:, None]).sum((2, 3))[0] / where.sum()
             seen = _soften(_crops(difference, region))[0]
-            # Premultiplied colour less alpha times background: a reference's own difference from that background.
+            # Premultiplied colour minus alpha times background: the difference of a reference on that background.
             colours = references[:, :, :3] - references[:, :, 3:] * ground[:, None, None] - seen[:3]
             silhouettes = references[:, :, 3] - seen[3]
             distance = colours.square().sum((2, 3, 4)) + _MASK_WEIGHT * silhouettes.square().sum((2, 3))
@@ -163,11 +164,11 @@ class Judge:
         return results
 
     def ranked(self, picture: Tensor, style: str | None = None, relation: str | None = None) -> list[list[str]]:
-        """All names, nearest first, for the object or each of the two objects of one picture; as `distances`."""
+        """All names, nearest first, for each object in one picture; arguments as `distances`."""
         distances = self.distances(picture, style, relation)
         return [[self.names[i] for i in distance.argsort().tolist()] for distance in distances]
 
 
 def _soften(drawings: Tensor) -> Tensor:
-    """A blur of three of the 32 pixels: an object a little out of place or out of focus stays the nearest."""
+    """Blurs by three of the 32 pixels, so that a small shift or blur of an object changes its distances little."""
     return F.avg_pool2d(drawings, 3, 1, 1)

@@ -1,10 +1,10 @@
-"""What is in a scene: `Plans`, sampled from a seed as plain arrays; the pairs that training never sees.
+"""Plans of scenes as numpy arrays, sampled from a seed; and the combinations that training never shows.
 
-A plan names one or two drawings with their places and sizes, a background, and what its caption will mention. What a
-caption leaves unsaid is at a default, so that the text determines the picture as far as it can: centre, `DEFAULT_SIZE`, a
-white background. An unnamed style is the first with chance `DEFAULT_STYLE_SHARE`, else any: seeds of one prompt then differ.
+A plan holds one or two drawings with their places and sizes, a background, and what its caption mentions. What a caption does
+not mention has a default (centre, `DEFAULT_SIZE`, white background), so that the text determines the picture. Only an unmentioned
+style varies: it is the first one with probability `DEFAULT_STYLE_SHARE`, otherwise any, so that seeds of one prompt differ.
 
-Numpy only; `compose.py` draws plans, `captions.py` words them.
+`compose` makes the pictures of plans, `captions` their captions.
 """
 
 import zlib
@@ -34,7 +34,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "gray": (150, 150, 150),
     "black": (20, 20, 20),
 }
-"""Background colours by name, 8-bit RGB. White is the default and is never held out."""
+"""Background colours by name, 8-bit RGB. White is the default, and is never held out."""
 COLOUR_NAMES = tuple(COLOURS)
 
 PLACES: dict[str, tuple[int, int]] = {
@@ -48,20 +48,20 @@ PLACES: dict[str, tuple[int, int]] = {
     "bottom left": (-1, 1),
     "bottom right": (1, 1),
 }
-"""Places by name: which way from the centre an object is pushed, as far as `MARGIN` allows."""
+"""Places by name: the direction in which an object is pushed from the centre, as far as `MARGIN` allows."""
 PLACE_NAMES = tuple(PLACES)
 
 SIZES = {"small": 0.34, "large": 0.82}
 SIZE_NAMES = tuple(SIZES)
 DEFAULT_SIZE = 0.62
-"""Longer side of an object, as a fraction of the picture's."""
+"""Longer side of an object, as a share of the picture's."""
 PLACED_SIZE = 0.46
-"""Size of an object whose place is named and whose size is not."""
+"""Size of an object whose place is named, but not its size."""
 PAIR_SIZE = 0.44
 MARGIN = 0.04
 
 RELATIONS = ("next to", "left of", "right of", "above", "below")
-"""Where the first of two objects is, seen from the second; "next to" is drawn as "left of"."""
+"""Where the first of two objects is, seen from the second one; "next to" is drawn as "left of"."""
 _RELATION_WAYS = np.array([(-1, 0), (-1, 0), (1, 0), (0, -1), (0, 1)], np.float32)
 
 GRADIENT_WAYS = ("top to bottom", "left to right")
@@ -74,21 +74,21 @@ _MENTION_SHARES = {"style": 0.45, "place": 0.28, "size": 0.28, "background": 0.8
 
 @dataclass
 class Plans:
-    """n scenes as arrays. Of the two slots of `objects`, `styles`, `centres` and `sizes`, the second may be empty.
+    """n scenes as arrays. `objects`, `styles`, `centres` and `sizes` have two slots, of which the second may be empty.
 
-    `Plans.of` works out `centres` and `sizes` from the rest.
+    `Plans.of` computes `centres` and `sizes` from the rest.
 
     Attributes:
         objects: int64 (n, 2), object indices; -1 for none.
         styles: int64 (n, 2), style indices.
-        centres: float32 (n, 2, 2), x and y of each object's centre, 0..1 of the picture's side.
-        sizes: float32 (n, 2), each object's longer side, 0..1 of the picture's.
+        centres: float32 (n, 2, 2), x and y of each object's centre, as shares of the picture's side.
+        sizes: float32 (n, 2), each object's longer side, as a share of the picture's.
         colours: int64 (n, 2), indices into `COLOUR_NAMES`: a gradient's start and end, the same for a plain one.
         gradient_ways: int64 (n,), index into `GRADIENT_WAYS`.
         relations: int64 (n,), index into `RELATIONS`; -1 for one object.
         places: int64 (n,), index into `PLACE_NAMES`.
         size_names: int64 (n,), index into `SIZE_NAMES`; -1 for a default size.
-        says_style, says_background: bool (n,), whether the caption names them (a place or a size it names unless default).
+        says_style, says_background: bool (n,), whether the caption names them. It names places and sizes that are not default.
     """
 
     objects: np.ndarray
@@ -116,7 +116,7 @@ class Plans:
         says_style: np.ndarray,
         says_background: np.ndarray,
     ) -> "Plans":
-        """Plans with every object where its relation or place puts it, as large as its size name or the default says."""
+        """Plans whose centres and sizes follow from relations, places and size names."""
         two = objects[:, 1] >= 0
         default = np.where(two, PAIR_SIZE, np.where(places > 0, PLACED_SIZE, DEFAULT_SIZE))
         size = np.where(size_names >= 0, np.array(list(SIZES.values()))[size_names], default)
@@ -140,12 +140,12 @@ class Plans:
         return len(self.objects)
 
     def __getitem__(self, rows: slice | np.ndarray | Sequence[int]) -> "Plans":
-        """The plans of `rows` (a slice, an index array or a mask)."""
+        """The plans of ``rows``: a slice, an index array or a mask."""
         return Plans(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """Scramble uint64 values (the finaliser of splitmix64), so that nearby inputs give unrelated outputs."""
+    """Scrambles uint64 values by the finaliser of splitmix64, so that nearby inputs give unrelated outputs."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -157,11 +157,11 @@ def _hashes(names: Sequence[str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The pairs that training never sees, a fixed choice by the hash of their names.
+    """The combinations that training never shows, chosen by hashes of their names.
 
     Attributes:
-        colours: bool (objects, colours), True for an object and a background colour never together; never True for white.
-        pairs: bool (objects, objects), symmetric, True for two objects never together; the diagonal is True.
+        colours: bool (objects, colours), whether an object is never shown on a background colour; False for white.
+        pairs: bool (objects, objects), symmetric, whether two objects are never shown together; True on the diagonal.
     """
 
     colours: np.ndarray
@@ -169,7 +169,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, names: Sequence[str]) -> "HeldOut":
-        """The held-out pairs among objects of these `names`; a pair's fate does not depend on the other names."""
+        """The held-out combinations of objects of these ``names``. Whether a pair is held out does not depend on other names."""
         objects, colours = _hashes(names), _hashes([f"on {name}" for name in COLOUR_NAMES])
         with np.errstate(over="ignore"):
             by_colour = _mix(objects[:, None] + colours[None]) % np.uint64(100) < HELD_OUT_PERCENT
@@ -180,7 +180,7 @@ class HeldOut:
 
 
 def _contents_allowed(plans: Plans, held_out: HeldOut, split: Split) -> np.ndarray:
-    """bool (n,): whether each plan's pairs are ones that `split` may show."""
+    """bool (n,): whether ``split`` may show each plan."""
     first, second = plans.objects.T
     two = second >= 0
     on_held_out = held_out.colours[first[:, None], plans.colours].any(1)
@@ -208,7 +208,7 @@ def _draw(n: int, n_objects: int, n_styles: int, rng: np.random.Generator, split
 
     places = np.where(chance["place"] & ~two, rng.integers(1, len(PLACE_NAMES), size=n), 0)
     size_names = np.where(chance["size"] & ~two, rng.integers(len(SIZE_NAMES), size=n), -1)
-    # A large object has no room to be anywhere but in the centre.
+    # A large object fits only in the centre.
     places[size_names == SIZE_NAMES.index("large")] = 0
     return Plans.of(
         objects=objects,
@@ -224,10 +224,10 @@ def _draw(n: int, n_objects: int, n_styles: int, rng: np.random.Generator, split
 
 
 def sample_plans(n: int, names: Sequence[str], seed: int, split: Split = "train", n_styles: int = 3) -> Plans:
-    """Sample `n` plans of objects `names`, the same for the same arguments.
+    """Samples ``n`` plans of objects ``names``; equal arguments give equal plans.
 
-    `split` "train" avoids the held-out pairs (`HeldOut`); "heldout" gives nothing but scenes with one: an object on a
-    background colour it was never seen on, or two objects never seen together.
+    The split "train" avoids the held-out combinations (`HeldOut`). In "heldout", every scene has one: an object on a background
+    colour, or two objects, that training never shows together.
     """
     held_out = HeldOut.of(names)
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Whether the parts of a configuration fit together, and those of the model folder to it: before anything is trained."""
+"""Checks that the networks of a configuration and of the model folder fit together, before anything is trained."""
 
 import inspect
 import json
@@ -29,9 +29,9 @@ EQUAL = (
     (("vqgan", "latent_channels"), ("decoder", "in_channels")),
     (("vqgan", "latent_channels"), ("decoder", "out_channels")),
 )
-"""Values of two components that must be equal."""
+"""Pairs of values, of two components, that must be equal."""
 TOWERS = (("text_encoder", "projection_dim"), ("image_encoder", "projection_dim"))
-"""Equal only where they are trained together: the published towers are not."""
+"""Must be equal only if both towers are trained together; the published ones differ."""
 
 
 def table_of(component: str) -> str:
@@ -41,11 +41,11 @@ def table_of(component: str) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """A component as it is, or as it will be made.
+    """A component of the model folder, or one that will be made.
 
     Attributes:
-        label: what a sentence calls it.
-        values: its configuration, complete.
+        label: its name in an error.
+        values: its complete configuration.
         made: whether it is in the model folder.
     """
 
@@ -55,15 +55,15 @@ class Part:
 
 
 def find_part(component: str, config: Mapping[str, Any], model: Path, *, anew: bool = False) -> Part | None:
-    """A component of the model folder, or else as the configuration describes it; None if neither has it.
+    """A component as the model folder has it, otherwise as the configuration describes it; None if neither does.
 
     Args:
         component: its name in a model folder.
         config, model: the configuration's tables; the model folder.
-        anew: leave out the model folder.
+        anew: whether to ignore the model folder.
 
     Raises:
-        TrainingError: its configuration is damaged, or describes no network.
+        TrainingError: its configuration is damaged, or no network can be built from it.
     """
     folder, table = model / component, table_of(component)
     if folder.is_dir() and not anew:
@@ -88,29 +88,29 @@ def find_part(component: str, config: Mapping[str, Any], model: Path, *, anew: b
                 NETWORKS[component](settings.from_dict(values))
             else:
                 NETWORKS[component](**{name: value for name, value in values.items() if name in parameters})
-    except Exception as error:  # whatever networks make of wrong values
-        raise TrainingError(f"{label} describes no {component}: {summary(error)}.") from error
+    except Exception as error:  # wrong values make networks raise all kinds of errors
+        raise TrainingError(f"No {component} can be built from {label}: {summary(error)}.") from error
     return Part(label, values, made=label != f"[{table}]")
 
 
 def _check_heads(label: str, width: int, heads: int) -> None:
-    """Heads must divide what they share. The UNets check this themselves."""
+    """Attention heads must divide the width. The UNets check this themselves."""
     if heads < 1 or width % heads:
         raise TrainingError(f"{label}: num_attention_heads, {heads}, does not divide hidden_size, {width}.")
 
 
 def check_agreement(config: Mapping[str, Any], model: Path, stage: str) -> None:
-    """Checks that all components fit together, and that the configuration has what a stage needs.
+    """Checks that all components fit together, and that the configuration has the tables that a stage needs.
 
-    What the model folder has counts as it is, whatever the configuration says of it.
+    For a component that is in the model folder, its own configuration counts, not the tables.
 
     Args:
         config: the configuration's tables, checked by `configuration.check_tables`.
         model: the model folder.
-        stage: what is to be trained, a name in `ORDER`.
+        stage: the stage to be trained, a name in `ORDER`.
 
     Raises:
-        TrainingError: something is missing or does not fit.
+        TrainingError: a table is missing, or two components do not fit.
     """
     plan = STAGES.get(stage)
     own = () if plan is None else plan.trains
@@ -145,13 +145,14 @@ def _check_equal(first: Part, name: str, second: Part, other: str) -> None:
 
 
 def _check_factors(parts: Mapping[str, Part]) -> None:
-    """Stages A and C shrink pictures as much as all code here relies on."""
+    """Stage A must shrink pictures 4 times, and the semantic encoder 32 times; all other code relies on it."""
     if "vqgan" in parts:
         values, label = parts["vqgan"].values, parts["vqgan"].label
         factor = values["up_down_scale_factor"] * 2 ** (values["levels"] - 1)
         if factor != STAGE_A_FACTOR:
             raise TrainingError(
-                f"{label}: up_down_scale_factor and levels shrink pictures {factor} times; it must be {STAGE_A_FACTOR} times."
+                f"{label}: up_down_scale_factor and levels shrink pictures {factor} times; they must shrink them "
+                f"{STAGE_A_FACTOR} times."
             )
         if values["latent_channels"] != 4:
             raise TrainingError(f"{label} latent_channels is {values['latent_channels']}; it must be 4.")
@@ -159,13 +160,13 @@ def _check_factors(parts: Mapping[str, Part]) -> None:
         shrunk = 2 * math.prod(parts["effnet"].values["strides"])
         if shrunk != ENCODER_STRIDE:
             raise TrainingError(
-                f"{parts['effnet'].label}: strides shrink pictures {shrunk} times, the first convolution's 2 included; it "
-                f"must be {ENCODER_STRIDE} times."
+                f"{parts['effnet'].label}: strides shrink pictures {shrunk} times, including the first convolution's 2; "
+                f"they must shrink them {ENCODER_STRIDE} times."
             )
 
 
 def _check_pictures(config: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
-    """Patches must tile the latents of every size; a crop must fit."""
+    """Patches must tile the latents of every picture size; Stage A's crop must fit into a picture."""
     size = config["data"]["size"]
     sizes = [(size, size), *map(tuple, config["data"].get("other_sizes", ()))]
     for height, width in sizes:
@@ -187,7 +188,7 @@ def _check_pictures(config: Mapping[str, Any], parts: Mapping[str, Part]) -> Non
 
 
 def _check_controlnets(config: Mapping[str, Any], model: Path, parts: Mapping[str, Part], stage: str) -> None:
-    """ControlNets add to ResBlocks that Stage C has."""
+    """ControlNets must add to ResBlocks that Stage C has."""
     plan = STAGES.get(stage)
     kinds = [name for name, one in STAGES.items() if one.control and (model / name).is_dir()]
     wanted = [("[controlnet] proj_blocks", config["controlnet"]["proj_blocks"])] if "controlnet" in config else []
@@ -202,7 +203,7 @@ def _check_controlnets(config: Mapping[str, Any], model: Path, parts: Mapping[st
     there = res_blocks(parts["prior"].values)
     for label, blocks in wanted:
         if len(set(blocks)) != len(blocks):
-            raise TrainingError(f"{label} is {list(blocks)}; it can hold a ResBlock only once.")
+            raise TrainingError(f"{label} is {list(blocks)}; each ResBlock may occur only once.")
         for block in blocks:
             if not 0 <= block < there:
                 raise TrainingError(

@@ -1,7 +1,7 @@
-"""Makes the shipped model folder of what training wrote: ``python -m training.assemble CONFIG TRAINED FOLDER``.
+"""Makes a model folder of the trained components: ``python -m training.assemble CONFIG TRAINED FOLDER``.
 
-Parameters are stored in bfloat16, statistics of batch norms in float32; ``model.json`` gets the sampler's defaults from the
-configuration's table ``[model]`` and a checksum of every file.
+Parameters are stored in bfloat16, and statistics of batch normalisations in float32. ``model.json`` gets the sampler's defaults,
+which are in the table ``[model]`` of the configuration, and a checksum of every file.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from training.workshop import load_component
 
 
 def assemble(config: Mapping[str, Any], trained: Path, folder: Path) -> None:
-    """Writes the model folder ``folder`` from the components below ``trained``.
+    """Writes the model folder ``folder`` from the components in ``trained``. ControlNets may be missing.
 
     Raises:
-        TrainingError: the configuration lacks a table, a component other than a ControlNet is missing or damaged, or the folder
-            cannot be written.
+        TrainingError: the configuration has no table [model], a component is missing or damaged, or the folder cannot be
+            written.
     """
     if "model" not in config:
         raise TrainingError("The configuration has no table [model], with the model's name, license and samplers.")
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="training.assemble", description=__doc__.split("\n")[0])
     parser.add_argument("config", type=Path)
-    parser.add_argument("trained", type=Path, help="the folder model in a training's folder")
+    parser.add_argument("trained", type=Path, help="the folder 'model' in a training's folder")
     parser.add_argument("folder", type=Path, help="the model folder to write")
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""The state of a training on disk."""
+"""Checkpoints: the state of a training on disk."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from training.errors import FILE_ERRORS, TrainingError, summary, writing
 
 
 class Progress:
-    """How many optimizer steps are done; saved with every checkpoint."""
+    """The number of optimizer steps that are done; saved with every checkpoint."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -27,10 +27,10 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 class Checkpoint:
-    """The state of a training on disk: complete, whenever the process is killed.
+    """The checkpoint of one stage. A complete one is on disk at every moment, even while a new one is written.
 
-    It is written as ``state.part``, and renamed to ``state.new`` when it is complete; only then ``state`` gives way to it. A
-    kill between these lines leaves ``state.new``, which is used at the next start.
+    A new one is written to ``state.part``, renamed to ``state.new`` when it is complete, and then replaces ``state``. If the
+    process is killed in between, the next start uses ``state.new``.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path) -> None:
@@ -59,15 +59,15 @@ class Checkpoint:
         except FILE_ERRORS as error:
             raise TrainingError(
                 f"The checkpoint {self.path} does not fit this configuration, or is damaged ({summary(error)}); move it away "
-                "to begin the stage anew."
+                "to start the stage again."
             ) from error
         return True
 
     def save(self) -> None:
-        """Writes a checkpoint; every process writes a part of it.
+        """Writes a checkpoint; every process writes its part.
 
         Raises:
-            TrainingError: it could not be written; the one before is still there.
+            TrainingError: it could not be written; the previous one is kept.
         """
         if self.accelerator.is_main_process:
             shutil.rmtree(self.part, ignore_errors=True)

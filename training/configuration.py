@@ -1,6 +1,6 @@
-"""The configuration file of a training: read, and checked before anything is trained.
+"""Reads and checks the configuration file of a training: names, types and ranges of all values.
 
-Here, what a table holds: names, kinds and ranges of its values. Whether the tables agree is `agreement`'s part.
+`agreement` checks whether the tables fit together.
 """
 
 import tomllib
@@ -34,14 +34,14 @@ NETWORK_TABLES: dict[str, Callable[..., Any]] = {
     "decoder": StableCascadeUNet,
     "prior": StableCascadeUNet,
 }
-"""What takes a table's values."""
+"""The class whose arguments each table holds."""
 
 DATA: Kinds = {
     "size": (int, True),
     "other_sizes": (tuple[tuple[int, int], ...], False),
     "source": (str, False),
 }
-"""What every ``[data]`` may hold; a source adds its own options."""
+"""The values of ``[data]``; a source adds its own options."""
 MODEL: Kinds = {"name": (str, True), "license": (str, True), "prior": (dict, True), "decoder": (dict, True)}
 OTHER_TABLES: dict[str, Kinds] = {
     "tokenizer": {"vocabulary": (int, True)},
@@ -50,23 +50,23 @@ OTHER_TABLES: dict[str, Kinds] = {
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
-    """The tables of a configuration file, each checked by itself.
+    """The tables of a configuration file, checked by `check_tables`.
 
     Raises:
-        TrainingError: there is no such file, it is not TOML, or a table has an unknown, missing or wrong value.
+        TrainingError: the file is missing or not TOML, or a value is unknown, missing or wrong.
     """
     try:
         config = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise TrainingError(f"There is no configuration file {path}.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise TrainingError(f"{path} is no TOML file: {error}.") from error
+        raise TrainingError(f"{path} is not a TOML file: {error}.") from error
     check_tables(config)
     return config
 
 
 def check_tables(config: Mapping[str, Any]) -> None:
-    """Checks the names, kinds and ranges of all values.
+    """Checks the names, types and ranges of all values.
 
     Raises:
         TrainingError: one is unknown, missing or wrong.
@@ -93,8 +93,8 @@ def check_tables(config: Mapping[str, Any]) -> None:
                 raise TrainingError(f"[model] {stage}: {error}.") from None
     if "tokenizer" in config and config["tokenizer"]["vocabulary"] < SMALLEST_VOCABULARY:
         raise TrainingError(
-            f"[tokenizer] vocabulary is {config['tokenizer']['vocabulary']}; it must be at least {SMALLEST_VOCABULARY}: a "
-            "symbol for each byte, alone and at the end of a word, and two special tokens."
+            f"[tokenizer] vocabulary is {config['tokenizer']['vocabulary']}; it must be at least {SMALLEST_VOCABULARY}: two "
+            "symbols for each byte (inside and at the end of a word), and two special tokens."
         )
     if "data" not in config:
         raise TrainingError("The configuration has no table [data], with the size of pictures.")
@@ -107,10 +107,10 @@ def check_tables(config: Mapping[str, Any]) -> None:
 
 
 def _source_options(config: Mapping[str, Any]) -> Kinds:
-    """The options of the source that ``[data]`` names. None is needed yet: a folder of pictures takes none."""
+    """The options of the source that ``[data]`` names. All may be missing, because a folder of pictures needs none."""
     data = config.get("data")
     name = data.get("source") if isinstance(data, dict) else None
-    if not isinstance(name, str):  # of another kind, it is refused with the table
+    if not isinstance(name, str):  # another type is refused with the table
         return {}
     return {option: (kind, False) for option, (kind, _) in options_of(find_source(name)).items()}
 
@@ -141,7 +141,7 @@ def _check_stage(name: str, table: Mapping[str, Any], options: Kinds) -> None:
 
 
 def task_kinds(stage: Stage) -> Kinds:
-    """What a task's table may hold: the arguments that do not come from elsewhere."""
+    """The values of ``[stage.task]``: the task's arguments without those that `workshop` gives it."""
     given = (*stage.needs, "dataset", "unseen", "shapes", "control", "name")
     kinds = list(kinds_of(stage.task).items())[len(stage.trains) :]
     return {name: kind for name, kind in kinds if name not in given}

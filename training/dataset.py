@@ -1,4 +1,4 @@
-"""Pictures with captions, as every stage takes them. `picture_folder.PictureFolder` reads them from files."""
+"""Captioned pictures, the interface of all training data. `picture_folder.PictureFolder` reads them from files."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from transformers import PreTrainedTokenizerBase
 from cascade.sizes import Size
 
 Split = Literal["train", "heldout"]
-"""What is trained on, and what is only looked at."""
+"""``train`` is trained on; ``heldout`` is for evaluation."""
 
 FEW_TIMES = 64
-"""Draws are made different where there are at most so many times as many pictures; else hardly any is drawn twice."""
+"""Draws are made distinct if there are at most this many times as many pictures; otherwise repetitions are rare."""
 
 
 class Dataset(ABC):
-    """Captioned pictures by index, of any size asked for.
+    """Captioned pictures by index, at any size.
 
     Args:
-        captions: one a picture.
+        captions: one for each picture.
         tokenizer: CLIP tokenizer for the captions.
-        size: height and width of the pictures in pixels unless others are asked for.
-        device: where pixels and tokens live.
-        names: of all things that pictures can show, as short captions; none where nobody knows.
+        size: default height and width of the pictures in pixels.
+        device: where pixels and tokens are kept.
+        names: short captions of all things that pictures can show; empty if unknown.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Dataset(ABC):
         return len(self.captions)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Indices (count,) of random pictures, on the CPU so that fetching them waits for nothing on the device."""
+        """Indices (count,) of random pictures; on the CPU, so that fetching them does not wait for the device."""
         own = torch.Generator().manual_seed(generator.initial_seed())
         return torch.randint(len(self), (count,), generator=own)
 
     def draw_different(self, count: int, generator: torch.Generator) -> Tensor:
-        """As `draw`, but of few pictures none twice: at most as many as there are.
+        """Like `draw`, but without repetition if there are few pictures; then at most as many as there are.
 
-        A contrast of pictures and captions would take a picture's own caption for another one's.
+        With a picture twice in a batch, contrastive losses would treat its own caption as another picture's.
         """
         if len(self) > FEW_TIMES * count:
             return self.draw(count, generator)
@@ -65,7 +65,7 @@ class Dataset(ABC):
         """Pixels (len(indices), 3, height, width), float32 in 0..1."""
 
     def shown(self, indices: Tensor) -> Tensor:
-        """Which of ``names`` pictures show: boolean (len(indices), len(names))."""
+        """Which of ``names`` each picture shows: boolean (len(indices), len(names))."""
         return torch.zeros(len(indices), len(self.names), dtype=torch.bool, device=self.device)
 
     def tokenise(self, texts: list[str]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Reads training checkpoints from before a UNet's q, k and v, and its timestep mappers, became single layers.
+"""Reads training checkpoints of earlier versions, in which a UNet's q, k and v, and its timestep mappers, were separate layers.
 
-A checkpoint's model has published names, which any version reads. Its optimizer and its averaged weights are lists, in the order
-of the parameters; that of an earlier version has an entry for each published tensor.
+The model in a checkpoint has the published names, which every version reads. The optimizer's state and the averaged weights are
+lists in the order of the parameters; those of an earlier version have one entry for each published tensor.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from cascade.networks.layout import published_names
 
 
 class Stacking:
-    """From a list with an entry for each published tensor to one with an entry for each trained parameter."""
+    """Joins the entries of a list that has one for each published tensor, so that it has one for each trained parameter."""
 
     def __init__(self, task: nn.Module) -> None:
         names = published_names(task)
@@ -32,7 +32,7 @@ class Stacking:
         return [torch.cat([weights[i] for i in places]) for places in self.places]
 
     def optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state dict with one group. Numbers, such as the step, are the same for all parts of a parameter."""
+        """Joins an optimizer's state dict with one group. Scalars, such as the step, are equal for all parts of a parameter."""
         before, (group,) = state["state"], state["param_groups"]
         after = {}
         for i, places in enumerate(self.places):
@@ -46,10 +46,10 @@ class Stacking:
 
 
 def accept_earlier_checkpoints(task: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel) -> None:
-    """Have an optimizer and averaged weights load what an earlier version saved.
+    """Makes an optimizer and averaged weights load checkpoints of earlier versions too.
 
     Args:
-        task: the networks, whose trained parameters are those of `optimizer` and `ema`, in their order.
+        task: the networks. Their trained parameters are those of ``optimizer`` and ``ema``, in the same order.
     """
     stacking = Stacking(task)
     load = ema.load_state_dict

@@ -1,4 +1,4 @@
-"""What training says when the configuration, the data or a file is wrong."""
+"""Errors of training: a wrong configuration, wrong data, or a file that cannot be read or written."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# What libraries raise for files that are missing, cut, of another kind or too large for the disk.
+# Libraries raise these for files that are missing, truncated, of another format, or too large for the disk.
 FILE_ERRORS = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, SafetensorError)
 
 
@@ -17,7 +17,7 @@ class TrainingError(ValueError):
 
 
 def summary(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters; the kind of error if it has no message."""
+    """The first line of an error's message, at most 200 characters; the name of its class if it has no message."""
     lines = str(error).strip().splitlines()
     line = lines[0].rstrip(" .:") if lines else type(error).__name__
     return line if len(line) <= 200 else line[:200] + "..."
@@ -25,10 +25,10 @@ def summary(error: BaseException) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while ``path`` is written into a sentence that says how much room the disk has.
+    """Turns an error while ``path`` is written into one sentence, which also tells the free space on the disk.
 
     Raises:
-        TrainingError: the block raised an error that a file or a full disk causes.
+        TrainingError: the block raised an error that files or a full disk cause.
     """
     try:
         yield

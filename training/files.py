@@ -1,4 +1,4 @@
-"""Files that are complete or not there, whenever the process is killed."""
+"""Writes files so that they are complete or absent, even if the process is killed."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to. It takes the place of ``path`` when the block ends, and vanishes if it raises."""
+    """Yields a file beside ``path`` to write to. It replaces ``path`` when the block ends, and is deleted if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -20,15 +20,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_components(model: Path, owner: str, write: Callable[[Path], object]) -> None:
-    """Writes components of a model folder; each stays readable, old or new, at every moment.
+    """Writes components of a model folder. Each stays readable at every moment, in its old or its new form.
 
-    A new component's folder appears at once. A folder cannot take the place of another in one step, but a file can: the files
-    of a component that exists are replaced one by one, which is safe as long as the network keeps its sizes.
+    The folder of a new component appears complete. An existing folder cannot be replaced in one step, but its files can, one by
+    one; that is safe because the network keeps its sizes.
 
     Args:
         model: the model folder.
-        owner: who writes, for the name of the folder where the new files are made; two owners can write at the same time.
-        write: is given a folder, and writes each component to a sub-folder of it.
+        owner: name of the writer; different owners may write at the same time.
+        write: called with a folder; writes each component to a sub-folder of it.
     """
     model.mkdir(parents=True, exist_ok=True)
     part = model / f".{owner}.part"
@@ -43,7 +43,7 @@ def write_components(model: Path, owner: str, write: Callable[[Path], object]) -
 
 
 def _replace(made: Path, target: Path) -> None:
-    if target.is_symlink():  # what it leads to belongs to another model folder
+    if target.is_symlink():  # its target belongs to another model folder
         target.unlink()
     if made.is_file() or not target.exists():
         made.replace(target)
@@ -51,6 +51,6 @@ def _replace(made: Path, target: Path) -> None:
     new = {file.name for file in made.iterdir()}
     for name in sorted(new):
         os.replace(made / name, target / name)
-    for file in target.iterdir():  # weights of an earlier form, which a reader might prefer
+    for file in target.iterdir():  # older weights under another name, which a reader might prefer
         if ".safetensors" in file.name and file.name not in new:
             file.unlink()

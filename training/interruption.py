@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a step is finished and saved before training ends."""
+"""Ctrl-C and SIGTERM: training finishes the step and saves before it ends."""
 
 import signal
 import threading
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class Stopped(Exception):
-    """Training was asked to stop, by Ctrl-C or SIGTERM, and has saved a checkpoint.
+    """Training was stopped by Ctrl-C or SIGTERM, and has saved a checkpoint.
 
     Attributes:
-        signal: its number.
-        step: how many steps are done.
+        signal: number of the signal.
+        step: number of steps that are done.
     """
 
     def __init__(self, number: int, step: int) -> None:
@@ -21,12 +21,12 @@ class Stopped(Exception):
 
 
 class Interruption:
-    """Notes Ctrl-C and SIGTERM while its block runs, so that a step is finished and saved; a later one ends at once.
+    """Notes the first Ctrl-C or SIGTERM while its block runs, so that the step can be finished; a second one ends at once.
 
-    Signals that the process ignores stay ignored. Outside of the main thread, which alone hears signals, it does nothing.
+    Signals that the process ignores stay ignored. It does nothing outside of the main thread, which alone receives signals.
     """
 
-    # torchrun passes Ctrl-C on to processes that have heard it already, at once.
+    # Seconds in which further signals count as the first one: torchrun passes Ctrl-C on to processes that already got it.
     same_seconds = 2.0
 
     def __init__(self) -> None:

@@ -1,15 +1,15 @@
-"""Random masks for inpainting: what a person marks is a box, a blob or a stroke, or all but the picture to be continued."""
+"""Random masks for inpainting: boxes, blobs and strokes, as people draw them, and their inverses, as outpainting has them."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 SMALLEST, LARGEST = 0.2, 0.9
-"""A box's sides, in parts of the picture's."""
+"""Range of a box's sides, as shares of the picture's."""
 CELLS = 5
-"""Independent values a side of the random field that blobs and strokes are cut from."""
+"""Independent values along each side of the random field from which blobs and strokes are cut."""
 STROKE = 0.25
-"""Half the range of the field, in deviations, that a stroke covers."""
+"""A stroke covers the field's values from minus this to plus this, in standard deviations."""
 
 
 def boxes(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -26,7 +26,7 @@ def boxes(count: int, size: tuple[int, int], generator: torch.Generator) -> Tens
 
 
 def blobs_and_strokes(count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """The low parts of smooth random fields, or the bands along their zero lines, bool (count, 1, H, W)."""
+    """Where smooth random fields are low (blobs), or close to zero (strokes): bool (count, 1, H, W)."""
     field = torch.randn(count, 1, CELLS, CELLS, generator=generator, device=generator.device)
     field = F.interpolate(field, size=size, mode="bicubic")
     level, kind = torch.rand(2, count, 1, 1, 1, generator=generator, device=generator.device)
@@ -34,15 +34,15 @@ def blobs_and_strokes(count: int, size: tuple[int, int], generator: torch.Genera
 
 
 def random_masks(count: int, size: tuple[int, int], generator: torch.Generator, *, inverted: float) -> Tensor:
-    """Masks of which half are boxes, a quarter blobs, a quarter strokes.
+    """Random masks: half boxes, a quarter blobs, a quarter strokes.
 
     Args:
-        count, size: number, height and width.
-        generator: on the device where the masks are wanted.
-        inverted: share that is turned inside out: outpainting.
+        count, size: number of masks; their height and width.
+        generator: on the device of the masks.
+        inverted: share of the masks that are inverted, for outpainting.
 
     Returns:
-        bool (count, 1, height, width), true where the picture is to be made anew. Some are all true or all false.
+        bool (count, 1, height, width), true where the picture is to be painted. Some are all true or all false.
     """
     box, turn = torch.rand(2, count, 1, 1, 1, generator=generator, device=generator.device)
     masks = torch.where(box < 0.5, boxes(count, size, generator), blobs_and_strokes(count, size, generator))

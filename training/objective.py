@@ -1,6 +1,6 @@
-"""What a diffusion stage of Stable Cascade is trained to do: the noise it sees, the timesteps, and how much each error counts.
+"""The training objective of the diffusion stages: noise, timesteps, and the weight of each error.
 
-Pure tensor maths in float32. Every random draw takes a generator, so that a step can be repeated exactly.
+Pure float32 tensor maths. Every random draw takes a generator, so a step can be repeated exactly.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ def sample_timesteps(batch: int, generator: torch.Generator) -> Tensor:
 class P2Weight(nn.Module):
     """Weight of the epsilon error: ``1 / (k + SNR) + floor``.
 
-    Source: Choi et al., Perception Prioritized Training of Diffusion Models (gamma = 1); the authors of Stable Cascade use
-    k = 1. Smaller k matters where sampling has few steps: the first one magnifies Stage B's error at t = 1 some fifteen
-    times. After 8,000 steps with k = 1, what the miniature's Stage B took for the picture at t = 1 was worse than gray
-    (error 1.5, in deviations of the latents), while at t = 0.9 it was 0.34. The floor keeps the last, nearly noiseless
-    steps from being forgotten.
+    Source: Choi et al., Perception Prioritized Training of Diffusion Models, arXiv 2204.00227 (gamma = 1). The authors of Stable
+    Cascade use k = 1. A smaller k gives more weight to errors near t = 1, which matter when sampling takes few steps: the first
+    step magnifies Stage B's error there some fifteen times. After 8,000 steps with k = 1, the miniature's Stage B predicted
+    latents at t = 1 that were worse than gray (error 1.5 standard deviations of the latents; 0.34 at t = 0.9). The floor keeps
+    some weight on the last, nearly noiseless steps.
     """
 
     def __init__(self, k: Amount = 1.0, floor: Amount = 0.0) -> None:
@@ -37,14 +37,14 @@ class P2Weight(nn.Module):
         return 1 / (self.k + log_snr(timesteps).exp()) + self.floor
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Nothing: this weight follows no loss."""
+        """Does nothing: this weight does not depend on the loss."""
 
 
 class AdaptiveLossWeight(nn.Module):
     """The authors' adaptive weight: one over the running mean of the loss in the same bucket of logSNR.
 
-    ``buckets - 1`` edges are spread evenly over logSNR -10 to 10. :meth:`update` averages all losses that fall into one
-    bucket before it moves that bucket, so that none is lost when several samples share it.
+    ``buckets - 1`` edges are spread evenly over logSNR from -10 to 10. `update` first averages all losses of a bucket, so that
+    every sample counts when several fall into one.
     """
 
     def __init__(self, buckets: Count = 300, momentum: Share = 0.99) -> None:
@@ -59,7 +59,7 @@ class AdaptiveLossWeight(nn.Module):
 
     @torch.no_grad()
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Moves the buckets towards the unweighted ``losses`` (batch,) measured at ``timesteps`` (batch,)."""
+        """Moves the buckets towards the unweighted ``losses`` (batch,) at ``timesteps`` (batch,)."""
         index = torch.bucketize(log_snr(timesteps), self.edges)
         count = torch.zeros_like(self.losses).index_add_(0, index, torch.ones_like(losses))
         total = torch.zeros_like(self.losses).index_add_(0, index, losses)
@@ -71,7 +71,7 @@ WEIGHTS = {"p2": P2Weight, "adaptive": AdaptiveLossWeight}
 
 
 def loss_weight(kind: str, **arguments: Any) -> P2Weight | AdaptiveLossWeight:
-    """The weight that a configuration's table ``weight`` asks for, e.g. ``{ kind = "p2", k = 1.0 }``.
+    """The weight of a configuration's table ``weight``, such as ``{ kind = "p2", k = 1.0 }``.
 
     Raises:
         ValueError: there is no such kind.
@@ -82,28 +82,28 @@ def loss_weight(kind: str, **arguments: Any) -> P2Weight | AdaptiveLossWeight:
 
 
 def diffusion_losses(epsilon: Tensor, noise: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """What a step of a diffusion stage logs and minimises, float32.
+    """The losses of a diffusion stage, float32.
 
     Args:
         epsilon: the prediction (batch, C, H, W).
-        noise: what was to be predicted, of the same shape.
+        noise: the noise that was to be predicted, of the same shape.
         weights: (batch,).
 
     Returns:
-        ``loss``, the weighted mean of the squared errors; ``errors`` (batch,), those of each sample; ``epsilon``, their mean.
+        ``loss``, the weighted mean of the squared errors; ``errors`` (batch,), the error of each sample; ``epsilon``, their mean.
     """
     errors = (epsilon.float() - noise).square().mean(dim=(1, 2, 3))
     return {"loss": (errors * weights).mean(), "errors": errors.detach(), "epsilon": errors.mean().detach()}
 
 
 def pyramid_noise(shape: tuple[int, ...], generator: torch.Generator, decay: float = 0.75, largest: int = 16) -> Tensor:
-    """Noise (B, C, H, W) of unit variance in which coarse levels carry more weight than in white noise.
+    """Noise (B, C, H, W) of unit variance with more weight on coarse structure than white noise.
 
-    Level i is white noise at 1/2**i of the size, brought up bilinearly and weighted ``decay**i``, up to 1/``largest``; Stage B of
-    the published model was trained with it. ``decay`` 0 gives white noise, which is what sampling starts from.
+    It is a sum of levels. Level i is white noise at 1/2**i of the size, enlarged bilinearly and weighted by ``decay**i``, down to
+    1/``largest`` of the size. The authors trained Stage B with ``decay`` 0.75; 0 gives white noise, which sampling starts from.
 
-    Bilinear enlarging by f leaves a deviation of ``2/3 - 1 / (6 f**2)`` (the mean over its phases); it is divided out here. The
-    authors do not, so that their training noise is weaker than their sampling noise.
+    Enlarging bilinearly by f reduces the standard deviation to ``2/3 - 1 / (6 f**2)``, the mean over all phases. It is divided
+    out here. The authors do not do that, so their training noise is weaker than their sampling noise.
     """
     height, width = shape[-2:]
     noise = torch.randn(shape, generator=generator, device=generator.device)
@@ -119,5 +119,5 @@ def pyramid_noise(shape: tuple[int, ...], generator: torch.Generator, decay: flo
 
 
 def keep_mask(batch: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Boolean mask (batch,): true with ``probability``. For condition dropout."""
+    """Boolean mask (batch,), each true with ``probability``; for dropping conditions."""
     return torch.rand(batch, generator=generator, device=generator.device) < probability

@@ -23,27 +23,27 @@ RANGES = {
 
 @dataclass(frozen=True)
 class Options:
-    """How a stage is trained; one table of the configuration file.
+    """How a stage is trained: the table ``[stage] options`` of the configuration file.
 
     Attributes:
-        steps: optimizer steps, at least 1.
-        batch_size: samples of the native size, of one process and one micro-batch.
-        learning_rate: the largest. It rises over ``warmup`` steps, stays, and falls along a half cosine to nothing over the
-            last ``decay`` steps.
-        warmup: steps; None: 200, or a tenth of all steps where that is less.
+        steps: number of optimizer steps, at least 1.
+        batch_size: pictures of the native size in a micro-batch, for one process.
+        learning_rate: the highest. It rises over ``warmup`` steps, stays, and falls to zero along a half cosine over the last
+            ``decay`` steps.
+        warmup: steps; None: 200, but at most a tenth of all steps.
         decay: steps; 0: the learning rate does not fall. ``warmup`` and ``decay`` together are at most ``steps``.
-        weight_decay, beta2: AdamW's.
-        clip: largest norm of the gradient.
-        accumulate: micro-batches of a step.
+        weight_decay, beta2: of AdamW.
+        clip: highest norm of the gradient.
+        accumulate: micro-batches in a step.
         ema: decay of the averaged weights, below 1.
-        precision: of a GPU's matrix products, ``bf16``, ``fp16`` or ``no``; a CPU computes in float32.
+        precision: of matrix products on a GPU, ``bf16``, ``fp16`` or ``no``; a CPU computes in float32.
         compile: whether the network is compiled; ``auto``: on a GPU only.
-        evaluate_every: steps from one evaluation to the next; there is one at the end in any case.
-        checkpoint_seconds: time from one checkpoint to the next.
-        seed: decides the initial weights, and everything that is drawn.
+        evaluate_every: steps between evaluations; there is always one at the end.
+        checkpoint_seconds: seconds between checkpoints.
+        seed: decides the initial weights and all random draws.
 
     Raises:
-        TrainingError: a value is out of its range, or the schedule is longer than the training.
+        TrainingError: a value is out of range, or warm-up and decay are longer than the training.
     """
 
     steps: int
@@ -83,13 +83,13 @@ class Options:
             )
 
     def scaled(self, steps: int) -> "Options":
-        """The same schedule over another number of steps: warm-up and decay keep their shares."""
+        """The options with another number of steps, of which warm-up and decay keep their shares."""
         share = steps / self.steps
         return replace(self, steps=steps, warmup=math.floor(self.warmup * share), decay=math.floor(self.decay * share))
 
 
 def learning_rate_factor(step: int, options: Options) -> float:
-    """Share of the full learning rate at ``step``: warm-up, plateau, half cosine."""
+    """The learning rate at ``step`` as a share of the highest: warm-up, plateau, half cosine."""
     factor = min(1.0, (step + 1) / max(1, options.warmup))
     left = options.steps - step
     if options.decay and left < options.decay:

@@ -1,4 +1,4 @@
-"""Training data of one's own: a folder of pictures, each with its caption in a text file of the same name."""
+"""Training data in a folder: pictures, each with its caption in a text file of the same name."""
 
 import hashlib
 import logging
@@ -25,25 +25,25 @@ logger = logging.getLogger(__name__)
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 HELD_OUT = 50
-"""One picture of so many is held out for evaluation."""
+"""One picture in this many is held out for evaluation."""
 
 Captioned = tuple[Path, str]
 
 
 def captioned_pictures(folder: Path) -> list[Captioned]:
-    """The pictures of ``folder`` and its sub-folders with their captions, in the order of their names.
+    """The pictures of ``folder`` and its sub-folders with their captions, sorted by path.
 
-    Files whose name begins with a dot are left out.
+    Files whose names begin with a dot are ignored.
 
     Raises:
-        TrainingError: there is no picture, or one has no caption, or a caption is not UTF-8.
+        TrainingError: there is no picture, a picture has no caption, or a caption is not UTF-8.
     """
     files = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
     found = []
     for file in sorted(files):
         caption = file.with_suffix(".txt")
         if not caption.is_file():
-            raise TrainingError(f"{file} has no caption: {caption.name} is not beside it.")
+            raise TrainingError(f"{file} has no caption; it must be beside it, in {caption.name}.")
         try:
             found.append((file, caption.read_text(encoding="utf-8-sig").strip()))
         except UnicodeDecodeError as error:
@@ -56,13 +56,13 @@ def captioned_pictures(folder: Path) -> list[Captioned]:
 
 
 def read(file: Path, needed: Size | None = None) -> Image.Image:
-    """A training picture in RGB. In this process, and so in many threads at once: it is one's own.
+    """Reads a training picture in RGB. It is decoded in this process, because one's own pictures can be trusted.
 
     Args:
         needed: (width, height), see `PictureFile.decode`.
 
     Raises:
-        TrainingError: it is cut, too large, or no picture.
+        TrainingError: it is truncated, too large, or not a picture.
     """
     try:
         with file.open("rb") as content:
@@ -78,17 +78,18 @@ def check_pictures(files: Sequence[Path], record: Path) -> None:
 
     Args:
         files: the pictures.
-        record: a file that notes which ones were read: their names, sizes and times. The same ones are not read again.
+        record: a file that keeps a digest of the names, sizes and times of the pictures that were read. They are read again
+            only if it changed.
 
     Raises:
-        TrainingError: one cannot be read; the sentence names it.
+        TrainingError: a picture cannot be read; the error names it.
     """
     listing = "\n".join(f"{file}\t{(about := file.stat()).st_size}\t{about.st_mtime_ns}" for file in files)
     digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
     if record.is_file() and record.read_text() == digest:
         return
     with ThreadPoolExecutor() as pool:
-        # In lots: with all pictures submitted at once, those behind a damaged one would be read before it is reported.
+        # In groups, because the pool reads all that was submitted before it reports a damaged picture.
         for first in tqdm(range(0, len(files), 64), desc="reading pictures", unit_scale=64, delay=3, leave=False):
             list(pool.map(read, files[first : first + 64]))
     with writing(record), whole_file(record) as part:
@@ -96,22 +97,24 @@ def check_pictures(files: Sequence[Path], record: Path) -> None:
 
 
 def split_pictures(pictures: Sequence[Captioned], split: Split) -> list[Captioned]:
-    """The part of a folder's pictures that one split gets: every 50th is ``heldout``, all others ``train``.
+    """The pictures of one split: every 50th is ``heldout``, all others are ``train``.
 
-    Of fewer than 200 pictures, which would leave three or less to look at, about four are held out.
+    Of fewer than 200 pictures, about four are held out.
 
     Raises:
-        TrainingError: there is a single picture.
+        TrainingError: there is only one picture.
     """
     every = min(HELD_OUT, max(3, len(pictures) // 4))
     chosen = [pair for index, pair in enumerate(pictures) if (index % every == 0) == (split == "heldout")]
     if not chosen:
-        raise TrainingError(f"{pictures[0][0].parent} holds a single picture; training needs another one to look at.")
+        raise TrainingError(
+            f"{pictures[0][0].parent} holds only one picture; training needs another one to evaluate on."
+        )
     return chosen
 
 
 class PictureFolder(Dataset):
-    """Pictures of files, scaled to cover the size asked for, and cropped centrally."""
+    """Pictures from files, scaled to cover the size asked for, and cropped in the middle."""
 
     def __init__(
         self, pictures: Sequence[Captioned], tokenizer: PreTrainedTokenizerBase, *, size: Size, device: torch.device
@@ -133,7 +136,7 @@ class PictureFolder(Dataset):
 
 
 class Pictures:
-    """A folder of pictures with captions, as a `training.sources.Source`."""
+    """A folder of captioned pictures, as a `training.sources.Source`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Small helpers for batches of pictures: the sizes that the networks take, and sheets to look at."""
+"""Helpers for batches of pictures: resizing, similarity, and sheets."""
 
 import torch
 from PIL import Image
@@ -11,24 +11,24 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(pixels: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Pixels (B, 3, H, W) in 0..1 to ``size``, bilinear with antialiasing."""
+    """Resizes pixels (B, 3, H, W) in 0..1, bilinear with antialiasing; ``size`` is one side or (height, width)."""
     return nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
 
 
 def normalise(pixels: Tensor, size: int) -> Tensor:
-    """Pixels (B, 3, H, W) in 0..1 to what CLIP's vision tower expects: ``size`` a side, CLIP's mean and deviation."""
+    """Pixels (B, 3, H, W) in 0..1 to the input of CLIP's vision tower: ``size`` pixels a side, CLIP's mean and deviation."""
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (resize(pixels, size).clamp(0, 1) - mean) / std
 
 
 def for_previewer(pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) at the size of their preview: 8 pixels a semantic latent."""
+    """Resizes pixels (B, 3, H, W) to the size of their preview, which has 8 pixels for each semantic latent."""
     rows, columns = semantic_size(*pixels.shape[-2:])
     return resize(pixels, (8 * rows, 8 * columns))
 
 
 def psnr(made: Tensor, true: Tensor) -> float:
-    """Mean over a batch of the peak signal-to-noise ratio in dB; both (B, 3, H, W) in 0..1. Equal pictures count 100 dB."""
+    """Peak signal-to-noise ratio in dB, the mean over a batch; both (B, 3, H, W) in 0..1. Equal pictures count as 100 dB."""
     errors = (made - true).square().mean(dim=(1, 2, 3))
     return (-10 * errors.clamp(min=1e-10).log10()).mean().item()
 
@@ -55,9 +55,9 @@ def ssim(made: Tensor, true: Tensor) -> float:
 
 
 def grid(rows: list[Tensor]) -> Image.Image:
-    """One sheet from rows of pictures, each (N, 3, H, W) in 0..1; rows are brought to the height of the first.
+    """One sheet from rows of pictures, each (N, 3, H, W) in 0..1. All are resized to the pictures of the first row.
 
-    No row may have more pictures than the first. Those with fewer are filled up with black, and empty ones left out.
+    No row may have more pictures than the first. Shorter rows are padded with black, and empty ones left out.
     """
     height, width = rows[0].shape[-2:]
     lines: list[Tensor] = []

@@ -1,7 +1,7 @@
-"""Where training pictures come from: a folder of files, or a class of one's own that the configuration names.
+"""Sources of training pictures: a folder of files, or a class that the configuration names.
 
-A folder needs no source: `picture_folder.Pictures` reads it. Whatever else ``--data`` is, ``[data] source`` names the class
-that reads it, as ``"module:Class"``. The class is given the path, and its options from ``[data]`` and ``[stage.data]``.
+A folder is read by `picture_folder.Pictures`. For any other path, ``[data] source`` names the class that reads it, as
+``"module:Class"``. The class gets the path, and its options from ``[data]`` and ``[stage.data]``.
 """
 
 import pkgutil
@@ -19,27 +19,27 @@ from training.values import Kinds, kinds_of
 
 
 class Source(Protocol):
-    """Pictures with captions, for training and held out.
+    """Captioned pictures, for training and held out.
 
-    A class that ``[data] source`` names is made as ``Class(path, **options)``. The annotations of its options are what the
-    configuration is checked by (`training.values`); those without a default must be in ``[data]``.
+    A class that ``[data] source`` names is constructed as ``Class(path, **options)``. The configuration is checked by the
+    annotations of its options (`training.values`); options without a default are required in ``[data]``.
     """
 
     def check(self, record: Path) -> None:
-        """Looks for faults before anything is trained.
+        """Checks the data before anything is trained.
 
         Args:
-            record: a file in the training's folder that may note what was found whole.
+            record: a file in the training's folder, in which the source may note what it has checked.
 
         Raises:
             TrainingError: the data are missing or damaged.
         """
 
     def captions(self) -> list[str]:
-        """Captions for the tokenizer to learn from."""
+        """Captions from which the tokenizer learns."""
 
     def dataset(self, split: Split, tokenizer: PreTrainedTokenizerBase, *, size: Size, device: torch.device) -> Dataset:
-        """The pictures of one split, of ``size`` (height, width) unless others are asked for."""
+        """The pictures of one split; ``size`` is their default (height, width)."""
 
 
 def find_source(name: str) -> type:
@@ -52,21 +52,21 @@ def find_source(name: str) -> type:
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise TrainingError(
-            f"[data] source is {name!r}; it must be module:Class, and can be imported: {summary(error)}."
+            f"[data] source is {name!r}; it must be module:Class and importable: {summary(error)}."
         ) from error
     if not isinstance(found, type):
-        raise TrainingError(f"[data] source is {name!r}; it must be module:Class, and name a class.")
+        raise TrainingError(f"[data] source is {name!r}; it must be module:Class, and this is not a class.")
     return found
 
 
 def options_of(source: type) -> Kinds:
-    """What ``[data]`` may hold for a source: the arguments that its class takes after the path."""
+    """The options of a source: the arguments of its class after the path."""
     (_, *options) = kinds_of(source).items()
     return dict(options)
 
 
 def make_source(name: str, path: Path, options: Mapping[str, Any]) -> Source:
-    """The source ``name`` for ``path``; of ``options``, it is given those that it takes.
+    """Constructs the source ``name`` for ``path``, with those of ``options`` that it takes.
 
     Raises:
         TrainingError: it cannot be imported, or an option is missing.

@@ -1,4 +1,4 @@
-"""The stages of training: what each learns, and which earlier ones it needs."""
+"""The stages of training: what each trains, and which components it needs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,13 @@ class Stage:
     """One stage.
 
     Attributes:
-        task: what it is given, beside the configuration's table ``[stage.task]``, follows from the other attributes.
-        trains: components, the task's first arguments. Those that the model folder has are trained further.
-        needs: components of earlier stages, which the task takes by their names; they stay as they are.
-        anew: what it trains always begins from nothing.
-        further: what it trains must be there already.
-        of_all_sizes: trains on pictures of all sizes of ``[data]``, and takes them as ``shapes``.
-        control: the kind of a ControlNet's control.
+        task: the class that trains it. Its arguments follow from the other attributes and from ``[stage.task]``.
+        trains: the components that it trains, the task's first arguments. Those in the model folder are trained further.
+        needs: the frozen components of earlier stages, which the task takes by name.
+        anew: whether the components always start from random weights.
+        further: whether the components must exist already.
+        of_all_sizes: whether it trains on all picture sizes of ``[data]``, which the task takes as ``shapes``.
+        control: the kind of control of a ControlNet; None for other stages.
     """
 
     task: type[Task]
@@ -60,7 +60,7 @@ ORDER = ("tokenizer", *STAGES)
 
 
 def maker(component: str) -> str:
-    """The stage that makes a component; others may train it further."""
+    """The stage that makes a component. Other stages may train it further."""
     if component == "tokenizer":
         return "tokenizer"
     return next(name for name, stage in STAGES.items() if component in stage.trains and not stage.further)
@@ -80,10 +80,10 @@ def waits_for(name: str) -> tuple[str, ...]:
 
 
 def check_needs(name: str, model: Path) -> None:
-    """Makes sure that the model folder has what a stage needs of earlier ones.
+    """Checks that the model folder has the components that a stage needs.
 
     Raises:
-        TrainingError: it lacks something; the sentence says which stages make it.
+        TrainingError: a component is missing; the error says which stages make it.
     """
     if name == "tokenizer":
         return
@@ -95,6 +95,6 @@ def check_needs(name: str, model: Path) -> None:
 
 
 def advice(components: list[str]) -> str:
-    """Which stages make these components, as advice."""
+    """A hint which stages make these components."""
     stages = [stage for stage in ORDER if stage in {maker(component) for component in components}]
     return f"run the stage{'s' * (len(stages) > 1)} {', '.join(stages)} first"

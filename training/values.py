@@ -1,4 +1,4 @@
-"""Values of a configuration's tables: what their annotations allow, and the sentence for one that does not fit."""
+"""Checks values of a configuration by type annotations, and words the error for a wrong one."""
 
 import inspect
 import math
@@ -10,18 +10,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from training.errors import TrainingError
 
 Kinds = Mapping[str, tuple[Any, bool]]
-"""Of each name that a table may hold, the type, and whether it must be there."""
+"""For each name that a table may hold: its annotation, and whether it is required."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The range of a number, both ends included."""
+    """The range of a number, including both ends."""
 
     least: float
     most: float = math.inf
 
     def check(self, where: str, value: float) -> None:
-        """Raises `TrainingError` for a value outside; ``where`` is what the sentence calls it."""
+        """Raises `TrainingError` if the value is out of range; ``where`` is its name in the error."""
         if not self.least <= value <= self.most:
             if math.isfinite(self.most):
                 raise TrainingError(f"{where} is {value}; it must be from {self.least} to {self.most}.")
@@ -35,7 +35,7 @@ Count = Annotated[int, Range(1)]
 
 
 def kinds_of(function: Callable[..., Any]) -> Kinds:
-    """What a function, or a class, can be called with."""
+    """The arguments of a function or class."""
     parameters = inspect.signature(function).parameters.values()
     return {
         parameter.name: (parameter.annotation, parameter.default is parameter.empty)
@@ -45,19 +45,19 @@ def kinds_of(function: Callable[..., Any]) -> Kinds:
 
 
 def check_values(where: str, given: Mapping[str, Any], kinds: Kinds) -> None:
-    """Checks a table's names, kinds and ranges.
+    """Checks the names, types and ranges of a table's values.
 
     Args:
-        where: the table, as the sentence calls it.
-        given: what it holds.
-        kinds: what it may hold.
+        where: the table's name in an error.
+        given: the table.
+        kinds: the values that it may hold.
 
     Raises:
-        TrainingError: one is unknown, missing or wrong.
+        TrainingError: a value is unknown, missing or wrong.
     """
     for name, value in given.items():
         if name not in kinds:
-            raise TrainingError(f"{where} has an unknown value {name}; {_list(kinds)}.")
+            raise TrainingError(f"{where} has an unknown name {name}; {_known(kinds)}.")
         kind, _ = kinds[name]
         if not fits(value, kind):
             raise TrainingError(f"{where} {name} is {value!r}; it must be {describe(kind)}.")
@@ -68,12 +68,12 @@ def check_values(where: str, given: Mapping[str, Any], kinds: Kinds) -> None:
             raise TrainingError(f"{where} lacks {name}.")
 
 
-def _list(names: Collection[str]) -> str:
-    return f"there are {', '.join(names)}" if names else "there are none"
+def _known(names: Collection[str]) -> str:
+    return f"it may hold {', '.join(names)}" if names else "it may hold none"
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from a TOML file can be an argument that is annotated with ``kind``. Unknown annotations take all."""
+    """Whether a value from a TOML file fits the annotation ``kind``. Annotations that are not known here fit all values."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return fits(value, arguments[0])
@@ -101,8 +101,8 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def describe(kind: Any) -> str:
-    """An annotation in words, for whoever writes a TOML file."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a table"}
+    """An annotation in words, for the error."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return describe(arguments[0])

@@ -1,4 +1,4 @@
-"""The configuration, the data and the model folder of one training; builds what a stage trains."""
+"""Builds the task of a stage from the configuration, the data and the model folder."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -31,7 +31,7 @@ from training.tasks.controlnet import CONTROL_KINDS, new_controlnet
 
 
 def load_component(model: Path, name: str) -> Any:
-    """A network or the tokenizer of a model folder, float32 on the CPU; asks no hub.
+    """Loads a network (float32, on the CPU) or the tokenizer from a model folder. Never asks the Hub.
 
     Raises:
         TrainingError: it is missing or damaged.
@@ -45,7 +45,7 @@ def load_component(model: Path, name: str) -> Any:
         return NETWORKS[name].from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
     except FILE_ERRORS as error:
         raise TrainingError(
-            f"{folder} cannot be read ({summary(error)}); remove it, and run the stage {maker(name)} again."
+            f"{folder} cannot be read ({summary(error)}); remove it and run the stage {maker(name)} again."
         ) from error
 
 
@@ -53,10 +53,10 @@ class Workshop:
     """Builds the tasks of one training.
 
     Args:
-        config: the configuration's tables, checked.
-        data: a folder of pictures with captions, or what the configuration's source reads.
+        config: the configuration's tables, already checked.
+        data: a folder of captioned pictures, or a path that the configuration's source reads.
         output: the training's folder; ``model`` in it is the model folder.
-        device: where it trains.
+        device: the training device.
     """
 
     def __init__(self, config: Mapping[str, Any], data: Path, output: Path, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class Workshop:
         self.model = output / "model"
 
     def check_data(self) -> None:
-        """Has the source look for faults in the data.
+        """Has the source check the data.
 
         Raises:
             TrainingError: something is missing or damaged.
@@ -76,33 +76,33 @@ class Workshop:
         return Pictures(self.data)
 
     def source(self, stage: str | None = None) -> Source:
-        """What reads the data; ``[stage.data]`` can change the options that ``[data]`` gives it.
+        """The source of the data. Options in ``[stage.data]`` override those in ``[data]``.
 
         Raises:
-            TrainingError: the data are missing, or no source is named that reads them.
+            TrainingError: the data are missing, or ``--data`` is not a folder and ``[data]`` names no source.
         """
         options = self.config["data"]
         if self.data.is_dir():
             return self.pictures
         if not self.data.exists():
             raise TrainingError(
-                f"There is no {self.data}: --data is a folder of pictures with captions, or what [data] source reads."
+                f"There is no {self.data}; --data must be a folder of captioned pictures, or a path that [data] source reads."
             )
         if "source" not in options:
             raise TrainingError(
-                f"{self.data} is no folder of pictures, and [data] names no source that reads anything else."
+                f"{self.data} is not a folder of pictures, and [data] names no source that could read it."
             )
         changes = self.config[stage].get("data", {}) if stage else {}
         return make_source(options["source"], self.data, options | changes)
 
     @property
     def shapes(self) -> Shapes:
-        """The sizes of training pictures."""
+        """The sizes of the training pictures."""
         options = self.config["data"]
         return Shapes((options["size"],) * 2, tuple(tuple(size) for size in options.get("other_sizes", ())))
 
     def dataset(self, split: Split, stage: str) -> Dataset:
-        """What a stage trains on, or only looks at."""
+        """The pictures of one split for a stage."""
         return self.source(stage).dataset(split, self.tokenizer, size=self.shapes.native, device=self.device)
 
     @cached_property
@@ -110,13 +110,13 @@ class Workshop:
         return load_component(self.model, "tokenizer")
 
     def build(self, name: str, options: Options, *, resumes: bool) -> Task:
-        """What the stage ``name`` trains, from the seed of ``options``.
+        """Builds the task of the stage ``name``, with initial weights from the seed of ``options``.
 
         Args:
-            resumes: a checkpoint will give all weights that are trained; those of the model folder are not read.
+            resumes: whether a checkpoint will provide all trained weights; then the model folder's are not read.
 
         Raises:
-            TrainingError: an earlier stage's component is missing or damaged, or the data are.
+            TrainingError: a component that the stage needs, or the data, are missing or damaged.
         """
         stage = STAGES[name]
         check_needs(name, self.model)
@@ -136,7 +136,7 @@ class Workshop:
         return stage.task(*trained, **needs, **arguments)
 
     def network(self, component: str, *, anew: bool = False, resumes: bool = False) -> nn.Module:
-        """A component to be trained: that of the model folder, or one of the configuration's sizes that knows nothing."""
+        """A component to be trained: the model folder's, or a new one with random weights and the configuration's sizes."""
         kind, folder = NETWORKS[component], self.model / component
         if folder.is_dir() and not anew:
             return (self._empty(component) if resumes else load_component(self.model, component)).train()
@@ -148,13 +148,13 @@ class Workshop:
         return kind(**sizes).train()
 
     def controlnet(self, name: str, channels: int, needs: Mapping[str, Any], resumes: bool) -> ControlNet:
-        """The ControlNet of the model folder, or one whose backbone is the semantic encoder's."""
+        """The ControlNet of the model folder, or a new one whose backbone is a copy of the semantic encoder's."""
         if (self.model / name).is_dir():
             return self.network(name, resumes=resumes)
         return new_controlnet(needs["prior"], needs["effnet"], channels, **self.config["controlnet"])
 
     def _empty(self, component: str) -> nn.Module:
-        """A component of the model folder's sizes, with whatever weights."""
+        """A component with the model folder's sizes and random weights."""
         kind, folder = NETWORKS[component], self.model / component
         try:
             if component in ("text_encoder", "image_encoder"):
@@ -176,6 +176,6 @@ class Workshop:
         for network in networks:
             if isinstance(network, CLIPTextModelWithProjection) and network.config.vocab_size < len(self.tokenizer):
                 raise TrainingError(
-                    f"{self.model}: the tokenizer has {len(self.tokenizer)} tokens, and the text_encoder knows "
+                    f"{self.model}: the tokenizer has {len(self.tokenizer)} tokens, but the text_encoder only "
                     f"{network.config.vocab_size}; run the stage clip again."
                 )

@@ -39,13 +39,13 @@ def test_scenes_say_what_they_show(tmp_path: Path) -> None:
     [
         (
             "data.scene = 3",
-            "[data] has an unknown value scene; there are size, other_sizes, source, scenes, unseen, seed,",
+            "[data] has an unknown name scene; it may hold size, other_sizes, source, scenes, unseen, seed,",
         ),
         ("data.unseen = 0", "[data] unseen is 0; it must be at least 1."),
         ("data.scenes = 1.5", "[data] scenes is 1.5; it must be a whole number."),
         ("controlnet_canny.data.unsaid = 2", "[controlnet_canny] data unsaid is 2; it must be from 0 to 1."),
         ("- data.seed", "[data] lacks seed, which miniature.dataset:Drawings needs for "),
-        ("- data.unsaid", "drawings.zip is no whole zip file of drawings: scripts/build-mini-data makes one."),
+        ("- data.unsaid", "drawings.zip is not a zip file of drawings; scripts/build-mini-data makes one."),
     ],
 )
 def test_a_wrong_option(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, sentence: str) -> None:

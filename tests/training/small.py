@@ -99,6 +99,7 @@ drop_text = 0.1
 [stage_b]
 options = { steps = 8, batch_size = 3, learning_rate = 1e-3 }
 [stage_b.task]
+other_scales = 0.5
 weight = { kind = "adaptive" }
 pyramid = 0.75
 semantic_noise = 0.1

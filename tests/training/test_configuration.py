@@ -25,13 +25,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         # Names and kinds.
         ("stage_aa.options = {}", "The configuration has an unknown table [stage_aa]; there are model, data,"),
-        ("vqgan.embed_dims = 16", "[vqgan] has an unknown value embed_dims; there are in_channels,"),
-        ("text_encoder.wide = 32", "[text_encoder] has an unknown value wide; there are"),
-        ("stage_b.options.batch = 3", "[stage_b] options has an unknown value batch; there are steps, batch_size,"),
+        ("vqgan.embed_dims = 16", "[vqgan] has an unknown name embed_dims; it may hold in_channels,"),
+        ("text_encoder.wide = 32", "[text_encoder] has an unknown name wide; it may hold"),
+        ("stage_b.options.batch = 3", "[stage_b] options has an unknown name batch; it may hold steps, batch_size,"),
         ("- stage_b.options.steps", "[stage_b] options lacks steps."),
         (
             "stage_a.task.latent_nois = 0.1",
-            "[stage_a] task has an unknown value latent_nois; there are crop, latent_noise.",
+            "[stage_a] task has an unknown name latent_nois; it may hold crop, latent_noise.",
         ),
         ("- stage_c.task.keep_image", "[stage_c] task lacks keep_image."),
         ("stage_c.options.steps = 8.5", "[stage_c] options steps is 8.5; it must be a whole number."),
@@ -45,8 +45,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("model.prior.steps = 0", "[model] prior: steps is 0; it must be a whole number, at least 1."),
         ("model.decoder.shift = -1", "[model] decoder: shift is -1; it must be a number above 0."),
         ("model.decoder.rescale = 2", "[model] decoder: rescale is 2; it must be a number from 0 to 1."),
-        ("semantic.task.weight.kk = 1.0", "[semantic] task: weight has an unknown value kk; there are k, floor."),
-        ("data.seeds = 0", "[data] has an unknown value seeds; there are size, other_sizes, source."),
+        ("semantic.task.weight.kk = 1.0", "[semantic] task: weight has an unknown name kk; it may hold k, floor."),
+        ("data.seeds = 0", "[data] has an unknown name seeds; it may hold size, other_sizes, source."),
         ("stage_b.options.seed = -1", "[stage_b] options: seed is -1; it must be from 0 to 4294967295."),
         ('stage_b.options.compile = "yes"', "compile is 'yes'; it must be true or false or 'auto'."),
         (
@@ -69,29 +69,32 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # Networks.
         (
             "decoder.block_out_channels = [16, 16, 16]",
-            "[decoder] describes no decoder: num_attention_heads has 2 values;",
+            "No decoder can be built from [decoder]: num_attention_heads has 2 values;",
         ),
         (
             "prior.num_attention_heads = [2, 5]",
-            "[prior] describes no prior: num_attention_heads, 5, does not divide block_out_channels, 16.",
+            "No prior can be built from [prior]: num_attention_heads, 5, does not divide block_out_channels, 16.",
         ),
         (
             "decoder.num_attention_heads = [0, 0]",
-            "[decoder] describes no decoder: num_attention_heads, 0, does not divide",
+            "No decoder can be built from [decoder]: num_attention_heads, 0, does not divide",
         ),
-        ("decoder.patch_size = 0", "[decoder] describes no decoder: patch_size is 0; it must be at least 1."),
-        ("decoder.patch_size = -1", "[decoder] describes no decoder: patch_size is -1; it must be at least 1."),
-        ("prior.kernel_size = 4", "[prior] describes no prior: kernel_size is 4; it must be odd."),
+        ("decoder.patch_size = 0", "No decoder can be built from [decoder]: patch_size is 0; it must be at least 1."),
+        ("decoder.patch_size = -1", "No decoder can be built from [decoder]: patch_size is -1; it must be at least 1."),
+        ("prior.kernel_size = 4", "No prior can be built from [prior]: kernel_size is 4; it must be odd."),
         (
             "text_encoder.num_attention_heads = 3",
             "[text_encoder]: num_attention_heads, 3, does not divide hidden_size, 16.",
         ),
         (
             'prior.block_types_per_layer = [["SDAttn"], []]',
-            "[prior] describes no prior: block_types_per_layer holds 'SDAttn'",
+            "No prior can be built from [prior]: block_types_per_layer holds 'SDAttn'",
         ),
         ("effnet.strides = [1, 2, 2, 2, 1, 1]", "[effnet]: strides shrink pictures 16 times"),
-        ("vqgan.levels = 3", "[vqgan]: up_down_scale_factor and levels shrink pictures 8 times; it must be 4 times."),
+        (
+            "vqgan.levels = 3",
+            "[vqgan]: up_down_scale_factor and levels shrink pictures 8 times; they must shrink them 4 times.",
+        ),
         # What must agree.
         (
             "text_encoder.projection_dim = 24",
@@ -111,7 +114,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("controlnet.proj_blocks = [0, 4]", "[controlnet] proj_blocks holds 4; [prior] has 4 ResBlocks, from 0 to 3."),
         (
             "controlnet.proj_blocks = [0, 0]",
-            "[controlnet] proj_blocks is [0, 0]; it can hold a ResBlock only once.",
+            "[controlnet] proj_blocks is [0, 0]; each ResBlock may occur only once.",
         ),
         (
             "controlnet.proj_blocks = [-1, 3]",
@@ -130,7 +133,8 @@ def test_it_is_said_at_the_first_stage(
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"), [(b"[model", "config.toml is no TOML file: "), (b"# caf\xe9", "is no TOML file: 'utf-8'")]
+    ("text", "sentence"),
+    [(b"[model", "config.toml is not a TOML file: "), (b"# caf\xe9", "is not a TOML file: 'utf-8'")],
 )
 def test_a_file_that_is_no_toml(
     tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str], text: bytes, sentence: str

@@ -60,7 +60,7 @@ def test_the_log_says_what_it_does(
     assert "2 steps of 4, on 36 pictures and 4 held-out ones" in caplog.text
     assert "clip: not compiled, because there is no GPU." in caplog.text
     (figures,) = [message for message in caplog.messages if "unseen_accuracy" in message]
-    assert figures.endswith("(of 4 held-out pictures: too few to tell much)")
+    assert figures.endswith("(on 4 held-out pictures, too few to say much)")
 
 
 NEEDS = {
@@ -118,7 +118,10 @@ def cut(folder: Path) -> None:
 
 
 FAULTS = {
-    "no caption": (lambda folder: (folder / "03.txt").unlink(), "03.png has no caption: 03.txt is not beside it."),
+    "no caption": (
+        lambda folder: (folder / "03.txt").unlink(),
+        "03.png has no caption; it must be beside it, in 03.txt.",
+    ),
     "caption in Latin-1": (
         lambda folder: (folder / "03.txt").write_bytes(b"caf\xe9"),
         "03.txt is not UTF-8: byte 4 is 0xe9.",
@@ -131,15 +134,15 @@ FAULTS = {
     "empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "pictures holds no pictures (.jpg,"),
     "no folder": (
         shutil.rmtree,
-        "pictures: --data is a folder of pictures with captions, or what [data] source reads.",
+        "pictures; --data must be a folder of captioned pictures, or a path that [data] source reads.",
     ),
     "a file": (
         lambda folder: (shutil.rmtree(folder), folder.write_text("text")),
-        "pictures is no folder of pictures, and [data] names no source",
+        "pictures is not a folder of pictures, and [data] names no source",
     ),
     "one picture": (
         lambda folder: [file.unlink() for file in folder.iterdir() if not file.name.startswith("03")],
-        "pictures holds a single picture; training needs another one to look at.",
+        "pictures holds only one picture; training needs another one to evaluate on.",
     ),
 }
 
@@ -180,7 +183,7 @@ def test_damaged_components_are_named(tmp_path: Path, trained: Path, capsys: pyt
     assert train(trained / "config.toml", "stage_c", trained / "pictures", tmp_path / "run") == 1
     said = capsys.readouterr().err
     assert said.startswith(f"{file.parent} cannot be read (")
-    assert said.endswith("); remove it, and run the stage semantic again.\n")
+    assert said.endswith("); remove it and run the stage semantic again.\n")
 
 
 @pytest.mark.parametrize(

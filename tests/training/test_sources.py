@@ -67,17 +67,17 @@ def test_a_folder_is_read_as_pictures_whatever_the_source(tmp_path: Path) -> Non
         ),
         (
             f"{SOURCE}\ndata.shades = 1",
-            "[data] has an unknown value shades; there are size, other_sizes, source, every, share.",
+            "[data] has an unknown name shades; it may hold size, other_sizes, source, every, share.",
         ),
-        ("stage_a.data = { every = 5 }", "[stage_a] data has an unknown value every; there are none."),
+        ("stage_a.data = { every = 5 }", "[stage_a] data has an unknown name every; it may hold none."),
         ('data.source = "no_such_module:Class"', "[data] source is 'no_such_module:Class'; it must be module:Class, "),
         ('data.source = "training.dataset:Missing"', "; it must be module:Class, "),
         (
             'data.source = "training.dataset"',
-            "[data] source is 'training.dataset'; it must be module:Class, and name a class.",
+            "[data] source is 'training.dataset'; it must be module:Class, and this is not a class.",
         ),
-        ("data.source = 3", "[data] source is 3; it must be a text."),
-        ("", "shades is no folder of pictures, and [data] names no source that reads anything else."),
+        ("data.source = 3", "[data] source is 3; it must be a string."),
+        ("", "shades is not a folder of pictures, and [data] names no source that could read it."),
     ],
 )
 def test_a_wrong_source(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: str, sentence: str) -> None:

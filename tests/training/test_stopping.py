@@ -172,7 +172,7 @@ def test_a_checkpoint_of_other_sizes_is_named(begun: Path, tmp_path: Path, capsy
     assert said.startswith(
         f"The checkpoint {output / 'stage_a' / 'state'} does not fit this configuration, or is damaged ("
     )
-    assert said.endswith("); move it away to begin the stage anew.")
+    assert said.endswith("); move it away to start the stage again.")
 
 
 def test_the_seed_decides_the_initial_weights(begun: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """CLIP: a text and a vision tower that agree on which caption belongs to which picture.
 
-The published model takes two finished CLIPs (ViT-bigG/14 for text, ViT-L/14 for pictures). Here both towers are trained
-together from nothing, with the contrastive loss of Radford et al., Learning Transferable Visual Models (2021).
+The published model uses two pretrained CLIPs (ViT-bigG/14 for text, ViT-L/14 for pictures). Here both towers are trained
+together from random weights, with the contrastive loss of Radford et al., Learning Transferable Visual Models From Natural
+Language Supervision, arXiv 2103.00020.
 """
 
 from pathlib import Path
@@ -18,14 +19,14 @@ from training.task import Task
 
 
 def factor(log_temperature: Tensor) -> Tensor:
-    """What cosines are multiplied by before the softmax: learned as its logarithm, at most 100."""
+    """The factor on cosines before the softmax, at most 100; its logarithm is learned."""
     return log_temperature.exp().clamp(max=100)
 
 
 def contrast(text: Tensor, image: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric cross-entropy, and the share of captions that are nearest to their own picture.
+    """Symmetric cross-entropy, and the share of captions whose nearest picture is their own.
 
-    ``text`` and ``image`` (B, D), of any length; row i of one belongs to row i of the other. ``factor``: see `factor`.
+    ``text`` and ``image`` (B, D) need not be normalised; row i of one belongs to row i of the other. ``factor``: see `factor`.
     """
     logits = normalize(text, dim=-1) @ normalize(image, dim=-1).T * factor
     target = torch.arange(len(logits), device=logits.device)
@@ -65,7 +66,7 @@ class ClipTask(Task):
         return {"loss": loss, "accuracy": accuracy}
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
-        """How well captions find their pictures among 256 held-out ones, or as many as there are; of one, nothing."""
+        """Loss and accuracy among up to 256 held-out pictures; none if there is only one. The sheet shows eight of them."""
         indices = torch.arange(min(256, len(self.unseen)))
         figures = {}
         if len(indices) > 1:

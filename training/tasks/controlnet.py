@@ -1,7 +1,7 @@
-"""ControlNets: Stage C, as it is, learns to follow a picture's edges, or to fill in what is masked.
+"""ControlNets: they make a frozen Stage C follow a picture's edges, or fill in a mask.
 
-Only the ControlNet learns; the gradient reaches it through the frozen prior. The picture's part of a control is made once,
-at the size that the semantic encoder is given, three quarters of the picture's, and kept as bytes beside the latents.
+Only the ControlNet is trained; its gradient comes through the frozen prior. What a control needs of a picture is computed once,
+at the semantic encoder's input size (three quarters of the picture's), and kept as bytes beside the latents.
 """
 
 from abc import ABC, abstractmethod
@@ -39,27 +39,27 @@ class ControlKind(ABC):
     """A kind of control.
 
     Attributes:
-        channels: of what the ControlNet is given.
+        channels: number of channels of the ControlNet's input.
     """
 
     channels: int
 
     @abstractmethod
     def keep(self, pixels: Tensor) -> Tensor:
-        """What is made of pictures (B, 3, H, W) in 0..1 once and kept: bytes (B, C, H, W)."""
+        """Computed once from pictures (B, 3, H, W) in 0..1, and kept: bytes (B, C, H, W)."""
 
     @abstractmethod
     def make(self, kept: Tensor, generator: torch.Generator) -> Tensor:
-        """The controls of one step, float32 (B, channels, H, W) in 0..1, of what was kept, in 0..255."""
+        """The controls of one step, float32 (B, channels, H, W) in 0..1, from what was kept, in 0..255."""
 
 
 class Canny(ControlKind):
-    """Edges, found at 224 x 224 pixels, which is the authors' size: one preprocessing serves every model."""
+    """Edges, found at 224 x 224 pixels as the authors do."""
 
     channels = 1
 
     def keep(self, pixels: Tensor) -> Tensor:
-        # One core finds the edges of some 1,000 pictures a second; OpenCV lets others work meanwhile.
+        # A core finds the edges of some 1,000 pictures a second. OpenCV releases the GIL, so threads help.
         with ThreadPoolExecutor() as pool:
             edges = torch.cat(list(pool.map(controls.canny, pixels.split(8))))
         return edges.mul(255).round().byte()
@@ -69,7 +69,7 @@ class Canny(ControlKind):
 
 
 class Inpainting(ControlKind):
-    """The picture around a new random mask at every step; ``inverted`` is the share of outpainting."""
+    """The picture outside of a mask, and the mask, which is new at every step; ``inverted`` is the share of outpainting."""
 
     channels = 4
 
@@ -89,7 +89,7 @@ CONTROL_KINDS: dict[str, Callable[..., ControlKind]] = {"canny": Canny, "inpaint
 
 
 def res_blocks(config: Mapping[str, Any]) -> int:
-    """How many ResBlocks a UNet of this configuration runs, down and up, repeated ones as often as they run."""
+    """How many ResBlocks a UNet of this configuration runs, down and up; repeated ones count every time."""
     each = [list(kinds).count("SDCascadeResBlock") for kinds in config["block_types_per_layer"]]
     down = zip(each, config["down_num_layers_per_block"], config["down_blocks_repeat_mappers"], strict=True)
     up = zip(reversed(each), config["up_num_layers_per_block"], config["up_blocks_repeat_mappers"], strict=True)
@@ -99,10 +99,11 @@ def res_blocks(config: Mapping[str, Any]) -> int:
 def new_controlnet(
     prior: StableCascadeUNet, encoder: SemanticEncoder, channels: int, proj_blocks: Sequence[int]
 ) -> ControlNet:
-    """A ControlNet that changes nothing yet, its backbone that of the trained ``encoder``.
+    """A new ControlNet, whose backbone is a copy of the trained ``encoder``'s and whose residuals are zero.
 
-    The encoder's pictures are normalised, controls are not; the deviation goes into the first convolution's weights, the mean
-    is left to the normalisation after it. One channel counts as a gray picture; those after the third are not seen at first.
+    The encoder's input is normalised, a ControlNet's is not. So the first convolution's weights are divided by the deviation; the
+    mean is left to the normalisation after it. A single channel is treated as a gray picture. Channels after the third start
+    with zero weights.
 
     Raises:
         TrainingError: Stage C has no such ResBlock.
@@ -129,7 +130,14 @@ def new_controlnet(
 
 
 class ControlNetTask(Task):
-    """Weighted epsilon error of Stage C with the ControlNet's residuals."""
+    """Weighted epsilon error of Stage C with the ControlNet's residuals.
+
+    Args:
+        control: the kind of control.
+        name: the component's name in a model folder.
+        weight, drop_text, keep_image: as `stage_c.StageCTask` has them.
+        offset_noise: factor on a random number that is added to each channel's noise.
+    """
 
     def __init__(
         self,
@@ -192,7 +200,7 @@ class ControlNetTask(Task):
         noise: Tensor,
         control: Tensor,
     ) -> dict[str, Tensor]:
-        """``control`` (B, C, 32h, 32w) in 0..1; the others as `prior_batch` has them."""
+        """``control`` (B, C, 32h, 32w) in 0..1; for the others, see `stage_c.prior_batch`."""
         epsilon = self.frozen["prior"](
             diffuse(latents, noise, timesteps),
             timesteps,
@@ -207,7 +215,7 @@ class ControlNetTask(Task):
         self.weight.update(batch["timesteps"], outputs["errors"])
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
-        """Mean squared errors of sampled latents, with the ControlNet and without; rows: true, controls, with, without."""
+        """Mean squared errors of sampled latents with the ControlNet and without; rows: pictures, controls, with, without."""
         indices = torch.arange(min(64, len(self.unseen)))
         pixels = self.unseen.images(indices)
         small = for_encoder(pixels)

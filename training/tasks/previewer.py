@@ -1,4 +1,4 @@
-"""The previewer: semantic latents straight to a picture of eight pixels a latent, for a look at Stage C while it works."""
+"""The previewer: semantic latents straight to a small picture, eight pixels a latent, to watch Stage C at work."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from training.values import Amount
 
 
 class PreviewerTask(Task):
-    """Mean squared error against the picture at 3/16 of its size, from latents with a little noise."""
+    """Mean squared error against the picture at 3/16 of its size, from latents with ``semantic_noise`` (a deviation)."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class PreviewerTask(Task):
         self.dataset, self.unseen, self.semantic_noise = dataset, unseen, semantic_noise
 
     def pair(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Semantic latents (B, 16, h, w) and the preview to aim at (B, 3, 8h, 8w) for pixels (B, 3, H, W)."""
+        """Semantic latents (B, 16, h, w) and target previews (B, 3, 8h, 8w) of pixels (B, 3, H, W)."""
         with torch.no_grad():
             latents = self.frozen["effnet"](for_encoder(pixels)).float()
         return latents, for_previewer(pixels)

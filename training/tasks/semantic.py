@@ -1,8 +1,8 @@
-"""The semantic encoder together with Stage B: what 16 channels at 1/42.67 must say so that Stage A's latents come back.
+"""The semantic encoder together with Stage B: 16 channels at 1/42.67 of the size, from which Stage B makes Stage A's latents.
 
-The encoder gets its gradient through Stage B alone in the authors' recipe, from an ImageNet backbone. From nothing, that signal
-is too weak in the first thousands of steps, so a previewer is trained along with them and its pixel error reaches the encoder
-too. A little noise on the semantic latents keeps them smooth: Stage C's small errors then stay small errors.
+In the authors' recipe the encoder starts from an ImageNet backbone, and its gradient comes through Stage B alone. From random
+weights that signal is too weak for thousands of steps, so a previewer is trained too, and the encoder gets the gradient of its
+pixel error. A little noise on the semantic latents keeps the decoding smooth, so that Stage C's small errors stay small.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,12 @@ from training.values import Amount, Share
 
 
 class SemanticTask(Task):
-    """Weighted epsilon error of Stage B, plus the previewer's pixel error; both reach the semantic encoder."""
+    """Weighted epsilon error of Stage B plus the previewer's pixel error; the semantic encoder gets the gradients of both.
+
+    Args:
+        weight, pyramid, semantic_noise, drop_semantic, drop_text: as `stage_b.StageBTask` has them.
+        preview_weight: factor on the previewer's mean squared error.
+    """
 
     def __init__(
         self,
@@ -92,7 +97,10 @@ class SemanticTask(Task):
         semantic_noise: Tensor,
         keep_semantic: Tensor,
     ) -> dict[str, Tensor]:
-        """``pixels`` (B, 3, H, W) and ``small`` (B, 3, 3H/4, 3W/4) in 0..1; ``noise`` like Stage A's latents."""
+        """In 0..1: ``pixels`` (B, 3, H, W), the encoder's input ``small`` (B, 3, 32h, 32w), previews ``target`` (B, 3, 8h, 8w).
+
+        ``noise`` (B, 4, H/4, W/4), ``semantic_noise`` (B, 16, h, w), ``keep_semantic`` (B,).
+        """
         with torch.no_grad():
             latents = self.frozen["vqgan"].encode(pixels).float()
             pooled = self.frozen["text_encoder"](input_ids=tokens, attention_mask=mask).text_embeds.unsqueeze(1)

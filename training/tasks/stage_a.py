@@ -1,8 +1,8 @@
 """Stage A: the autoencoder between pixels and 4 x H/4 x W/4 latents.
 
-It is trained as a continuous autoencoder, the way Stable Cascade uses it: no quantisation between encoder and decoder. The
-encoder's last batch normalisation keeps every latent channel at unit variance, and a little noise on the latents makes the
-decoder forgive the small errors that Stage B leaves. The codebook only follows the latents, so that the component is complete.
+It is trained as a continuous autoencoder, because Stable Cascade uses it so: nothing is quantised between encoder and decoder.
+The encoder's last batch normalisation keeps every latent channel at unit variance. A little noise on the latents makes the
+decoder robust against Stage B's small errors. The codebook is trained to follow the latents, so that the component is complete.
 """
 
 from pathlib import Path
@@ -19,14 +19,14 @@ from training.values import Amount
 
 
 class StageATask(Task):
-    """Mean squared error of pixels over random crops of ``crop`` pixels a side."""
+    """Mean squared error of random crops, ``crop`` pixels a side, with ``latent_noise`` (a deviation) on the latents."""
 
     def __init__(self, vqgan: StageA, dataset: Dataset, unseen: Dataset, *, crop: int, latent_noise: Amount) -> None:
         super().__init__()
         self.vqgan = vqgan
         self.dataset, self.unseen = dataset, unseen
         self.crop, self.latent_noise = crop, latent_noise
-        # Unit variance by construction; a free scale would only outgrow the latent noise.
+        # Fixed, because a trained scale would only grow to drown the latent noise.
         normalisation = vqgan.down_blocks[-1][1]
         nn.init.constant_(normalisation.weight, vqgan.config.scale_factor).requires_grad_(False)
         nn.init.zeros_(normalisation.bias).requires_grad_(False)

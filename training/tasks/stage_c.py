@@ -1,6 +1,6 @@
 """Stage C: captions to semantic latents.
 
-Its targets are encoded once and kept on the training device, and so are the captions, so a step costs Stage C alone.
+All pictures and captions are encoded once, so a step runs Stage C only.
 """
 
 from collections.abc import Mapping
@@ -29,15 +29,16 @@ from training.values import Share
 def prior_batch(
     data: Encoded, index: int, size: int, generator: torch.Generator, *, drop_text: float, keep_image: float
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """Micro-batch ``index`` as Stage C takes it, and what else ``data`` has of its pictures.
+    """Stage C's arguments for micro-batch ``index``, and the remaining tensors of its pictures in ``data``.
 
     Args:
-        data: semantic latents and CLIP image embeddings first.
+        data: each picture's semantic latents, CLIP image embedding, and further tensors.
         drop_text: share of the captions that are replaced by the empty one.
-        keep_image: share of the image embeddings that are there; the others are zeros.
+        keep_image: share of the image embeddings that are kept; the others are zeros.
 
     Returns:
-        ``latents`` and ``noise`` (B, 16, h, w), ``image`` and ``pooled`` (B, 1, D), ``text`` (B, 77, D), ``timesteps`` (B,).
+        ``latents`` and ``noise`` (B, 16, h, w), ``image`` and ``pooled`` (B, 1, D), ``text`` (B, 77, D), ``timesteps`` (B,); and
+        the remaining tensors.
     """
     indices, (latents, image, *rest) = data.draw(index, size, generator)
     count = len(indices)
@@ -54,7 +55,12 @@ def prior_batch(
 
 
 class StageCTask(Task):
-    """Weighted epsilon error; the caption is dropped at times, the image embedding present only at times."""
+    """Weighted epsilon error, with captions and image embeddings dropped at random.
+
+    Args:
+        weight: how errors count by timestep, see `objective.loss_weight`.
+        drop_text, keep_image: see `prior_batch`.
+    """
 
     def __init__(
         self,
@@ -97,6 +103,7 @@ class StageCTask(Task):
         self.weight.update(batch["timesteps"], outputs["errors"])
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
+        """Standard deviation of sampled latents, which should be 1; rows: pictures and previews of sampled latents, twice."""
         indices = torch.arange(min(16, len(self.unseen)))
         latents = text_to_semantic(self.prior, self.frozen["text"], self.unseen, indices)
         preview = self.frozen["previewer"](latents).float()

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer of its own vocabulary, learned from captions."""
+"""Trains a CLIP tokenizer on captions."""
 
 import json
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import CLIPTokenizer
 
 SMALLEST_VOCABULARY = 2 * 256 + 2
-"""Each byte alone and at the end of a word, and the two special tokens."""
+"""Two symbols for each byte (inside and at the end of a word), and two special tokens."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -16,12 +16,12 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> CLIPTokenizer:
     """Learns byte-pair merges in CLIP's form.
 
     Args:
-        captions: text to learn from.
-        vocabulary: upper bound on the number of tokens, the 512 byte symbols and the two special tokens among them.
+        captions: the text to learn from.
+        vocabulary: upper bound on the number of tokens, including 512 byte symbols and two special tokens.
 
     Returns:
-        The tokenizer: 77 tokens at most, padded with ``<|endoftext|>``, the last two ids being start and end, as in the
-        published one.
+        A tokenizer with at most 77 tokens a text, padded with ``<|endoftext|>``. The last two ids are the start and end tokens,
+        as in the published tokenizer.
     """
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

@@ -1,8 +1,8 @@
-"""The vision tower once more, alone: to tell things apart, not only scenes.
+"""The vision tower alone, trained further to tell objects apart.
 
-CLIP's contrast asks which of a batch's captions belongs to a picture. Of composed scenes, background and place answer that
-most of the time, and what is on them hardly matters. Here the text tower stays as it is, since Stages B and C learn from it,
-and each picture is also asked which of all names are on it: zero-shot classification, with its answer as a loss.
+CLIP's contrastive loss asks which caption of a batch belongs to a picture. For composed scenes, background and place mostly
+suffice to answer that, so the objects hardly count. Here a second loss asks which of all names each picture shows: zero-shot
+classification. The text tower is frozen, because Stages B and C learn from it.
 """
 
 from pathlib import Path
@@ -25,13 +25,13 @@ AMONG = 5
 
 
 class VisionTask(Task):
-    """Symmetric cross-entropy of pictures and captions, and that of pictures and names, each with a learned temperature.
+    """Symmetric cross-entropy of pictures and captions, plus cross-entropy of names, each with a learned temperature.
 
     Args:
-        image_encoder: what learns.
-        text_encoder: what it learns from; is left as it is.
+        image_encoder: the vision tower, which is trained.
+        text_encoder: the text tower, which is frozen.
         dataset, unseen: with names, see `Dataset.names`.
-        naming: weight of the names' part.
+        naming: factor on the names' loss.
 
     Raises:
         TrainingError: the dataset has no names, and ``naming`` is not 0.
@@ -48,7 +48,7 @@ class VisionTask(Task):
     ) -> None:
         super().__init__()
         if naming and not dataset.names:
-            raise TrainingError(f"naming is {naming}, but the data have no names; with such data it must be 0.")
+            raise TrainingError(f"naming is {naming}, but the data have no names; without names it must be 0.")
         self.image_encoder, self.naming = image_encoder, naming
         self.dataset, self.unseen = dataset, unseen
         self.side = image_encoder.config.image_size
@@ -70,7 +70,7 @@ class VisionTask(Task):
         }
 
     def forward(self, pixels: Tensor, text: Tensor, shown: Tensor) -> dict[str, Tensor]:
-        """``pixels`` (B, 3, S, S), normalised; ``text`` (B, D), embeddings; ``shown`` (B, names), 1 for what is on a picture."""
+        """``pixels`` (B, 3, S, S), normalised; ``text`` (B, D), embeddings; ``shown`` (B, names), 1 for each name shown."""
         captions, names = factor(self.log_temperatures)
         image = normalize(self.image_encoder(pixel_values=pixels).image_embeds.float(), dim=-1)
         contrasted, _ = contrast(text, image, captions)
