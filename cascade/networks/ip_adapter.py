@@ -12,7 +12,7 @@ N counts Stage C's attention blocks in execution order, down then up. What diffe
 Keys and values depend on neither the latents nor the step: one forward serves all steps of a picture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from cascade.networks.unet import AttnBlock, StableCascadeUNet
+from cascade.networks.unet import AttnBlock, Conditions, ImageTokens, StableCascadeUNet
 
 # Which of the adapted blocks are used.
 MODES = ("all", "style", "composition")
@@ -219,3 +219,21 @@ class IPAdapter(ModelMixin, ConfigMixin):
 def attention_blocks(prior: StableCascadeUNet) -> Sequence[AttnBlock]:
     """Stage C's attention blocks, in the order by which an adapter numbers them."""
     return [block for block in prior.blocks() if isinstance(block, AttnBlock)]
+
+
+def image_tokens(
+    pairs: Mapping[int, tuple[Tensor, Tensor]], conditions: Conditions
+) -> dict[int, tuple[ImageTokens, ...]]:
+    """Keys and values of one image a sample, as `IPAdapter` makes them, in the form of `Conditions.images`.
+
+    conditions: of Stage C, whose blocks have the same number of heads.
+    """
+    return {
+        block: (ImageTokens(*(split_heads(x, conditions.keys[block].shape[1]) for x in pair)),)
+        for block, pair in pairs.items()
+    }
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, C) -> (B, heads, N, C / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

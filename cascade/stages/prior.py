@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cascade.networks.ip_adapter import split_heads
 from cascade.networks.protocol import UNet
 from cascade.networks.unet import Conditions, ImageTokens, resize
 from cascade.prompts.text import TextEmbeddings, joined
@@ -34,7 +35,7 @@ class AdapterImage(NamedTuple):
     """What one image of an IP-Adapter adds to Stage C.
 
     Attributes:
-        blocks: {number of an attention block: its keys and values, (1, N, C) each}, as `networks.ip_adapter.IPAdapter` makes
+        blocks: {number of an attention block: its keys and values, (1 or B, N, C) each}, as `networks.ip_adapter.IPAdapter` makes
             them. The images of one picture have the same blocks.
         scale: what the values are multiplied with.
         start, end: in step i of n, from 0, they are used if start <= i / n < end.
@@ -190,16 +191,17 @@ def images_by_step(
     if not adapter:
         return [conditions] * steps
 
-    def split(x: Tensor, block: int, times: int) -> Tensor:
-        batch, heads, _, size = conditions.keys[block].shape
-        return x.expand(batch // times, -1, -1).unflatten(-1, (heads, size)).transpose(1, 2).contiguous()
+    def split(x: Tensor, block: int) -> Tensor:
+        """Of one half, (batch / halves, heads, N, C / heads)."""
+        batch, heads = conditions.keys[block].shape[:2]
+        return split_heads(x.expand(batch // halves, -1, -1), heads)
 
-    keys = [{block: split(key, block, 1) for block, (key, _) in image.blocks.items()} for image in adapter]
+    keys = [
+        {block: torch.cat([split(key, block)] * halves) for block, (key, _) in image.blocks.items()}
+        for image in adapter
+    ]
     values = [
-        {
-            block: beside_zeros(split(value * image.scale, block, halves), halves)
-            for block, (_, value) in image.blocks.items()
-        }
+        {block: beside_zeros(split(value * image.scale, block), halves) for block, (_, value) in image.blocks.items()}
         for image in adapter
     ]
     masks = tuple(image.mask for image in adapter)
