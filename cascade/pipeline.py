@@ -151,6 +151,7 @@ class Cascade:
         self.effnet = effnet
         self.previewer = previewer
         self.controlnets = controlnets
+        self.ip_adapter = ip_adapter
         self.defaults = defaults
         self.native_size = native_size
         self.stage_a_scale = stage_a_scale

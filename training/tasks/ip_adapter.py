@@ -1,8 +1,8 @@
 """The IP-Adapter: a frozen Stage C learns to show what is in a reference image.
 
-Only the adapter is trained, by Stage C's own error. The reference is not the picture itself, which would teach the adapter to copy
-layouts: it shows the same thing in another form, see `Dataset.references`. References pass the image encoder once, and its hidden
-states are kept.
+Only the adapter is trained, by Stage C's own error. The reference is not the picture itself, which would teach the adapter to
+copy layouts: it shows the same thing in another form, see `Dataset.references`. References pass the image encoder once, and its
+hidden states are kept.
 
 No reference is ever dropped. Where there is none, as in the unconditional half of guidance, an adapter adds nothing, and a sample
 without a reference would have no gradient.
