@@ -1,17 +1,24 @@
 """The IP-Adapter learns from references, and nothing else does."""
 
 import copy
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cascade.networks.ip_adapter import IPAdapter
+from cascade.pipeline import Cascade
+from cascade.request import Request
 from cascade.weights import ModelFolder
+from scripts.save_weights import main as save_weights
 from tests.conftest import make_ip_adapter
+from tests.training.small import train, write_config, write_pictures
 from training.dataset import Dataset
 from training.errors import TrainingError
 from training.options import Options
@@ -21,6 +28,9 @@ from training.trainer import fit, step_generator
 
 OPTIONS = Options(steps=30, batch_size=8, learning_rate=3e-3, warmup=2, precision="no", compile=False, ema=0.9)
 CPU = torch.device("cpu")
+# The tiny model has components of other sizes.
+OWN = "- decoder\n- controlnet"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 COLOURS = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.6, 0.1], [0.1, 0.2, 0.9], [0.9, 0.8, 0.1]])
 
 
@@ -163,3 +173,65 @@ def vars_of(task: IPAdapterTask) -> dict[str, Any]:
         "weight": {"kind": "p2"},
         "drop_text": 0.5,
     }
+
+
+def test_from_a_folder_of_pictures_to_a_model_that_uses_it(model_folder: Path, tmp_path: Path) -> None:
+    """By the command line; stopped and resumed, with the same result; then it is trained further."""
+    pictures = write_pictures(tmp_path / "pictures", 6)
+    changes = "ip_adapter.options = { steps = 3, batch_size = 2, learning_rate = 1e-2, warmup = 1, seed = 5 }"
+    config = write_config(tmp_path, f"{OWN}\n{changes}")
+    parts = ("tokenizer", "text_encoder", "image_encoder", "prior", "effnet", "previewer")
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    for output in outputs:
+        for part in parts:
+            shutil.copytree(model_folder / part, output / "model" / part)
+    assert train(config, "ip_adapter", pictures, outputs[0]) == 0
+    assert train(config, "ip_adapter", pictures, outputs[1], "--minutes", "0") == 0
+    assert not (outputs[1] / "ip_adapter" / "finished").exists()
+    assert train(config, "ip_adapter", pictures, outputs[1]) == 0
+    one, two = (load_file(output / "model" / "ip_adapter" / WEIGHTS) for output in outputs)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert one["ip_adapter.0.to_v_ip.weight"].any()
+    for output in outputs:
+        assert (output / "ip_adapter" / "finished").exists()
+
+    folder = tmp_path / "weights"
+    more = ["--base", model_folder, "--output", folder, "--download", tmp_path / "none"]
+    assert save_weights(["--ip-adapter", str(outputs[0] / "model" / "ip_adapter"), *map(str, more)]) == 0
+    cascade = Cascade.load(folder, device="cpu")
+    request = Request("a cat", width=64, height=64, steps_prior=2, steps_decoder=1)
+    image = Image.open(pictures / "00.png")
+    (plain,), (shown,) = cascade.generate(request), cascade.generate(replace(request, ip_adapter_images=(image,)))
+    assert plain.tobytes() != shown.tobytes()
+
+    shutil.rmtree(outputs[0] / "ip_adapter")
+    assert train(config, "ip_adapter", pictures, outputs[0], "--steps", "1") == 0
+    further = load_file(outputs[0] / "model" / "ip_adapter" / WEIGHTS)
+    key = "ip_adapter.0.to_k_ip.weight"
+    assert 0 < (further[key].float() - one[key].float()).abs().max() < 0.1
+    assert further["ip_adapter.0.to_v_ip.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ("ip_adapter_network.feature_dim = 24", "feature_dim is 24"),
+        ("ip_adapter_network.conditioning_dim = 8", "conditioning_dim is 8"),
+        ("ip_adapter_network.blocks = [0, 9]", "attention block 9 of Stage C, which has 4, from 0."),
+        ("ip_adapter_network.style_blocks = [1]", "style_blocks is (1,); each must be one of blocks, (0, 3)"),
+        ("ip_adapter.task.drop_text = 1.5", "drop_text is 1.5; it must be from 0 to 1."),
+        ("- ip_adapter_network", "The configuration has no table [ip_adapter_network], which ip_adapter needs."),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_sentence(
+    model_folder: Path, tmp_path: Path, changes: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 6)
+    config = write_config(tmp_path, f"{OWN}\n{changes}")
+    for part in ("tokenizer", "text_encoder", "image_encoder", "prior", "effnet", "previewer"):
+        shutil.copytree(model_folder / part, tmp_path / "out" / "model" / part)
+    assert train(config, "ip_adapter", pictures, tmp_path / "out") == 1
+    (sentence,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert said in sentence
+    assert not (tmp_path / "out" / "model" / "ip_adapter").exists()
