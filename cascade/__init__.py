@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["Cascade", "Control", "Progress", "Request", "__version__"]
+__all__ = ["Cascade", "Control", "Lora", "Progress", "Request", "__version__"]
 
 if TYPE_CHECKING:
     from cascade.guides.controls import Control
+    from cascade.loras.lora import Lora
     from cascade.pipeline import Cascade
     from cascade.progress import Progress
     from cascade.request import Request
@@ -26,7 +27,13 @@ else:  # hidden from type checkers, which would take any name for an attribute
     def __getattr__(name: str) -> object:
         from importlib import import_module
 
-        modules = {"Cascade": "pipeline", "Control": "guides.controls", "Progress": "progress", "Request": "request"}
+        modules = {
+            "Cascade": "pipeline",
+            "Control": "guides.controls",
+            "Lora": "loras.lora",
+            "Progress": "progress",
+            "Request": "request",
+        }
         if name not in modules:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f"{__name__}.{modules[name]}"), name)

@@ -1,7 +1,7 @@
-"""What every input may be, said once for HTTP, the command line and Python; and the sentence about one that is not.
+"""Limits of every input, for HTTP, the command line and Python, and the errors for values outside of them.
 
 `LIMITS` has the inputs of a request to the server. `predict.py` repeats them as literals, because Cog's schema generator
-reads nothing else; a test compares both.
+reads only literals. A test compares both.
 """
 
 import math
@@ -18,15 +18,15 @@ from cascade.networks.controlnet import KINDS
 from cascade.networks.ip_adapter import MODES
 
 MOST_IMAGES = 4
-# Of a text. The text encoder sees some 1,200 of them; 50 MB would take 300 s to tokenize.
+# Per text. The text encoder reads some 1,200 of them; 50 MB would take 300 s to tokenize.
 MOST_CHARACTERS = 10_000
 # Of a text, of 75 tokens each.
 MOST_CHUNKS = 4
 RATIOS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")
-# Where a mask is expected: the transparent part of the image.
+# Instead of a mask: the transparent part of the image.
 ALPHA = "alpha"
 
-# One and several of each kind.
+# Singular and plural of each kind, for errors.
 _WORDS = {
     str: ("a text", "texts"),
     int: ("a whole number", "whole numbers"),
@@ -38,21 +38,21 @@ _LONGEST_VALUE = 80
 
 
 class InputError(ValueError):
-    """An input is not what it may be. The message is one sentence; it begins with the input's name."""
+    """An input has a value that is not allowed. The message is one sentence that begins with the input's name."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one input may be.
+    """Limits of one input.
 
     Attributes:
-        kind: str, int, float, bool, `Image.Image` or another class; of a list, the kind of its elements. Whole floats
-            are ints and ints are floats, numpy's too; True and False are no numbers.
-        default: the value if it is left out. None: the input may be None, and what replaces it depends on the model or
-            on other inputs.
-        low, high: of numbers, both included; None: no bound.
-        choices: the only texts that are allowed; of another kind than str: the texts that are allowed besides.
-        fewest, most: elements of a list; None: the input is no list. The empty list counts as left out.
+        kind: str, int, float, bool, `Image.Image` or another class; for a list, the kind of its elements. Floats without a
+            fraction are accepted as int, and ints as float, numpy's too. True and False are not accepted as numbers.
+        default: the value if the input is left out. None: the input may be None, and its value then depends on the model
+            or on other inputs.
+        low, high: bounds of numbers, inclusive; None: no bound.
+        choices: the allowed texts; for another kind than str, texts that are allowed too.
+        fewest, most: number of elements of a list; most None: the input is not a list. An empty list counts as left out.
     """
 
     kind: type
@@ -64,11 +64,12 @@ class Limits:
     most: int | None = None
 
     def check(self, name: str, value: Any, one: Callable[[str, Any], Any] | None = None) -> Any:
-        """The value in its kind: None, or what `check_one` returns; of a list, a tuple of these.
+        """Check a value, and convert it to `kind`: to None or the result of `check_one`; for a list, to a tuple of these.
 
         Args:
-            name: what the sentence calls the input. Of a list's elements it says the place, as in ``outpaint[3]``.
-            one: checks an element in place of `check_one`.
+            name: the input's name in errors. Elements of a list get an index, as in ``outpaint[3]``.
+            value: any value.
+            one: checks one value or element instead of `check_one`.
 
         Raises:
             InputError: the value is not allowed.
@@ -87,7 +88,7 @@ class Limits:
         return tuple(one(f"{name}[{place}]", element) for place, element in enumerate(value))
 
     def check_one(self, name: str, value: Any) -> Any:
-        """The value, or a list's element, in its kind.
+        """Check a value, or a list's element, and convert it to `kind`.
 
         Raises:
             InputError: it is not allowed.
@@ -106,14 +107,14 @@ class Limits:
 
     @property
     def range(self) -> str:
-        """Of numbers, as in "from 0 to 2"; else empty."""
+        """The bounds of numbers, as in "from 0 to 2"; "" for other kinds."""
         if self.low is None:
             return ""
         return f"of at least {self.low}" if self.high is None else f"from {self.low} to {self.high}"
 
     @property
     def allowed(self) -> str:
-        """All that is allowed, as in "a list of 4 whole numbers from 0 to 2048"."""
+        """The allowed values, as in "a list of 4 whole numbers from 0 to 2048"."""
         if self.most is None:
             return self._allowed_one
         several = f"of {', '.join(self.choices)}" if self.choices else self._words[1]
@@ -133,7 +134,7 @@ class Limits:
         return _WORDS.get(self.kind, (f"a {name}", f"{name}s"))
 
     def _number(self, value: Any) -> int | float | None:
-        """The value as `kind`, if it is a number of that kind within the bounds."""
+        """The value as `kind`; None if it is not such a number within the bounds."""
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return None
         try:
@@ -143,7 +144,7 @@ class Limits:
             if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
                 return None
             return self.kind(number) if self.kind(number) == number else None
-        except OverflowError:  # a fraction or a whole number beyond all floats
+        except OverflowError:  # too large for a float
             return None
 
     def _check_text(self, name: str, value: str) -> None:
@@ -152,21 +153,21 @@ class Limits:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            # JSON and the command line let halves of UTF-16 pairs through; no tokenizer takes them.
+            # JSON and the command line accept lone UTF-16 surrogates, and tokenizers do not.
             raise InputError(
                 f"{name} has {value[error.start]!r} at place {error.start}; it must be a text of whole characters."
             ) from None
 
 
 def shown(value: Any) -> str:
-    """A value as a sentence shows it: at most 80 characters, in one line, never an array's or an image's content."""
+    """A value as text for errors: one line of at most 80 characters, without the content of arrays and images."""
     try:
         if isinstance(value, Image.Image):
             return f"an image of {value.width}x{value.height} pixels"
         if hasattr(value, "dtype") and (shape := tuple(value.shape)):
             return f"an array of the shape {shape}"[:_LONGEST_VALUE]
         text = " ".join(_repr.repr(value.item() if hasattr(value, "dtype") else value).split())
-    except Exception:  # a __repr__ may fail, as a whole number's of more than 4,300 digits
+    except Exception:  # a __repr__ may fail, such as that of a whole number of more than 4,300 digits
         return f"a value of the type {type(value).__name__}"[:_LONGEST_VALUE]
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
@@ -177,15 +178,15 @@ _repr.maxlevel = 2
 
 
 def counted(count: int, noun: str) -> str:
-    """As in "1 image", "2 images"."""
+    """A count with its noun, as in "1 image", "2 images"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def need(name: str, value: Any, other: str, present: Any) -> None:
-    """Make sure that an input that is given has the other one that it needs.
+    """Make sure that an input is given together with another one that it needs.
 
     Raises:
-        InputError: it has not.
+        InputError: only `name` is given.
     """
     if value and not present:
         raise InputError(f"{name} needs {other}, which is left out.")
@@ -199,7 +200,7 @@ _PICTURES = Limits(Image.Image, most=MOST_IMAGES)
 _STRENGTHS = Limits(float, low=0, high=2, most=MOST_IMAGES)
 _PARTS = Limits(float, low=0, high=1, most=MOST_IMAGES)
 
-# In the order of `Predictor.run`. What `Request` allows beyond them is in request.py.
+# In the order of `Predictor.run`. `request.ALLOWED` has the wider limits of `Request`.
 LIMITS: dict[str, Limits] = {
     "prompt": Limits(str, "a red apple on a green background"),
     "negative_prompt": Limits(str, ""),

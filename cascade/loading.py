@@ -15,9 +15,12 @@ from cascade.running.packing import HostWeights
 from cascade.running.placement import ALWAYS, GIB, MemoryMode, available, choose_memory
 from cascade.running.precompile import precompile
 from cascade.weights import CONTROLNETS, NEEDED, NETWORKS, ModelFolder
+from cascade.weights.base import FileWeights
 
 logger = logging.getLogger(__name__)
 
+# Networks that adapters change.
+ADAPTED = ("prior", "decoder", "text_encoder")
 OPTIONAL = ("feature_extractor", "image_encoder", "ip_adapter", "effnet", "previewer", *CONTROLNETS)
 
 
@@ -29,11 +32,13 @@ class Loaded:
         folder: the opened folder.
         parts: tokenizer, networks and image processor, by name.
         weights: where the networks' weights are.
+        base: reads the weights of networks again that adapters change.
     """
 
     folder: ModelFolder
     parts: dict[str, Any]
     weights: ResidentWeights
+    base: FileWeights
 
 
 def load_parts(
@@ -52,6 +57,7 @@ def load_parts(
     names = (*NEEDED, *(name for name in OPTIONAL if name in opened))
     mode = _memory_mode(memory, opened, names, device, dtype)
     parts, waiting, seconds = {}, {}, {}
+    base = FileWeights(opened.standard_files(ADAPTED))  # first: it notes how the files are that are loaded
     for name in names:
         start = time.perf_counter()
         waits = mode.name != "resident" and name in NETWORKS and name not in ALWAYS
@@ -65,7 +71,7 @@ def load_parts(
     if device.type == "cuda":
         precompile([parts["prior"], parts["decoder"]], parts["vqgan"])
     logger.info("Seconds to load: %s.", ", ".join(f"{name} {taken:.2f}" for name, taken in seconds.items()))
-    return Loaded(opened, parts, weights)
+    return Loaded(opened, parts, weights, base)
 
 
 def _memory_mode(

@@ -4,12 +4,14 @@ Knows which stage follows which. How a stage works is in `stages`, what steers S
 in `plan`, and where weights are and what happens when memory is short in `running`.
 """
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -25,6 +27,9 @@ from cascade.images.colours import to_rgb
 from cascade.images.tensors import fitted, to_image, to_pixels
 from cascade.limits import MOST_CHUNKS, InputError
 from cascade.loading import load_parts
+from cascade.loras.merging import Loras
+from cascade.loras.selection import Selection
+from cascade.loras.words import Words
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.ip_adapter import IPAdapter
@@ -46,6 +51,7 @@ from cascade.stages.pixels import decode_pixels, decoding_bytes, tile_within
 from cascade.stages.prior import AdapterImage, Residuals, prior_steps
 from cascade.stages.text import TextEncoder
 from cascade.weights import CONTROLNETS, StageSettings
+from cascade.weights.base import BaseWeights
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +122,8 @@ class Cascade:
             image-to-image has 1, and samples at 2.
         max_batch: how many pictures are made at a time; fewer if memory does not suffice. It does not change the pictures.
         weights: where the networks' weights are; None: all stay on the device.
+        base: reads the weights again that adapters change; None: copies are kept of those.
+        loras: the folder of the adapters that requests may name; None: there is none.
     """
 
     # A subclass may plan and sample in another way: see `compat`.
@@ -140,6 +148,8 @@ class Cascade:
         start_shift: float | None = None,
         max_batch: int = 4,
         weights: ResidentWeights | None = None,
+        base: BaseWeights | None = None,
+        loras: Path | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1.")
@@ -173,6 +183,8 @@ class Cascade:
         self._decoder = self.runner.unet("decoder", decoder)
         self._controlnets = ControlNets(controlnets, self._encode_image, self.runner)
         self._ip_adapter = IPAdapterGuide(ip_adapter, image_prompts, prior, self.runner)
+        adapted = {"prior": prior, "decoder": decoder, "text_encoder": text.encoder}
+        self._loras = Loras(adapted, text.tokenizer.get_vocab, self.runner, base, loras)
 
     @classmethod
     def load(
@@ -227,6 +239,8 @@ class Cascade:
                 start_shift=start_shift,
                 max_batch=max_batch,
                 weights=loaded.weights,
+                base=loaded.base,
+                loras=loaded.folder.root / "loras",
             )
 
     # ---- what callers use ----
@@ -304,9 +318,10 @@ class Cascade:
         """
         semantic = self.encode(image)
         plan = self.planner.plan((Request(prompt, seed=seed, width=image.width, height=image.height),))
+        self._loras.apply(self._loras.select(()))
 
         def pixels() -> Tensor:
-            texts = self._encode_text(plan.request, guided=plan.decoder.guidance > 1)
+            texts = self._encode_text(plan.request, Words(), guided=plan.decoder.guidance > 1)
             latents = finish(self._decoder_steps(plan, semantic, texts, Noise([seed], self.device)))
             (made,) = self._pixels(semantic, latents)
             return made
@@ -333,16 +348,29 @@ class Cascade:
 
     def _steps(self, requests: tuple[Request, ...]) -> Iterator[Progress]:
         plan = self.planner.plan(requests)
-        self._check_prompts(requests)
+        selection = self._loras.select(plan.request.loras)
+        self._check_prompts(requests, selection.words)
         if plan.references:
             self._ip_adapter.check(plan.request.ip_adapter_mode)
         job = self.runner.job(plan.size)
-        yield from job.iterate(self._work(plan, job))
+        yield from job.iterate(self._with_loras(selection, self._work(plan, selection.words, job)))
 
-    def _work(self, plan: Plan, job: Job) -> Generator[Progress, None, None]:
+    def _with_loras(
+        self, selection: Selection, work: Generator[Progress, None, None]
+    ) -> Generator[Progress, None, None]:
+        """Work whose every step finds a request's adapters in the weights, whoever set others since the last."""
+        with contextlib.closing(work):
+            while True:
+                self._loras.apply(selection)
+                progress = next(work, None)
+                if progress is None:
+                    return
+                yield progress
+
+    def _work(self, plan: Plan, words: Words, job: Job) -> Generator[Progress, None, None]:
         """All of a plan: its inputs, once; then its pictures, in as many batches as memory demands."""
         pictures, given, count = len(plan.pictures), Given(), Count()
-        inputs = self._inputs(plan, given)
+        inputs = self._inputs(plan, words, given)
 
         def left(pictures: int) -> int:
             return pictures + plan.steps * -(-pictures // job.at_once(pictures))
@@ -369,12 +397,12 @@ class Cascade:
             name=lambda number: f"{number} picture{'s' * (number > 1)} at a time",
         )
 
-    def _inputs(self, plan: Plan, given: Given) -> list[tuple[str, Callable[[], None]]]:
+    def _inputs(self, plan: Plan, words: Words, given: Given) -> list[tuple[str, Callable[[], None]]]:
         """What is encoded once a plan: its stage, see `Progress`, and a function that puts it into `given`."""
         request = plan.request
 
         def text(one: Request) -> None:
-            given.texts.append(self._encode_text(one, guided=plan.guided))
+            given.texts.append(self._encode_text(one, words, guided=plan.guided))
 
         def image_prompts() -> None:
             given.image_prompts = self._encode_image_prompts(request)
@@ -426,18 +454,28 @@ class Cascade:
 
     # ---- its parts ----
 
-    def _check_prompts(self, requests: Sequence[Request]) -> None:
+    def _check_prompts(self, requests: Sequence[Request], words: Words) -> None:
         """Make sure that there are the embeddings that prompts name. Encodes nothing."""
         for place, request in enumerate(requests):
             prefix = f"requests[{place}]." if len(requests) > 1 else ""
             for name in ("prompt", "negative_prompt"):
-                self.text.read(getattr(request, name), weighting=request.prompt_weighting, name=prefix + name)
+                prompt = words.spelled(getattr(request, name))
+                options = {"weighting": request.prompt_weighting, "words": words.vectors}
+                self.text.read(prompt, name=prefix + name, **options)
 
-    def _encode_text(self, request: Request, *, guided: bool) -> Texts:
+    def _encode_text(self, request: Request, words: Words, *, guided: bool) -> Texts:
         """Both prompts in one forward, each at its own length."""
         prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
+        prompts = [words.spelled(prompt) for prompt in prompts]
         run = partial(self.runner.run_for_any_size, "text_encoder")
-        texts = self.text.encode_each(prompts, run, weighting=request.prompt_weighting, most_chunks=MOST_CHUNKS)
+        texts = self.text.encode_each(
+            prompts,
+            run,
+            weighting=request.prompt_weighting,
+            weight_pooled=request.weight_pooled,
+            most_chunks=MOST_CHUNKS,
+            words=words.vectors,
+        )
         if not guided:
             return Texts(texts[0], None)
         return Texts(*(repeated(*texts) if request.repeat_prompts else texts))

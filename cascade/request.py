@@ -1,4 +1,4 @@
-"""What can be asked of a `Cascade`: a `Request`, checked when it is made. Knows no network."""
+"""`Request`: the inputs of a `Cascade`, checked when the request is made. Knows no network."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,8 @@ from cascade.guides.controls import Control, check_span
 from cascade.guides.inpainting import check_mask, transparent
 from cascade.guides.ip_adapter import Reference, read_mask
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, Limits, counted, need
+from cascade.loras.lora import MOST as MOST_LORAS
+from cascade.loras.lora import Lora
 from cascade.prompts.parsing import check_weights
 from cascade.sampling import SAMPLERS
 
@@ -21,61 +23,65 @@ ONE_EACH = {
     "image_prompt_strengths": "image_prompts",
     **{f"ip_adapter_{name}": "ip_adapter_images" for name in ("scales", "masks", "starts", "ends")},
 }
-# Half of it, rounded up, is what the super-resolution ControlNet's image is fitted to.
+# The super-resolution ControlNet's image is scaled to half of the picture, rounded up, which must be at least SMALLEST.
 SMALLEST_ENLARGED = 2 * sizes.SMALLEST - 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to make.
+    """A request for pictures.
 
     Attributes:
         prompt, negative_prompt: what the pictures show, and what not, in up to 10,000 characters and 300 tokens each; tokens
             beyond are cut, with a warning. The latter acts through guidance only. `embedding:NAME`, after a blank or at
             the beginning, stands for the vectors of the model folder's file `embeddings/NAME.safetensors`.
-        width, height: pixels, 64 to 2048; None: the size that the model draws best, or with an `image` the one of its
-            shape and that area (`sizes.fitted_size`).
+        width, height: pixels, 64 to 2048; None: the model's native size, or with an `image`, its aspect ratio at the native
+            area (`sizes.fitted_size`).
         num_images: how many pictures, at least 1.
-        seed: 0 to 2**63 - 1. Picture i is picture 0 of the seed i higher.
-        steps_prior, steps_decoder: of Stages C and B, 1 to 1000; None: as the model folder says.
+        seed: 0 to 2**63 - 1. Picture i of seed s is picture 0 of seed s + i.
+        steps_prior, steps_decoder: steps of Stages C and B, 1 to 1000; None: the model folder's.
         guidance_scale_prior, guidance_scale_decoder: 0 to 20; 1 or less turns guidance off, which is twice as fast;
-            None: as the model folder says.
+            None: the model folder's.
         sampler: of both stages: "ddpm", "ddim" or "lcm".
         prompt_weighting: whether brackets in the prompts are weights, as in ComfyUI: `(word)`, `(word:1.3)`, from -4 to 4, and
             `\\(` a bracket. Otherwise they are text.
+        weight_pooled: whether these weights act on the pooled text too, which decides backgrounds and is all that Stage B sees
+            of a prompt (`prompts.encoding.weighted_pooled`). ComfyUI's do not.
         repeat_prompts: whether a prompt and a negative prompt of different lengths are repeated until they are equally long,
             as in ComfyUI (`prompts.text.repeated`). Otherwise each counts at its own length, so that what one does to the
             picture does not depend on how long the other is.
-        image_prompts: up to 4 images of any size and mode that say, beside the prompt, what the pictures show.
-        image_prompt_strengths: 0 to 2, by which their embeddings are multiplied, one an image; empty: 1. The network
-            normalises what it makes of them, so half the strength is not half the effect.
-        ip_adapter_images: up to 4 images of any size and mode for the IP-Adapter, which sees more of them than `image_prompts`
-            do. Without masks, what they add is summed.
-        ip_adapter_scales: 0 (without the image) to 2, what the image adds is multiplied with, one an image; empty: 1.
-        ip_adapter_masks: where in the pictures each image counts: fully where it is white, half where it is grey, not where it
-            is black or transparent; one an image, or empty: everywhere. Of any size and mode; it is scaled to the
-            pictures' size, and what exceeds their shape is cut off evenly.
-        ip_adapter_mode: which of the adapted blocks of Stage C are used: "all"; "style" or "composition": those that the
-            adapter's configuration names for it.
-        ip_adapter_starts, ip_adapter_ends: in which of Stage C's steps each image is used: step i of n, from 0, if
-            start <= i / n < end; 0 <= start < end <= 1, one an image; empty: 0 and 1.
-        image: what to begin with instead of noise, of any size and mode: image-to-image. It is scaled to the pictures'
-            size, and what exceeds their shape cut off evenly.
-        prompt_strength: 0 to 1, how much of `image` is painted anew: the time to which Stage C's latents are noised,
-            and the share of `steps_prior` that is taken from there, at least one step. 1 begins with noise, as
-            without an image; at 0, there is no Stage C, and Stages B and A paint what the image's latents say.
-        mask: what of `image` is made anew, where it is white (a grey of 128 and more counts as white, what is
-            transparent does not): inpainting. Of the image's shape, in any size and mode; or "alpha": what is
-            transparent in `image` by half and more. The pictures then have the image's size, and outside of the mask
-            its pixels, exactly.
-        controls: up to 4, see `Control`. One of the kind "inpainting" needs a mask; with a mask and none of that kind,
-            the model's inpainting ControlNet, if it has one, is used at scale 1.
+        image_prompts: up to 4 images of any size and mode. They describe the pictures together with the prompt.
+        image_prompt_strengths: 0 to 2, factors for the image embeddings, one per image; empty: 1. The network normalises
+            its condition tokens, so half the strength is not half the effect.
+        ip_adapter_images: up to 4 reference images of any size and mode for the IP-Adapter, which takes more from them than
+            `image_prompts`. What several of them add is summed.
+        ip_adapter_scales: 0 to 2, factors for what the images add, one per image; empty: 1. At 0, an image is ignored.
+        ip_adapter_masks: where in the pictures an image acts: fully where its mask is white, half where it is grey of 128, not
+            where it is black or transparent; one per image, of any size and mode; empty: everywhere. A mask is scaled to
+            the pictures' size, and what exceeds their aspect ratio is cropped evenly.
+        ip_adapter_mode: which of the adapted blocks of Stage C are used: "all"; for "style" and "composition", those that
+            the adapter's configuration names.
+        ip_adapter_starts, ip_adapter_ends: 0 to 1, the steps of Stage C in which an image is used: step i of n, from 0, if
+            start <= i / n < end; one per image; empty: 0 and 1.
+        image: the start image for image-to-image, of any size and mode. It is scaled to the pictures' size, and what exceeds
+            their aspect ratio is cropped evenly.
+        prompt_strength: 0 to 1, how much of `image` changes. Its latents are noised to this time, and this share of
+            `steps_prior` is taken from there, at least one step. 1 starts from noise, as without an image. 0 skips Stage C:
+            Stages B and A decode the image's latents.
+        mask: inpainting: where the mask is white, `image` is made anew. Grey of 128 or more counts as white, transparency
+            does not. It has the image's aspect ratio, any size and any mode; "alpha": the pixels of `image` that are at
+            least half transparent. With a mask, pictures have the image's size, and exactly its pixels outside of the mask.
+        controls: up to 4, see `Control`. The kind "inpainting" needs a mask. With a mask and no control of that kind, the
+            model's inpainting ControlNet, if it has one, is used at scale 1.
 
-    A float without a fraction is accepted as a whole number, a number of numpy as a number, and a list as a tuple; the
-    attributes are int, float and tuple. The attribute `mask` is an image of mode "1", in the size of `image`.
+        loras: up to 8, see `Lora`: adapters of Stages C and B and the text encoder. Their changes are added up. Words that they
+            bring may be used in the prompts, by name.
+
+    A float without a fraction is accepted as a whole number, a numpy number as a number, and a list as a tuple. Attributes
+    are converted to int, float and tuple, and `mask` to an image of mode "1" in the size of `image`.
 
     Raises:
-        InputError: a ValueError, whose one sentence names an attribute of the wrong kind or outside of its range.
+        InputError: a ValueError. Its one sentence names an attribute that has the wrong type or is out of range.
     """
 
     prompt: str
@@ -90,6 +96,7 @@ class Request:
     guidance_scale_decoder: float | None = None
     sampler: str = "ddpm"
     prompt_weighting: bool = False
+    weight_pooled: bool = False
     repeat_prompts: bool = False
     image_prompts: Sequence[Image.Image] = ()
     image_prompt_strengths: Sequence[float] = ()
@@ -103,10 +110,11 @@ class Request:
     prompt_strength: float = LIMITS["prompt_strength"].default
     mask: Image.Image | Literal["alpha"] | None = None
     controls: Sequence[Control] = ()
+    loras: Sequence[Lora] = ()
 
     def __post_init__(self) -> None:
         for name, limits in ALLOWED.items():
-            # In one kind, whatever the caller had: lists become tuples, numpy's numbers Python's.
+            # Converts lists to tuples, and numpy's numbers to Python's.
             object.__setattr__(self, name, limits.check(name, getattr(self, name)))
         if self.prompt_weighting:
             check_prompt_weights(self.prompt, self.negative_prompt)
@@ -144,7 +152,7 @@ class Request:
             if getattr(self, name) not in (None, side):
                 asked = f"{name} is {getattr(self, name)}"
                 raise InputError(f"{asked}, but image has {size}, and with a mask pictures have its size.")
-        # So that it is read once, however often the request is copied (`dataclasses.replace`).
+        # Stored as read, so that copies of the request (`dataclasses.replace`) need not read it again.
         mask = transparent(self.image) if self.mask == ALPHA else check_mask(self.mask, *self.image.size)
         object.__setattr__(self, "mask", mask)
 
@@ -177,7 +185,7 @@ def check_one_each(name: str, values: Sequence[object], images: str, there: Sequ
         images: the name of the images, which are `there`.
 
     Raises:
-        InputError: there are not.
+        InputError: the numbers differ.
     """
     need(name, values, images, there)
     if values and len(values) != len(there):
@@ -191,7 +199,7 @@ def check_kind(name: str, kind: str, other: str, mask: object) -> None:
     """Make sure that a control of the kind "inpainting" has a mask.
 
     Args:
-        name, other: what the sentence calls the kind, and the mask.
+        name, other: names of the kind and of the mask in the error.
 
     Raises:
         InputError: it has none.
@@ -208,11 +216,11 @@ def check_masked(width: int, height: int) -> None:
     """
     if min(width, height) < sizes.SMALLEST or max(width, height) > sizes.LARGEST:
         size, limits = f"{width}x{height} pixels", f"{sizes.SMALLEST} to {sizes.LARGEST}"
-        raise InputError(f"image has {size}; with a mask, which leaves its size, each side must have {limits}.")
+        raise InputError(f"image has {size}; with a mask, pictures have its size, so each side must have {limits}.")
 
 
 def check_enlarged(width: int, height: int) -> None:
-    """Make sure that an image of this size can be enlarged.
+    """Make sure that an image of this size can be enlarged to twice its size.
 
     Raises:
         InputError: it is too small or too large.
@@ -223,17 +231,18 @@ def check_enlarged(width: int, height: int) -> None:
 
 
 def upscaling(image: Image.Image, prompt: str = "", **options: Any) -> Request:
-    """The request for a picture like an image, of twice its size: of its semantic latents, each in four places, the
-    super-resolution ControlNet makes what guides Stage C.
+    """The request that enlarges an image to twice its size.
+
+    The super-resolution ControlNet guides Stage C. It reads the image's semantic latents, enlarged to twice their size.
 
     Args:
         image: sides from 64 to 1024 pixels.
         prompt: what the image shows.
-        options: of `Request`, other than mask, width and height; up to 3 controls. `guidance_scale_prior` is 1 unless
-            it says otherwise: so do the authors enlarge.
+        options: attributes of `Request`, except mask, width and height; up to 3 controls. `guidance_scale_prior` is 1 by
+            default, as in the authors' example.
 
     Raises:
-        InputError: as `Request`; the image is too small or too large, or there is a mask, a width or a height.
+        InputError: as `Request`; or the image is too small or too large, or there is a mask, a width or a height.
     """
     LIMITS["image"].check_one("image", image)
     for name in ("mask", "width", "height"):
@@ -247,10 +256,10 @@ def upscaling(image: Image.Image, prompt: str = "", **options: Any) -> Request:
 
 
 def smaller_requests(request: Request) -> Iterator[Request]:
-    """One picture of half the area that was asked for, of a quarter ..., of the same shape.
+    """Requests for one picture of half the area, a quarter of it and so on, of the same aspect ratio.
 
     Args:
-        request: with width and height.
+        request: it must have a width and a height.
     """
     enlarged = any(control.kind == "super_resolution" for control in request.controls)
     smallest = 2 * sizes.SMALLEST if enlarged else sizes.SMALLEST
@@ -265,7 +274,7 @@ def smaller_requests(request: Request) -> Iterator[Request]:
         yield replace(request, num_images=1, width=width, height=height, image=image, mask=mask)
 
 
-# The server's limits, but for what it narrows because all its callers share it, and what Python alone can ask for.
+# The server's limits. Some are wider here, because the server's callers share one GPU. Some inputs exist in Python only.
 ALLOWED: dict[str, Limits] = {
     **{field.name: LIMITS[field.name] for field in fields(Request) if field.name in LIMITS},
     "num_images": replace(LIMITS["num_images"], high=None),
@@ -275,6 +284,8 @@ ALLOWED: dict[str, Limits] = {
     "sampler": Limits(str, "ddpm", choices=tuple(SAMPLERS)),
     "ip_adapter_starts": LIMITS["control_starts"],
     "ip_adapter_ends": LIMITS["control_ends"],
+    "weight_pooled": Limits(bool, False),
     "repeat_prompts": Limits(bool, False),
     "controls": Limits(Control, most=MOST_IMAGES),
+    "loras": Limits(Lora, most=MOST_LORAS),
 }

@@ -1,8 +1,8 @@
 """Diffusion sampling: schedule, guidance and steps. Pure tensor maths in float32; knows no network and no stage.
 
-Formulas are those of the authors' code (Stability-AI/StableCascade, `gdf/`) unless said otherwise. A time `t` runs from 1
-(noise) to 0 (data); the model predicts epsilon. Noisy data is `alpha * x0 + sigma * epsilon`, with `alpha**2 + sigma**2`
-equal to 1 and `alpha**2 = sigmoid(logSNR)`.
+Formulas are from the authors' code (Stability-AI/StableCascade, `gdf/`) unless another source is named. Time `t` runs from 1
+(noise) to 0 (data). The model predicts epsilon. Noisy data is `alpha * x0 + sigma * epsilon`, where
+`alpha**2 + sigma**2 = 1` and `alpha**2 = sigmoid(logSNR)`.
 """
 
 import math
@@ -22,8 +22,8 @@ def log_snr(t: Tensor, shift: float = 1.0) -> Tensor:
 
     Args:
         t: times in [0, 1].
-        shift: > 0; above 1 the schedule is noisier, for larger latents (Hoogeboom et al., arXiv 2301.11093). The clamp
-            stays that of the unshifted schedule.
+        shift: > 0. Above 1, the schedule is noisier, for larger latents (Hoogeboom et al., arXiv 2301.11093). It does not
+            move the limits to which logSNR is clamped.
     """
     variance = torch.cos((t.float() + OFFSET) / (1 + OFFSET) * (math.pi / 2)).square() / START_VARIANCE
     variance = variance.clamp(*VARIANCE_LIMITS)
@@ -32,19 +32,19 @@ def log_snr(t: Tensor, shift: float = 1.0) -> Tensor:
 
 
 def timestep(log_snr: Tensor) -> Tensor:
-    """What a model is told of a logSNR: the time in [0, 1] at which the unshifted schedule has it. float32, same shape."""
+    """The model's timestep for a logSNR: the time in [0, 1] at which the unshifted schedule has it. float32, same shape."""
     cosine = (torch.sigmoid(log_snr.float()) * START_VARIANCE).sqrt()
     return (torch.acos(cosine) / (math.pi / 2) * (1 + OFFSET) - OFFSET).clamp(0, 1)
 
 
 def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of data and of noise there is at a logSNR: two float32 tensors in its shape, in (0, 1)."""
-    # sigmoid(-x) rather than 1 - sigmoid(x), which loses digits where there is little noise.
+    """The factors of data and noise at a logSNR: two float32 tensors in its shape, in (0, 1)."""
+    # sigmoid(-x) instead of 1 - sigmoid(x), which loses digits where there is little noise.
     return torch.sigmoid(log_snr.float()).sqrt(), torch.sigmoid(-log_snr.float()).sqrt()
 
 
 def diffuse(x0: Tensor, noise: Tensor, t: Tensor, shift: float = 1.0) -> Tensor:
-    """Noise data (B, ...) to the times `t`, (B,) or a single one, in [0, 1]. Returns float32 (B, ...)."""
+    """Add noise to data (B, ...), up to the times `t` in [0, 1], (B,) or a single value. Returns float32 (B, ...)."""
     alpha, sigma = (factor.view(-1, *[1] * (x0.ndim - 1)) for factor in alpha_sigma(log_snr(t, shift)))
     return alpha.to(x0.device) * x0.float() + sigma.to(x0.device) * noise.float()
 
@@ -54,9 +54,9 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float) -> Tensor:
 
     Args:
         cond, uncond: predictions with and without the conditions, (B, ...).
-        scale: 1 is `cond`; above, away from `uncond`.
-        rescale: 0 to 1, how far the result's standard deviation is brought back to that of `cond`. It is taken over each
-            sample. The authors take it over the batch, where an image depends on those it is made with.
+        scale: guidance scale. 1 returns `cond`; higher values move away from `uncond`.
+        rescale: 0 to 1, how far the result's standard deviation is brought back to that of `cond`. It is computed per sample.
+            The authors compute it over the batch, so that an image depends on the others in its batch.
     """
     cond, uncond = cond.float(), uncond.float()
     guided = torch.lerp(uncond, cond, scale)
@@ -70,11 +70,14 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float) -> Tensor:
 def with_guidance(
     model: Callable[[Tensor, Tensor], Tensor], scale: float, rescale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make a model for `sample` of one that predicts both halves in a single batch.
+    """Add guidance to a model that predicts the conditional and the unconditional half in one batch.
 
     Args:
-        model: x (2B, ...), t (2B,) -> epsilon, whose first half has the conditions and whose second half has not.
+        model: x (2B, ...), t (2B,) -> epsilon (2B, ...), the first half with the conditions, the second half without.
         scale, rescale: see `guide`.
+
+    Returns:
+        A model for `sample`: x (B, ...), t (B,) -> epsilon (B, ...).
     """
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
@@ -85,15 +88,15 @@ def with_guidance(
 
 
 def beside_zeros(condition: Tensor, halves: int) -> Tensor:
-    """What guidance's halves, two or only the first, are given: a condition (B, ...), then zeros: (halves B, ...)."""
+    """A condition (B, ...) for guidance: followed by zeros for the unconditional half if `halves` is 2. (halves * B, ...)."""
     return torch.cat([condition, torch.zeros_like(condition)][:halves])
 
 
 def ddpm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
-    """One ancestral step (Ho et al., arXiv 2006.11239; Song et al., arXiv 2010.02502 with eta 1), everything float32.
+    """One ancestral step (Ho et al., arXiv 2006.11239; Song et al., arXiv 2010.02502 with eta 1). All tensors are float32.
 
     Args:
-        x, x0, eps: the noisy latents, the data and the noise that the model sees in them, (B, ...).
+        x, x0, eps: the noisy latents, and the model's estimates of data and noise in them, (B, ...).
         log_snr, next_log_snr: before and after the step; single values.
         noise: white noise in the shape of `x`.
     """
@@ -105,13 +108,13 @@ def ddpm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr:
 
 
 def ddim_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
-    """One deterministic step (Song et al., arXiv 2010.02502, eta 0). Arguments as in `ddpm_step`; no noise is used."""
+    """One deterministic step (Song et al., arXiv 2010.02502, eta 0). Arguments as in `ddpm_step`; `noise` is ignored."""
     next_alpha, next_sigma = alpha_sigma(next_log_snr)
     return next_alpha * x0 + next_sigma * eps
 
 
 def lcm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor, noise: Tensor) -> Tensor:
-    """One step of a consistency model (Luo et al., arXiv 2310.04378): x0 noised afresh. Arguments as in `ddpm_step`."""
+    """One step of a consistency model (Luo et al., arXiv 2310.04378): adds new noise to x0. Arguments as in `ddpm_step`."""
     next_alpha, next_sigma = alpha_sigma(next_log_snr)
     return next_alpha * x0 + next_sigma * noise
 
@@ -120,14 +123,14 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "lcm": lcm_step}
 
 
 class Step(NamedTuple):
-    """One step of a sampler that has just been taken.
+    """A finished step of a sampler.
 
     Attributes:
-        index: 0 .. total - 1.
-        total: how many steps there are.
-        x: the latents after the step, float32 (B, ...). After the last one: the result.
-        x0: what the model takes the finished latents to be, float32 (B, ...): what a preview shows.
-        t: the time that the model was told, before the step.
+        index: 0 to total - 1.
+        total: number of steps.
+        x: the latents after the step, float32 (B, ...). After the last step, the result.
+        x0: the model's estimate of the finished latents, float32 (B, ...). Previews show it.
+        t: the timestep that was passed to the model.
     """
 
     index: int
@@ -138,7 +141,7 @@ class Step(NamedTuple):
 
 
 class Sample(Protocol):
-    """A function like `sample`."""
+    """The signature of `sample`."""
 
     def __call__(
         self,
@@ -165,28 +168,27 @@ def sample(
     noise: Callable[[int], Tensor],
     hold: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
-    """Turn noise into data, step by step. Whoever iterates may stop whenever he wants.
+    """Denoise step by step. The caller may stop iterating at any time.
 
     Args:
-        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). Guidance is the model's business.
-        x: where to start, (B, ...): white noise, or data that was noised by `diffuse` to `t_start` at the same shift.
-        steps: how many, at least 1; evenly spaced in time from `t_start` to 0.
-        shift: of the schedule, see `log_snr`.
+        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). For guidance, see `with_guidance`.
+        x: the initial latents, (B, ...): white noise, or data noised by `diffuse` to `t_start` at the same shift.
+        steps: number of steps, at least 1, evenly spaced in time from `t_start` to 0.
+        shift: shift of the schedule, see `log_snr`.
         sampler: a key of `SAMPLERS`.
         t_start: in (0, 1].
-        noise: the index of a step -> white noise in the shape of `x`; called once a step, in order, unless the sampler
-            is "ddim".
-        hold: (the latents after a step, their logSNR) -> what goes on in their place: latents of which a part is known.
+        noise: index of a step -> white noise in the shape of `x`. Called once per step, in order; not called for "ddim".
+        hold: (latents after a step, their logSNR) -> the latents to continue with. Inpainting restores known latents here.
 
     Raises:
-        ValueError: an argument outside of its range.
+        ValueError: an argument is out of range.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1.")
     if not 0 < t_start <= 1:
-        raise ValueError(f"t_start is {t_start}; it must lie above 0 and not above 1.")
+        raise ValueError(f"t_start is {t_start}; it must be above 0 and at most 1.")
     if not shift > 0:
-        raise ValueError(f"shift is {shift}; it must lie above 0.")
+        raise ValueError(f"shift is {shift}; it must be above 0.")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}.")
     return _sample(model, x.float(), steps, shift, sampler, t_start, noise, hold)
@@ -202,7 +204,7 @@ def _sample(
     noise: Callable[[int], Tensor],
     hold: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Iterator[Step]:
-    # The schedule is computed on the CPU, so that it is the same for every device; only what the model reads is moved.
+    # The schedule is computed on the CPU, so that it is equal on all devices. Only the model's timesteps are moved.
     times = torch.linspace(t_start, 0, steps + 1)
     log_snrs = log_snr(times, shift)
     told = timestep(log_snrs)
@@ -219,20 +221,20 @@ def _sample(
 
 
 def finish(steps: Iterator[Step]) -> Tensor:
-    """Take all steps that are left and return the last one's latents, keeping none of the others."""
+    """Take all remaining steps, and return the latents after the last one."""
     for step in steps:
         result = step.x
     return result
 
 
 class Noise:
-    """White noise for a batch of images, from one CPU generator an image.
+    """White noise for a batch of images, from one CPU generator per image.
 
-    An image's noise depends on its seed and on how much was drawn for it before; not on the batch, not on the device.
+    An image's noise depends only on its seed and on the earlier draws for it, not on the batch or the device.
 
     Args:
-        seeds: one an image.
-        device: where the noise goes.
+        seeds: one per image.
+        device: the device of the returned noise.
     """
 
     def __init__(self, seeds: Sequence[int], device: str | torch.device = "cpu") -> None:
@@ -243,7 +245,7 @@ class Noise:
         return len(self.generators)
 
     def __call__(self, *shape: int) -> Tensor:
-        """Draw the next float32 (B, *shape)."""
+        """Draw the next noise, float32 (B, *shape)."""
         drawn = torch.stack([torch.randn(shape, generator=g) for g in self.generators])
-        # From pinned memory the copy waits its turn on the GPU, instead of this thread waiting for the GPU.
+        # A copy from pinned memory is queued on the GPU, so this thread does not wait for it.
         return drawn.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else drawn

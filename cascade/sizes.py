@@ -1,8 +1,8 @@
-"""Pixels and the latents they belong to. Every pair is (height, width). Pure arithmetic, but for the cropping and padding.
+"""Sizes of pictures and of their latents. Every pair is (height, width).
 
-Stage A folds 4 pixels into a decoder latent, and Stage B folds 2 of those into one, so pictures are made at multiples
-of 8 pixels; any other size is cut centrally out of the next multiple. A semantic latent stands for 42.67 pixels: the
-semantic encoder shrinks 32 times, and sees pictures at three quarters of their size.
+Per side, a decoder latent of Stage A covers 4 pixels, and Stage B folds 2 decoder latents into one. So pictures are made at
+multiples of 8 pixels, and any other size is cropped from the middle of the next multiple. A semantic latent covers 42.67
+pixels per side: the semantic encoder shrinks by 32 and reads pictures at three quarters of their size.
 """
 
 import math
@@ -23,26 +23,26 @@ def native_size(height: int, width: int) -> Size:
     """The size at which a picture of `height` x `width` is made: each side rounded up to a multiple of 8.
 
     Raises:
-        ValueError: a side lies outside of 64 to 2048.
+        ValueError: a side is not from 64 to 2048.
     """
     for name, side in (("height", height), ("width", width)):
         if not SMALLEST <= side <= LARGEST:
-            raise ValueError(f"{name} is {side}; it must lie between {SMALLEST} and {LARGEST} pixels.")
+            raise ValueError(f"{name} is {side}; it must be from {SMALLEST} to {LARGEST} pixels.")
     return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
 
 
 def fitted_size(
     height: int, width: int, native: int, to_height: int | None = None, to_width: int | None = None
 ) -> Size:
-    """The size at which a picture like one of `height` x `width` is made: of its shape, in about the native area.
+    """A size with about the aspect ratio of `height` x `width` and about the native area.
 
     Args:
         height, width: at least 1 pixel.
-        native: pixels, the edge of the square with that area.
-        to_height, to_width: a side that is settled; the other one follows it.
+        native: pixels, the side of the square with the native area.
+        to_height, to_width: a side that the caller has chosen. The other one follows the aspect ratio instead of the area.
 
     Returns:
-        Two sides from 64 to 2048; those that were not settled are multiples of 8.
+        Two sides from 64 to 2048. Sides that the caller did not choose are multiples of 8.
     """
     if to_height is not None:
         scale = to_height / height
@@ -55,11 +55,11 @@ def fitted_size(
 
 
 def ratio_size(ratio: str, native: int) -> Size:
-    """The size of exactly this ratio, in multiples of 8, with about the native area.
+    """The size of exactly this aspect ratio, in multiples of 8, with about the native area.
 
     Args:
         ratio: width to height, as in "16:9".
-        native: pixels, the edge of the square with that area.
+        native: pixels, the side of the square with the native area.
 
     Returns:
         Two sides of at most 2048.
@@ -74,15 +74,15 @@ def ratio_size(ratio: str, native: int) -> Size:
 
 
 def semantic_size(height: int, width: int) -> Size:
-    """Stage C's latents for a picture of this many pixels: ceil(side / 42.67), as the authors have it."""
+    """The size of Stage C's latents for a picture in pixels: ceil(side / 42.67), as in the authors' code."""
     return math.ceil(height / SEMANTIC_PIXELS), math.ceil(width / SEMANTIC_PIXELS)
 
 
 def decoder_size(height: int, width: int) -> Size:
-    """Stage B's latents for a picture at a native size: a quarter of it, and even.
+    """The size of Stage B's latents for a picture: a quarter of each side.
 
     Raises:
-        ValueError: a side is no multiple of 8.
+        ValueError: a side is not a multiple of 8.
     """
     if height % MULTIPLE or width % MULTIPLE:
         raise ValueError(f"The size is {height}x{width}; both sides must be multiples of {MULTIPLE}.")
@@ -90,19 +90,19 @@ def decoder_size(height: int, width: int) -> Size:
 
 
 def encoder_size(height: int, width: int) -> Size:
-    """What the semantic encoder is given for a picture of this many pixels, to return latents of `semantic_size`."""
+    """The size in pixels at which the semantic encoder reads a picture, so that its latents have `semantic_size`."""
     rows, columns = semantic_size(height, width)
     return rows * ENCODER_STRIDE, columns * ENCODER_STRIDE
 
 
 def crop(pixels: Tensor, height: int, width: int) -> Tensor:
-    """The middle of (..., H, W), as (..., height, width); of an odd rest, the larger half goes right and below."""
+    """Crop the middle of (..., H, W) to (..., height, width). If the rest is odd, one more is cut at the right and bottom."""
     top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
     return pixels[..., top : top + height, left : left + width]
 
 
 def pad(pixels: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, H, W) to (B, C, height, width) by repeating the border: what `crop` undoes."""
+    """Pad (B, C, H, W) to (B, C, height, width) by repeating the border. `crop` undoes it."""
     rows, columns = height - pixels.shape[-2], width - pixels.shape[-1]
     top, left = rows // 2, columns // 2
     return F.pad(pixels, (left, columns - left, top, rows - top), mode="replicate")

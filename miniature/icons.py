@@ -1,4 +1,4 @@
-"""The miniature's drawings: choose objects from three open icon sets, render them, pack them, load them.
+"""The miniature's drawings: chooses objects from three open icon sets, and renders, packs and loads them.
 
 The sets are the npm packages of `ICON_SETS` (Iconify JSON: an SVG body for every slug). `select_objects` keeps the
 objects that all three draw and that words can tell apart, under plain English names; `render_drawing` makes a tight square
@@ -29,12 +29,12 @@ from training.files import whole_file
 logger = logging.getLogger(__name__)
 
 DRAWING_SIZE = 192
-"""Side in pixels of a packed drawing: slightly more than a default object's side in a 256-pixel scene."""
+"""Side of a packed drawing in pixels, slightly more than a default object's in a scene of 256 pixels."""
 
 
 @dataclass(frozen=True)
 class IconSet:
-    """One icon set: its npm `package` and `version`, the `style` word for it in captions, its `licence` and `author`."""
+    """One icon set: its npm ``package`` and ``version``, its ``style`` in captions, its ``licence`` and ``author``."""
 
     package: str
     version: str
@@ -60,7 +60,7 @@ OBJECT_LIST = Path(__file__).parent / "objects.json"
 
 @dataclass(frozen=True)
 class IconObject:
-    """One object: its `name` in captions, the `slugs` that draw it (one a set, in `ICON_SETS` order), `also` other names."""
+    """One object: its ``name`` in captions, its icon's slug in each of `ICON_SETS`, and ``also`` further names."""
 
     name: str
     slugs: tuple[str, ...]
@@ -381,7 +381,7 @@ _SAME = {
 
 
 def read_icon_set(path: Path) -> dict[str, str]:
-    """Read an Iconify `icons.json`: an SVG document for every slug, aliases that only rename included."""
+    """Reads an Iconify ``icons.json``: an SVG document for each slug, including aliases that only rename."""
     data = json.loads(path.read_text())
     width, height = data.get("width", 16), data.get("height", 16)
     icons = {}
@@ -398,7 +398,7 @@ def read_icon_set(path: Path) -> dict[str, str]:
 
 
 def select_objects(sets: Sequence[Mapping[str, str]]) -> list[IconObject]:
-    """The objects that every one of `sets` draws and a caption can tell apart, sorted by name; names are unique."""
+    """The objects that all ``sets`` have and that captions can tell apart, sorted by name; names are unique."""
     shared = set.intersection(*(set(icons) for icons in sets))
     kept = {slug for slug in shared if slug in _KEPT or not _LEFT_OUT.fullmatch(slug)}
     chosen = [
@@ -419,20 +419,20 @@ def select_objects(sets: Sequence[Mapping[str, str]]) -> list[IconObject]:
 
 
 def save_objects(objects: Iterable[IconObject], path: Path = OBJECT_LIST) -> None:
-    """Write the object list as JSON, one object a line."""
+    """Writes the object list as JSON, one object a line."""
     lines = [json.dumps({"name": o.name, "slugs": o.slugs, **({"also": o.also} if o.also else {})}) for o in objects]
     with whole_file(path) as part:
         part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def load_objects(path: Path = OBJECT_LIST) -> list[IconObject]:
-    """Read an object list that `save_objects` wrote."""
+    """Reads an object list that `save_objects` wrote."""
     rows = json.loads(path.read_text())
     return [IconObject(row["name"], tuple(row["slugs"]), tuple(row.get("also", ()))) for row in rows]
 
 
 def render_drawing(svg: str, size: int = DRAWING_SIZE) -> Image.Image:
-    """Render `svg` to a (size, size) straight-alpha RGBA image, cropped so that the longer side of its ink fills it."""
+    """Renders an SVG to an RGBA image (size, size), straight alpha, cropped so that the drawing's longer side fills it."""
     import resvg_py  # only who builds the data needs the renderer
 
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size, skip_system_fonts=True))
@@ -449,7 +449,7 @@ def render_drawing(svg: str, size: int = DRAWING_SIZE) -> Image.Image:
 
 
 def _pack(drawing: Image.Image) -> bytes:
-    """WebP of `drawing`: lossless from a palette of 256 colours where that is close enough (flat art), else lossy."""
+    """WebP of a drawing: lossless with a palette of 256 colours if that is close enough (flat art), otherwise lossy."""
     reduced = drawing.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).convert("RGBA")
     # Palette entries are means: what was opaque comes out a little less so.
     reduced.putalpha(reduced.getchannel("A").point(lambda alpha: 255 if alpha >= 250 else alpha))
@@ -469,13 +469,13 @@ def _render_packed(svg: str) -> bytes:
 
 
 def pack_drawings(objects: Sequence[IconObject], sets: Sequence[Mapping[str, str]], path: Path) -> None:
-    """Render every object in every style and write one zip file to `path`: `catalogue.json` and one WebP a drawing.
+    """Renders every object in every style into one zip file: ``catalogue.json``, and one WebP for each drawing.
 
     The file appears when it is complete. Shows a progress bar.
     """
     svgs = [icons[slug] for item in objects for icons, slug in zip(sets, item.slugs, strict=True)]
     catalogue = {"names": [item.name for item in objects], "styles": STYLES, "size": DRAWING_SIZE}
-    # Ctrl-C reaches all processes of a terminal; this one alone answers it.
+    # Ctrl-C reaches all processes of a terminal; only this one should react.
     deaf = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     with whole_file(path) as part, deaf as pool, zipfile.ZipFile(part, "w") as archive:
         archive.writestr("catalogue.json", json.dumps(catalogue))
@@ -484,12 +484,12 @@ def pack_drawings(objects: Sequence[IconObject], sets: Sequence[Mapping[str, str
             for index, packed in enumerate(tqdm(drawn, desc="drawing", total=len(svgs), mininterval=1)):
                 archive.writestr(f"{index:05d}.webp", packed)
         finally:
-            pool.shutdown(cancel_futures=True)  # after an interruption, nobody waits for thousands of drawings
+            pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for thousands of drawings
     logger.info("%d objects, %d drawings in %s", len(objects), len(svgs), path)
 
 
 def load_drawings(path: Path | str) -> tuple[torch.Tensor, list[str], list[str]]:
-    """Read the drawings that `pack_drawings` wrote.
+    """Reads the drawings that `pack_drawings` wrote.
 
     Returns:
         drawings: uint8 (objects * styles, 4, 192, 192), RGBA with colour premultiplied by alpha, 0..255.
@@ -497,7 +497,7 @@ def load_drawings(path: Path | str) -> tuple[torch.Tensor, list[str], list[str]]
         styles: the style words, `STYLES`.
 
     Raises:
-        TrainingError: there is no such file, or it is not whole.
+        TrainingError: there is no such file, or it is not complete.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -505,9 +505,9 @@ def load_drawings(path: Path | str) -> tuple[torch.Tensor, list[str], list[str]]
             names, styles, size = catalogue["names"], catalogue["styles"], catalogue["size"]
             files = [archive.read(f"{index:05d}.webp") for index in range(len(names) * len(styles))]
     except FileNotFoundError:
-        raise TrainingError(f"There is no file {path}: scripts/build-mini-data makes it.") from None
+        raise TrainingError(f"There is no file {path}; scripts/build-mini-data makes it.") from None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise TrainingError(f"{path} is no whole file of drawings: scripts/build-mini-data makes it.") from error
+        raise TrainingError(f"{path} is not a complete file of drawings; scripts/build-mini-data makes it.") from error
     drawings = np.empty((len(files), 4, size, size), np.uint8)
 
     def decode(index: int) -> None:

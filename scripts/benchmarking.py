@@ -1,4 +1,4 @@
-"""The benchmark: contenders side by side on this GPU, a table and a plot. See scripts/benchmark."""
+"""The command line of ``scripts/benchmark``: times contenders on this GPU, and writes a table and a plot."""
 
 import argparse
 import json
@@ -17,13 +17,14 @@ from scripts.contenders import CONTENDERS, STEPS_DECODER, STEPS_PRIOR
 from scripts.environment import ROOT
 from scripts.stand_ins import write_stand_ins
 
-# 10**12 operations of a forward of one sample at 1024x1024, counted in matrix products and convolutions.
+# 10**12 operations per forward of one sample at 1024x1024, in matrix products and convolutions: of Stages C and B, by
+# whether they are lite; of Stage A.
 WORK = {False: (4.08, 6.17), True: (1.17, 2.22)}
 WORK_STAGE_A = 2.17
 
 
 def case(name: str, **others: Any) -> dict[str, Any]:
-    """What is asked of a contender; `image`: "control" or "start", what a picture of noise is given for, None: no picture."""
+    """What a contender makes. `image` is None, or what an input image of noise is used as: "control" or "start"."""
     usual = {"size": 1024, "batch": 1, "decoder_guidance": 0.0, "lite": False, "image": None}
     return {"name": name, **usual, **others}
 
@@ -39,7 +40,7 @@ GROWTH = [
     *(case(f"batch {batch}", batch=batch) for batch in (2, 8)),
 ]
 WITH_IMAGE = [case("edges, ControlNet", image="control"), case("image-to-image, 0.5", image="start")]
-# Compiling takes minutes: what it does is measured for one case.
+# Compiling takes minutes, so compiled contenders are measured in one case only.
 BY_CONTENDER = {
     "diffusers, model offload": CASES[:1],
     "diffusers, torch.compile": CASES[:1],
@@ -52,7 +53,12 @@ ALL = CASES + WITH_IMAGE + GROWTH
 
 
 def floor(one: dict[str, Any], rate: float) -> float | None:
-    """Seconds an image that the counted work takes at a rate in 10**12 operations a second; of text at 1024x1024 only."""
+    """Seconds per image if the counted work ran at `rate`; None for other sizes than 1024x1024 and for image inputs.
+
+    Args:
+        one: a case.
+        rate: 10**12 operations per second.
+    """
     if one["size"] != 1024 or one["image"]:
         return None
     prior, decoder = WORK[one["lite"]]
@@ -61,7 +67,7 @@ def floor(one: dict[str, Any], rate: float) -> float | None:
 
 
 def matmul_rate(side: int = 8192, runs: int = 20) -> float:
-    """10**12 operations a second of a product of random bfloat16 matrices; the median."""
+    """10**12 operations per second in a product of random bfloat16 matrices: the median of `runs`."""
     first, second = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     rates = []
     for _ in range(runs + 3):
@@ -75,7 +81,7 @@ def matmul_rate(side: int = 8192, runs: int = 20) -> float:
 
 
 def run(names: list[str], chosen: list[str], runs: int, folder: Path, file: Path) -> dict[str, Any]:
-    """What was measured; it is written to the file after each contender."""
+    """Time the contenders, and return the results. They are also written to the file after each contender."""
     start = time.perf_counter()
     write_stand_ins(folder, "cuda")
     torch.cuda.empty_cache()
@@ -105,7 +111,7 @@ def run(names: list[str], chosen: list[str], runs: int, folder: Path, file: Path
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown."""
+    """The results as a Markdown table."""
     machine, cases = found["machine"], {one["name"]: one for one in ALL}
     rows = [
         "| case | contender | s an image | images a second | peak GiB (reserved) | ratio to the floor | first, s | ready, s |",
@@ -131,7 +137,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any], file: Path) -> None:
-    """Seconds an image and peak memory of the first case, a bar a contender, with the floor as a line."""
+    """Draw the first case: seconds per image and peak memory, one bar per contender, with the floor as a line."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -166,12 +172,14 @@ def main() -> None:
     )
     names = [one["name"] for one in ALL]
     parser.add_argument("--cases", nargs="*", choices=names, default=names, help="default: all")
-    parser.add_argument("--runs", type=int, default=5, help="timed runs of each case, after two to warm up")
     parser.add_argument(
-        "--folder", type=Path, help="where 18 GB of stand-ins go for the while; default: a temporary one"
+        "--runs", type=int, default=5, help="timed runs per case, after two warm-up runs (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmark")
-    parser.add_argument("--results", type=Path, help="draw the table and the plot of these results; time nothing")
+    parser.add_argument(
+        "--folder", type=Path, help="where the stand-ins are kept while it runs, 18 GB (default: a temporary folder)"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmark", help="default: %(default)s")
+    parser.add_argument("--results", type=Path, help="make the table and the plot from these results; time nothing")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.results:

@@ -1,4 +1,4 @@
-"""Builds the miniature's drawings from three open icon sets, packages of npm."""
+"""Builds the miniature's drawings from three open icon sets, which are npm packages."""
 
 import argparse
 import logging
@@ -16,24 +16,24 @@ from training.files import whole_file
 
 
 def package_file(icon_set: IconSet, folder: Path) -> Path:
-    """Where `folder` has, or gets, a set's package; npm calls it so."""
+    """The file of a set's package in `folder`, with the name that npm gives it."""
     return folder / f"{icon_set.package.lstrip('@').replace('/', '-')}-{icon_set.version}.tgz"
 
 
 def tarball(icon_set: IconSet, folder: Path, scratch: Path) -> Path:
-    """The package's file in `folder`, fetched by npm if it is not there.
+    """The package's file in `folder`. npm downloads it if it is missing.
 
     Raises:
-        TrainingError: npm is not there, or does not bring it.
+        TrainingError: npm is not installed or fails.
     """
     file = package_file(icon_set, folder)
     if not file.exists():
         package = f"{icon_set.package}@{icon_set.version}"
-        print(f"Fetching {package}.", flush=True)
+        print(f"Downloading {package}.", flush=True)
         try:
             subprocess.run(["npm", "pack", package, "--silent"], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
         except FileNotFoundError:
-            raise TrainingError(f"npm is not installed, and {file} is not there: --icons names its folder.") from None
+            raise TrainingError(f"npm is not installed, and {file} is missing; --icons names its folder.") from None
         except subprocess.CalledProcessError as error:
             raise TrainingError(f"npm pack {package} failed with exit code {error.returncode}.") from None
         with whole_file(file) as part:
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=ROOT / "build" / "mini" / "drawings.zip",
         help="default: %(default)s",
     )
-    parser.add_argument("--icons", type=Path, help="a folder for the packages' files; else a temporary one")
+    parser.add_argument("--icons", type=Path, help="folder of the packages' files (default: a temporary folder)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -64,15 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build(output: Path, icons: Path | None, listing: Path = OBJECT_LIST) -> None:
-    """Draws the objects that all icon sets have, and lists them.
+    """Draw the objects that all icon sets have, and list them.
 
     Args:
         output: the file to write.
-        icons: a folder that has the packages' files, or gets them; None for a temporary one.
+        icons: the folder of the packages' files; missing ones are downloaded into it. None: a temporary folder.
         listing: the object list to write.
 
     Raises:
-        TrainingError: a package cannot be fetched or is damaged, or the file cannot be written.
+        TrainingError: a package cannot be downloaded or is damaged, or the file cannot be written.
     """
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -85,7 +85,9 @@ def build(output: Path, icons: Path | None, listing: Path = OBJECT_LIST) -> None
                 with tarfile.open(file) as archive:
                     archive.extract("package/icons.json", scratch / icon_set.key, filter="data")
             except (tarfile.TarError, EOFError, KeyError) as error:
-                raise TrainingError(f"{file} is no whole package of {icon_set.package}: {error}. Remove it.") from error
+                raise TrainingError(
+                    f"{file} is not a complete package of {icon_set.package}: {error}. Remove it."
+                ) from error
             sets.append(read_icon_set(scratch / icon_set.key / "package" / "icons.json"))
         objects = select_objects(sets)
         save_objects(objects, listing)

@@ -1,7 +1,7 @@
 """The command line of ``scripts/predict``: Cog's ``-i name=value``, ``-i name=@file`` and ``-o path``.
 
-It turns texts into values, and leaves the rules to those that HTTP has too (serving/inputs.py). A request that they
-refuse is answered with their sentence and exit code 2; a prediction that fails, with one sentence and 1.
+It turns texts into values; serving/inputs.py checks them, as over HTTP. A refused request prints one sentence and exits
+with code 2; a failed prediction prints one sentence and exits with code 1.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from predict import Predictor
 from serving.inputs import URL, check_inputs
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
-# The longer marks first: UTF-16's begins UTF-32's.
+# UTF-32's marks first: the little-endian one begins with UTF-16's.
 ENCODINGS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -34,10 +34,10 @@ ENCODINGS = {
 
 
 def read_inputs(assignments: list[str]) -> dict[str, Any]:
-    """All inputs, checked, from ``name=value`` texts. A list is given once an element, as to ``cog predict``.
+    """All inputs, checked, from ``name=value`` texts. A list is given as one text per element, as to ``cog predict``.
 
     Raises:
-        InputError: an unknown name, a file that cannot be read, or a value that is not allowed.
+        InputError: a name is unknown, a file cannot be read, or a value is not allowed.
     """
     given: dict[str, Any] = {}
     for assignment in assignments:
@@ -61,10 +61,10 @@ def read_inputs(assignments: list[str]) -> dict[str, Any]:
 
 
 def read_value(name: str, text: str, limits: Limits) -> Any:
-    """One input's value, or one element of a list, from its text; what is no value of its kind stays a text.
+    """One input's value, or one element of a list, from its text. A text that is no value of its kind stays a text.
 
     Raises:
-        InputError: a file that cannot be read.
+        InputError: a file cannot be read.
     """
     if text.startswith("@"):
         if URL.match(text[1:]):
@@ -87,10 +87,10 @@ def read_value(name: str, text: str, limits: Limits) -> Any:
 
 
 def read_text(name: str, file: Path) -> str:
-    """A file's text, without a newline at its end. A byte order mark tells its encoding; without one it is UTF-8.
+    """A file's text, without a newline at its end. Its encoding is that of its byte order mark, else UTF-8.
 
     Raises:
-        InputError: it cannot be read, or is no text.
+        InputError: the file cannot be read, or is no text.
     """
     try:
         content = file.read_bytes()
@@ -100,13 +100,13 @@ def read_text(name: str, file: Path) -> str:
         raise InputError(f"{name}: {shown(str(file))} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError:
         text = "\0"
-    if "\0" in text:  # as UTF-16 has it without its mark
+    if "\0" in text:  # for example UTF-16 without a byte order mark
         raise InputError(f"{name}: {shown(str(file))} is no text in UTF-8, nor in UTF-16 with a byte order mark.")
     return re.sub("\r\n?", "\n", text).removesuffix("\n")
 
 
 def advice_for(sentence: str, given: dict[str, Any]) -> str:
-    """What else the command line has for a picture that is a text and no URL."""
+    """How to give a file, if a picture's value is a text but no URL; else empty."""
     name = re.match(r"\w*", sentence)[0]
     if name not in LIMITS or LIMITS[name].kind is not Image.Image:
         return ""
@@ -117,7 +117,7 @@ def advice_for(sentence: str, given: dict[str, Any]) -> str:
 
 
 def list_inputs() -> str:
-    """A line an input: name, description, default, range or choices."""
+    """One line per input: name, description, default, range or choices."""
     lines = []
     for name, limits in LIMITS.items():
         description = inspect.signature(Predictor.run).parameters[name].default.description
@@ -130,19 +130,17 @@ def list_inputs() -> str:
 
 
 def read_format(output: str) -> str | None:
-    """The `output_format` that a file's ending asks for; None for a folder.
+    """The `output_format` for a file's ending; None for a folder.
 
     Raises:
-        InputError: it has another ending.
+        InputError: the file has another ending.
     """
     if names_folder(output):
         return None
     try:
         return FORMATS[Path(output).suffix.lower()]
     except KeyError:
-        raise InputError(
-            f"-o must end in {', '.join(FORMATS)}, or name a folder with a / at its end, unlike {output}."
-        ) from None
+        raise InputError(f"-o is {output}; it must end in {', '.join(FORMATS)}, or / for a folder.") from None
 
 
 def names_folder(output: str) -> bool:
@@ -150,7 +148,7 @@ def names_folder(output: str) -> bool:
 
 
 def save(made: list[Path], output: str) -> list[Path]:
-    """Copy the pictures to where they were asked for, with all that is written in them."""
+    """Copy the picture files, with their metadata, to the output file or folder. Returns the new files."""
     path = Path(output)
     if names_folder(output):
         targets = [path / source.name for source in made]
@@ -165,24 +163,24 @@ def save(made: list[Path], output: str) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the predictor once and save what it makes; ``arguments`` default to the process's. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="scripts/predict", description="Make pictures from words.")
+    """Make the pictures once and save them; ``arguments`` default to the process's. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/predict", description="Make pictures from text and images.")
     parser.add_argument(
         "-i",
         "--input",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an input; NAME=@FILE takes it from a file; pictures may also be URLs; a list is given once an element; "
-        "'help' lists what there is",
+        help="an input; NAME=@FILE reads it from a file; pictures may also be URLs; give a list as one -i per element; "
+        "'-i help' lists all inputs",
     )
     parser.add_argument(
         "-o",
         "--output",
         metavar="PATH",
         default="output.png",
-        help="the picture, in the format of its ending (default: %(default)s); several pictures get -1, -2 ... before "
-        "the ending, or lie in the folder that PATH names",
+        help="the picture's file, whose ending gives the format (default: %(default)s); several pictures get -1, -2 ... "
+        "before the ending; PATH/ names a folder",
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

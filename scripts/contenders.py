@@ -1,6 +1,6 @@
-"""What the benchmark compares. Each contender runs in a process of its own: ``python -m scripts.contenders NAME ...``.
+"""The contenders of the benchmark. Each runs in its own process: ``python -m scripts.contenders NAME ...``.
 
-A contender is loaded from the stand-ins, makes the pictures of some cases, and prints what it measured as JSON.
+A contender loads the stand-ins, makes the pictures of some cases, and prints its measurements as JSON.
 """
 
 import json
@@ -22,7 +22,7 @@ from cascade.request import Request
 PROMPT = "a lighthouse on a cliff above the sea, in the evening"
 STEPS_PRIOR, STEPS_DECODER, GUIDANCE = 20, 10, 4.0
 
-# What makes the pictures of a case.
+# A function that makes the pictures of a case.
 Make = Callable[[dict[str, Any]], Any]
 
 
@@ -102,7 +102,7 @@ def diffusers(folder: Path, lite: bool, offload: bool = False, compile_mode: str
             num_inference_steps=STEPS_PRIOR,
             guidance_scale=GUIDANCE,
         )
-        # As many pictures as there are embeddings.
+        # Makes one picture for each embedding.
         return decoder(
             made.image_embeddings.to(torch.bfloat16),
             PROMPT,
@@ -125,7 +125,7 @@ CONTENDERS: dict[str, Callable[[Path, bool], Make]] = {
 
 
 def measure(make: Make, case: dict[str, Any], runs: int) -> dict[str, Any]:
-    """Seconds of the first picture of a case, and of the later ones; gibibytes at most in tensors and taken by torch."""
+    """Seconds of the first run of a case and of the timed runs; peak GiB in tensors and reserved by torch."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -146,7 +146,7 @@ def measure(make: Make, case: dict[str, Any], runs: int) -> dict[str, Any]:
 
 def main() -> None:
     name, folder, cases, runs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
-    start = float(sys.argv[5])  # of this process, as `time.time` tells it
+    start = float(sys.argv[5])  # when this process was started, from `time.time`
     warnings.simplefilter("ignore")
     results = []
     for lite in (False, True):

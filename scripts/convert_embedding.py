@@ -1,4 +1,4 @@
-"""``scripts/convert-embedding``: its options, and what it tells the person who runs it."""
+"""The command line of ``scripts/convert-embedding``."""
 
 import argparse
 import logging
@@ -14,15 +14,15 @@ def main(arguments: list[str] | None = None) -> int:
     """``scripts/convert-embedding``; ``arguments`` default to the process's. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="scripts/convert-embedding",
-        description="Convert textual-inversion embeddings that are pickles to safetensors files beside them, without running "
-        "what the pickles hold.",
+        description="Convert textual-inversion embeddings from pickles to safetensors files beside them, without running code "
+        "in the pickles.",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by torch.save: .pt, .bin")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a file that torch.save wrote (.pt, .bin)")
     parser.add_argument(
         "--width",
         type=int,
         default=1280,
-        help="of the model's text encoder: chooses among the vectors of a file for several text encoders (default: 1280)",
+        help="width of the model's text encoder, to choose from a file for several text encoders (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         target = source.with_suffix(SUFFIX)
         try:
             if target.exists():
-                raise ValueError(f"{target} is already there.")
+                raise ValueError(f"{target} exists already.")
             count, width = convert(source, target, options.width)
         except (ValueError, OSError) as error:
             logger.error("%s", error)

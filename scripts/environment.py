@@ -1,8 +1,8 @@
-"""The environment that the scripts run in: ``.venv`` beside them, made on first use. Needs Python and nothing else.
+"""The scripts' virtual environment: ``.venv`` in the repository, made on first use. Needs only Python.
 
-A script begins with ``environment.enter("requirements.txt")``. That returns at once when this file's packages are
-there, as they are in a container or inside of a ``.venv`` that is up to date; otherwise it makes the environment, or
-brings it up to date, and starts the script again inside it. Scripts started at the same time wait for one another.
+A script begins with ``environment.enter("requirements.txt")``. If this Python has the file's packages, as in a
+container or in an up-to-date ``.venv``, it returns at once. Otherwise it makes or updates the environment, and restarts
+the script inside it. Scripts that start at the same time wait for one another.
 """
 
 import fcntl
@@ -21,21 +21,21 @@ OLDEST_PYTHON = (3, 11)
 
 
 def enter(requirements: str) -> None:
-    """Go on with the packages of a requirements file, given relative to the repository's root.
+    """Continue in an environment with the packages of a requirements file, a path relative to the repository's root.
 
-    The repository's root becomes importable; the folder of the scripts does not stay so.
+    In ``sys.path``, the repository's root replaces the folder of the scripts.
     """
     if sys.version_info < OLDEST_PYTHON:
         needed, found = (".".join(map(str, version[:2])) for version in (OLDEST_PYTHON, sys.version_info))
-        sys.exit(f"Python {needed} or newer is needed, and this is {found}: run it as python{needed} {sys.argv[0]}.")
+        sys.exit(f"Python {needed} or newer is needed; this is {found}. Run: python{needed} {sys.argv[0]}")
     here = has_packages(requirements)
     if not here and not is_installed(requirements):
         with open_lock(requirements) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_installed(requirements):
                 install(requirements)
-    # Threads that wait by spinning starve each other as soon as one core is busy with something else: a miniature's
-    # picture then took 27 to 52 s on two cores, and takes 2 s so. The OpenMP library reads this when torch is imported.
+    # Spinning threads starve each other when another process keeps a core busy: on two cores, a miniature's picture took
+    # 27 to 52 s, and takes 2 s with passive waiting. The OpenMP library reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not here and Path(sys.prefix).resolve() != VENV.resolve():
         os.execv(PYTHON, [str(PYTHON), *sys.argv])
@@ -43,13 +43,13 @@ def enter(requirements: str) -> None:
 
 
 def open_lock(requirements: str) -> TextIO:
-    """The file that whoever installs locks. Ends the process if this user may not write beside the scripts."""
+    """The lock file of installations. Ends the process if this user may not write into the repository."""
     try:
         return (ROOT / ".venv.lock").open("w")
     except OSError as error:
         sys.exit(
             f"{VENV} has no packages of {requirements} that this user can run, and cannot be made: {error.strerror}. "
-            f"Run {sys.argv[0]} once as the owner of {ROOT}, with a Python that all can run, or copy the folder."
+            f"Run {sys.argv[0]} once as the owner of {ROOT}, with a Python that all users can run, or copy the folder."
         )
 
 
@@ -61,9 +61,9 @@ def with_included(requirements: str) -> list[str]:
 
 
 def has_packages(requirements: str) -> bool:
-    """Whether this very Python has the packages of a requirements file, in the versions that it names.
+    """Whether this Python has the packages of a requirements file, in the versions that it names.
 
-    Packages that are only needed on some platforms or by some Pythons are not asked for.
+    Packages with a condition (on the platform or the version of Python) are not checked.
     """
     lines = [line for name in with_included(requirements) for line in (ROOT / name).read_text("utf-8").splitlines()]
     for line in lines:
@@ -80,19 +80,19 @@ def has_packages(requirements: str) -> bool:
 
 
 def stamp(requirements: str) -> tuple[Path, str]:
-    """Where it is noted that a requirements file was installed, and what is noted: a digest of it and its includes."""
+    """The file that marks a requirements file as installed, and its content: a digest of that file and its includes."""
     content = b"\0".join((ROOT / name).read_bytes() for name in with_included(requirements))
     return VENV / f"{requirements.replace('/', '-')}.installed", hashlib.sha256(content).hexdigest()
 
 
 def is_installed(requirements: str) -> bool:
-    """Whether ``.venv`` is up to date, and this user can run it: its Python may lie in another user's home."""
+    """Whether ``.venv`` is up to date, and this user can run it. Its Python may be in another user's home."""
     file, digest = stamp(requirements)
     return os.access(PYTHON, os.X_OK) and os.access(file, os.R_OK) and file.read_text() == digest
 
 
 def install(requirements: str) -> None:
-    """Make ``.venv`` unless it is whole, and install into it. Prints to stderr: stdout is the script's."""
+    """Make ``.venv`` unless it works, and install into it. Prints to stderr, because stdout is the script's."""
     sys.stderr.write(f"Installing {requirements} into {VENV}; this takes some minutes the first time.\n")
     try:
         if (

@@ -1,4 +1,4 @@
-"""Makes the table of inputs in docs/inputs.md from Cog's schema: ``python -m scripts.input_table`` updates it."""
+"""Updates the table of inputs in docs/inputs.md from Cog's schema. Run it as ``python -m scripts.input_table``."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ KINDS = {"string": "text", "integer": "whole number", "number": "number", "boole
 
 
 def input_table() -> str:
-    """A Markdown table: a row an input, in the order of ``Predictor.run``."""
+    """A Markdown table with one row per input, in the order of ``Predictor.run``."""
     schemas = make_schema((ROOT / "predict.py").read_text(encoding="utf-8"))["components"]["schemas"]
     fields = sorted(schemas["Input"]["properties"].items(), key=lambda item: item[1]["x-order"])
     rows = [f"| `{name}` | {kind(name, field, schemas)} | {default(field)} | {said(field)} |" for name, field in fields]
@@ -45,7 +45,7 @@ def with_table(text: str) -> str:
     """The text of docs/inputs.md with an up-to-date table.
 
     Raises:
-        ValueError: the text does not have the two comments between which the table stands.
+        ValueError: the text lacks the comments that enclose the table.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -1,4 +1,4 @@
-"""The command line of ``scripts/lock``: from the packages that are asked for to all that are installed, by uv."""
+"""The command line of ``scripts/lock``: uv resolves the .in files into the .txt files."""
 
 import argparse
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scripts.environment import OLDEST_PYTHON, ROOT
 
-# Each file with those whose packages are installed before its own.
+# Each requirements file, with those that are installed before it.
 LAYERS: dict[str, tuple[str, ...]] = {
     "requirements": (),
     "training/requirements": ("requirements",),
@@ -17,21 +17,21 @@ LAYERS: dict[str, tuple[str, ...]] = {
 
 
 def resolve(root: Path, name: str, locked: dict[str, list[str]], *options: str) -> list[str]:
-    """The lines ``package==version`` of all packages that ``name``.in needs, for every platform.
+    """The lines ``package==version`` of all packages that ``name``.in needs, on every platform.
 
     Args:
         root: the folder of the files.
         name: a key of `LAYERS`.
-        locked: the lines of the layers below, which are kept.
+        locked: the lines of the layers below, whose versions are kept.
         options: of ``uv pip compile``.
 
     Raises:
-        subprocess.CalledProcessError: there is no such set of versions; uv has said why.
+        subprocess.CalledProcessError: no set of versions fits; uv has printed why.
     """
     below = [line for lower in LAYERS[name] for line in locked[lower]]
     before = root / f"{name}.txt"
     with tempfile.TemporaryDirectory() as folder:
-        # uv prefers the versions that the file which it writes already has.
+        # uv prefers the versions in the existing output file.
         constraints, written = Path(folder, "below.txt"), Path(folder, "written.txt")
         constraints.write_text("\n".join(below))
         own = before.read_text().splitlines() if before.is_file() else []
@@ -44,11 +44,11 @@ def resolve(root: Path, name: str, locked: dict[str, list[str]], *options: str) 
 
 
 def lock(root: Path, *options: str) -> dict[str, str]:
-    """What belongs into each .txt file, by its name without the ending. Writes nothing."""
+    """The content of each .txt file, by its name without the ending. Writes nothing."""
     locked: dict[str, list[str]] = {}
     for name in LAYERS:
         locked[name] = resolve(root, name, locked, *options)
-    # Training's is installed after the runtime's, by scripts that say so; the development one brings both.
+    # Only the development file includes others: scripts that need training's packages install the runtime's first.
     includes = {"requirements-dev": [f"-r {lower}.txt" for lower in LAYERS["requirements-dev"]]}
     return {
         name: "\n".join([f"# Written by scripts/lock: change {name}.in instead.", *includes.get(name, []), *lines, ""])
@@ -58,8 +58,8 @@ def lock(root: Path, *options: str) -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the .txt files; ``arguments`` default to the process's. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="scripts/lock", description="Lock all packages that are installed.")
-    parser.add_argument("--upgrade", action="store_true", help="take the newest versions that fit, not the locked ones")
+    parser = argparse.ArgumentParser(prog="scripts/lock", description="Lock the versions of all packages.")
+    parser.add_argument("--upgrade", action="store_true", help="use the newest versions that fit, not the locked ones")
     options = parser.parse_args(arguments)
     try:
         files = lock(ROOT, *(["--upgrade"] if options.upgrade else []))

@@ -1,6 +1,6 @@
-"""Draws the pictures of README.md and docs: what the miniature makes, and what its stages see on the way.
+"""Draws the pictures of README.md and docs: the miniature's pictures, and what its stages predict after some steps.
 
-Everything here is made by the public functions of ``cascade``, from prompts and seeds that stand in this file.
+It uses only the public functions of ``cascade``; prompts and seeds are constants of this file.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from cascade.request import Request
 from miniature.stage_a import decode, encode_and_decode
 from scripts.environment import ROOT
 
-# The first seed of each; the prompts are chosen so that every kind of prompt that the miniature knows is shown.
+# The same seed for all. The prompts are chosen to show every kind of prompt that the miniature knows.
 SEED = 0
 PROMPTS = (
     "a red apple on a green background",
@@ -46,32 +46,33 @@ PROMPTS = (
 FOLLOWED = ("a parrot on a dark green background", "a butterfly above a sunflower on a light blue background")
 STEPS_PRIOR, STEPS_DECODER = 20, 10
 PRIOR_SHOWN, DECODER_SHOWN = (1, 5, 10, 20), (1, 3, 6, 10)
-# Prompts and seeds of the evaluation that guidance changes much, and one that leaves a choice to the negative prompt.
+# Prompts and seeds of the evaluation on which guidance has a large effect, and one for which a negative prompt has.
 GUIDED = (("a cat with a light blue background", 20200), ("an artist next to an angry face with horns", 20500))
 GUIDANCES = (1, 4, 8)
 CHOSEN_AGAINST, NEGATIVE = "a heart", ("", "red heart")
 VARIED = (PROMPTS[0], "a motor scooter in cartoon style on a yellow background")
 REPLACED = "a lemon on a green background"
 STRENGTHS = (0.1, 0.2, 0.4, 0.8, 1.0)
-# What is made in place of the butterfly, and below it.
+# The mask over the butterfly; prompts for what replaces it, and for what is painted below it.
 MASKED = (60, 0, 200, 120)
 ABOVE = tuple(f"{thing} above a sunflower on a light blue background" for thing in ("a rocket", "a full moon"))
 BELOW = "a butterfly above a tulip on a light blue background"
-# Whose edges are followed, by pictures of what.
+# Prompts of the pictures whose edges are used, with the prompts that use them.
 EDGES = {
     PROMPTS[10]: ("a strawberry on a turquoise background", "a tomato on a yellow background"),
     PROMPTS[3]: ("a full moon on a black background",),
 }
 EDGES_SEED = 3
+WEIGHTS_SEED = 5
 SEMANTIC_TILES = 4  # 16 channels are shown as 4 x 4
 
-# README.md is shown some 830 pixels wide, which is half of the widest picture here.
+# GitHub shows README.md some 830 pixels wide, half as wide as the widest picture.
 SIDE, GAP, FONT_SIZE, COLUMNS = 256, 20, 21, 6
 LINE = 25
 
 
 def sheet(pictures: list[Image.Image], captions: Iterable[str], columns: int) -> Image.Image:
-    """Pictures in rows, each enlarged to 256 pixels and with its caption below, on white."""
+    """Pictures in rows on white, each resized to 256x256 pixels, with its caption below."""
     font = ImageFont.load_default(size=FONT_SIZE)
     wrapped = [textwrap.wrap(caption, width=24) for caption in captions]
     below = LINE * max(map(len, wrapped)) + GAP // 2
@@ -93,7 +94,7 @@ def draw_examples(cascade: Cascade) -> Image.Image:
 
 
 def draw_prior(cascade: Cascade) -> Image.Image:
-    """What Stage C takes the semantic latents to be after some of its steps, by the previewer; the finished pictures."""
+    """Stage C's prediction after some of its steps, shown by the previewer; then the finished pictures."""
     pictures, captions = [], []
     for prompt in FOLLOWED:
         step = 0
@@ -109,7 +110,7 @@ def draw_prior(cascade: Cascade) -> Image.Image:
 
 
 def draw_decoder(cascade: Cascade) -> Image.Image:
-    """What Stage B takes its latents to be after some of its steps, decoded by Stage A."""
+    """Stage B's prediction after some of its steps, decoded by Stage A."""
     pictures, captions = [], []
     for prompt in FOLLOWED:
         request = Request(prompt, seed=SEED, steps_prior=STEPS_PRIOR, steps_decoder=STEPS_DECODER)
@@ -123,7 +124,7 @@ def draw_decoder(cascade: Cascade) -> Image.Image:
 
 
 def draw_compression(cascade: Cascade) -> Image.Image:
-    """Pictures, what Stage A keeps of them, their semantic latents, and what Stages B and A paint from those."""
+    """Pictures, their reconstructions by Stage A, their semantic latents, and reconstructions by Stages B and A."""
     pictures, captions = [], []
     for prompt in FOLLOWED:
         (original,) = cascade.generate(Request(prompt, seed=SEED))
@@ -149,7 +150,7 @@ def draw_guidance(cascade: Cascade) -> Image.Image:
 
 
 def draw_variation(cascade: Cascade) -> Image.Image:
-    """Pictures, and what they make as image prompts without a word."""
+    """Pictures, and their variations: the pictures as image prompts with an empty prompt."""
     pictures, captions = [], []
     for prompt in VARIED:
         (source,) = cascade.generate(Request(prompt, seed=SEED))
@@ -159,11 +160,11 @@ def draw_variation(cascade: Cascade) -> Image.Image:
 
 
 def draw_image_to_image(cascade: Cascade) -> Image.Image:
-    """A picture, and what a prompt makes of it the stronger it is."""
+    """A picture, and what a prompt makes of it at increasing strengths."""
     (source,) = cascade.generate(Request(PROMPTS[0], seed=SEED))
     pictures, captions = [source], ["an image"]
     for strength in STRENGTHS:
-        # Without guidance, which would have the prompt win at once.
+        # Without guidance: with it, the prompt dominates at every strength.
         request = Request(REPLACED, image=source, prompt_strength=strength, guidance_scale_prior=1, seed=SEED)
         pictures += cascade.generate(request)
         captions.append(f"strength {strength:g}")
@@ -171,7 +172,7 @@ def draw_image_to_image(cascade: Cascade) -> Image.Image:
 
 
 def draw_inpainting(cascade: Cascade) -> Image.Image:
-    """A picture, a mask, and what prompts put there; halves of pictures, and what prompts put beside them."""
+    """A picture, a mask, and what prompts paint into it; halves of pictures, and what prompts paint below them."""
     parrot, pair = (cascade.generate(Request(prompt, seed=SEED))[0] for prompt in FOLLOWED)
     mask = Image.new("L", pair.size)
     mask.paste("white", MASKED)
@@ -192,7 +193,7 @@ def draw_inpainting(cascade: Cascade) -> Image.Image:
 
 
 def draw_canny(cascade: Cascade) -> Image.Image:
-    """Pictures, their edges, and what prompts make without and with these."""
+    """Pictures, their edges, and pictures of other prompts without and with these edges."""
     pictures, captions = [], []
     for source, prompts in EDGES.items():
         (image,) = cascade.generate(Request(source, seed=SEED))
@@ -206,7 +207,7 @@ def draw_canny(cascade: Cascade) -> Image.Image:
 
 
 def draw_channels(latents: Tensor) -> Image.Image:
-    """The channels of (16, h, w) side by side, from their smallest value, black, to their largest, white."""
+    """The channels of latents (16, h, w) side by side, scaled from black (smallest value) to white (largest)."""
     channels, height, width = latents.shape
     low, high = latents.min(), latents.max()
     rows = channels // SEMANTIC_TILES
@@ -214,6 +215,24 @@ def draw_channels(latents: Tensor) -> Image.Image:
     tiles[..., :height, :width] = ((latents - low) / (high - low)).cpu().view(rows, SEMANTIC_TILES, height, width)
     page = tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-1, :-1]
     return to_image(page.expand(3, -1, -1))
+
+
+def draw_weights(cascade: Cascade) -> Image.Image:
+    """Weight 0 for one of two objects, beside the prompt without it; and two colours with weights that add up to 2."""
+    ground = " on a turquoise background"
+    removed = [
+        "a banjo next to a rhinoceros",
+        "(a banjo:0) next to a rhinoceros",
+        "a rhinoceros",
+        "a banjo next to (a rhinoceros:0)",
+        "a banjo",
+    ]
+    colours = [(f"a cat on a (red:{w:g}) (blue:{2 - w:g}) background", w) for w in (0.5, 0.75, 1.0, 1.25, 1.5)]
+    requests = [Request(prompt + ground, seed=WEIGHTS_SEED, prompt_weighting=True) for prompt in removed]
+    requests += [Request(prompt, seed=WEIGHTS_SEED, prompt_weighting=True, weight_pooled=True) for prompt, _ in colours]
+    captions = [*removed, *(f"(red:{w:g}) (blue:{2 - w:g})" for _, w in colours)]
+    pictures = [cascade.generate(request)[0] for request in requests]
+    return sheet(pictures, captions, len(removed))
 
 
 DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
@@ -226,6 +245,7 @@ DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
     "image-to-image.webp": draw_image_to_image,
     "inpainting.webp": draw_inpainting,
     "canny.webp": draw_canny,
+    "weights.webp": draw_weights,
 }
 
 

@@ -1,8 +1,8 @@
-"""The OpenAPI document that Cog makes of a predictor: what its server validates inputs by and shows as /openapi.json.
+"""Makes a predictor's OpenAPI document, by which Cog's server validates inputs and which it serves at /openapi.json.
 
-It is read off the source, as Cog's own generator does; nothing is imported or run. What comes out is what Cog 0.22 and
-0.23 make of the same file. What their generator would drop or garble without a word (a bound that is not a literal, a
-description in two pieces, a default from elsewhere) is refused, with a sentence.
+Like Cog's own generator, it parses the source and imports or runs nothing. The document equals that of Cog 0.22 and
+0.23 for the same file. Their generator silently drops or garbles some inputs (a bound that is not a literal, a
+description in two pieces, a default from another file); this one refuses them with a sentence.
 """
 
 import ast
@@ -28,18 +28,18 @@ LARGEST_INTEGER = 2**63 - 1
 
 
 class SchemaError(ValueError):
-    """The predictor is written in a way that Cog's generator does not read, or reads wrongly."""
+    """Cog's generator would refuse the predictor, or read it wrongly."""
 
 
 def make_schema(source: str, runner: str = "Predictor") -> dict[str, Any]:
     """The document of one class, in Cog's order of keys.
 
     Args:
-        source: the text of predict.py. ``Input`` and ``Path`` in it are Cog's.
-        runner: the name of the class, which has a method ``run``.
+        source: the text of predict.py, in which ``Input`` and ``Path`` are Cog's.
+        runner: the name of a class with a method ``run``.
 
     Raises:
-        SchemaError: Cog would refuse the file, or leave out some of what it says.
+        SchemaError: Cog would refuse the file, or leave out part of it.
         SyntaxError: the source is not Python.
     """
     return _Reader(source).document(runner)
@@ -89,7 +89,7 @@ class _Reader:
         raise SchemaError(f"There is no class {runner} with a method run.")
 
     def field(self, parameter: ast.arg, default: ast.expr | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """What is said of one input, and the enumeration of its choices if it has some."""
+        """The schema of one input, and the enumeration of its choices if it has some."""
         name = parameter.arg
         if parameter.annotation is None:
             self.refuse(parameter, f"{name} has no type")
@@ -195,7 +195,7 @@ class _Reader:
         return self.literal(node)
 
     def literal(self, node: ast.expr) -> Any:
-        """The value of a literal; a tuple's is a list."""
+        """The value of a literal; tuples become lists."""
         match node:
             case ast.Constant(value=None | bool() | float()):
                 return node.value
@@ -215,19 +215,19 @@ class _Reader:
     def bound(self, node: ast.expr) -> int | float:
         value, text = self.literal(node), self.text(node)
         try:
-            float(text)  # as Cog reads it; not 0xFF, nor - 1
+            float(text)  # as Cog reads it; refuses 0xFF and - 1
         except ValueError:
             self.refuse(node, f"{text}: write a bound as one decimal number")
         return value
 
     def check_plain(self, node: ast.Constant) -> None:
-        """Refuse a text that is not what stands between its first quote and its last, which is what Cog takes it for."""
+        """Refuse a text literal with a prefix, escapes or triple quotes: Cog takes all between first and last quote."""
         text = self.text(node)
         if text[1:-1] != node.value:
             self.refuse(node, f"{text}: write a text as one literal without prefix or escapes")
 
     def is_bare(self, assignment: ast.stmt | ast.keyword) -> bool:
-        """Whether what is assigned has no brackets around it: Cog's generator does not look into them."""
+        """Whether the assigned value has no brackets around it: Cog's generator does not read values in brackets."""
         return self.text(assignment).partition("=")[2].strip() == self.text(assignment.value)
 
     def text(self, node: ast.AST) -> str:
@@ -238,7 +238,7 @@ class _Reader:
 
 
 def number(value: Any) -> Any:
-    """4 for 4.0, also in lists: so are numbers written in the document."""
+    """Whole floats as ints, also in lists: Cog's document has 4 for 4.0."""
     if isinstance(value, list):
         return [number(element) for element in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -269,7 +269,7 @@ def titled(**kinds: dict[str, Any]) -> dict[str, Any]:
 
 
 def answers(schema: dict[str, Any], validated: bool) -> dict[str, Any]:
-    """What an operation may answer: the schema, and the error of a request that does not fit if requests are validated."""
+    """The responses of an operation: its schema, and a validation error if `validated`."""
     described = {"200": ("Successful Response", schema)}
     if validated:
         described["422"] = ("Validation Error", ref("HTTPValidationError"))
@@ -281,7 +281,7 @@ def as_json(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def envelope(inputs: dict[str, Any], output: dict[str, Any], enums: dict[str, Any]) -> dict[str, Any]:
-    """What surrounds the inputs and the output, the same for every predictor."""
+    """The complete document around the inputs and the output. All else is the same for every predictor."""
     prediction = titled(completed_at=TIME, created_at=TIME, error=TEXT, id=TEXT)
     prediction |= {"input": ref("Input"), **titled(logs=TEXT, metrics=OBJECT), "output": ref("Output")}
     prediction |= titled(started_at=TIME, status=TEXT, version=TEXT)

@@ -1,6 +1,6 @@
-"""The command line of ``scripts/reconstruct``: a picture's semantic latents, and what Stages B and A paint from them.
+"""The command line of ``scripts/reconstruct``: encodes a picture into semantic latents, and decodes it again.
 
-What cannot be done is answered with one sentence and exit code 1.
+An error prints one sentence and exits with code 1.
 """
 
 import argparse
@@ -23,12 +23,12 @@ ENDINGS = (".png", ".webp", ".jpg")
 
 
 def reconstruct(weights: Path, source: Path, target: Path, prompt: str, seed: int) -> None:
-    """Read a picture, and write what becomes of it.
+    """Write the reconstruction of a picture.
 
     Raises:
         WeightsError: the weights are missing or damaged.
-        ValueError: the source is no picture, or one with a side outside of 64 to 2048 pixels; the model has no semantic
-            encoder; or CASCADE_METADATA has another value than full, settings and none.
+        ValueError: the source is no picture; a side is outside of 64 to 2048 pixels; the model has no semantic encoder;
+            or CASCADE_METADATA has another value than full, settings and none.
         OSError: a file cannot be read or written.
     """
     detail = Detail.from_environment()
@@ -53,22 +53,22 @@ def reconstruct(weights: Path, source: Path, target: Path, prompt: str, seed: in
 def main(arguments: list[str] | None = None) -> int:
     """``scripts/reconstruct``; ``arguments`` default to the process's. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="scripts/reconstruct", description="Paint a picture anew from its semantic latents."
+        prog="scripts/reconstruct", description="Encode a picture into semantic latents, and decode it again."
     )
-    parser.add_argument("picture", type=Path, help="a file with 64 to 2048 pixels a side")
+    parser.add_argument("picture", type=Path, help="the picture's file, 64 to 2048 pixels a side")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("reconstruction.png"), metavar="PATH", help="default: %(default)s"
     )
-    parser.add_argument("--prompt", default="", help="what the picture shows (default: no word)")
-    parser.add_argument("--seed", type=int, default=0, help="of Stage B's noise (default: %(default)s)")
+    parser.add_argument("--prompt", default="", help="a description of the picture (default: empty)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of Stage B's noise (default: %(default)s)")
     parser.add_argument(
         "--weights", type=Path, metavar="DIR", help="the model folder (default: that of scripts/predict)"
     )
     options = parser.parse_args(arguments)
     if options.output.suffix not in ENDINGS:
-        parser.error(f"-o must end in {', '.join(ENDINGS)}, unlike {options.output}")
+        parser.error(f"-o is {options.output}; it must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
     if not 0 <= options.seed <= LARGEST_SEED:
-        parser.error(f"--seed must be from 0 to {LARGEST_SEED}, not {options.seed}")
+        parser.error(f"--seed is {options.seed}; it must be from 0 to {LARGEST_SEED}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         reconstruct(options.weights or find_weights(), options.picture, options.output, options.prompt, options.seed)

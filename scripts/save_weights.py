@@ -1,4 +1,4 @@
-"""``scripts/save-weights``: its options, and what it tells the person who runs it."""
+"""The command line of ``scripts/save-weights``."""
 
 import argparse
 import logging
@@ -21,7 +21,7 @@ MODEL_FOLDER = ROOT / "weights" / "stable-cascade"
 
 
 def repository_folder(name: str, download: Path) -> Path:
-    """Where a repository of the Hub is, which is fetched unless it is there, as it was fetched."""
+    """The folder of a downloaded repository of the Hub. Downloads it if it is missing; else checks that it is complete."""
     listed = Manifest.read(download).repositories if Manifest.file(download).is_file() else {}
     if name not in listed:
         return download_repository(name, download)
@@ -31,7 +31,7 @@ def repository_folder(name: str, download: Path) -> Path:
 
 
 def confirmed(question: str) -> bool:
-    """What a person at a terminal answers; no if there is none."""
+    """Whether the user says yes. False without a terminal."""
     if not sys.stdin.isatty():
         return False
     try:
@@ -40,7 +40,7 @@ def confirmed(question: str) -> bool:
         return False
 
 
-# Each with the names that people have for it.
+# The options for each component.
 OPTIONS = {
     "prior": ("--prior", "--stage-c"),
     "decoder": ("--decoder", "--stage-b"),
@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     """``scripts/save-weights``; ``arguments`` default to the process's. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="scripts/save-weights",
-        description="Make a model folder of what scripts/download-weights fetched, or of weights of one's own: a safetensors "
-        "file in the names of the authors, diffusers, ComfyUI or kohya, or a folder.",
+        description="Make a model folder from the download of scripts/download-weights, or from weights of your own: a "
+        "folder, or a safetensors file with the names of the authors, diffusers, ComfyUI or kohya.",
     )
     for component, names in OPTIONS.items():
         title = TITLES.get(component, "the tokenizer").removeprefix("the ").removeprefix("an ").removeprefix("a ")
@@ -72,26 +72,34 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="OWNER/NAME",
-        help="a repository of the Hub to use, fetched if scripts/download-weights has not; may be repeated",
+        help="a repository of the Hub to use, downloaded if it is missing; may be repeated",
     )
     parser.add_argument(
         "--base",
         type=Path,
         default=MODEL_FOLDER,
         metavar="DIR",
-        help="the model folder that gives what weights of one's own lack (default: %(default)s)",
+        help="the model folder from which missing components are taken (default: %(default)s)",
     )
-    parser.add_argument("--name", help="what the model is called (default: as its file)")
+    parser.add_argument("--name", help="the model's name (default: that of its file)")
     parser.add_argument(
-        "--download", type=Path, default=DOWNLOAD, metavar="DIR", help="the folder fetched into (default: %(default)s)"
+        "--download",
+        type=Path,
+        default=DOWNLOAD,
+        metavar="DIR",
+        help="the folder of the download (default: %(default)s)",
     )
     parser.add_argument(
-        "--output", type=Path, default=MODEL_FOLDER, metavar="DIR", help="the model folder (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=MODEL_FOLDER,
+        metavar="DIR",
+        help="the model folder to make (default: %(default)s)",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="make nothing, but compare every file of the model folder with its checksums, and add those that older "
+        help="make nothing; compare every file of the model folder with its checksum, and add checksums that older "
         "versions did not write",
     )
     parser.add_argument("--remove-download", action="store_true", help="remove the download afterwards without asking")
@@ -102,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.verify:
             verify(options.output)
-            logger.info("%s is whole.", options.output)
+            logger.info("%s is complete and undamaged.", options.output)
             return 0
         if asked or options.repository:
             folders = [repository_folder(name, options.download) for name in options.repository]
@@ -112,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
             save_model(options.download, options.output)
         size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
         logger.info("%s is complete: %s.", options.output, amount(size))
-        # What was made of weights of one's own may need the rest of the download another time.
+        # With weights of one's own, the rest of the download may be needed again.
         question = f"Remove the download in {options.download}?"
         if options.remove_download or (not (asked or options.repository) and confirmed(question)):
             remove_download(options.download)
@@ -120,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     except OSError as error:
-        file = error.filename2 or error.filename or options.output  # of a copy the second one
+        file = error.filename2 or error.filename or options.output  # filename2 is the target of a copy
         sys.stderr.write(f"{file} cannot be written: {error.strerror}.\n")
         return 1
     except SafetensorError as error:

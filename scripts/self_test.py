@@ -1,4 +1,4 @@
-"""The command line of ``scripts/self-test``: whether a model makes pictures on this machine, as one text and one sheet."""
+"""The command line of ``scripts/self-test``: makes pictures, checks them, and writes a report and a sheet."""
 
 import argparse
 import itertools
@@ -35,11 +35,11 @@ PROMPTS = (
 SEED = 1
 # Share of values that are 0 or 255. The miniature's drawings on white have up to 0.85, so this finds only broken ones.
 MOST_SATURATED = 0.98
-# Mean difference of two pictures, of 255. The miniature's of these prompts differ by 16 and more.
+# Mean difference of two pictures, of 255. The miniature's pictures of these prompts differ by 16 and more.
 LEAST_DIFFERENCE = 5.0
-# Correlation of horizontal neighbours. White noise has 0, the miniature's pictures have 0.99.
+# Correlation of horizontally neighbouring pixels. White noise has 0, the miniature's pictures have 0.99.
 LEAST_SMOOTHNESS = 0.5
-# Of the same picture in two memory modes, mean of 255: bfloat16's rounding.
+# Mean difference of the same picture in two memory modes, of 255: allows for bfloat16's rounding.
 MOST_BETWEEN_MODES = 1.0
 
 
@@ -48,9 +48,9 @@ class Trial:
     """One picture that was made.
 
     Attributes:
-        name: what was tried.
+        name: prompt, sampler or memory mode.
         image: the picture.
-        seconds: how long it took.
+        seconds: time to make it.
         peak: bytes, see `peak_memory`.
     """
 
@@ -68,19 +68,19 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def difference(first: Image.Image, second: Image.Image) -> float:
-    """Mean absolute difference of two pictures of one size, of 255."""
+    """Mean absolute difference of two pictures of the same size, of 255."""
     return float(np.abs(pixels(first) - pixels(second)).mean())
 
 
 def problems_of(trial: Trial) -> Iterator[str]:
-    """What is wrong with a picture on its own, as sentences."""
+    """What is wrong with a single picture, as sentences."""
     values = pixels(trial.image)
     saturated = float(((values == 0) | (values == 255)).mean())
     if saturated > MOST_SATURATED:
         yield f"{trial.name}: {saturated:.0%} of the values are 0 or 255; at most {MOST_SATURATED:.0%} are expected."
         return
     left, right = values[:, :-1].ravel(), values[:, 1:].ravel()
-    # Of a single colour, it is NaN.
+    # NaN for a single colour.
     with np.errstate(invalid="ignore"):
         smoothness = float(np.corrcoef(left, right)[0, 1])
     if not smoothness > LEAST_SMOOTHNESS:
@@ -88,7 +88,7 @@ def problems_of(trial: Trial) -> Iterator[str]:
 
 
 def problems_between(trials: list[Trial]) -> Iterator[str]:
-    """Pictures of unlike prompts that are alike, as sentences."""
+    """Pairs of pictures that are too similar for their different prompts, as sentences."""
     for one, other in itertools.combinations(trials, 2):
         found = difference(one.image, other.image)
         if found < LEAST_DIFFERENCE:
@@ -99,7 +99,7 @@ def problems_between(trials: list[Trial]) -> Iterator[str]:
 
 
 def attempt(cascade: Cascade, name: str, request: Request) -> Trial:
-    """Make one picture, and measure it."""
+    """Make one picture, and measure time and memory."""
     reset_peak_memory(cascade.device)
     start = time.perf_counter()
     (image,) = cascade.generate(request)
@@ -107,10 +107,10 @@ def attempt(cascade: Cascade, name: str, request: Request) -> Trial:
 
 
 def self_test(weights: Path) -> tuple[list[str], list[Trial], list[str]]:
-    """Try a model.
+    """Make and check the pictures.
 
     Returns:
-        Lines of the report, the trials, and what is wrong, as sentences.
+        Lines of the report, the trials, and problems as sentences.
 
     Raises:
         WeightsError: the weights are missing or damaged.
@@ -165,7 +165,7 @@ def device_name(device: torch.device) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="scripts/self-test", description="Try a model on this machine.")
+    parser = argparse.ArgumentParser(prog="scripts/self-test", description="Test a model on this machine.")
     parser.add_argument("--weights", type=Path, help="model folder (default: the published model, else the miniature)")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("self-test"), help="folder for the report (default: %(default)s)"

@@ -1,11 +1,11 @@
-"""The command line of ``scripts/serve``: becomes Cog's own HTTP server, set up as cog.yaml sets it up in a container.
+"""The command line of ``scripts/serve``: becomes Cog's own HTTP server, configured by cog.yaml as in a container.
 
-That server finds by environment variables what to run (COG_PREDICT_TYPE_STUB) and where to listen (PORT), starts its
-worker as the ``python`` that PATH finds first, and takes the schema that it validates inputs by from
-``.cog/openapi_schema.json`` in its working folder; without that file it lets everything through.
+Environment variables tell that server what to run (COG_PREDICT_TYPE_STUB) and where to listen (PORT). It starts its
+worker with the first ``python`` in PATH. It validates inputs by the schema ``.cog/openapi_schema.json`` in its working
+folder; without that file it accepts everything.
 
-It listens at 127.0.0.1, at a port of its own. Before it stands serving/front.py, which checks ids, unless that is left
-out.
+It listens at 127.0.0.1 at a free port. serving/front.py listens at the given address, checks ids, and passes requests
+on, unless --without-front is given.
 """
 
 import argparse
@@ -29,23 +29,23 @@ from scripts.openapi import SchemaError, make_schema
 
 SCHEMA = ROOT / ".cog" / "openapi_schema.json"
 COG_FOLDERS = Path("/tmp/coglet/predictions")
-"""Where Cog makes a folder for each prediction, whoever serves and whatever TMPDIR is."""
+"""Where Cog makes a folder for each prediction. It is the same for all users and every TMPDIR."""
 
 
 def read_config() -> tuple[str, dict[str, str]]:
-    """What cog.yaml runs, as ``file:class``, and the environment variables that it sets."""
+    """The ``file:class`` that cog.yaml runs, and the environment variables that it sets."""
     config = yaml.safe_load((ROOT / "cog.yaml").read_text(encoding="utf-8"))
     return config["run"], dict(variable.split("=", 1) for variable in config["environment"])
 
 
 def write_schema(runner: str) -> Path:
-    """Bring the schema up to date with ``file:class``; whoever reads meanwhile finds the old one or the new one.
+    """Update the schema of ``file:class``, atomically.
 
     Returns:
-        The working folder for Cog's server: the repository, or a temporary one if that cannot be written.
+        The working folder for Cog's server: the repository, or a temporary folder if the repository is read-only.
 
     Raises:
-        SchemaError: Cog could not make one.
+        SchemaError: Cog could not make a schema.
     """
     file, _, name = runner.partition(":")
     schema = json.dumps(make_schema((ROOT / file).read_text(encoding="utf-8"), name))
@@ -69,11 +69,11 @@ def save_schema(file: Path, schema: str) -> None:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to every address of a host: localhost may have one of IPv4 and one of IPv6.
+    """Sockets bound to every address of a host: localhost may have an IPv4 and an IPv6 address.
 
     Raises:
-        OSError: one is in use or not allowed, or none is of this machine.
-        OverflowError: a port cannot have this number.
+        OSError: an address is in use or not allowed, or none belongs to this machine.
+        OverflowError: the port's number is not possible.
     """
     sockets: list[socket.socket] = []
     missing: OSError | None = None
@@ -94,7 +94,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 def bind_soon(one: socket.socket, address: tuple[Any, ...]) -> None:
-    """Bind a socket. The front of a server that has just ended holds its address for a moment more."""
+    """Bind a socket. Retries, because the front of a server that has just ended keeps its address for a moment."""
     for _ in range(10):
         try:
             return one.bind(address)
@@ -106,31 +106,31 @@ def bind_soon(one: socket.socket, address: tuple[Any, ...]) -> None:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nothing listens at."""
+    """A free port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def upload_problem(url: str) -> str | None:
-    """What is wrong with a place to put pictures. Cog notices that when the first picture is made, and loses it."""
+    """What is wrong with an upload URL. Cog would notice it only after the first picture is made, and lose the picture."""
     try:
         parsed = urlsplit(url)
         if parsed.scheme not in ("http", "https") or not parsed.hostname or parsed.port == 0:
             return "it must be an http or https URL"
     except ValueError:
         return "it must be an http or https URL"
-    # Cog puts the file's name behind the query.
+    # Cog appends the file's name to the URL, behind a query.
     return "it must have no query and no fragment" if parsed.query or parsed.fragment else None
 
 
 def share_cog_folders() -> None:
-    """Make the folder for Cog's predictions, in which every user of the machine may then make more.
+    """Make the folder for Cog's predictions, writable for all users of the machine.
 
-    Cog makes it for its own user alone. To a server of another user, every slot would be lost at its first prediction.
+    Cog itself makes it writable for its own user only. The server of another user would then fail at every prediction.
 
     Raises:
-        OSError: it cannot be made, or another user has made it for himself.
+        OSError: the folder cannot be made, or belongs to another user who does not share it.
     """
     COG_FOLDERS.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(PermissionError):
@@ -140,7 +140,7 @@ def share_cog_folders() -> None:
 
 
 def start_front(sockets: list[socket.socket], port: int, folder: Path) -> None:
-    """Start the front of the server that this process becomes; it ends when this process does."""
+    """Start the front of the server that this process becomes. It ends with this process."""
     numbers = [one.fileno() for one in sockets]
     command = [sys.executable, "-m", "serving.front", "--to", str(port), "--parent", str(os.getpid())]
     command += ["--sockets", *map(str, numbers)]
@@ -150,7 +150,7 @@ def start_front(sockets: list[socket.socket], port: int, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Replace this process by the server; ``arguments`` default to the process's. Returns only what went wrong: 1."""
+    """Replace this process by the server; ``arguments`` default to the process's. Returns 1 if that fails."""
     parser = argparse.ArgumentParser(prog="scripts/serve", description="Serve predictions over HTTP.")
     parser.add_argument(
         "--port", type=int, default=os.environ.get("PORT", 5000), help="where to listen (default: PORT, else 5000)"
@@ -160,14 +160,16 @@ def main(arguments: list[str] | None = None) -> int:
         default="127.0.0.1",
         help="the address to listen at (default: %(default)s, this machine only; 0.0.0.0: all)",
     )
-    parser.add_argument("--upload-url", metavar="URL", help="put pictures there, instead of into the answer")
+    parser.add_argument(
+        "--upload-url", metavar="URL", help="upload pictures there by PUT, not return them as data URLs"
+    )
     parser.add_argument(
         "--await-explicit-shutdown", action="store_true", help="ignore SIGTERM; end at POST /shutdown or Ctrl+C"
     )
     parser.add_argument(
         "--without-front",
         action="store_true",
-        help="let Cog's server be reached itself, which ids can end: for behind a proxy that checks them",
+        help="expose Cog's server directly; use it only behind a proxy that checks ids, because some ids end the server",
     )
     options = parser.parse_args(arguments)
     if options.upload_url and (problem := upload_problem(options.upload_url)):
@@ -177,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         share_cog_folders()
     except OSError as error:
         sys.stderr.write(
-            f"Cog keeps predictions in {COG_FOLDERS}, which this user cannot write: {error.strerror}. Remove it, as its owner.\n"
+            f"Cog keeps predictions in {COG_FOLDERS}, which this user cannot write: {error.strerror}. Its owner must remove it.\n"
         )
         return 1
     try:

@@ -1,6 +1,6 @@
-"""The published networks with random weights, as a folder that loads like the published repositories.
+"""The published networks with random weights, in a folder that loads like the published repositories.
 
-A network takes as long, and as much memory, whatever its weights are: what is measured here holds for the published ones.
+A network's time and memory do not depend on the values of its weights, so measurements hold for the published ones.
 """
 
 from pathlib import Path
@@ -40,15 +40,15 @@ DEVIATION = 0.02
 
 @torch.no_grad()
 def randomize(network: nn.Module) -> nn.Module:
-    """Every weight drawn: products with zeros run faster than others."""
+    """Draw all weights at random: products with zeros run faster."""
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=DEVIATION)
     return network.to(torch.bfloat16)
 
 
 def write_stand_ins(folder: Path, device: str) -> None:
-    """Write 18 GB in bfloat16: both sizes of both UNets, Stage A, the text encoder, the semantic encoder, and the ControlNet
-    of edges; and the miniature's tokenizer."""
+    """Write 18 GB in bfloat16: Stages C and B, full and lite, Stage A, the text encoder, the semantic encoder and the
+    ControlNet for edges; and the miniature's tokenizer."""
     variants = {variant.name: variant for variant in VARIANTS}
     for name, place in PLACES.items():
         with torch.device(device):

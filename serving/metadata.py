@@ -8,8 +8,8 @@ from cascade.images.metadata import Metadata, SourceType
 from serving.infotext import infotext
 from serving.record import Record
 
-# Characters to which prompts are cut, one after the other, until the metadata fits into the format; None: uncut. The text
-# encoder reads 77 tokens, some 400 characters.
+# Characters to which each prompt is cut; shorter lengths are tried until the metadata fits into the format. None: uncut.
+# Only a prompt's first 300 tokens, some 1,200 characters, are used.
 LENGTHS = (None, 5000, 2500, 1250)
 
 

@@ -44,6 +44,9 @@ SMALL_EFFNET = {
 }
 
 
+# Groups of tests that take long; they are begun first.
+LONGEST = ("tests/http", "tests/miniature/test_stages.py")
+
 # A busy machine is no fault of what is tested: no deadlines.
 settings.register_profile("short", deadline=None, max_examples=100)
 settings.register_profile("long", deadline=None, max_examples=1000)
@@ -62,11 +65,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if Path(__file__).parent / "gpu" in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Skip what needs a GPU where there is none, and begin with the groups that take longest."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if group_of(item.nodeid) == "tests/gpu":
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    items.sort(key=lambda item: LONGEST.index(group) if (group := group_of(item.nodeid)) in LONGEST else len(LONGEST))
+
+
+def group_of(nodeid: str) -> str:
+    """What one of several processes runs: a file, for its fixtures; all that uses one server, or the one GPU."""
+    file = nodeid.partition("::")[0]
+    return next((room for room in ("tests/gpu", "tests/http") if file.startswith(f"{room}/")), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups in order, to whichever process is free. The marker xdist_group does nothing with this pytest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
 
 
 def make_tokenizer() -> CLIPTokenizer:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def weights(name: str) -> dict[str, Tensor]:
     return {key: weight(key, shape) for key, shape in description(name)["state_dict"].items()}
 
 
-def weight(key: str, shape: list[int], seed: int = SEED) -> Tensor:
+def weight(key: str, shape: Sequence[int], seed: int = SEED) -> Tensor:
     """One tensor of a reference network."""
     generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) & 0x7FFFFFFF) + seed)
     noise = torch.randn(shape, generator=generator)

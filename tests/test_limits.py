@@ -1,4 +1,4 @@
-"""What an input may be, and the sentence about one that is not."""
+"""Limits of inputs, and the errors for values outside of them."""
 
 from fractions import Fraction
 from typing import Any

@@ -19,7 +19,10 @@ PROMPT = "a red apple on a green background"
 MEMORY = 1.5 * 2**30
 SECONDS = 15
 
-pytestmark = pytest.mark.skipif(not (MINI / "model.json").is_file(), reason="weights/mini is not there")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (MINI / "model.json").is_file(), reason="weights/mini is not there"),
+]
 
 
 def predict(output: Path, *inputs: str) -> tuple[list[Path], float, int]:

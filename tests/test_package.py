@@ -72,6 +72,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_engine_alone(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     about = f"{wheel.name.rsplit('-', 3)[0]}.dist-info"
@@ -80,6 +81,7 @@ def test_the_wheel_holds_the_engine_alone(wheel: Path) -> None:
     assert f"{about}/licenses/LICENSE" in names
 
 
+@pytest.mark.slow
 def test_the_version_is_said_once(installed: Path) -> None:
     (found,) = metadata.distributions(path=[str(installed)])
     assert found.version == cascade.__version__
@@ -113,6 +115,7 @@ def test_the_tests_run_with_what_it_allows(requirement: Requirement) -> None:
     assert requirement.specifier.contains(metadata.version(requirement.name))
 
 
+@pytest.mark.slow
 @needs_mini
 def test_installed_it_makes_a_picture_anywhere(installed: Path, tmp_path: Path) -> None:
     printed = python("-c", PROGRAM, ROOT / "weights" / "mini", folder=tmp_path, installed=installed)
@@ -129,6 +132,7 @@ def test_all_names_are_there() -> None:
         _ = cascade.Kaskade
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["cascade", "scripts.download_weights"])
 def test_what_needs_no_networks_does_not_wait_for_torch(module: str) -> None:
     """torch and transformers take seconds to import; `scripts/download-weights --help` is not to."""
@@ -136,6 +140,7 @@ def test_what_needs_no_networks_does_not_wait_for_torch(module: str) -> None:
     assert python("-c", program, folder=ROOT) == "set()\n"
 
 
+@pytest.mark.slow
 def test_types_are_what_a_user_expects(installed: Path, tmp_path: Path) -> None:
     """A type checker finds what is wrong in a user's program, and nothing of the package's own."""
     shutil.copy(TYPING / "user.py", tmp_path)

@@ -628,7 +628,7 @@ def test_where_not_even_one_picture_fits_graphs_are_given_up(
         assert recorded == [True, False, False]
         assert np.array_equal(read(image), read(expected))
         assert [record.getMessage() for record in caplog.records] == [
-            "Out of memory with 1 picture at a time of 64x64: going on without CUDA graphs, more slowly."
+            "Out of memory with 1 picture at a time of 64x64: going on without CUDA graphs, which is slower."
         ]
     seen: list[bool] = []
     with cascade.text.encoder.register_forward_pre_hook(lambda *_: seen.append(records())):

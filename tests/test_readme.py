@@ -54,7 +54,7 @@ def in_repository(command: list[str | Path], folder: Path) -> subprocess.Complet
         (folder / name).symlink_to(ROOT / name)
     variables = {name: value for name, value in os.environ.items() if name != "CASCADE_WEIGHTS"}
     variables |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
 
 
 def test_the_table_of_inputs_is_that_of_the_schema() -> None:
@@ -62,6 +62,7 @@ def test_the_table_of_inputs_is_that_of_the_schema() -> None:
     assert with_table(text) == text, "run: .venv/bin/python -m scripts.input_table"
 
 
+@pytest.mark.slow
 @needs_mini
 def test_the_first_command_makes_the_picture(tmp_path: Path) -> None:
     first = commands(README)[0]
@@ -71,6 +72,7 @@ def test_the_first_command_makes_the_picture(tmp_path: Path) -> None:
         assert picture.size == (256, 256)
 
 
+@pytest.mark.slow
 @needs_mini
 @pytest.mark.parametrize(
     ("page", "word", "pictures"), [(README, "model.generate", 2), (DOCS / "method.md", "model.batch", 3)]
@@ -126,6 +128,7 @@ IMAGE_COMMANDS = sorted(
 )
 
 
+@pytest.mark.slow
 @needs_mini
 def test_the_commands_with_images(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All but the one that needs a ControlNet which the miniature does not have."""
@@ -141,6 +144,7 @@ def test_the_commands_with_images(pictures: Path, capsys: pytest.CaptureFixture[
             assert picture.size == (256, 256)
 
 
+@pytest.mark.slow
 @needs_mini
 def test_the_code_with_images(pictures: Path) -> None:
     exec(block(DOCS / "images.md", "python", "Control"), {})
@@ -149,6 +153,7 @@ def test_the_code_with_images(pictures: Path) -> None:
             assert picture.size == size
 
 
+@pytest.mark.slow
 @needs_mini
 def test_the_code_stage_by_stage(pictures: Path) -> None:
     """Both ways through the stages make one picture, but for the rounding of the prompts' batch."""
@@ -168,11 +173,12 @@ def test_scripts_are_there() -> None:
 
 
 # Those of scripts/test are pytest's.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script", sorted({name for name, options in named_scripts().items() if options} - {"scripts/test"})
 )
 def test_scripts_have_the_options_that_are_named(script: str) -> None:
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert not {option for option in named_scripts()[script] if not re.search(rf"{option}\b", done.stdout)}
 
@@ -206,6 +212,7 @@ def test_what_training_never_showed() -> None:
         assert held_out.pairs[names.index(first), names.index(second)]
 
 
+@pytest.mark.slow
 @needs_mini
 def test_pictures_are_what_the_weights_make() -> None:
     """Whoever trains anew draws them anew. Colours change by some 3 of 255 through WebP's half as many colour samples."""

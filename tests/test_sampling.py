@@ -1,4 +1,4 @@
-"""The schedule and the samplers, against the authors' own trajectories and against what theory says of them."""
+"""The schedule and the samplers, against the authors' trajectories and against theory."""
 
 import math
 from typing import Any
@@ -90,14 +90,14 @@ def test_shift_makes_noisier_within_the_same_limits() -> None:
 @pytest.mark.parametrize("sampler", [*sampling.SAMPLERS, "diffusers"])
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 def test_every_sampler_finds_the_only_picture_there_is(sampler: str, shift: float) -> None:
-    """With data that is a single point, the best epsilon is known, and every sampler must end at that point."""
+    """If the data is a single point, the optimal epsilon is known, and every sampler must end at that point."""
     generator = torch.Generator().manual_seed(0)
     point = torch.randn(2, 3, 8, 8, generator=generator)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         log_snr = sampling.log_snr(t)
         if sampler == "diffusers":
-            log_snr = sampling.log_snr(t, shift)  # told the time itself, so the model has to know the shift
+            log_snr = sampling.log_snr(t, shift)  # gets the unshifted time, so the model must know the shift
         alpha, sigma = (factor.view(-1, 1, 1, 1) for factor in sampling.alpha_sigma(log_snr))
         return (x - alpha * point) / sigma
 
@@ -109,7 +109,7 @@ def test_every_sampler_finds_the_only_picture_there_is(sampler: str, shift: floa
 
 
 def test_gaussian_data_keeps_its_variance() -> None:
-    """Data of variance v, for which the best epsilon is linear in x: DDPM's samples have that variance."""
+    """For Gaussian data of variance v, the optimal epsilon is linear in x, and DDPM's samples must have variance v."""
     variance = 0.25
 
     def model(x: Tensor, t: Tensor) -> Tensor:
@@ -191,9 +191,9 @@ def test_noise_of_an_image_depends_on_its_own_seed_only(seed: int, batch: int) -
     ("wrong", "message"),
     [
         ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"t_start": 0.0}, "t_start is 0.0; it must lie above 0"),
+        ({"t_start": 0.0}, "t_start is 0.0; it must be above 0"),
         ({"t_start": 1.5}, "t_start is 1.5"),
-        ({"shift": 0.0}, "shift is 0.0; it must lie above 0"),
+        ({"shift": 0.0}, "shift is 0.0; it must be above 0"),
         ({"sampler": "euler"}, "sampler is 'euler'; it must be one of ddpm, ddim, lcm"),
     ],
 )

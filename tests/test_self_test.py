@@ -22,6 +22,7 @@ def gradient(start: int, stop: int) -> Image.Image:
     return Image.fromarray(np.linspace(start, stop, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_of_the_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--weights", str(MINI), "-o", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report" / "self-test.txt").read_text("utf-8")

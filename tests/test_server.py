@@ -103,6 +103,6 @@ def test_without_the_folder_for_predictions_nothing_is_served(
     monkeypatch.setattr(server, "COG_FOLDERS", tmp_path / "file" / "predictions")
     assert server.main(["--port", str(free_port())]) == 1
     assert capsys.readouterr().err == (
-        f"Cog keeps predictions in {tmp_path}/file/predictions, which this user cannot write: Not a directory. Remove it, as "
-        "its owner.\n"
+        f"Cog keeps predictions in {tmp_path}/file/predictions, which this user cannot write: Not a directory. Its owner "
+        "must remove it.\n"
     )

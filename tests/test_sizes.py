@@ -1,4 +1,4 @@
-"""Latent sizes and crops for every size that can be asked for."""
+"""Latent sizes and crops for all allowed sizes."""
 
 import math
 
@@ -84,7 +84,7 @@ def test_crop_is_central_and_undoes_the_padding(height: int, width: int) -> None
 
 @pytest.mark.parametrize(("height", "width", "name"), [(63, 64, "height"), (64, 2049, "width"), (0, 64, "height")])
 def test_sizes_out_of_range_are_refused(height: int, width: int, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is .* between 64 and 2048"):
+    with pytest.raises(ValueError, match=f"{name} is .* from 64 to 2048"):
         sizes.native_size(height, width)
 
 

@@ -14,7 +14,7 @@ from cascade.networks.stage_a import StageA
 from cascade.sizes import ENCODER_STRIDE, Size
 from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
-from training.pictures import normalise, resize
+from training.pictures import normalise, resize_pixels
 from training.shapes import Shapes, shares
 
 BATCH = 256
@@ -131,7 +131,7 @@ class Encoded:
 def at_scale(pixels: Tensor, scale: float) -> Tensor:
     """Resizes pixels (B, 3, H, W) for the semantic encoder, so that one latent stands for ``scale`` pixels, nearly."""
     rows, columns = (max(1, round(side / scale)) for side in pixels.shape[-2:])
-    return resize(pixels, (rows * ENCODER_STRIDE, columns * ENCODER_STRIDE))
+    return resize_pixels(pixels, (rows * ENCODER_STRIDE, columns * ENCODER_STRIDE))
 
 
 def stage_b_encoder(vqgan: StageA, effnet: SemanticEncoder) -> Encode:

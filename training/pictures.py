@@ -10,7 +10,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def resize(pixels: Tensor, size: int | tuple[int, int]) -> Tensor:
+def resize_pixels(pixels: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Resizes pixels (B, 3, H, W) in 0..1, bilinear with antialiasing; ``size`` is one side or (height, width)."""
     return nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
 
@@ -18,13 +18,13 @@ def resize(pixels: Tensor, size: int | tuple[int, int]) -> Tensor:
 def normalise(pixels: Tensor, size: int) -> Tensor:
     """Pixels (B, 3, H, W) in 0..1 to the input of CLIP's vision tower: ``size`` pixels a side, CLIP's mean and deviation."""
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (resize(pixels, size).clamp(0, 1) - mean) / std
+    return (resize_pixels(pixels, size).clamp(0, 1) - mean) / std
 
 
 def for_previewer(pixels: Tensor) -> Tensor:
     """Resizes pixels (B, 3, H, W) to the size of their preview, which has 8 pixels for each semantic latent."""
     rows, columns = semantic_size(*pixels.shape[-2:])
-    return resize(pixels, (8 * rows, 8 * columns))
+    return resize_pixels(pixels, (8 * rows, 8 * columns))
 
 
 def psnr(made: Tensor, true: Tensor) -> float:

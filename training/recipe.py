@@ -39,7 +39,8 @@ class Ledger:
 
     Attributes:
         calls: of `train_all`: ``started`` (UTC), ``seconds`` and ``gpus`` (their number).
-        processes: of stages: ``stage``, ``started`` and ``seconds``, from the process's start to its end.
+        processes: of stages: ``stage``, ``started``, ``gpu`` (its entry in CUDA_VISIBLE_DEVICES, or None) and ``seconds``, from
+            the process's start to its end.
     """
 
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -174,7 +175,7 @@ class Recipe:
                 folder.mkdir(parents=True, exist_ok=True)
                 log = (folder / "output.log").open("a", encoding="utf-8")
         now = time.time()
-        entry = {"stage": stage, "started": timestamp(now), "seconds": 0.0}
+        entry = {"stage": stage, "started": timestamp(now), "seconds": 0.0, "gpu": gpu}
         self.ledger.processes.append(entry)
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         self.running.append(Running(stage, process, gpu, now, entry, log))

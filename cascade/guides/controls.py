@@ -1,6 +1,6 @@
-"""What ControlNets are told: pictures -> control tensors, as Stability-AI/StableCascade `modules/controlnet.py` makes them.
+"""Control images, and their tensors for ControlNets, as in Stability-AI/StableCascade `modules/controlnet.py`.
 
-Pictures are (B, 3, H, W) in 0..1, RGB; controls come back as float32 on the pictures' device.
+Pictures are RGB (B, 3, H, W) in 0..1. Controls are float32 on the pictures' device.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from cascade.limits import LIMITS, InputError, Limits
 CANNY_SIDE = 224
 CANNY_THRESHOLDS = (100, 200)
 CANNY_SIDES = Limits(int, low=1, high=sizes.LARGEST)
-# A control's attributes are each an element of one of these inputs.
+# Each attribute of a control, and the input that lists its values.
 INPUTS = {
     "kind": "control_types",
     "image": "control_images",
@@ -30,21 +30,21 @@ INPUTS = {
 
 @dataclass(frozen=True)
 class Control:
-    """An image that a ControlNet turns into what guides Stage C.
+    """An image with which a ControlNet guides Stage C.
 
     Attributes:
-        kind: "canny": pictures get the image's edges; "inpainting": they continue it where there is a mask;
-            "super_resolution": they show it, in twice its size.
-        image: of any size and mode. It is scaled to the pictures' size, for "super_resolution" to half of that, and
-            what exceeds their shape is cut off evenly.
-        scale: 0 to 2, by which what the ControlNet adds to Stage C is multiplied.
-        start, end: which of Stage C's steps it guides: step i of n, from 0, if start <= i / n < end; 0 <= start < end
-            <= 1.
-        canny_side: pixels, 1 to 2048, see `canny`; None finds finer edges than those that the published network has
-            learned from.
+        kind: "canny": pictures get the image's edges. "inpainting": pictures continue the image inside of the mask.
+            "super_resolution": pictures show the image at twice its size.
+        image: of any size and mode. It is scaled to the pictures' size, for "super_resolution" to half of it, and what
+            exceeds their aspect ratio is cropped evenly.
+        scale: 0 to 2, factor for the ControlNet's residuals.
+        start, end: the part of Stage C's steps that it guides: step i of n, from 0, if start <= i / n < end, where
+            0 <= start < end <= 1.
+        canny_side: pixels, 1 to 2048, see `canny`; None: full size, where edges are finer than those that the published
+            network was trained on.
 
     Raises:
-        InputError: an attribute of the wrong kind or outside of its range.
+        InputError: an attribute has the wrong type or is out of range.
     """
 
     kind: str
@@ -65,7 +65,7 @@ def check_span(start_name: str, start: float, end_name: str, end: float) -> None
     """Make sure that a control starts before it ends.
 
     Args:
-        start_name, end_name: what the sentence calls them.
+        start_name, end_name: their names in the error.
         start, end: each 0 to 1.
 
     Raises:
@@ -76,11 +76,15 @@ def check_span(start_name: str, start: float, end_name: str, end: float) -> None
 
 
 def canny(pixels: Tensor, side: int | None = CANNY_SIDE) -> Tensor:
-    """Edges, (B, 1, H, W) in 0..1.
+    """Detect edges: (B, 1, H, W) in 0..1.
 
-    side: edges are looked for in a picture of side x side pixels and then resized to H x W. The published network was
-        trained on edges of 224 x 224. None looks for them at full size: thin lines, all of them 0 or 1.
-    Raises ValueError for other than three channels.
+    Args:
+        pixels: pictures (B, 3, H, W).
+        side: pixels. Edges are detected at side x side and resized to H x W. The published network was trained on edges at
+            224 x 224. None detects them at full size: thin lines with values 0 and 1 only.
+
+    Raises:
+        ValueError: there are not three channels.
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels has the shape {tuple(pixels.shape)}; canny takes (batch, 3, height, width).")
@@ -94,10 +98,14 @@ def canny(pixels: Tensor, side: int | None = CANNY_SIDE) -> Tensor:
 
 
 def inpainting(pixels: Tensor, mask: Tensor) -> Tensor:
-    """What is to be kept, on white, and where it is not: (B, 4, H, W).
+    """The pictures with masked pixels in white, and the mask as the fourth channel: (B, 4, H, W).
 
-    mask: bool (B, 1, H, W), true where the picture is to be made anew.
-    Raises ValueError for a mask of another shape or dtype.
+    Args:
+        pixels: pictures (B, 3, H, W).
+        mask: bool (B, 1, H, W), true where the picture is made anew.
+
+    Raises:
+        ValueError: the mask has another shape or dtype.
     """
     expected = (pixels.shape[0], 1, *pixels.shape[-2:])
     if mask.dtype != torch.bool or tuple(mask.shape) != expected:
@@ -107,8 +115,8 @@ def inpainting(pixels: Tensor, mask: Tensor) -> Tensor:
 
 
 def super_resolution(latents: Tensor) -> Tensor:
-    """Each latent in four places, (B, 16, 2h, 2w): what the network reads to make a picture of twice the size.
+    """Repeat each latent 2 x 2 times: (B, 16, 2h, 2w), the control for a picture of twice the size.
 
-    latents: semantic latents (B, 16, h, w) of the picture that is enlarged.
+    latents: semantic latents (B, 16, h, w) of the picture to enlarge.
     """
     return F.interpolate(latents, scale_factor=2, mode="nearest")

@@ -1,4 +1,4 @@
-"""Masks: which pixels and which semantic latents are made anew, and how what is made is set into the image.
+"""Masks: reads them, finds the masked semantic latents, and pastes a made picture into the original.
 
 A mask of pixels is a bool array (H, W), true where the picture is made anew.
 """
@@ -17,17 +17,17 @@ from cascade.images.colours import to_rgb
 from cascade.limits import ALPHA, LIMITS, InputError
 
 WHITE = 128
-# Pixels from the mask's edge, inwards, over which the image fades into what is made.
+# Width of the blend in pixels, from the mask's edge inwards.
 SEAM = 8
 
 
 def check_shape(mask: tuple[int, int], width: int, height: int) -> None:
-    """Make sure that a mask of this (width, height) is one of an image of `width` x `height`: of its shape.
+    """Make sure that a mask of this (width, height) has the aspect ratio of an image of `width` x `height`.
 
     Raises:
-        InputError: it is not.
+        InputError: it has another one.
     """
-    # One is the other, resized, but for the rounding of sides to whole pixels.
+    # Allows for rounding when one was resized to the other.
     if abs(mask[0] * height - mask[1] * width) > max(*mask, width, height):
         raise InputError(
             f"mask has {mask[0]}x{mask[1]} pixels, and image {width}x{height}; it must have the image's shape."
@@ -35,14 +35,14 @@ def check_shape(mask: tuple[int, int], width: int, height: int) -> None:
 
 
 def check_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
-    """Make sure that a mask is one of an image of `width` x `height`, and that something is made anew.
+    """Make sure that a mask has the aspect ratio of an image of `width` x `height`, and some white.
 
     Returns:
-        The mask in the image's size, of mode "1", which `read_mask` reads in a tenth of the time.
+        The mask in the image's size, in mode "1", which `read_mask` reads ten times as fast.
 
     Raises:
-        InputError: the mask has another shape, or no white.
-        ValueError: it has 32 bits a channel.
+        InputError: the mask has another aspect ratio, or no white.
+        ValueError: it has 32 bits per channel.
     """
     check_shape(mask.size, width, height)
     read = read_mask(mask, width, height)
@@ -52,12 +52,12 @@ def check_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def read_mask(mask: Image.Image, width: int, height: int) -> np.ndarray:
-    """A mask of any size and mode as bool (height, width). White and what is nearer to it than to black is true.
+    """A mask of any size and mode as bool (height, width). Grey of 128 or more is true.
 
-    What is transparent counts as black, so that white strokes on a transparent ground do what they show.
+    Transparent pixels count as black, so white strokes on a transparent background are a mask.
 
     Raises:
-        ValueError: it has 32 bits a channel.
+        ValueError: it has 32 bits per channel.
     """
     if mask.mode == "1" and mask.size == (width, height) and not mask.has_transparency_data:
         return np.array(mask)
@@ -66,13 +66,13 @@ def read_mask(mask: Image.Image, width: int, height: int) -> np.ndarray:
 
 
 def transparent(image: Image.Image) -> Image.Image:
-    """The mask, of mode "1", of what is transparent in an image by half and more.
+    """The mask, in mode "1", of an image's pixels that are at least half transparent.
 
     Args:
         image: of any size and mode.
 
     Raises:
-        InputError: nothing is.
+        InputError: there are none.
     """
     opaque = np.asarray(image.convert("RGBA").getchannel("A")) >= WHITE if image.has_transparency_data else np.True_
     if opaque.all():
@@ -81,34 +81,44 @@ def transparent(image: Image.Image) -> Image.Image:
 
 
 def latents_of(mask: np.ndarray, size: sizes.Size) -> Tensor:
-    """The semantic latents, (h, w) = `size`, of which any pixel is in the mask: bool (1, 1, h, w).
+    """The semantic latents of `size` (h, w) that have a pixel in the mask: bool (1, 1, h, w).
 
-    A mask whose size is no multiple of 8 is padded as the image is, see `decoder.encode_pixels`.
+    A mask whose size is not a multiple of 8 is padded like the image, see `encoder.encode_pixels`.
     """
     pixels = torch.from_numpy(mask).float()[None, None]
     return F.adaptive_max_pool2d(sizes.pad(pixels, *sizes.native_size(*mask.shape)), size).bool()
 
 
 def set_into(image: Image.Image, made: Image.Image, mask: np.ndarray) -> Image.Image:
-    """What was made where the mask is, the image everywhere else, exactly; the seam lies inside of the mask.
+    """Paste a made picture into an image where the mask is. They are blended inside of the mask only.
 
     Args:
         image, made: RGB, of the same size.
-        mask: in that size.
+        mask: of that size.
+
+    Returns:
+        RGB. Pixels outside of the mask are exactly the image's.
     """
-    # A border of the picture is no edge of the mask: distances are to pixels that are there.
+    # Distances to the nearest unmasked pixel. The picture's border is not an edge of the mask.
     inside = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    # A mask that is nowhere as deep as the seam, a thin stroke, still shows in full what was made.
+    # A thin stroke is narrower than the blend everywhere. The blend is shortened, so that the made picture shows in full.
     share = np.minimum(inside / min(SEAM, inside.max()), 1)[..., None]
     old, new = np.asarray(image, np.float32), np.asarray(made, np.float32)
     return Image.fromarray((old + share * (new - old)).round().astype(np.uint8))
 
 
 def check_canvas(image: tuple[int, int], *added: int) -> tuple[int, int, int, int]:
-    """Make sure that pixels can be added to an image of this (width, height): to the left, above, to the right, below.
+    """Make sure that an image can be extended.
+
+    Args:
+        image: its (width, height) in pixels.
+        added: pixels to add at the left, top, right and bottom.
+
+    Returns:
+        `added`, as whole numbers.
 
     Raises:
-        InputError: a number is not allowed, or all are 0; the canvas exceeds 2048 pixels.
+        InputError: a number is not allowed, all are 0, or a side of the canvas exceeds 2048 pixels.
     """
     left, above, right, below = added = LIMITS["outpaint"].check("outpaint", added)
     if not any(added):
@@ -125,18 +135,19 @@ def check_canvas(image: tuple[int, int], *added: int) -> tuple[int, int, int, in
 def extend(
     image: Image.Image, mask: Image.Image | Literal["alpha"] | None, left: int, above: int, right: int, below: int
 ) -> tuple[Image.Image, Image.Image]:
-    """An image on a larger canvas, and the mask of what is new there: outpainting is inpainting of that.
+    """Extend an image for outpainting, which is inpainting of the added area.
 
     Args:
         image: of any size and mode.
-        mask: what of the image is made anew besides, as in `Request`; None: nothing.
-        left, above, right, below: pixels to add, 0 to 2048, and at one side some.
+        mask: the part of the image to make anew too, as in `Request`; None: nothing.
+        left, above, right, below: pixels to add, 0 to 2048, not all 0.
 
     Returns:
-        The canvas, RGB, which repeats the image's border pixels, and its mask.
+        The canvas, RGB, where the image's border pixels are repeated, and the mask of the added area and of `mask`.
 
     Raises:
-        InputError: a number is not allowed, or all are 0; the canvas exceeds 2048 pixels; the mask has another shape.
+        InputError: a number is not allowed, all are 0, a side of the canvas exceeds 2048 pixels, or the mask has another
+            aspect ratio than the image.
     """
     LIMITS["image"].check_one("image", image)
     mask = LIMITS["mask"].check("mask", mask)

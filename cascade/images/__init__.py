@@ -1,4 +1,5 @@
-"""Pictures and files that people send, and pictures that are returned.
+"""Reads pictures from untrusted files, converts them to tensors, and writes pictures with metadata.
 
-`reading` is the door: it has every file decoded in a process of its own (`child`), by `decoding` and `colours`.
+Call `reading.read_picture` for files that users send. It decodes every file in a separate process (`child`), with `decoding`,
+`colours` and `bands`.
 """

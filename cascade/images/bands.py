@@ -1,6 +1,6 @@
-"""Pictures are turned, converted, cut and scaled band by band: a large one is never in memory twice.
+"""Rotates, converts, crops and scales pictures in bands of rows, so that a large picture is never in memory twice.
 
-The result equals, to the bit, what Pillow makes of the whole picture.
+Results are bit-identical to Pillow's for the whole picture.
 """
 
 import math
@@ -11,10 +11,10 @@ from typing import Any, Protocol
 from PIL import Image
 
 BAND_PIXELS = 2**21
-# Of 64 megapixels, Lanczos takes 0.7 s. To this times the size that is needed, whole pixels are averaged first; by
-# Pillow's documentation the result cannot be told from the other one.
+# Lanczos takes 0.7 s for 64 megapixels. So pixels are averaged first, down to no less than this times the target size. By
+# Pillow's documentation (`reducing_gap`), the difference is not visible.
 AVERAGED_TO = 3
-# Of Lanczos, in pixels of the result on either side, beyond the half of its own; so far does Pillow look.
+# Pixels of the result that Lanczos reads on each side, without half of the pixel itself, as in Pillow.
 SUPPORT = 2.5
 UPSIDE_DOWN = (Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM)
 SIDEWAYS = (
@@ -30,7 +30,7 @@ Convert = Callable[[Image.Image], Image.Image]
 
 
 class Pixels(Protocol):
-    """What of Pillow's images is needed of a picture as it is stored."""
+    """The part of Pillow's `Image` that a stored picture must have."""
 
     @property
     def mode(self) -> str: ...
@@ -49,11 +49,11 @@ class Pixels(Protocol):
 
 @dataclass(frozen=True)
 class Upright:
-    """A decoded picture and what makes it upright.
+    """A decoded picture and the rotation or flip that makes it upright.
 
     Attributes:
-        stored: its pixels as they were decoded.
-        turn: None: they are upright.
+        stored: the pixels as decoded.
+        turn: the rotation or flip; None: `stored` is upright.
     """
 
     stored: Pixels
@@ -65,7 +65,7 @@ class Upright:
         return turned(self.stored.size, self.turn)
 
     def rows(self, top: int, bottom: int) -> Image.Image:
-        """The rows from `top` up to `bottom` of the upright picture."""
+        """Rows `top` to `bottom - 1` of the upright picture."""
         width, height = self.stored.size
         if self.turn in SIDEWAYS:
             left, right = (width - bottom, width - top) if self.turn in FROM_THE_RIGHT else (top, bottom)
@@ -76,20 +76,21 @@ class Upright:
         return band if self.turn is None else band.transpose(self.turn)
 
     def joined(self, convert: Convert | None = None) -> Image.Image:
-        """The whole upright picture, its bands converted to another mode; without anything to do, what is stored."""
+        """The whole upright picture, converted band by band. `stored` itself if nothing has to be done."""
         if self.turn is None and convert is None and isinstance(self.stored, Image.Image):
             return self.stored
         bands = bands_of(self.size)
         return joined(self.size, ((top, changed(self.rows(top, bottom), convert)) for top, bottom in bands))
 
     def scaled(self, needed: Size, convert: Convert | None = None) -> Image.Image:
-        """The picture, converted, cut evenly to a shape and scaled; in bands, if it shrinks to a sixth or less.
+        """Convert the picture, crop it evenly to the target's aspect ratio, and scale it.
 
-        The same as ``image.resize(needed, LANCZOS, box, AVERAGED_TO)`` of the whole picture.
+        Works in bands if the picture shrinks to a sixth or less. Equals ``image.resize(needed, LANCZOS, box, AVERAGED_TO)``
+        for the whole picture.
 
         Args:
-            needed: (width, height), each at least 1.
-            convert: from a band to one of another mode, pixel by pixel. None: the mode stays.
+            needed: the target's (width, height), each at least 1.
+            convert: converts a band to another mode, pixel by pixel; None: the mode stays.
         """
         width, height = self.size
         ratio = needed[0] / needed[1]
@@ -111,7 +112,10 @@ class Upright:
         box: tuple[float, float, float, float],
         convert: Convert | None,
     ) -> tuple[Image.Image, tuple[float, float, float, float]]:
-        """The means of so many pixels each, of all that Lanczos looks at, and what is needed of them."""
+        """Average blocks of `factors` pixels in the area that Lanczos reads.
+
+        Returns the smaller picture, and `box` in its pixels.
+        """
         left, above = (max(0, int(box[side] - SUPPORT * scales[side])) for side in (0, 1))
         right, below = (min(self.size[side], math.ceil(box[side + 2] + SUPPORT * scales[side])) for side in (0, 1))
         rows = max(BAND_PIXELS // self.size[0] // factors[1], 1) * factors[1]
@@ -133,14 +137,14 @@ class Upright:
 
 
 def bands_of(size: Size) -> Iterator[tuple[int, int]]:
-    """The first row, and the one after the last, of each band of a picture of this (width, height)."""
+    """The first row of each band, and the row after its last, for a picture of this (width, height)."""
     width, height = size
     rows = max(BAND_PIXELS // width, 1)
     return ((top, min(top + rows, height)) for top in range(0, height, rows))
 
 
 def joined(size: Size, bands: Iterator[tuple[int, Image.Image]]) -> Image.Image:
-    """A picture of this (width, height) of bands, all in one mode, and the row that each begins at."""
+    """Join bands, all in one mode, into a picture of this (width, height). `bands` yields (first row, band)."""
     top, band = next(bands)
     whole = Image.new(band.mode, size)
     whole.paste(band, (0, top))
@@ -159,5 +163,5 @@ def changed(band: Image.Image, convert: Convert | None) -> Image.Image:
 
 
 def premultiplied(band: Image.Image) -> Image.Image:
-    """A band of which means can be taken: what is transparent has no colour."""
+    """Premultiply a band by its alpha, so that transparent pixels do not contribute their colours to averages."""
     return band.convert("RGBa") if band.mode == "RGBA" else band

@@ -1,11 +1,11 @@
-"""The process that decodes pictures: `reading` starts it, and asks it for one picture after the other.
+"""The process that decodes pictures. `reading` starts it, and sends it one picture after the other.
 
-A decoder is one call into C, which hears no cancellation, and what a stranger sends may keep it busy for minutes, take
-gigabytes or crash it. Here it may: the kernel ends the process when its time is over and refuses it memory, and whoever
-waits for it can end it at any moment.
+A decoder is one call into C, which cannot be cancelled. An untrusted file may keep it busy for minutes, take gigabytes or
+crash it. So decoders run in a process whose CPU time and memory the kernel limits, and which `reading` can kill at any time.
 
-Each side sends JSON, and pixels as they are. First, a file is asked for; the answer is the size of the picture. Then that
-picture is asked for, in a size; the answer is its mode, and the pixels, band by band. An answer may be an error instead.
+Protocol: messages are JSON, pixels are raw bytes. The first request names a file; the answer is the picture's size. The
+second request names a target size; the answer is the picture's mode and size, then its pixels, band by band. Each answer may
+be an error instead.
 """
 
 import contextlib
@@ -28,22 +28,22 @@ from cascade.images.bands import bands_of
 from cascade.images.colours import DamagedError, PictureError
 from cascade.images.decoding import MOST_PIXELS, PictureFile
 
-# Of all cores together. The largest pictures take 1 to 5 s, depending on the format.
+# CPU time of all cores together. The largest pictures take 1 to 5 s, depending on the format.
 MOST_CPU_SECONDS = 8
-# By the clock, for a machine that is busy with something else.
+# Wall-clock time, longer because the machine may be busy with other work.
 MOST_SECONDS = 40
-# Of memory, beside the 4 bytes a pixel that a picture takes.
+# Memory, in addition to the picture's own 4 bytes per pixel.
 MOST_BYTES = 400_000_000
-# Bytes that this process may have reserved once, and go on to the next picture; at its start it has 30 MB.
+# A process that has ever reserved more bytes than this ends after its picture. It starts with 30 MB.
 USED_UP = 2**28
 # Each thread has a stack and, for a large picture, buffers.
 AVIF_THREADS = 4
-# A PNG file may have a colour profile, or a text, of this size; Pillow would refuse the picture from 1 MiB on.
+# The largest colour profile or text of a PNG file, in bytes. By default, Pillow rejects pictures with more than 1 MiB.
 MOST_PNG_TEXT = 2**24
 
 
 class Logs(logging.Handler):
-    """Keeps what is logged, to be logged by the process that asked for the picture."""
+    """Collects log messages. The parent process logs them."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -56,16 +56,16 @@ class Logs(logging.Handler):
 def main() -> None:
     """Serve the connection whose file descriptor is the last argument, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes of a terminal
-    # Python's errors go on to the log; what decoders write about a file, with pieces of it, does not.
+    # Python's errors still reach the log. Decoders' messages do not, because they contain parts of the file.
     sys.stderr = os.fdopen(os.dup(2), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS
     PngImagePlugin.MAX_TEXT_CHUNK = MOST_PNG_TEXT
     AvifImagePlugin.DEFAULT_MAX_THREADS = AVIF_THREADS
-    Image.preinit()  # with the plugins imported above all of `FORMATS`; at the first other one, Pillow would import 40
+    Image.preinit()  # registers `FORMATS`, with the plugins imported above. Otherwise Pillow may import 40 plugins later.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory is short, the kernel ends this process first
+        file.write("1000")  # if the machine runs out of memory, the kernel kills this process first
     logs = Logs()
     logging.getLogger("cascade").addHandler(logs)
     with Connection(int(sys.argv[-1])) as connection, contextlib.suppress(EOFError, ConnectionError):
@@ -81,13 +81,13 @@ def main() -> None:
 
 
 def serve(connection: Connection, asked: dict[str, Any], logs: Logs) -> None:
-    """Send the size of a picture, and then the picture in the size that is asked for.
+    """Send the size of a picture, then the picture in the requested size.
 
     Raises:
         PictureError: it cannot be read.
     """
     before = memory()
-    limit_memory(math.inf)  # of WebP, opening reserves what decoding takes
+    limit_memory(math.inf)  # opening a WebP file reserves the memory for decoding
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(asked["path"], "rb"))
@@ -105,10 +105,16 @@ def serve(connection: Connection, asked: dict[str, Any], logs: Logs) -> None:
 
 
 def guarded(picture: PictureFile, decode: Callable[[], Any], allowed: int, before: dict[str, int]) -> Any:
-    """What `decode` returns.
+    """Return `decode()`.
+
+    Args:
+        picture: the picture that is decoded.
+        decode: decodes it.
+        allowed: the limit of memory in bytes, for the error.
+        before: `memory()` before the file was opened.
 
     Raises:
-        PictureError: it fails, perhaps for want of memory.
+        PictureError: it fails. The sentence says if memory may be the reason.
     """
     more = f"more memory than {allowed // 10**6} MB to be decoded"
     try:
@@ -122,7 +128,7 @@ def guarded(picture: PictureFile, decode: Callable[[], Any], allowed: int, befor
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process by the names of Linux; elsewhere nothing."""
+    """This process's virtual memory sizes in bytes, by their names in /proc/self/status; empty except on Linux."""
     try:
         status = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -131,18 +137,18 @@ def memory() -> dict[str, int]:
 
 
 def is_used_up() -> bool:
-    """Whether this process has held a large picture. What decoders and libraries keep of it goes with the process."""
+    """Whether this process should end, because it has held a large picture: decoders and libraries keep memory after it."""
     return memory().get("VmPeak", 0) > USED_UP
 
 
 def limit_time(cpu: float, clock: float) -> None:
-    """End this process after so many seconds, whatever it does: by signals that it does not handle. 0: never."""
+    """Set timers that kill this process after seconds of CPU and of wall-clock time, by unhandled signals. 0: never."""
     signal.setitimer(signal.ITIMER_PROF, cpu)
     signal.setitimer(signal.ITIMER_REAL, clock)
 
 
 def limit_memory(most: float) -> None:
-    """Refuse this process more bytes than these, or than it was started with."""
+    """Limit this process's data to `most` bytes, or to the limit that it was started with if that is lower."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     bounds = [bound for bound in (most, hard) if bound not in (math.inf, resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(bounds, default=resource.RLIM_INFINITY), hard))

@@ -1,6 +1,6 @@
-"""Pictures of any mode become RGB: 8 bits a channel, in sRGB, what is transparent laid on a colour.
+"""Converts pictures of any mode to RGB: 8 bits per channel, sRGB, transparent parts composited onto a background.
 
-Works in bands of rows, so that beside a picture and what it becomes there is never a third one of that size.
+Works in bands of rows, so that memory holds the picture and its result, but no third copy.
 """
 
 import io
@@ -15,34 +15,34 @@ logger = logging.getLogger(__name__)
 
 GREY_MODES = ("1", "L", "LA", "La")
 SRGB = ImageCms.createProfile("sRGB")
-# The mode in which lcms takes the colours of a profile's colour space.
+# Pillow's mode for lcms's input, by a profile's colour space.
 PROFILE_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}
 # TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
 class PictureError(ValueError):
-    """A picture cannot be read. The message is one sentence, which begins with what the picture is called."""
+    """A picture cannot be read. The message is one sentence that begins with the picture's name."""
 
 
 class DamagedError(PictureError):
-    """Its pixels cannot be decoded."""
+    """A picture's pixels cannot be decoded."""
 
 
 def to_rgb(image: Image.Image, name: str = "The image", background: str | None = "white") -> Image.Image:
-    """A picture of any mode in RGB, without metadata that would change its colours.
+    """Convert a picture of any mode to RGB, without metadata that would change its colours.
 
     Args:
-        image: its colour profile is applied, if it has one: what comes back is sRGB. A profile that is broken or of
-            another kind of picture is ignored, which is logged.
-        name: what errors and logs call it.
-        background: what is transparent is laid on this colour; None: it stays transparent.
+        image: the picture. Its colour profile is applied, so the result is sRGB. A profile that is damaged or for another kind
+            of picture is ignored and logged.
+        name: the picture's name in errors and logs.
+        background: colour onto which transparent parts are composited; None: they stay transparent.
 
     Returns:
-        RGB; RGBA if it has transparency and no background. The image itself if nothing has to be changed.
+        RGB; RGBA if it has transparency and `background` is None. The image itself if nothing has to be changed.
 
     Raises:
-        PictureError: it has 32 bits a channel, of which nothing says what is white.
+        PictureError: it has 32 bits per channel, whose range is unknown.
     """
     image.load()
     return Conversion.of(image, name, background).whole(image)
@@ -50,13 +50,14 @@ def to_rgb(image: Image.Image, name: str = "The image", background: str | None =
 
 @dataclass(frozen=True)
 class Conversion:
-    """How one picture becomes RGB, whole or in bands.
+    """The conversion of one picture to RGB, whole or in bands.
 
     Attributes:
-        greys: of 16 bits: the 8 bits of every value from 0 to 65535.
-        clear: of 16 bits: the value that is transparent.
+        greys: for 16-bit pictures, the 8-bit grey for each value from 0 to 65535.
+        clear: for 16-bit pictures, the transparent value.
         transform: from the picture's colours, in `device_mode`, to sRGB; None: they are sRGB.
-        background: None: what is transparent stays so.
+        device_mode: the transform's input mode.
+        background: colour behind transparent parts; None: they stay transparent.
     """
 
     greys: list[int] | None
@@ -67,10 +68,10 @@ class Conversion:
 
     @classmethod
     def of(cls, image: Pixels, name: str, background: str | None) -> "Conversion":
-        """The conversion of a decoded picture; see `to_rgb`.
+        """The conversion for a decoded picture; see `to_rgb`.
 
         Raises:
-            PictureError: it has 32 bits a channel.
+            PictureError: it has 32 bits per channel.
         """
         if image.mode in ("I", "F"):
             raise PictureError(f"{name} has 32 bits a channel; 8 or 16 are read.")
@@ -81,7 +82,7 @@ class Conversion:
         return cls(greys, clear, transform, device_mode, background)
 
     def whole(self, image: Image.Image) -> Image.Image:
-        """All of a picture; itself if nothing has to be changed."""
+        """Convert a whole picture. Returns the picture itself if nothing has to be changed."""
         if image.mode == "RGB" and not image.has_transparency_data and self.transform is None:
             return image
         return Upright(image).joined(self.convert)
@@ -98,7 +99,7 @@ class Conversion:
             alpha = band.getchannel("A")
         if self.transform is not None:
             if band.mode != self.device_mode:
-                band = band.convert("RGB").convert(self.device_mode)  # to L, from equal channels, it loses nothing
+                band = band.convert("RGB").convert(self.device_mode)  # L keeps the value of three equal channels
             band = ImageCms.applyTransform(band, self.transform)
         if alpha is None or (self.background is not None and alpha.getextrema() == (255, 255)):
             return band.convert("RGB")
@@ -111,9 +112,9 @@ class Conversion:
 
 
 def greys_of(image: Pixels) -> list[int]:
-    """The 8 bits of every value of a grey picture of 16 bits. Pillow would clip at 255.
+    """The 8-bit grey for each value of a 16-bit grey picture. Pillow would clip at 255.
 
-    A TIFF file's tags say what else the values may mean, and Pillow heeds them in other modes only.
+    Applies a TIFF file's tags for bits per sample and inverted greys, which Pillow ignores in this mode.
     """
     tags = getattr(image, "tag_v2", {})
     (bits,) = tags.get(BITS_PER_SAMPLE, (16,))[:1]
@@ -124,7 +125,7 @@ def greys_of(image: Pixels) -> list[int]:
 
 
 def transform_of(image: Pixels, name: str) -> tuple[ImageCms.ImageCmsTransform | None, str]:
-    """How a picture's colours become sRGB, and the mode in which they are taken; None if they are sRGB already."""
+    """The transform from a picture's colours to sRGB and its input mode. The transform is None if they are sRGB already."""
     if image.mode == "LAB":
         return ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB"), "LAB"
     content = image.info.get("icc_profile")
@@ -145,14 +146,14 @@ def transform_of(image: Pixels, name: str) -> tuple[ImageCms.ImageCmsTransform |
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
-    except Exception as error:  # lcms's, and whatever Pillow stumbles over
+    except Exception as error:  # lcms and Pillow raise various errors for damaged profiles
         logger.warning("The colour profile of %s is ignored: %s.", name, str(error).rstrip(".") or type(error).__name__)
         return None, "RGB"
     return (None, "RGB") if changes_nothing(transform, mode) else (transform, mode)
 
 
 def changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether a transform is one from sRGB, whatever its profile is called: no colour changes by more than rounding."""
+    """Whether a transform's input is sRGB, too: no colour changes by more than rounding, 1 of 255."""
     if mode == "CMYK":
         return False
     if mode == "L":

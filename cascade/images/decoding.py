@@ -1,6 +1,6 @@
-"""A file becomes a picture as one sees it in a viewer: upright, the first frame of an animation, in sRGB on white.
+"""Decodes a file to a picture as a viewer shows it: upright, the first frame of an animation, in sRGB on white.
 
-Knows nothing of processes and limits of time and memory, see `child`. Imports no torch, which would take seconds there.
+`child` runs it in a process with limits of time and memory. Does not import torch, which would take seconds there.
 """
 
 import contextlib
@@ -17,21 +17,21 @@ from cascade.images.colours import Conversion, DamagedError, PictureError
 if TYPE_CHECKING:
     import numpy as np
 
-# Those that Pillow decodes by itself; left to choose, it would also start Ghostscript for an EPS file.
+# Formats that Pillow decodes itself. Without this list, it would start Ghostscript for an EPS file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 JPEGS = ("JPEG", "MPO")
-# A phone's 50 megapixels, and some. Pillow takes 4 bytes a pixel.
+# Phones make pictures of 50 megapixels. Pillow takes 4 bytes per pixel.
 MOST_PIXELS = 64_000_000
-# The most elongated picture that can be made is 2048 x 64.
+# Largest ratio of the sides. The most elongated picture that can be made is 2048 x 64.
 LONGEST_SHAPE = 32
-# Cameras and encoders write one or about ten; a decoder goes through the whole picture for each of them.
+# Scans of a progressive JPEG file. Cameras and encoders write one or about ten. A decoder processes the whole picture for each.
 MOST_SCANS = 100
-# Up to this many pixels, a picture is scaled by Lanczos alone, and a JPEG file decoded at its full size: what comes of
-# larger ones is very near to that, in a fraction of the time.
+# Up to this many pixels, pictures are scaled by Lanczos alone, and JPEG files decoded at full size. For larger pictures,
+# shortcuts give nearly the same result in a fraction of the time.
 ORDINARY_PIXELS = 2048 * 2048
-# A JPEG file is shrunk while it is decoded to no less than this times the size that is needed.
+# While it is decoded, a JPEG file is shrunk to no less than this times the target size.
 DRAFT_MARGIN = 2
-# Pillow decodes WebP through three canvases: at 64 megapixels 994 MB, where OpenCV takes 200 to 520.
+# Pillow decodes WebP through three canvases: 994 MB at 64 megapixels. OpenCV takes 200 to 520 MB.
 LARGE_WEBP_PIXELS = 2**24
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,21 +42,21 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# PNG stores a transparent grey as a value of as many bits as a pixel has; Pillow scales the pixels alone.
+# PNG stores the transparent grey with as many bits as a pixel has. Pillow scales the pixels to 8 bits, but not this value.
 GREY_SCALES = {"L;2": 85, "L;4": 17}
 
 
 class PictureFile:
-    """A file that is a picture; its pixels are decoded once at most.
+    """A picture file. Its pixels can be decoded only once.
 
     Args:
-        file: stays open until it is decoded. Opened by its path, Pillow would map some kinds of files into memory, and
-            garble what lies on its side in them.
-        name: what errors and logs call it.
+        file: must stay open until the picture is decoded. Given a path instead, Pillow would map some formats into memory and
+            garble rotated pictures.
+        name: the picture's name in errors and logs.
 
     Raises:
-        PictureError: the file is no picture of these formats, it has more than 64 million pixels or 100 scans, or one side
-            is more than 32 times the other.
+        PictureError: the file is not a picture in one of `FORMATS`, it has more than 64 million pixels or 100 scans, or one
+            side is more than 32 times the other.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -67,7 +67,7 @@ class PictureFile:
             raise PictureError(f"{name} is too large: {MOST_PIXELS:,} pixels are the limit.") from error
         except MemoryError as error:
             raise PictureError(f"{name} needs more memory to be read than is free.") from error
-        except Exception as error:  # formats raise whatever they stumble over
+        except Exception as error:  # Pillow's formats raise various errors
             raise PictureError(f"{name} is no picture of one of the formats {', '.join(FORMATS)}.") from error
         mend_transparent_colour(image)
         self.image: Image.Image | None = image
@@ -82,7 +82,7 @@ class PictureFile:
             raise PictureError(f"{name} has {size}; one side may be at most {LONGEST_SHAPE} times the other.")
 
     def size(self) -> Size:
-        """(width, height) of the upright picture. Decodes PNG, where what turns it may stand behind the pixels.
+        """(width, height) of the upright picture. Decodes a PNG file, whose EXIF may come after the pixels.
 
         Raises:
             DamagedError, MemoryError: see `decode`.
@@ -93,20 +93,20 @@ class PictureFile:
     def decode(
         self, background: str | None = "white", needed: Size | None = None, *, mask: bool = False
     ) -> Image.Image:
-        """The upright picture.
+        """Decode the upright picture.
 
         Args:
-            background: what is transparent is laid on this colour; None: it stays transparent.
-            needed: the (width, height) to scale it to. What exceeds that shape is cut off evenly. None: its own size.
-            mask: read it as a mask: on black, scaled with nothing cut off, each pixel the mean of those it stands for.
+            background: colour onto which transparent parts are composited; None: they stay transparent.
+            needed: the target's (width, height). What exceeds its aspect ratio is cropped evenly. None: the picture's size.
+            mask: decode it as a mask: on black, scaled without cropping, each pixel the mean of those that it covers.
 
         Returns:
-            RGB; of a mask L; RGBA if it has transparency and no background.
+            RGB; L for a mask; RGBA if it has transparency and `background` is None.
 
         Raises:
-            PictureError: it has 32 bits a channel.
-            DamagedError: its pixels cannot be decoded; not all formats tell that from a lack of memory.
-            MemoryError: some do.
+            PictureError: it has 32 bits per channel.
+            DamagedError: its pixels cannot be decoded. Some formats raise this when memory is short.
+            MemoryError: memory is short.
         """
         with self._named():
             picture = self._pixels(needed)
@@ -117,49 +117,49 @@ class PictureFile:
             return grey if needed is None else grey.resize(needed, Image.Resampling.BOX)
         conversion = Conversion.of(stored, self.name, background)
         if stored.mode in ("L", "RGB", "CMYK") and not stored.has_transparency_data:
-            return conversion.whole(fitted(picture, needed))  # fewer pixels, whose colours are then converted
+            return conversion.whole(fitted(picture, needed))  # scales first, so that fewer pixels are converted
         return fitted(picture, needed, conversion.convert)
 
     def _pixels(self, needed: Size | None) -> Upright:
-        """The picture, in its own colours and size, or if it is a large JPEG file at least in that of need."""
+        """Decode the pixels in the picture's own colours and size. A large JPEG file may be shrunk, to no less than `needed`."""
         image, self.image = self.image, None
         if needed is not None:
             draft(image, needed)
         if self.format != "WEBP" or self.pixels <= LARGE_WEBP_PIXELS or image.is_animated:
             return upright(image)
         turn, found = turn_of(image), (image.size, image.mode, image.info)
-        del image  # and with it the canvases
+        del image  # frees Pillow's canvases
         return Upright(decode_webp(self.file, *found), turn)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Names the picture in errors."""
+        """Turn decoders' errors into a DamagedError with the picture's name."""
         try:
             yield
         except (PictureError, MemoryError):
             raise
-        except Exception as error:  # formats raise whatever they stumble over
+        except Exception as error:  # Pillow's formats raise various errors
             raise DamagedError(f"{self.name} is a damaged {self.format} file.") from error
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What makes a picture upright. All else that EXIF says does not matter, and may be anything."""
+    """The rotation or flip of EXIF's orientation; None if there is none. Ignores damage to other EXIF entries."""
     if image.format == "TIFF":
-        return None  # Pillow does it while it decodes, and says the size that comes of it
+        return None  # Pillow rotates it during decoding, and `image.size` is already the upright size
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # whatever EXIF makes Pillow stumble over
+    except Exception:  # Pillow raises various errors for damaged EXIF
         return None
 
 
 def upright(image: Image.Image) -> Upright:
-    """A picture, decoded, and what its EXIF says turns it. With odd EXIF too, as long as that says which side is up."""
+    """Decode a picture, and add the rotation or flip of its EXIF orientation."""
     image.load()
     return Upright(image, turn_of(image))
 
 
 def count_scans(file: BinaryIO) -> int:
-    """Of a JPEG file, with those of its thumbnail. Only metadata may hold this marker by chance."""
+    """Count the scans of a JPEG file and of its thumbnail. Metadata may contain this marker by chance, picture data cannot."""
     place = file.tell()
     file.seek(0)
     scans = file.read().count(b"\xff\xda")
@@ -168,7 +168,7 @@ def count_scans(file: BinaryIO) -> int:
 
 
 def draft(image: Image.Image, needed: Size) -> None:
-    """Let a large JPEG file be decoded at a half, a quarter or an eighth of its size, if that suffices."""
+    """Make Pillow decode a large JPEG file at 1/2, 1/4 or 1/8 of its size, if that suffices for `needed`."""
     if image.format not in JPEGS or image.width * image.height <= ORDINARY_PIXELS:
         return
     width, height = turned(image.size, turn_of(image))
@@ -178,7 +178,7 @@ def draft(image: Image.Image, needed: Size) -> None:
 
 
 def fitted(picture: Upright, needed: Size | None, convert: Convert | None = None) -> Image.Image:
-    """A picture, converted, cut evenly to a shape and scaled, as `ImageOps.fit` does it; a large one may be averaged first."""
+    """Convert, crop evenly and scale a picture, like `ImageOps.fit`. Large pictures are averaged before Lanczos."""
     if needed is None:
         return picture.joined(convert)
     if math.prod(picture.size) <= ORDINARY_PIXELS:
@@ -187,7 +187,7 @@ def fitted(picture: Upright, needed: Size | None, convert: Convert | None = None
 
 
 def mend_transparent_colour(image: Image.Image) -> None:
-    """Make the transparent colour of a PNG file one of those that its pixels get in Pillow."""
+    """Scale the transparent colour of a PNG file as Pillow scales its pixels."""
     clear = image.info.get("transparency")
     if image.format != "PNG" or clear is None or not image.tile:
         return
@@ -200,10 +200,10 @@ def mend_transparent_colour(image: Image.Image) -> None:
 
 @dataclass(frozen=True)
 class Array:
-    """A picture that OpenCV has decoded. In Pillow's layout it would be another one of 4 bytes a pixel.
+    """A picture decoded by OpenCV, kept as an array. A Pillow image would be a second copy of 4 bytes per pixel.
 
-    Args:
-        pixels: uint8 (height, width, 3 or 4), blue first.
+    Attributes:
+        pixels: uint8 (height, width, 3 or 4), in the order BGR or BGRA.
         info: see Pillow's `Image.info`.
     """
 
@@ -230,11 +230,11 @@ class Array:
 
 
 def decode_webp(file: BinaryIO, size: Size, mode: str, info: dict[str | tuple[int, int], Any]) -> Pixels:
-    """A WebP file's picture as stored, by OpenCV, with the size, mode and `info` that Pillow has found."""
-    import cv2  # here, because it takes 0.1 s and 40 MB
+    """Decode a WebP file by OpenCV, without rotation, with the size, mode and `info` that Pillow has found."""
+    import cv2  # here, because the import takes 0.1 s and 40 MB
     import numpy as np
 
-    # Left to find the size by itself, OpenCV copies the picture in the end: at 64 megapixels 192 MB.
+    # Without a target array, OpenCV copies the picture in the end: 192 MB at 64 megapixels.
     place = np.empty((*reversed(size), len(mode)), np.uint8)
     try:
         pixels = cv2.imread(file.name, dst=place, flags=cv2.IMREAD_UNCHANGED)

@@ -1,4 +1,4 @@
-"""Picture files with metadata, in the places where viewers look for it. Knows formats, not what the texts say.
+"""Writes picture files with metadata, in the fields that viewers read. Knows formats, not the content of the texts.
 
 ==================  ===========================  =============================
                     PNG                          JPEG and WebP
@@ -18,10 +18,10 @@ from PIL import ExifTags, Image, TiffTags
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-# Bytes that a JPEG's EXIF may have: it must fit into one segment.
+# Maximum bytes of a JPEG's EXIF, which must fit into one segment.
 LONGEST_EXIF = 65_533
-# Before a UserComment in UTF-16. A1111 writes it big-endian, and its readers expect that; EXIF demands the byte order of
-# its numbers. So all of it is big-endian: TIFF's header, in which 8 is the offset of the first directory.
+# The prefix of a UserComment in UTF-16. A1111 writes the text big-endian, and its readers expect that. EXIF requires the byte
+# order of its numbers. So all of it is big-endian. BIG_ENDIAN is TIFF's header, with 8 as the first directory's offset.
 UTF_16 = b"UNICODE\0"
 BIG_ENDIAN = b"MM\0*\0\0\0\x08"
 
@@ -46,7 +46,7 @@ class SourceType(StrEnum):
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a file says about its picture.
+    """The metadata of a picture file.
 
     Attributes:
         source: whether the picture was created or edited.
@@ -60,17 +60,17 @@ class Metadata:
 
 
 def save_picture(image: Image.Image, path: Path, metadata: Iterable[Metadata], quality: int = 80) -> None:
-    """Write a picture in the format of its path's ending.
+    """Write a picture in the format of its path's suffix.
 
     Args:
         image: RGB.
         path: ends in .webp, .jpg or .png.
-        metadata: the same in one or more versions, the complete one first, each shorter than the one before. The first
-            that the format has room for is written: in PNG and WebP that is the first of all.
-        quality: 0 to 100, of WebP and JPEG; PNG is lossless.
+        metadata: versions of the metadata, the complete one first, each shorter than the previous one. PNG and WebP get the
+            first version, JPEG the first one that fits.
+        quality: 0 to 100, for WebP and JPEG; PNG is lossless.
 
     Raises:
-        ValueError: another ending, or no version fits into a JPEG.
+        ValueError: the path has another suffix, or no version fits into a JPEG file.
         OSError: the file cannot be written.
     """
     versions = iter(metadata)
@@ -91,7 +91,7 @@ def save_picture(image: Image.Image, path: Path, metadata: Iterable[Metadata], q
 
 def _png_texts(metadata: Metadata) -> PngInfo:
     texts = PngInfo()
-    # Pillow writes Latin-1 as tEXt, and what goes beyond it as iTXt, in UTF-8.
+    # Pillow writes Latin-1 text as tEXt, and other text as iTXt in UTF-8.
     for keyword, text in (("Description", metadata.description), ("parameters", metadata.parameters)):
         if text:
             texts.add_text(keyword, text)
@@ -100,7 +100,7 @@ def _png_texts(metadata: Metadata) -> PngInfo:
 
 
 def _exif(metadata: Metadata) -> bytes:
-    """One directory with the description, and if there are parameters, where a second begins, which has the comment."""
+    """EXIF: a directory with the description, and if there are parameters, a second directory with the UserComment."""
     if not metadata.description and not metadata.parameters:
         return b""
     first, second = ImageFileDirectory_v2(BIG_ENDIAN), ImageFileDirectory_v2(BIG_ENDIAN)
@@ -109,10 +109,10 @@ def _exif(metadata: Metadata) -> bytes:
     start = len(BIG_ENDIAN)
     if not metadata.parameters:
         return b"Exif\0\0" + BIG_ENDIAN + first.tobytes(start)
-    # The reason for not leaving all this to Image.Exif, which would make it BYTE.
+    # Image.Exif would write the type BYTE, so it is not used.
     second.tagtype[ExifTags.Base.UserComment] = TiffTags.UNDEFINED
     second[ExifTags.Base.UserComment] = UTF_16 + metadata.parameters.encode("utf-16-be")
-    first[ExifTags.IFD.Exif] = 0  # gives the first its length
+    first[ExifTags.IFD.Exif] = 0  # a placeholder for the offset, so that the first directory has its final length
     end = start + len(first.tobytes(start))
     first[ExifTags.IFD.Exif] = end
     return b"Exif\0\0" + BIG_ENDIAN + first.tobytes(start) + second.tobytes(end)

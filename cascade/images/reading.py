@@ -1,7 +1,7 @@
-"""Reading pictures from files that anybody may have sent: in a process of its own, see `child`, within bounds.
+"""Reads pictures from untrusted files, in a separate process with limits, see `child`.
 
-A picture is decoded within 8 s of a processor and in at most 400 MB beside its own pixels, and comes back in the size
-that is needed of it. The process is started with the first picture, in 0.1 s, and waits for the next one in 25 MB.
+A picture may take 8 s of CPU time, and 400 MB in addition to its own pixels. The process returns it in the size that the
+caller needs. The process starts with the first picture, in 0.1 s. While it waits for the next one, it takes 25 MB.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from cascade.images.decoding import ORDINARY_PIXELS, Size
 
 logger = logging.getLogger(__name__)
 
-# Seconds. A cancellation reaches a thread between two of its own instructions.
+# Seconds between polls. A cancellation is raised only between two Python instructions of this thread.
 PATIENCE = 0.05
-# The package's own __init__ may import all of it, and torch takes seconds: the process gets an empty one.
+# The process gets an empty package `cascade`. The real __init__ may import torch, which takes seconds.
 PROGRAM = """
 import sys, types
 cascade = types.ModuleType("cascade")
@@ -36,13 +36,14 @@ sys.modules["cascade"] = cascade
 from cascade.images.child import main
 main()
 """
-# Four times what CLIP scales the shorter side to.
+# Pixels. Four times the shorter side that CLIP scales images to.
 CLIP_SIDE = 4 * 224
 PACKAGE = Path(__file__).parent.parent
 ENVIRONMENT = {
-    # glibc keeps what is freed below this size, which otherwise grows to 32 MB; Pillow's blocks have 16 MB.
+    # glibc returns freed blocks above this size to the system. By default the limit grows to 32 MB, and Pillow's blocks have
+    # 16 MB.
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    # Of numpy, which comes with OpenCV: its threads reserve 200 MB.
+    # OpenCV needs numpy, whose threads would reserve 200 MB.
     "OPENBLAS_NUM_THREADS": "1",
     "OPENCV_LOG_LEVEL": "SILENT",
 }
@@ -56,45 +57,45 @@ def read_picture(
     *,
     mask: bool = False,
 ) -> Image.Image:
-    """Read a picture of any usual format, depth and colour mode, as one sees it in a viewer.
+    """Read a picture of any usual format, depth and colour mode, as a viewer shows it.
 
-    Upright, the first frame of an animation, its colour profile applied.
+    It is upright, the first frame of an animation, and its colour profile is applied.
 
     Args:
-        path: the file. Its ending does not matter.
-        name: what errors and logs call it.
-        background: what is transparent is laid on this colour; None: it stays transparent.
-        needed: from the picture's (width, height) to those that it is needed in, each at least 1; it is scaled to
-            cover them, and what exceeds their shape is cut off evenly, as `ImageOps.fit` does it. What it raises is
-            raised, and the picture is not decoded. None: its own size.
-        mask: read it as a mask: what is transparent is black, and it is scaled without a cut, each pixel the mean of
-            those that it stands for.
+        path: the file. Its suffix is ignored.
+        name: the picture's name in errors and logs.
+        background: colour onto which transparent parts are composited; None: they stay transparent.
+        needed: (width, height) of the picture -> (width, height) to return, each at least 1. The picture is scaled to cover
+            this size, and what exceeds its aspect ratio is cropped evenly, like `ImageOps.fit`. If it raises, the picture is
+            not decoded and the error is passed on. None: the picture's own size.
+        mask: read it as a mask: transparent parts are black, and it is scaled without cropping, each pixel the mean of those
+            that it covers.
 
     Returns:
-        RGB, of any size from 1x1; RGBA if it has transparency that stays; of a mask, L.
+        RGB, of any size from 1x1; RGBA if it has transparency and `background` is None; L for a mask.
 
     Raises:
-        ValueError: the file is no picture of these formats, it has more than 64 million pixels, or one side is more
-            than 32 times the other: of those, nothing is decoded. Or it is damaged, has 32 bits a channel, or takes
-            more time or memory than is allowed.
+        ValueError: the file is not a picture in one of `decoding.FORMATS`, it has more than 64 million pixels, or one side is
+            more than 32 times the other; such files are not decoded. Or it is damaged, has 32 bits per channel, or takes
+            more time or memory than allowed.
     """
     global _decoder
     with _lock:
-        if _decoder is None or not _decoder.alive:  # short of memory, the kernel ends it first
+        if _decoder is None or not _decoder.alive:  # the kernel may have killed it when memory was short
             _decoder = Decoder()
         try:
             return _decoder.decode(path, name, background, needed, mask)
         finally:
-            # After an error of this side or a cancellation too: the process may not be done with the picture.
+            # Also after an error or a cancellation in this process: the decoder may still be busy with the picture.
             if not _decoder.ready:
                 _decoder.close()
                 _decoder = None
 
 
 def image_prompt_size(width: int, height: int) -> Size:
-    """The size in which an image prompt of this size is needed: a large one four times as large as CLIP looks at it.
+    """The size at which an image prompt is read. A large one is shrunk to four times the size at which CLIP reads it.
 
-    CLIP sees the square in the middle; of what is more than twice as long, the ends are cut off.
+    CLIP reads only the square in the middle, so a large picture is cropped to an aspect ratio of at most 2.
     """
     if width * height <= ORDINARY_PIXELS:
         return width, height
@@ -107,7 +108,7 @@ class Decoder:
     """The process that decodes, and the connection to it.
 
     Attributes:
-        ready: whether it waits for a picture.
+        ready: whether the process waits for a picture.
     """
 
     def __init__(self) -> None:
@@ -133,7 +134,7 @@ class Decoder:
         """See `read_picture`."""
         self.ready = False
         try:
-            # Absolute: the process keeps the working directory that it was started in.
+            # An absolute path, because the process keeps the working directory that it was started in.
             size = self._ask(path=str(path.absolute()), name=name)["size"]
             options = {"background": background, "needed": None if needed is None else needed(*size), "mask": mask}
             answer = self._ask(**options)
@@ -186,7 +187,7 @@ _decoder: Decoder | None = None
 
 
 def _forget() -> None:
-    """What a fork leaves in the child belongs to the parent: two that ask one process would get each other's pictures."""
+    """After a fork, drop the decoder in the child: it is the parent's, and they would receive each other's pictures."""
     global _lock, _decoder
     if _decoder is not None:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Pictures to tensors and back. Tensors are float32 in 0..1, RGB."""
+"""Converts pictures to tensors and back. Tensors are RGB, float32 in 0..1."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from cascade.images.colours import to_rgb
 
 
 def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
-    """A picture of any mode, in RGB, scaled to this size; what exceeds the shape is cut off evenly."""
+    """Convert a picture of any mode to RGB, and scale it to this size. What exceeds the aspect ratio is cropped evenly."""
     return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS)
 
 
@@ -19,6 +19,6 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, device: str | torch.device = "cpu") -> Tensor:
-    """A picture of any mode -> float32 (1, 3, H, W) in 0..1. Transparent parts are laid on white."""
-    pixels = torch.from_numpy(np.array(to_rgb(image))).to(device)  # as uint8: a quarter of the bytes to transfer
+    """A picture of any mode -> float32 (1, 3, H, W) in 0..1. Transparent parts are composited onto white."""
+    pixels = torch.from_numpy(np.array(to_rgb(image))).to(device)  # transferred as uint8, a quarter of the bytes
     return pixels.permute(2, 0, 1)[None].float() / 255

@@ -1,17 +1,17 @@
-"""What the networks' blocks compute beside matrix products, in two implementations with the same functions.
+"""The operations of the networks' blocks other than matrix products, in two implementations with the same functions.
 
     plain     torch. Any device, any dtype, differentiable.
     triton    GPU kernels for inference. CUDA, compute capability 8.0 or higher, bfloat16 or float16.
 
-Which one runs when:
+How one is chosen:
 
-- A network is made with "plain". `use_kernels` of a network (`UsesKernels`) sets the implementation of all its blocks, once,
-  after loading; `choose` says which one suits a device and a dtype, and `Cascade.load` calls both.
-- Where autograd records (gradients are enabled), the plain functions run: the kernels have no backward pass.
-- A kernel reads the weights of a layer instead of calling it only while that layer is an ordinary one (`layers.is_ordinary`).
-  A layer that was replaced, wrapped or hooked (LoRA, quantisation) runs through its own forward, in either implementation.
-- Shapes that a kernel does not serve (depthwise convolutions other than 3x3, heads of other than a multiple of 8 channels) run
-  plainly.
+- A network is made with "plain". `UsesKernels.use_kernels` sets the implementation of all its blocks, once, after loading.
+  `choose` returns the one for a device and a dtype. `Cascade.load` calls both.
+- While gradients are enabled, the plain functions run, because the kernels have no backward pass.
+- A kernel reads a layer's weights, instead of calling the layer, only if it is an ordinary one (`layers.is_ordinary`). Layers
+  that were replaced, wrapped or hooked (LoRA, quantisation) run through their own forward in both implementations.
+- The plain functions run for shapes that a kernel does not support: depthwise convolutions other than 3x3, and attention heads
+  whose channels are not a multiple of 8.
 
 "triton" changes the strides of the depthwise weights (not their shape or values), so call `use_kernels` before tensors get
 fixed addresses (`running.packing.HostWeights`, CUDA graphs). A network with "triton" must run on a GPU.
@@ -27,12 +27,12 @@ import torch
 from cascade.kernels import plain
 
 IMPLEMENTATIONS = ("plain", "triton")
-# Triton's and bfloat16's: Ampere.
+# The lowest compute capability for Triton and bfloat16: Ampere.
 CAPABILITY = (8, 0)
 
 
 class Choice(NamedTuple):
-    """An implementation's name, "plain" or "triton", and the reason for it, a clause."""
+    """An implementation's name, "plain" or "triton", and a clause with the reason for it."""
 
     name: str
     reason: str
@@ -83,7 +83,7 @@ class UsesKernels:
 
     @property
     def kernels(self) -> ModuleType:
-        """The functions to call now: those of `implementation`, or the plain ones where autograd records."""
+        """The module of functions to call now: `implementation`'s, or the plain one while gradients are enabled."""
         return plain if self.implementation == "plain" or torch.is_grad_enabled() else load(self.implementation)
 
     def use_kernels(self, name: str) -> None:
@@ -100,4 +100,4 @@ class UsesKernels:
                 module.prepare()
 
     def prepare(self) -> None:
-        """Called after the implementation was set: for blocks with weights that a kernel reads in another memory layout."""
+        """Called when the implementation has been set. Blocks override it to change the memory layout of their weights."""

@@ -1,4 +1,4 @@
-"""When a layer's weight may be read instead of calling the layer, and what follows from it."""
+"""Tells layers whose weights may be read directly from layers that must be called, and computes with both."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def is_ordinary(layer: nn.Module) -> bool:
-    """Whether calling the layer does nothing but torch's Linear or Conv2d with its weight and bias as they are.
+    """Whether a layer is a plain torch Linear or Conv2d, so that its weight and bias may be read instead of calling it.
 
     False for a layer of another class (PEFT, quantised, parametrised), with hooks, with a replaced `forward`, or with a weight
     of a tensor subclass (torchao). Such a layer must be called.
@@ -16,15 +16,15 @@ def is_ordinary(layer: nn.Module) -> bool:
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether a module has hooks, or a `forward` of its own instead of its class's."""
+    """Whether a module has hooks, or a `forward` that replaces its class's."""
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
     return "forward" in layer.__dict__ or any(hooks)
 
 
 def columns(layer: nn.Module, x: Tensor, first: int, last: int) -> Tensor:
-    """Channels `first` to `last` of what a Linear layer makes of x (..., K): (..., last - first).
+    """Output channels `first` to `last - 1` of a Linear layer for x (..., K): (..., last - first).
 
-    Computes no others, if the layer is an ordinary one.
+    Computes only these, if the layer is an ordinary one.
     """
     if not is_ordinary(layer):
         return layer(x)[..., first:last]
@@ -37,8 +37,8 @@ def has_float16_weights(layer: nn.Module) -> bool:
 
 
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)` in float32, with the layer's weights of float16 as float32. x: float32."""
-    if is_hooked(layer):  # by code that may have weights of its own, in float16
+    """`layer(x)` in float32, with float16 weights converted to float32. x: float32."""
+    if is_hooked(layer):  # the hooks may use float16 weights of their own
         largest = torch.finfo(torch.float16).max
         return layer(x.clamp(-largest, largest).half()).float()
     half = {name: weight.float() for name, weight in layer.named_parameters() if weight.dtype == torch.float16}
@@ -47,9 +47,9 @@ def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put_channels_side_by_side(convolution: nn.Module) -> None:
-    """Lay a depthwise weight (C, 1, k, k) out in memory as (1, k, k, C). Shape and values stay, the strides change.
+    """Store a depthwise weight (C, 1, k, k) in memory as (1, k, k, C). Its shape and values stay, its strides change.
 
-    The kernel for it then reads neighbouring channels from neighbouring addresses.
+    The kernel then reads neighbouring channels from neighbouring addresses.
     """
     if is_ordinary(convolution):
         weight = convolution.weight

@@ -1,8 +1,8 @@
-"""The blocks' functions in plain torch: any device, any dtype, differentiable. Also what `triton` is tested against.
+"""The blocks' functions in plain torch: any device, any dtype, differentiable. Also the reference for tests of `triton`.
 
-Activations are (B, H, W, C), contiguous. Branches are computed in the weights' dtype, the residual stream is float32. Whatever
-enters or leaves a branch without a normalisation in between is computed in float32 where the weights are float16, which ends at
-65504: a stream of 1e5 stays exact.
+Activations are (B, H, W, C), contiguous. Branches are computed in the weights' dtype, the residual stream in float32. With
+float16 weights, values that enter or leave a branch without a normalisation are computed in float32, too: float16 ends at
+65504, and a stream of 1e5 must stay exact.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ EPS = 1e-6
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Over the channels of (B, H, W, C), without learned scale or shift, in the dtype of `x`."""
+    """LayerNorm over the channels of (B, H, W, C), without learned scale or shift, in the dtype of `x`."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
@@ -26,8 +26,9 @@ def norm(stream: Stream, dtype: torch.dtype, next_linear: nn.Module | None = Non
     """The settled stream, and its LayerNorm, (B, H, W, C).
 
     Args:
-        dtype: of the normalised result.
-        next_linear: the layer that `add_linear` adds next to the stream that is returned. Its bias may already be in there.
+        stream: the residual stream.
+        dtype: dtype of the normalised result.
+        next_linear: the layer whose output `add_linear` adds next. The returned stream may already contain its bias.
     """
     x = stream.settle()
     return Stream(x), layer_norm(x).to(dtype)
@@ -41,11 +42,13 @@ def linear(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_linear(stream: Stream, hidden: Tensor, layer: nn.Module, *, after_norm: bool = False) -> Stream:
-    """A settled stream plus `layer` of hidden (B, H, W, K). The given stream must not be used afterwards.
+    """A settled stream plus `layer(hidden)`. The given stream must not be used afterwards.
 
     Args:
-        hidden: in the weights' dtype, or float32 beside float16 weights.
-        after_norm: `norm` made the stream, and was given `layer` as `next_linear`.
+        stream: the settled residual stream.
+        hidden: (B, H, W, K), in the weights' dtype, or float32 with float16 weights.
+        layer: a Linear, K -> C channels.
+        after_norm: whether the stream is the result of `norm` with `layer` as `next_linear`.
     """
     if has_float16_weights(layer) and (hidden.dtype == torch.float32 or is_ordinary(layer)):
         if hidden.dtype == torch.float16 and hidden.is_cuda and not torch.is_grad_enabled():
@@ -55,8 +58,8 @@ def add_linear(stream: Stream, hidden: Tensor, layer: nn.Module, *, after_norm: 
 
 
 def accumulate(stream: Stream, hidden: Tensor, layer: nn.Linear, *, bias_added: bool = False) -> Stream:
-    """`add_linear` inside of the matrix product, in place, for an ordinary layer on a CUDA GPU in 16 bits, without gradients."""
-    # Costs nothing: a (1152, 2048, 2048) product takes 17 us with or without (H100).
+    """`add_linear` as part of the matrix product, in place: for ordinary 16-bit layers on a CUDA GPU, without gradients."""
+    # The addition takes no time: a (1152, 2048, 2048) product takes 17 us with and without it (H100).
     rows = stream.x.view(-1, stream.x.shape[-1])
     torch.addmm(rows, hidden.flatten(0, 2), layer.weight.t(), out_dtype=torch.float32, out=rows)
     return Stream(stream.x, bias=None if bias_added else layer.bias)
@@ -68,7 +71,9 @@ def depthwise_norm(
     """The settled stream, and the LayerNorm of its depthwise convolution.
 
     Args:
-        dtype: of the weights, and of the normalised result. With a skip connection and float16, that is float32.
+        stream: the residual stream.
+        convolution: the depthwise convolution of (B, C, H, W).
+        dtype: dtype of the weights and of the normalised result. With float16 and a skip connection, the result is float32.
         skip: float32 (B, H, W, C), appended to the channels after the norm.
     """
     x = stream.settle()
@@ -82,15 +87,15 @@ def depthwise_norm(
 
 
 def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """GELU, then ConvNeXt V2's global response normalisation (Woo et al., arXiv 2301.00808), over H and W jointly.
+    """GELU, then ConvNeXt V2's global response normalisation (Woo et al., arXiv 2301.00808) over H and W together.
 
-    hidden: (B, H, W, C); may be overwritten.
+    hidden: (B, H, W, C). It may be overwritten.
     gamma, beta: (1, 1, 1, C).
     """
     x = F.gelu(hidden)
     size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
     response = size / (size.mean(dim=-1, keepdim=True) + EPS)
-    # gamma * (x * response) + beta + x, with the per-channel factors joined so that x is read once.
+    # gamma * (x * response) + beta + x, with the factors of x combined, so that x is read once.
     return torch.addcmul(beta.to(x.dtype), x, (1 + gamma * response).to(x.dtype))
 
 
@@ -126,14 +131,14 @@ def attention(
 
 
 def timestep_maps(mappers: Sequence[nn.Module], times: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of the mappers, each of its condition's embedding: float32 (B, N).
+    """The sum of all mappers' outputs for their conditions' embeddings: float32 (B, N).
 
     Args:
-        mappers: one Linear a condition, E -> N channels.
+        mappers: one Linear per condition, E -> N channels.
         times: the embeddings, float32 (conditions, B, E).
-        dtype: of the weights.
+        dtype: the weights' dtype.
     """
-    # In float32: this sum in bfloat16 made the error of the whole prediction half as large again.
+    # In float32, because a sum in bfloat16 made the error of the whole prediction 1.5 times as large.
     return sum(mapper(embedding.to(dtype)).float() for mapper, embedding in zip(mappers, times, strict=True))
 
 
@@ -141,10 +146,10 @@ def mixing_block(x: Tensor, gammas: Tensor, depthwise: nn.Module, channelwise: n
     """Stage A's block: a depthwise convolution and a channel MLP, both residual, (B, C, H, W) -> (B, C, H, W).
 
     Args:
-        x: channels last in memory, or not.
+        x: in any memory format.
         gammas: (6,): scale, shift and gate of the convolution, then of the MLP.
-        depthwise: of (B, C, H, W): padding, then an nn.Conv2d.
-        channelwise: of (B, H, W, C): nn.Linear, GELU, nn.Linear.
+        depthwise: padding, then an nn.Conv2d, for (B, C, H, W).
+        channelwise: nn.Linear, GELU, nn.Linear, for (B, H, W, C).
     """
     scale1, shift1, gate1, scale2, shift2, gate2 = gammas.unbind()
     spatial = (layer_norm(x.permute(0, 2, 3, 1)) * (1 + scale1) + shift1).permute(0, 3, 1, 2)

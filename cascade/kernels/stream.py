@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class Stream(NamedTuple):
-    """The residual stream, with operations that are still pending: (x + bias) * (1 + scale) + shift.
+    """The residual stream, with pending operations: (x + bias) * (1 + scale) + shift.
 
-    The next block applies them, as it reads the stream anyway.
+    The next block applies them when it reads the stream.
 
     Attributes:
         x: float32 (B, H, W, C).
@@ -23,7 +23,7 @@ class Stream(NamedTuple):
     shift: Tensor | None = None
 
     def settle(self) -> Tensor:
-        """float32 (B, H, W, C), with nothing pending."""
+        """Apply the pending operations: float32 (B, H, W, C)."""
         x = self.x if self.bias is None else self.x + self.bias
         if self.scale is None:
             return x

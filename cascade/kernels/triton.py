@@ -1,10 +1,10 @@
-"""Triton kernels for what is bound by memory traffic and launches in the blocks of Stages A, B and C.
+"""Triton kernels for the operations of Stages A, B and C that are bound by memory traffic and kernel launches.
 
-The functions are those of `plain`, where their arguments are described; for inference, without gradients. Each kernel computes
-in one pass over its data and in float32 inside. Matrix products are left to cuBLAS: for these shapes it was 1.0 to 1.9 times as
-fast as the best of 20 Triton variants (H100). Kernels are specialised by widths and dtypes only, never by a picture's size: a
-new size compiles nothing. Launching a kernel before the one before it has ended (programmatic dependent launch) gained 0.6%, and
-is not done.
+The functions are those of `plain`, which describes their arguments. They are for inference, without gradients. Each kernel
+reads its data once and computes in float32. Matrix products are left to cuBLAS, which was 1.0 to 1.9 times as fast for these
+shapes as the best of 20 Triton variants (H100). Kernels are specialised by width and dtype, not by a picture's size, so a new
+size compiles nothing. Programmatic dependent launch, which starts a kernel before the previous one has ended, gained 0.6% and
+is not used.
 """
 
 import functools
@@ -21,11 +21,11 @@ from cascade.kernels.plain import linear as linear
 from cascade.kernels.stream import Stream
 
 EPS = tl.constexpr(1e-6)
-# Into how many programs, at least, a reduction is cut: some for each multiprocessor of the largest GPUs.
+# Minimum number of programs of a reduction: several per multiprocessor of the largest GPUs.
 PROGRAMS = 512
 LOG2E = 1.4426950408889634
-# Bytes of the hidden activations of Stage A's MLPs that are computed at a time: those of a whole picture of 1024x1024 would be
-# 384 MiB. They stay in the cache of a large GPU.
+# Bytes of hidden activations of Stage A's MLPs that are computed at a time, so that they stay in the L2 cache of a large GPU.
+# A whole picture of 1024x1024 has 384 MiB.
 HIDDEN = 32 * 2**20
 
 
@@ -72,7 +72,7 @@ def _norm(
 
 
 def norm(stream: Stream, dtype: torch.dtype, next_linear: nn.Module | None = None) -> tuple[Stream, Tensor]:
-    """See `plain.norm`. Adds the bias of `next_linear` early, so that its product can be added to the stream in place."""
+    """See `plain.norm`. Adds the bias of `next_linear` early, so that cuBLAS can add its product to the stream in place."""
     x, bias, scale, shift = stream
     ahead = next_linear.bias if next_linear is not None and _accumulates(next_linear, dtype) else None
     batch, height, width, channels = x.shape
@@ -89,14 +89,14 @@ def norm(stream: Stream, dtype: torch.dtype, next_linear: nn.Module | None = Non
 
 
 def add_linear(stream: Stream, hidden: Tensor, layer: nn.Module, *, after_norm: bool = False) -> Stream:
-    """See `plain.add_linear`. The product is added to the stream in place."""
+    """See `plain.add_linear`. Adds the product to the stream in place."""
     if not _accumulates(layer, hidden.dtype):
         return plain.add_linear(stream, hidden, layer)
     return plain.accumulate(stream, hidden, layer, bias_added=after_norm)
 
 
 def _is_complete(layer: nn.Module) -> bool:
-    """Whether it is an ordinary layer with a bias."""
+    """Whether a layer is ordinary and has a bias."""
     return is_ordinary(layer) and layer.bias is not None
 
 
@@ -107,7 +107,7 @@ def _accumulates(layer: nn.Module, dtype: torch.dtype) -> bool:
 
 @triton.jit
 def _spread(value, j: tl.constexpr, left, middle, right, first, second, third, fourth):
-    """Adds column j of a line of six pixels to the four convolutions that see it, by one row of the kernel."""
+    """Add pixel j of six neighbours in a line, weighted by one row of the kernel, to the outputs of the four middle pixels."""
     if j < 3:
         first += value * (left if j == 0 else (middle if j == 1 else right))
     if j >= 1 and j < 4:
@@ -121,7 +121,7 @@ def _spread(value, j: tl.constexpr, left, middle, right, first, second, third, f
 
 @triton.jit
 def _normed_four(first, second, third, fourth, inside, C):
-    """LayerNorm of four (CB,), in one reduction."""
+    """LayerNorm of four vectors (CB,), in one reduction."""
     four = tl.join(tl.join(first, second), tl.join(third, fourth))
     mean = tl.sum(tl.where(inside[:, None, None], four, 0.0), axis=0) / C
     four = tl.where(inside[:, None, None], four - mean[None, :, :], 0.0)
@@ -138,7 +138,7 @@ def _depthwise_norm(
     H, W, C, columns, affine_row, weight_channel, weight_tap,
     HAS_BEFORE: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_SKIP: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """Four neighbouring pixels of a line: each of the 18 that they see is read once, by a program that has all channels."""
+    """One program computes four neighbouring pixels of a line, all channels, and reads each of their 18 input pixels once."""
     block = tl.program_id(0)
     sample = block // (H * columns)
     y = block // columns % H
@@ -190,7 +190,7 @@ def depthwise_norm(
     stream: Stream, convolution: nn.Module, dtype: torch.dtype, skip: Tensor | None = None
 ) -> tuple[Stream, Tensor]:
     """See `plain.depthwise_norm`."""
-    # float16 ends at 65504, which a skip connection may exceed.
+    # A skip connection may exceed 65504, the largest float16.
     if not _is_served(convolution) or (skip is not None and dtype == torch.float16):
         return plain.depthwise_norm(stream, convolution, dtype, skip)
     x, before, scale, shift = stream
@@ -200,8 +200,8 @@ def depthwise_norm(
     settled = torch.empty_like(x) if changes else x
     normed = x.new_empty(batch, height, width, channels * (1 if skip is None else 2), dtype=dtype)
     columns = triton.cdiv(width, 4)
-    # Four channels a thread, or two in narrow levels. 16 warps of 64 registers, with nothing to settle, took Stage C 13.6 us
-    # on an H100, where 8 of 128 took 15.4; with more to do they would spill.
+    # Four channels per thread, or two in narrow levels. For Stage C without pending operations, 16 warps with 64 registers
+    # took 13.6 us (H100), and 8 warps with 128 took 15.4. With pending operations, 64 registers would spill.
     padded = _power(channels)
     _depthwise_norm[(batch * height * columns,)](
         x, before, scale, shift, weight, bias, skip, settled, normed,
@@ -215,7 +215,7 @@ def depthwise_norm(
 
 
 def _is_served(convolution: nn.Module) -> bool:
-    """Whether the kernels can read this convolution's weight: 3x3, with one distance in memory from tap to tap."""
+    """Whether the kernels support this convolution: ordinary, with a bias, 3x3, and equal strides between all taps."""
     if not is_ordinary(convolution) or convolution.bias is None or convolution.kernel_size != (3, 3):
         return False
     return convolution.weight.stride(2) == 3 * convolution.weight.stride(3)
@@ -223,14 +223,16 @@ def _is_served(convolution: nn.Module) -> bool:
 
 @triton.jit
 def _tanh(x):
-    """By the GPU's own instruction, within 2**-11 of the exact value: a quarter of bfloat16's rounding."""
+    """tanh by the GPU's own instruction. Its error is at most 2**-11, a quarter of bfloat16's rounding."""
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def _gelu(x):
-    """x * Phi(x), as x / 2 * (1 + tanh(x * p(x**2))): p, of degree 2, is fitted to within 2.7e-5. With libdevice's erf, or a
-    polynomial for it, arithmetic would be the limit, not memory."""
+    """x * Phi(x), computed as x / 2 * (1 + tanh(x * p(x**2))) with a fitted p of degree 2, to within 2.7e-5.
+
+    With libdevice's erf, or a polynomial for erf, the kernels would be bound by arithmetic instead of memory.
+    """
     s = tl.minimum(x * x, 25.0)
     inner = x * (0.79749725 + s * (0.037015257 - s * 0.00035307545))
     half = 0.5 * x
@@ -243,7 +245,7 @@ def _response_sizes(
     tokens, N, per_part,
     RB: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """The norm of each channel over a sample's pixels; and, for the mean, the sum of these of each block of channels."""
+    """Compute each channel's norm over a sample's pixels, and for their mean, the sum of the norms in each block of channels."""
     block = tl.program_id(0)
     part = tl.program_id(1)
     sample = tl.program_id(2)
@@ -259,7 +261,7 @@ def _response_sizes(
     for _ in tl.range(0, per_part, RB):
         rows += RB
         at += RB * N
-        # The next rows are on their way while these are worked on.
+        # Loads the next rows while it computes these.
         coming = tl.load(at, mask=(rows < last)[:, None] & valid[None, :], other=0.0)
         value = _gelu(value.to(tl.float32))
         acc += value * value
@@ -273,7 +275,7 @@ def _response_sizes(
         is_last = arrived == parts - 1
         if is_last:
             tl.store(counters_ptr + sample * blocks + block, 0)
-            # In a fixed order, so that a picture is the same each time.
+            # In a fixed order, so that pictures are reproducible.
             squares = tl.zeros((CB,), tl.float32)
             for i in range(parts):
                 place = squares_ptr + (sample * parts + i) * N + column
@@ -309,13 +311,16 @@ def _respond(
 
 @functools.cache
 def _counters(device: torch.device, stream: torch.cuda.Stream) -> Tensor:
-    """Where the programs of `_response_sizes` count who is the last: what runs on one stream runs one after the other."""
+    """Counters with which the programs of `_response_sizes` find the last of them.
+
+    One tensor per stream suffices, because kernels on one stream run one after the other.
+    """
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
 def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """See `plain.gelu_response`. In place."""
-    hidden = hidden.contiguous()  # as it is, unless a replaced layer returned something else
+    """See `plain.gelu_response`. Works in place."""
+    hidden = hidden.contiguous()  # a replaced layer may return other strides
     batch, height, width, channels = hidden.shape
     tokens, block, rows = height * width, 64, 64
     blocks = triton.cdiv(channels, block)
@@ -450,7 +455,7 @@ def _has_even_rows(x: Tensor) -> bool:
 
 @triton.jit
 def _add_map(acc, weight_ptr, bias_ptr, times_ptr, n, e, N, E):
-    """One condition's mapper: channels n of its embedding, of length E."""
+    """Add output channels n of one condition's mapper, applied to its embedding of length E."""
     acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     embedding = tl.load(times_ptr + e, mask=e < E, other=0.0)
     inside = (n < N)[:, None] & (e < E)[None, :]
@@ -485,7 +490,7 @@ def timestep_maps(mappers: Sequence[nn.Module], times: Tensor, dtype: torch.dtyp
     conditions, samples, length = times.shape
     channels = mappers[0].out_features
     out = times.new_empty(samples, channels)
-    # Parameters that CONDITIONS leaves unread get those of the first mapper.
+    # The kernel reads only CONDITIONS mappers. The first mapper fills the other parameters.
     weights = [
         tensor for mapper in (*mappers, *mappers[:1] * (3 - conditions)) for tensor in (mapper.weight, mapper.bias)
     ]
@@ -513,7 +518,7 @@ def _mix(
     H, W, C, columns, weight_channel, weight_tap,
     CB: tl.constexpr,
 ):  # fmt: skip
-    """Four neighbouring pixels of a line, with what lies outside of the picture replaced by its edge."""
+    """One program computes four neighbouring pixels of a line, with replicated edges."""
     block = tl.program_id(0)
     sample = block // (H * columns)
     y = block // columns % H
@@ -547,7 +552,7 @@ def _mix(
     scale2 = 1 + tl.load(gammas_ptr + 3).to(tl.float32)
     shift2 = tl.load(gammas_ptr + 4).to(tl.float32)
     gate2 = tl.load(gammas_ptr + 5).to(tl.float32)
-    # The norm's scale and shift are the same for all pixels and channels, so they can be applied after the convolution.
+    # The norm's scale and shift are equal for all pixels and channels, so they can be applied after the convolution.
     constant = shift1 * total + tl.load(bias_ptr + column, mask=in_channels, other=0.0).to(tl.float32)
     xa += gate1 * (scale1 * a + constant)
     xb += gate1 * (scale1 * b + constant)
@@ -566,7 +571,7 @@ def _mix(
 
 
 def _mixed(x: Tensor, gammas: Tensor, convolution: nn.Conv2d, last: nn.Linear) -> tuple[Tensor, Tensor]:
-    """(B, H, W, C) after the convolution's branch, with the bias of the MLP's last layer added; and its norm, for the MLP."""
+    """x (B, H, W, C) plus the convolution's branch and the gated bias of the MLP's last layer; and the MLP's input."""
     weight = convolution.weight
     batch, height, width, channels = x.shape
     rows = batch * height * width
@@ -591,11 +596,11 @@ def mixing_block(x: Tensor, gammas: Tensor, depthwise: nn.Module, channelwise: n
         return plain.mixing_block(x, gammas, depthwise, channelwise)
     x = x.permute(0, 2, 3, 1).contiguous()
     mixed, normed = _mixed(x, gammas, convolution, last)
-    # The gate stays on the GPU: as cuBLAS's factor it would have to be read by the host, which waits for the GPU.
+    # Multiplied into the weight on the GPU. As cuBLAS's factor, the host would have to read the gate, and wait for the GPU.
     gated = (last.weight * gammas[5]).t()
     at_once = HIDDEN // (first.out_features * x.element_size())
     for rows, of_rows in zip(mixed.flatten(0, 2).split(at_once), normed.flatten(0, 2).split(at_once), strict=True):
-        # cuBLAS's GELU is the one with tanh: within 5e-4 of the exact one, which is less than bfloat16's rounding.
+        # cuBLAS computes GELU with tanh, to within 5e-4. That is less than bfloat16's rounding.
         hidden = torch._addmm_activation(first.bias, of_rows, first.weight.t(), use_gelu=True)
         torch.addmm(rows, hidden, gated, out=rows)
     return mixed.permute(0, 3, 1, 2)

@@ -1,1 +1,1 @@
-"""The networks of Stable Cascade, one file each: plain torch modules, knowing nothing of sampling, prompts or files."""
+"""The networks of Stable Cascade, one file each: torch modules that know nothing of sampling, prompts or files."""

@@ -1,8 +1,8 @@
-"""ControlNets of Stage C: a control image -> residuals for some of its ResBlocks.
+"""ControlNets of Stage C: a control image -> residuals for some of Stage C's ResBlocks.
 
-Architecture and state-dict keys are those of Stability-AI/StableCascade `modules/controlnet.py`; the defaults are the
-published network of canny edges. Unlike ControlNets of other models, these see neither the latents nor the timestep:
-one forward serves every step of a picture. Backbones with normalisations use running statistics: keep them in eval mode.
+Architecture and state-dict keys are those of Stability-AI/StableCascade `modules/controlnet.py`. The defaults are the
+published canny network. Unlike ControlNets of other models, these read neither the latents nor the timestep, so one forward
+serves all steps of a picture. Their BatchNorms use running statistics: keep them in evaluation mode.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from cascade.networks.effnet import SemanticEncoder
 
-# Where the published networks add their residuals: Stage C's ResBlocks in execution order, 0-31 down and 32-63 up.
+# The ResBlocks to which the published networks add residuals, in Stage C's execution order: 0-31 down and 32-63 up.
 PUBLISHED_BLOCKS = (0, 4, 8, 12, 51, 55, 59, 63)
 # The width of the Stage C that they were trained with.
 PUBLISHED_WIDTH = 2048
-# What the published networks read, and how many channels that has.
+# The kinds of the published networks, and the channels of their controls.
 KINDS = {"canny": 1, "inpainting": 4, "super_resolution": 16}
 # Widths of the published "large" backbone.
 EXPANDED, WIDTH, DEPTH, EMBEDDING = 16384, 1024, 8, 1280
@@ -32,7 +32,7 @@ class ChannelsNorm(nn.LayerNorm):
 
 
 class ControlResBlock(nn.Module):
-    """Two 3x3 convolutions with norms before them; residual."""
+    """Two 3x3 convolutions, each after a norm and a GELU, with a residual connection."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -46,9 +46,9 @@ class ControlResBlock(nn.Module):
 
 
 def effnet_backbone(in_channels: int, settings: dict[str, Any]) -> tuple[nn.Sequential, int]:
-    """The semantic encoder's backbone, and its width. Shrinks 32 times.
+    """The semantic encoder's backbone, and its width. It shrinks each side by 32.
 
-    For other than three channels the first convolution is another one, and, as the authors have it, without padding.
+    If `in_channels` is not 3, the first convolution is replaced by one without padding, as in the authors' code.
     """
     encoder = SemanticEncoder(**settings)
     backbone, old = encoder.backbone, encoder.backbone[0][0]
@@ -58,7 +58,7 @@ def effnet_backbone(in_channels: int, settings: dict[str, Any]) -> tuple[nn.Sequ
 
 
 def simple_backbone(in_channels: int) -> tuple[nn.Sequential, int]:
-    """Two convolutions at the control's size, and their width."""
+    """Two convolutions at the control's size, and the number of their output channels."""
     backbone = nn.Sequential(
         nn.Conv2d(in_channels, in_channels * 4, kernel_size=3, padding=1),
         nn.LeakyReLU(SLOPE),
@@ -68,7 +68,7 @@ def simple_backbone(in_channels: int) -> tuple[nn.Sequential, int]:
 
 
 def large_backbone(in_channels: int) -> tuple[nn.Sequential, int]:
-    """Eight residual blocks at the control's size, and the width of what follows them."""
+    """Eight residual blocks at the control's size, and the number of output channels."""
     backbone = nn.Sequential(
         nn.Conv2d(in_channels, EXPANDED, kernel_size=1),
         nn.LeakyReLU(SLOPE),
@@ -80,17 +80,16 @@ def large_backbone(in_channels: int) -> tuple[nn.Sequential, int]:
 
 
 class ControlNet(ModelMixin, ConfigMixin):
-    """A backbone, and a projection for each of the ResBlocks that get a residual.
+    """A backbone, and one projection per ResBlock that gets a residual. The projections are initialised to return zeros.
 
     Parameters:
         in_channels (`int`, 1): channels of the control: canny 1, inpainting 4, super-resolution 16.
         out_channels (`int`, 2048): width of Stage C.
-        proj_blocks (`tuple[int]`): which ResBlocks of Stage C get a residual, in the order of the projections.
-        bottleneck_mode (`str`, "effnet"): the backbone: "effnet" for images, "simple" or "large" for maps of the
-            latents' size.
-        effnet (`dict`, None): how the "effnet" backbone differs from `SemanticEncoder`'s defaults; None: not at all.
+        proj_blocks (`tuple[int]`): the ResBlocks of Stage C that get a residual, in the order of the projections.
+        bottleneck_mode (`str`, "effnet"): the backbone: "effnet" for images, "simple" or "large" for maps of the latents'
+            size.
+        effnet (`dict`, None): parameters of `SemanticEncoder` that the "effnet" backbone changes; None: no changes.
 
-    Untrained, it changes nothing: the projections give zeros.
     Raises ValueError for another bottleneck_mode and for a ResBlock named twice.
     """
 
@@ -126,11 +125,11 @@ class ControlNet(ModelMixin, ConfigMixin):
             nn.init.zeros_(projection[-1].weight)
 
     def forward(self, control: Tensor) -> dict[int, Tensor]:
-        """Control (B, in_channels, H, W), images in 0..1 without further normalisation -> the residuals.
+        """Control (B, in_channels, H, W) -> residuals. Images are in 0..1, without ImageNet's normalisation.
 
-        Returns {k: (B, out_channels, h, w)} in the weights' dtype, as `StableCascadeUNet.forward` takes them; h and w
-        are H and W, or with the "effnet" backbone about a 32nd of them.
+        Returns {k: (B, out_channels, h, w)} in the weights' dtype, for `StableCascadeUNet.forward`. h and w are H and W, or
+        with the "effnet" backbone about a 32nd of them.
         """
-        # Not self.dtype, for which diffusers looks through all layers.
+        # Not self.dtype: diffusers searches all layers for it.
         features = self.backbone(control.to(next(self.parameters()).dtype))
         return {k: project(features) for k, project in zip(self.config.proj_blocks, self.projections, strict=True)}

@@ -1,9 +1,9 @@
 """The semantic encoder: an image -> the 16-channel latents that Stage C makes and Stage B is conditioned on.
 
 EfficientNetV2 features (Tan and Le, arXiv 2104.00298), a pointwise projection and a normalisation without learned
-parameters. State-dict keys are the authors' (`backbone.*`, `mapper.*`; backbone as torchvision names it); the defaults
-are the published network, EfficientNetV2-S. The normalisations use running statistics: keep it in eval mode, except to
-train it from scratch.
+parameters. State-dict keys are the authors' (`backbone.*` with torchvision's names, `mapper.*`). The defaults are the
+published network, EfficientNetV2-S. Its BatchNorms use running statistics: keep it in evaluation mode, except to train it
+from scratch.
 """
 
 import torch
@@ -24,7 +24,7 @@ def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: i
 
 
 class SqueezeExcitation(nn.Module):
-    """Weighs channels by what the whole image says of them."""
+    """Scales each channel by a gate computed from all channels' means over the image."""
 
     def __init__(self, channels: int, squeezed: int):
         super().__init__()
@@ -37,7 +37,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Expand, convolve, project; residual where the shape allows. Fused: the first two are one 3x3 convolution."""
+    """Expand, convolve, project; with a residual connection if the shape stays. Fused: one 3x3 convolution does the first two."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, fused: bool):
         super().__init__()
@@ -63,11 +63,12 @@ class MBConv(nn.Module):
 class SemanticEncoder(ModelMixin, ConfigMixin):
     """EfficientNetV2 to semantic latents.
 
-    Parameters (tuples have one value a stage; defaults: the published EfficientNetV2-S):
+    Parameters (tuples have one value per stage; the defaults are the published EfficientNetV2-S):
         stem_channels (`int`, 24): width of the first convolution.
-        channels (`tuple[int]`), repeats (`tuple[int]`): width and blocks of a stage.
-        expansions (`tuple[int]`), strides (`tuple[int]`): of a stage's blocks, and of its first block.
-        fused_stages (`int`, 3): how many stages, from the first, are fused.
+        channels (`tuple[int]`), repeats (`tuple[int]`): width and number of blocks of each stage.
+        expansions (`tuple[int]`): expansion in each stage's blocks.
+        strides (`tuple[int]`): stride of each stage's first block.
+        fused_stages (`int`, 3): number of stages with fused blocks, from the first.
         head_channels (`int`, 1280): width of the last convolution.
         latent_channels (`int`, 16): channels of the result.
 
@@ -89,7 +90,9 @@ class SemanticEncoder(ModelMixin, ConfigMixin):
         super().__init__()
         lengths = {len(channels), len(repeats), len(expansions), len(strides)}
         if len(lengths) != 1:
-            raise ValueError(f"channels, repeats, expansions and strides have lengths {sorted(lengths)}, not one.")
+            raise ValueError(
+                f"channels, repeats, expansions and strides have lengths {sorted(lengths)}; they must be equal."
+            )
         layers: list[nn.Module] = [conv_norm(3, stem_channels, 3, stride=2)]
         inputs = stem_channels
         for i, (width, blocks, expansion, stride) in enumerate(
@@ -109,7 +112,7 @@ class SemanticEncoder(ModelMixin, ConfigMixin):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """torchvision's initialisation of the family: He normal, fan out."""
+        """torchvision's initialisation of EfficientNets: He normal, fan out."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -119,10 +122,10 @@ class SemanticEncoder(ModelMixin, ConfigMixin):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..1, any float dtype -> (B, 16, ceil(H/32), ceil(W/32)) in the weights' dtype.
 
-        Normalises with ImageNet's mean and deviation.
+        Normalises with ImageNet's mean and standard deviation.
         """
-        # As numbers: tensors would come from the host, for which a CUDA graph cannot wait.
+        # Numbers instead of tensors: a CUDA graph cannot capture copies from pageable host memory.
         channels = zip(pixels.unbind(dim=1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
         images = torch.stack([(x - mean) / std for x, mean, std in channels], dim=1)
-        # Not self.dtype, for which diffusers looks through all layers.
+        # Not self.dtype: diffusers searches all layers for it.
         return self.mapper(self.backbone(images.to(self.mapper[0].weight.dtype)))

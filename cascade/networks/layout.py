@@ -1,14 +1,14 @@
 """Published names in state dicts, stacked layers in memory.
 
-A network runs some layers of its published files as one: the "stacked" layer has their weights and biases one below the other.
-State dicts and files hold the published tensors. `publish` sets up both directions:
+A network computes some published layers as one "stacked" layer, whose weight and bias are theirs, concatenated along the
+output channels. State dicts and files hold the published tensors. `publish` sets up both directions:
 
-- `state_dict()` gives views of the stacked parameters under the published names, in the order that a network of the published
-  layers would have. A change of such a tensor in place changes the network.
-- `load_state_dict()`, with or without `assign`, takes published names, or those of the stacked layers, and names missing and
-  misshapen tensors as published.
+- `state_dict()` returns views of the stacked parameters under the published names, in the order that a network of the
+  published layers would have. Changing such a tensor in place changes the network.
+- `load_state_dict()`, with or without `assign`, accepts the published names or the stacked layers' names. Its errors use the
+  published names.
 
-A stacked layer that was wrapped (PEFT) or replaced has other keys in state dicts, which stay as they are.
+A stacked layer that was wrapped (PEFT) or replaced has other keys in state dicts. They are not converted.
 """
 
 import itertools
@@ -22,12 +22,12 @@ KINDS = ("weight", "bias")
 
 
 def publish(network: nn.Module, stacked: Mapping[str, Mapping[str, int]]) -> None:
-    """Have a network's state dicts hold published tensors.
+    """Make a network's state dicts hold published tensors.
 
     Args:
-        network: with all of its layers.
-        stacked: for each stacked layer, by its name, the published layers in order: their names, and how many output channels
-            (rows of the weight) each has.
+        network: the complete network.
+        stacked: {name of a stacked layer: {name of a published layer: its output channels (rows of the weight)}}, with the
+            published layers in order.
     """
     network.stacked_layers = {name: dict(parts) for name, parts in stacked.items()}
     network.register_state_dict_post_hook(_split)
@@ -35,9 +35,9 @@ def publish(network: nn.Module, stacked: Mapping[str, Mapping[str, int]]) -> Non
 
 
 def published_names(network: nn.Module) -> dict[str, list[str]]:
-    """For each parameter, by its name in `network.named_parameters()`, the published ones that it consists of, in order.
+    """The published names in each parameter, in order, by its name in `network.named_parameters()`.
 
-    network: any module; networks inside it are found.
+    network: any module. Networks inside of it are found.
     """
     names = {}
     for name, _ in network.named_parameters():
@@ -52,7 +52,7 @@ def published_names(network: nn.Module) -> dict[str, list[str]]:
 
 
 def _pieces(network: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, int]]]:
-    """The name of each stacked tensor, and the published tensors in it with their rows."""
+    """Each stacked tensor's name, and the published tensors in it with their rows."""
     for layer, parts in network.stacked_layers.items():
         for kind in KINDS:
             yield f"{prefix}{layer}.{kind}", {f"{prefix}{part}.{kind}": rows for part, rows in parts.items()}
@@ -71,11 +71,11 @@ def _split(network: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) 
 
 
 def _with_own_storage(view: Tensor) -> Tensor:
-    """A contiguous view of a part of a tensor, as a tensor whose storage is that part of the memory.
+    """Give a contiguous view a storage of its own: the same memory, but only the view's part of it.
 
-    accelerate takes tensors with one storage for duplicates, and leaves all but one out of a checkpoint.
+    accelerate takes tensors with the same storage for duplicates, and saves only one of them in a checkpoint.
     """
-    # Not of parameters that are wanted as such (keep_vars), nor where memory has no plain addresses (meta, MPS).
+    # Not for views that require gradients (keep_vars), nor on devices without plain addresses (meta, MPS).
     plain = type(view) is Tensor and view.device.type in ("cpu", "cuda") and view.is_contiguous()
     if view.requires_grad or not plain:
         return view
@@ -85,8 +85,8 @@ def _with_own_storage(view: Tensor) -> Tensor:
 
 
 def _published_order(network: nn.Module, prefix: str) -> Iterator[str]:
-    """The keys of a network of the published layers, in the order of its modules."""
-    inside: dict[str, list[str]] = {}  # the published layers, by the module that has them
+    """The state dict's keys in the order that a network of the published layers would have."""
+    inside: dict[str, list[str]] = {}  # published layers by their parent module
     for part in itertools.chain(*network.stacked_layers.values()):
         inside.setdefault(part.rpartition(".")[0], []).append(part)
     for name, module in network.named_modules():
@@ -112,7 +112,7 @@ def _stack(
         given = {part: state_dict.pop(part).detach() for part in parts if part in state_dict}
         present = _parameter(network, name.removeprefix(prefix))
         if present is None or len(present) != sum(parts.values()) or (not given and name in state_dict):
-            state_dict.update(given)  # a replaced layer, or a state dict of stacked layers
+            state_dict.update(given)  # the layer was replaced, or the state dict has stacked layers' names
             continue
         pieces = []
         for part, current in zip(parts, present.split(list(parts.values())), strict=True):
@@ -125,7 +125,7 @@ def _stack(
                     f"the shape in current model is {current.shape}."
                 )
             pieces.append(current if piece is None or piece.shape != current.shape else piece)
-        # What is missing or does not fit keeps its values, as far as there are any.
+        # Missing or misshapen parts keep the network's values, if it has any (not on the meta device).
         places = {piece.device for piece in pieces}
         if len(places) > 1 and not present.is_meta:
             pieces = [piece.to(present.device) for piece in pieces]
@@ -133,7 +133,7 @@ def _stack(
 
 
 def _parameter(network: nn.Module, name: str) -> Tensor | None:
-    """A stacked layer's own parameter; None if the layer was replaced by one that has no such parameter."""
+    """A stacked layer's own parameter; None if the layer was replaced by one without such a parameter."""
     layer, _, kind = name.rpartition(".")
     found = network.get_submodule(layer)._parameters.get(kind)
     return None if found is None else found.detach()

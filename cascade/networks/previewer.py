@@ -1,4 +1,4 @@
-"""The previewer: semantic latents -> a small picture of what they hold, without Stages B and A.
+"""The previewer: semantic latents -> a small picture, without Stages B and A.
 
 State-dict keys and arithmetic are those of Stability-AI/StableCascade `modules/previewer.py`.
 """
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class Previewer(ModelMixin, ConfigMixin):
-    """Enlarges latents eightfold.
+    """A picture with 8 pixels per latent along each side.
 
     Parameters:
         latent_channels (`int`, 16): channels of the latents.
-        hidden (`int`, 512): width at the latents' size; a half, then a quarter of it at the larger ones.
+        hidden (`int`, 512): width at the latents' size. It is a half of this at twice that size, and a quarter above.
         out_channels (`int`, 3): channels of the picture.
     """
 

@@ -1,4 +1,4 @@
-"""What Stages B and C are to those who sample with them, however they are run."""
+"""The interface of Stages B and C for sampling, with or without uploads and CUDA graphs."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol

@@ -1,7 +1,7 @@
-"""Stage A: a convolutional autoencoder, pixels <-> 4 channels at a quarter of the size, used continuously.
+"""Stage A: a convolutional autoencoder, pixels <-> 4 channels at a quarter of each side, without quantisation.
 
-Config fields and state-dict keys are those of the published diffusers checkpoint (`PaellaVQModel`); the arithmetic
-follows Stability-AI/StableCascade `modules/stage_a.py`, with its scale inside `encode` and `decode`.
+Config fields and state-dict keys are those of the published diffusers checkpoint (`PaellaVQModel`). The arithmetic
+follows Stability-AI/StableCascade `modules/stage_a.py`, but `encode` and `decode` also apply the scale.
 """
 
 from itertools import pairwise
@@ -15,7 +15,7 @@ from cascade.kernels import UsesKernels
 
 
 class MixingBlock(UsesKernels, nn.Module):
-    """A depthwise convolution and a channel MLP, both residual, steered by six learned scalars."""
+    """A depthwise convolution and a channel MLP, both residual. Six learned scalars are their scales, shifts and gates."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -33,10 +33,9 @@ class MixingBlock(UsesKernels, nn.Module):
 
 
 class Codebook(nn.Module):
-    """The vectors the autoencoder was once trained to snap to.
+    """The codebook of the vector quantisation that Stage A was trained with.
 
-    Cascade uses the latents as they are, so nothing reads them; they are kept so that published weights load and
-    save whole.
+    Cascade does not quantise latents, so nothing reads it. It exists so that published weights load and save completely.
     """
 
     def __init__(self, size: int, channels: int):
@@ -48,14 +47,14 @@ class StageA(UsesKernels, ModelMixin, ConfigMixin):
     """Stage A.
 
     Parameters:
-        in_channels, out_channels (`int`, 3): of the pixels.
-        up_down_scale_factor (`int`, 2): side of the pixel blocks folded into channels at the outer end.
-        levels (`int`, 2): levels; each but the first halves the size.
+        in_channels, out_channels (`int`, 3): channels of the pixels.
+        up_down_scale_factor (`int`, 2): side of the blocks of pixels that are folded into channels first.
+        levels (`int`, 2): number of levels. Each one after the first halves the size.
         bottleneck_blocks (`int`, 12): decoder blocks at the coarsest level.
-        embed_dim (`int`, 384): width of the coarsest level; halved a level towards the pixels.
+        embed_dim (`int`, 384): width of the coarsest level. Each finer level has half of it.
         latent_channels (`int`, 4): channels of the latents.
         num_vq_embeddings (`int`, 8192): rows of the codebook.
-        scale_factor (`float`, 0.3764): divides what `encode` returns and multiplies what `decode` takes, by default.
+        scale_factor (`float`, 0.3764): default scale. `encode` divides its latents by it, and `decode` multiplies them.
     """
 
     @register_to_config
@@ -75,15 +74,15 @@ class StageA(UsesKernels, ModelMixin, ConfigMixin):
         fold = up_down_scale_factor
         widths = [embed_dim // 2 ** (levels - 1 - i) for i in range(levels)]  # finest first
         self.factor = fold * 2 ** (levels - 1)
-        # How many latents away from a pixel's own what `decode` makes of it can depend on: one for each 3x3 convolution
-        # at the coarsest level, and less than two for what leads to each finer level.
+        # Receptive field of `decode`, in latents on each side of a pixel's own latent: one per 3x3 convolution at the coarsest
+        # level, and less than two per finer level.
         self.reach = bottleneck_blocks + 2 * (levels - 1)
 
         self.in_block = nn.Sequential(nn.PixelUnshuffle(fold), nn.Conv2d(in_channels * fold**2, widths[0], 1))
         down: list[nn.Module] = [MixingBlock(widths[0])]
         for fine, coarse in pairwise(widths):
             down += [nn.Conv2d(fine, coarse, kernel_size=4, stride=2, padding=1), MixingBlock(coarse)]
-        # BatchNorm gives the latents mean 0 and deviation 1 over the training set.
+        # BatchNorm gives the latents mean 0 and standard deviation 1 over the training set.
         down.append(
             nn.Sequential(nn.Conv2d(widths[-1], latent_channels, 1, bias=False), nn.BatchNorm2d(latent_channels))
         )
@@ -100,7 +99,7 @@ class StageA(UsesKernels, ModelMixin, ConfigMixin):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """The authors' initialisation; residual branches start closed (`gammas` are zero)."""
+        """The authors' initialisation. `gammas` are zero, so residual branches add nothing at first."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -112,7 +111,7 @@ class StageA(UsesKernels, ModelMixin, ConfigMixin):
     def encode(self, pixels: Tensor, scale: float | None = None) -> Tensor:
         """(B, 3, H, W) in 0..1 -> latents (B, 4, H/4, W/4) divided by `scale` (None: the config's scale_factor).
 
-        Raises ValueError if H or W is no multiple of 4 (in general: of up_down_scale_factor * 2 ** (levels - 1)).
+        Raises ValueError if H or W is not a multiple of 4 (in general: of up_down_scale_factor * 2 ** (levels - 1)).
         """
         height, width = pixels.shape[-2:]
         if height % self.factor or width % self.factor:

@@ -1,18 +1,18 @@
-"""The denoising UNet of Stages B and C: epsilon from noisy latents, a timestep ratio and conditions.
+"""The denoising UNet of Stages B and C: predicts epsilon from noisy latents, a timestep ratio and conditions.
 
-One class serves both stages; the configuration decides. Config fields and state-dict keys are those of the published
-diffusers checkpoints (`StableCascadeUNet`). The arithmetic follows Stability-AI/StableCascade `modules/stage_b.py`,
-`stage_c.py` and `common.py`, which run under autocast: timestep embeddings, resized maps and the residual stream
-between the blocks are float32 whatever the weights' dtype; inside of a branch, activations are in the weights' dtype.
-Rounded to bfloat16 after each of its hundreds of additions, the stream made predictions 1.7 to 4.7 times less exact
-(Stages B and C at full depth and reduced width, random weights, on a CPU).
+One class serves both stages; the configuration makes the difference. Config fields and state-dict keys are those of the
+published diffusers checkpoints (`StableCascadeUNet`). The arithmetic follows Stability-AI/StableCascade
+`modules/stage_b.py`, `stage_c.py` and `common.py`, which run under autocast: timestep embeddings, resized maps and the
+residual stream between the blocks are float32 whatever the weights' dtype. Inside of a branch, activations are in the
+weights' dtype. With a bfloat16 stream, which is rounded after each of its hundreds of additions, the error of predictions was
+1.7 to 4.7 times as large (Stages B and C at full depth and reduced width, random weights, on a CPU).
 
-Work that does not depend on the step is `StableCascadeUNet.condition`; its result, `Conditions`, serves every step.
-Activations are (batch, height, width, channels): LayerNorm and Linear then read contiguous memory. What blocks compute beside
-matrix products is in `cascade.kernels`, in plain torch and as GPU kernels.
+`StableCascadeUNet.condition` does the work that does not depend on the step. Its result, `Conditions`, serves all steps.
+Activations are (batch, height, width, channels), so that LayerNorm and Linear read contiguous memory. The blocks' other
+operations than matrix products are in `cascade.kernels`, in plain torch and as GPU kernels.
 
-Layers that read the same input are one layer: q, k and v of an attention block, and the mappers of a timestep condition in all
-blocks. `layout` splits them into the published tensors in state dicts, and stacks those again on loading.
+Layers with the same input are stacked into one layer: q, k and v of an attention block, and the mappers of one timestep
+condition in all blocks. `layout` splits them into the published tensors in state dicts, and stacks those on loading.
 """
 
 import math
@@ -66,7 +66,7 @@ class Conditions(NamedTuple):
 def timestep_embedding(ratio: Tensor, dim: int, max_positions: int = 10000) -> Tensor:
     """Sines and cosines of `ratio` (B,) in 0..1, in float32: (B, dim).
 
-    In bfloat16, neighbours of 9500 = 0.95 * 10000 are 64 apart and most frequencies would be noise.
+    In bfloat16, numbers near 9500 = 0.95 * 10000 are 64 apart, so most frequencies would be noise.
     """
     half = dim // 2
     frequencies = torch.arange(half, device=ratio.device, dtype=torch.float32)
@@ -76,7 +76,7 @@ def timestep_embedding(ratio: Tensor, dim: int, max_positions: int = 10000) -> T
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, corners aligned, computed in float32 and returned in the dtype of `x` (B, C, h, w) -> (B, C, *size)."""
+    """Resize (B, C, h, w) -> (B, C, *size), bilinear with aligned corners, in float32. Returns the dtype of `x`."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x.float(), size=tuple(size), mode="bilinear", align_corners=True).to(x.dtype)
@@ -88,7 +88,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def channels_first(x: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C, H, W), in the same memory."""
+    """(B, H, W, C) -> (B, C, H, W), a view."""
     return x.permute(0, 3, 1, 2)
 
 
@@ -110,7 +110,7 @@ class Pointwise(nn.Conv2d):
 
 
 class GeluResponse(UsesKernels, nn.Module):
-    """GELU and response normalisation, see `kernels.plain.gelu_response`, of (B, H, W, C)."""
+    """GELU and response normalisation of (B, H, W, C), see `kernels.plain.gelu_response`."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -122,14 +122,14 @@ class GeluResponse(UsesKernels, nn.Module):
 
 
 class ResBlock(UsesKernels, nn.Module):
-    """Depthwise convolution, then a channel MLP that also sees the skip connection (joined after the norm)."""
+    """Depthwise convolution, norm, then a channel MLP, which also reads the skip connection. Residual."""
 
     def __init__(self, channels: int, skip_channels: int, kernel_size: int, dropout: float):
         super().__init__()
         self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
         self.channelwise = nn.Sequential(
             nn.Linear(channels + skip_channels, channels * 4),
-            nn.Identity(),  # published names: the response norm is 2
+            nn.Identity(),  # so that the response norm has its published index, 2
             GeluResponse(channels * 4),
             nn.Dropout(dropout),
             nn.Linear(channels * 4, channels),
@@ -142,14 +142,14 @@ class ResBlock(UsesKernels, nn.Module):
     def forward(self, stream: Stream, skip: Tensor | None = None) -> Stream:
         """stream: (B, H, W, C). skip: float32 (B, H, W, skip_channels)."""
         first, _, response, dropout, last = self.channelwise
-        dtype = response.gamma.dtype  # that of the weights, were a layer replaced by one that stores others
+        dtype = response.gamma.dtype  # the weights' dtype. A replaced linear layer may store another one.
         stream, normed = self.kernels.depthwise_norm(stream, self.depthwise, dtype, skip)
         hidden = dropout(response(self.kernels.linear(first, normed, dtype)))
         return self.kernels.add_linear(stream, hidden, last)
 
 
 class TimestepBlock(nn.Module):
-    """Scales and shifts channels by the timestep and the extra conditions (`sca`, `crp`), see `TimestepMappers`."""
+    """Scales and shifts channels by the timestep and the extra conditions (`sca`, `crp`). See `TimestepMappers`."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -163,12 +163,12 @@ class TimestepBlock(nn.Module):
 class TimestepMappers(UsesKernels, nn.Module):
     """Embeddings of the timestep and the extra conditions -> the scales and shifts of all TimestepBlocks.
 
-    One Linear a condition, with the channels of all blocks side by side: `timestep`, and `sca` and `crp` if the network has
+    One Linear per condition, with the channels of all blocks side by side: `timestep`, and `sca` and `crp` if the network has
     these conditions.
 
     Args:
         embedding_dim: E, length of an embedding.
-        conditions: the extra conditions, of "sca" and "crp".
+        conditions: the extra conditions, a subset of "sca" and "crp".
         widths: channels C of each block.
     """
 
@@ -182,7 +182,7 @@ class TimestepMappers(UsesKernels, nn.Module):
     def forward(self, times: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Float32 embeddings (conditions, B, E) -> scale and shift of each block, float32 (B, C) each.
 
-        dtype: of the weights.
+        dtype: the weights' dtype.
         """
         mapped = self.kernels.timestep_maps([getattr(self, name) for name in self.names], times, dtype)
         return [one.chunk(2, dim=1) for one in mapped.split([2 * width for width in self.widths], dim=1)]
@@ -278,13 +278,13 @@ class AttnBlock(UsesKernels, nn.Module):
 
 
 class Rescale(nn.Module):
-    """1x1 convolution between levels; resizes by `factor` too (before it when enlarging, after it when shrinking)."""
+    """1x1 convolution between levels. If enabled, resizes by `factor`: before it to enlarge, after it to shrink."""
 
     def __init__(self, in_channels: int, out_channels: int, factor: float, enabled: bool):
         super().__init__()
         self.factor = factor if enabled else 1.0
         mapping = nn.Conv2d(in_channels, out_channels, kernel_size=1)
-        # Published names: the convolution is blocks.1 on the way up and blocks.0 on the way down.
+        # The convolution's published name is blocks.1 in up blocks and blocks.0 in down blocks.
         self.blocks = nn.ModuleList([nn.Identity(), mapping] if factor > 1 else [mapping])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ class Rescale(nn.Module):
 
 
 def map_mapper(in_channels: int, channels: int) -> nn.Sequential:
-    """Pointwise MLP that brings a conditioning map to the first level's channels."""
+    """A pointwise MLP that maps a conditioning map to the first level's channels."""
     return nn.Sequential(
         nn.Conv2d(in_channels, channels * 4, kernel_size=1),
         nn.GELU(),
@@ -309,29 +309,29 @@ def map_mapper(in_channels: int, channels: int) -> nn.Sequential:
 class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
     """Stage B or Stage C.
 
-    Parameters (published values of Stage C 3.6B as defaults; tuples have one value a level, finest first):
+    Parameters (defaults: the published Stage C 3.6B; tuples have one value per level, finest first):
         in_channels, out_channels (`int`, 16): channels of the latents (Stage B: 4).
         timestep_ratio_embedding_dim (`int`, 64): length of a timestep's embedding.
-        patch_size (`int`, 1): pixel unshuffling of the input (Stage B: 2).
+        patch_size (`int`, 1): factor of the pixel unshuffling of the input (Stage B: 2).
         conditioning_dim (`int`, 2048): length of a condition token.
-        block_out_channels (`tuple[int]`): width of a level.
-        num_attention_heads (`tuple[int]`): heads of a level's attention; unused without attention.
-        down_num_layers_per_block, up_num_layers_per_block (`tuple[int]`): layers of a level; `up` is coarsest first.
-        down_blocks_repeat_mappers, up_blocks_repeat_mappers (`tuple[int]`): times a level is run, with a 1x1
+        block_out_channels (`tuple[int]`): width of each level.
+        num_attention_heads (`tuple[int]`): attention heads of each level; ignored without attention.
+        down_num_layers_per_block, up_num_layers_per_block (`tuple[int]`): layers of each level; `up` is coarsest first.
+        down_blocks_repeat_mappers, up_blocks_repeat_mappers (`tuple[int]`): how many times each level is run, with a 1x1
             convolution in between; `up` is coarsest first.
-        block_types_per_layer (`tuple[tuple[str]]`): blocks of a layer, of "SDCascadeResBlock",
-            "SDCascadeTimestepBlock" and "SDCascadeAttnBlock".
+        block_types_per_layer (`tuple[tuple[str]]`): the blocks of a layer: "SDCascadeResBlock", "SDCascadeTimestepBlock"
+            or "SDCascadeAttnBlock".
         clip_text_in_channels, clip_image_in_channels (`int | None`): length of text tokens and image embeddings; None
             in Stage B.
         clip_text_pooled_in_channels (`int`, 1280): length of the pooled text embedding.
-        clip_seq (`int`, 4): condition tokens made of one pooled embedding.
+        clip_seq (`int`, 4): number of condition tokens made from one pooled embedding.
         effnet_in_channels, pixel_mapper_in_channels (`int | None`): channels of Stage B's maps; None in Stage C.
-        kernel_size (`int`, 3): depthwise kernel.
-        dropout (`float | tuple[float]`): of the channel MLPs and attention weights, in training.
+        kernel_size (`int`, 3): size of the depthwise kernels.
+        dropout (`float | tuple[float]`): dropout of the channel MLPs and attention weights, in training.
         self_attn (`bool | tuple[bool]`, True): whether image tokens attend to each other.
-        timestep_conditioning_type (`tuple[str]`): extra timestep-like conditions, of "sca" and "crp".
-        switch_level (`tuple[bool] | None`): None: strided convolutions between levels; else whether a 1x1 convolution
-            is joined by a bilinear resize.
+        timestep_conditioning_type (`tuple[str]`): extra timestep-like conditions, a subset of "sca" and "crp".
+        switch_level (`tuple[bool] | None`): None: strided convolutions between levels. Otherwise 1x1 convolutions, with a
+            bilinear resize where it is True.
 
     Raises ValueError for tuples of unequal length and unknown block or condition names.
     """
@@ -385,7 +385,7 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         }
         for name, value in per_level.items():
             if len(value) != levels:
-                raise ValueError(f"{name} has {len(value)} values; block_out_channels has {levels}, one a level.")
+                raise ValueError(f"{name} has {len(value)} values; block_out_channels has {levels}, one per level.")
         if patch_size < 1:
             raise ValueError(f"patch_size is {patch_size}; it must be at least 1.")
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -459,7 +459,7 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         self.down_blocks = nn.ModuleList(make_level(i, down_num_layers_per_block[i], skip=False) for i in down)
         self.down_downscalers = nn.ModuleList(make_downscaler(i) for i in down)
         self.down_repeat_mappers = nn.ModuleList(make_repeats(i, down_blocks_repeat_mappers[i]) for i in down)
-        # `up` lists are coarsest first, and so are the modules made of them.
+        # `up` tuples and modules are coarsest first.
         up = list(enumerate(reversed(down)))
         self.up_blocks = nn.ModuleList(make_level(i, up_num_layers_per_block[k], skip=k > 0) for k, i in up)
         self.up_upscalers = nn.ModuleList(make_upscaler(i) for _, i in up)
@@ -480,14 +480,14 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> "StableCascadeUNet":
-        """See diffusers' `ModelMixin.from_pretrained`. `low_cpu_mem_usage` is ignored, and `device_map` not supported.
+        """See diffusers' `ModelMixin.from_pretrained`. `low_cpu_mem_usage` is ignored, and `device_map` is not supported.
 
-        With them diffusers sets parameters one by one under their names in the file, past `load_state_dict`.
+        With these options, diffusers sets parameters one by one by their names in the file, without `load_state_dict`.
         """
         return super().from_pretrained(*args, **{**options, "low_cpu_mem_usage": False})
 
     def _stacked(self) -> dict[str, dict[str, int]]:
-        """The layers that are several layers in published files, see `layout.publish`."""
+        """The stacked layers and their published layers, see `layout.publish`."""
         names = {module: name for name, module in self.named_modules()}
         stacked = {
             f"{names[block]}.attention.to_qkv": {
@@ -506,9 +506,9 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         return stacked
 
     def init_weights(self) -> None:
-        """The authors' initialisation for training from scratch: the network predicts zero, blocks are near identity.
+        """The authors' initialisation for training from scratch: the network predicts zero, and blocks are near identity.
 
-        Under `from_pretrained` weights are on the meta device and torch's initialisers are switched off: costs nothing.
+        `from_pretrained` turns torch's initialisers off, so that this takes no time there.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -532,11 +532,11 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
             nn.init.zeros_(getattr(self.timestep_mappers, name).weight)
 
     def blocks(self) -> list[nn.Module]:
-        """Every block, down then up: the order in which ResBlocks are numbered and `Conditions` are listed."""
+        """All blocks, down then up. ResBlocks are numbered, and `Conditions` listed, in this order."""
         return [block for level in (*self.down_blocks, *self.up_blocks) for block in level]
 
     def executed(self) -> list[nn.Module]:
-        """Every block as often as a forward runs it, in that order."""
+        """All blocks in the order in which a forward runs them. Repeated levels occur repeatedly."""
         down = zip(self.down_blocks, self.down_repeat_mappers, strict=True)
         up = zip(self.up_blocks, self.up_repeat_mappers, strict=True)
         return [block for blocks, repeats in (*down, *up) for _ in range(len(repeats) + 1) for block in blocks]
@@ -551,15 +551,15 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         latent_size: tuple[int, int] | None = None,
         clip_text_bias: Tensor | None = None,
     ) -> Conditions:
-        """Does the step-invariant work. Differentiable.
+        """Do the work that does not depend on the step. Differentiable.
 
         clip_text_pooled: (B, 1, P) or (B, P), projected text embedding.
         clip_text: (B, N, T), the text encoder's last hidden states; in training, N is 77. Stage C needs it, Stage B takes
             none.
-        clip_img: (B, N, I) or (B, I), image embeddings; None means no image, zeros. Stage C only.
-        effnet: (B, E, h, w), semantic latents at any size. Stage B needs it.
-        pixels: (B, 3, h, w), a low-resolution image at any size; None means zeros. Stage B only.
-        latent_size: (height, width) of the sample. Needed where `effnet` is.
+        clip_img: (B, N, I) or (B, I), image embeddings; None: no image, which is zeros. Stage C only.
+        effnet: (B, E, h, w), semantic latents of any size. Stage B needs it.
+        pixels: (B, 3, h, w), a low-resolution image of any size; None: zeros. Stage B only.
+        latent_size: (height, width) of the sample. Needed together with `effnet`.
         clip_text_bias: float32 (B, N), added to the logits of the text's keys: -inf hides padding, ln k makes a token
             count k times. None: zeros.
         Raises ValueError if an input that the network needs is missing.
@@ -574,7 +574,7 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
             size = [side // self.config.patch_size for side in latent_size]
             feature_map = self.effnet_mapper(resize(effnet.float(), size).to(self._weight_dtype))
         if self.pixels_mapper is not None:
-            # A constant image gives a constant map: one pixel of it is enough.
+            # A constant image gives a constant map, so one pixel is enough.
             if pixels is None:
                 pixels = tokens.new_zeros(1, self.config.pixel_mapper_in_channels, 1, 1)
             mapped = self.pixels_mapper(pixels.to(self._weight_dtype))
@@ -622,15 +622,15 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         crp: Tensor | None = None,
         controlnet_residuals: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
-        """Predicts the noise in `sample`.
+        """Predict the noise in `sample`.
 
         sample: (B, in_channels, H, W), any float dtype; H and W are multiples of patch_size.
         timestep_ratio: (B,) in 0..1, float32.
-        conditions: what `condition` returned; None computes it from the tensors it takes, given here by name.
-        sca, crp: (B,) in 0..1; None embeds zeros, as in training.
+        conditions: the result of `condition`; None: it is called with the tensors given here by name.
+        sca, crp: (B,) in 0..1; None: zeros, as in training.
         controlnet_residuals: {k: (B, C, h, w)}, resized and added before ResBlock k in execution order, down then up.
         Returns epsilon in the shape and dtype of `sample`.
-        Raises ValueError for a sample that the patches do not tile and for missing conditions.
+        Raises ValueError if H or W is not a multiple of patch_size, and for missing conditions.
         """
         patch = self.config.patch_size
         if sample.shape[-2] % patch or sample.shape[-1] % patch:
@@ -669,9 +669,9 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
             stream, executed = self._run_level(blocks, repeats, stream, None, per_block, residuals, executed)
             stream = Stream(stream.settle())
             skips.append(stream.x)
-        skips[-1] = None  # the coarsest level goes on with what it has
+        skips[-1] = None  # the coarsest level has no skip connection
         for blocks, upscaler, repeats in zip(self.up_blocks, self.up_upscalers, self.up_repeat_mappers, strict=True):
-            skip = skips.pop()  # kept no longer than needed: at 1024x1024 one of Stage B's is 20 MiB a sample
+            skip = skips.pop()  # frees it early: at 1024x1024, one of Stage B's takes 20 MiB per sample
             stream, executed = self._run_level(blocks, repeats, stream, skip, per_block, residuals, executed)
             stream = self._change_level(upscaler, stream)
         _, projection, shuffle = self.clf
@@ -701,13 +701,13 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         residuals: Mapping[int, Tensor],
         executed: int,
     ) -> tuple[Stream, int]:
-        """One level, run len(repeats) + 1 times. Returns its output and the number of ResBlocks executed so far."""
+        """Run one level len(repeats) + 1 times. Returns its output and the number of ResBlocks executed so far."""
         for repeat in range(len(repeats) + 1):
             for i, block in enumerate(blocks):
                 if isinstance(block, ResBlock):
                     block_skip = skip if i == 0 else None
                     if block_skip is not None and stream.x.shape[1:3] != block_skip.shape[1:3]:
-                        # Odd sides lost a row or column on the way down.
+                        # Shrinking rounds odd sides down, so they are one row or column short here.
                         grown = resize(channels_first(stream.settle()), block_skip.shape[1:3])
                         stream = Stream(channels_last(grown))
                     if executed in residuals:

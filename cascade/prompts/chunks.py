@@ -54,6 +54,15 @@ class Chunk:
             mask[len(self.tokens) + 1] = 0
         return mask
 
+    def without_each_weight(self) -> list[tuple[float, "Chunk"]]:
+        """For each weight other than 1: the weight, and the chunk without the tokens that have it."""
+        found = []
+        for weight in sorted(set(self.weights) - {1.0}):
+            kept = [i for i, other in enumerate(self.weights) if other != weight]
+            rest = Chunk(tuple(self.tokens[i] for i in kept), tuple(self.weights[i] for i in kept))
+            found.append((weight, rest))
+        return found
+
 
 def chunks(pieces: Sequence[Piece], capacity: int = 75) -> list[Chunk]:
     """The chunks of a prompt: at least one, and as many as it needs.

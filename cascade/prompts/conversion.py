@@ -39,7 +39,8 @@ def convert(source: Path, target: Path, width: int = 1280) -> tuple[int, int]:
         raise ValueError(f"{source} has no vectors of an embedding.")
     vectors = torch.cat(found).detach().float().contiguous()
     save_file({"clip_g": vectors}, target, metadata={"format": "pt"})
-    return tuple(vectors.shape)
+    count, size = vectors.shape
+    return count, size
 
 
 def _vectors(content: Any, width: int) -> list[Tensor]:
@@ -52,5 +53,5 @@ def _vectors(content: Any, width: int) -> list[Tensor]:
     parameters = content.get("string_to_param")
     if isinstance(parameters, Mapping):
         return [one for one in parameters.values() if isinstance(one, Tensor)][:1]
-    tensors = {name: one for name, one in content.items() if isinstance(name, str) and isinstance(one, Tensor)}
-    return [tensors[name] for name in vectors_of(list(tensors))]
+    named = {name: one for name, one in content.items() if isinstance(name, str) and isinstance(one, Tensor)}
+    return [named[name] for name in vectors_of(list(named))]

@@ -70,8 +70,8 @@ class Embeddings:
         folders = sorted({""} | {f"{Path(path).parent.as_posix()}/" for path in files if "/" in path})
         candidates = (f"{folder}{name}{suffix}" for folder in folders for suffix in ("", SUFFIX, *PICKLES))
         for path in candidates if name else ():
-            if path in files:
-                return self._checked(path, self._read(path))
+            if self.folder is not None and path in files:
+                return self._read(self.folder, path)
         return None
 
     def names(self) -> list[str]:
@@ -89,22 +89,22 @@ class Embeddings:
             if file.endswith((SUFFIX, *PICKLES))
         }
 
-    def _read(self, path: str) -> Tensor:
+    def _read(self, folder: Path, path: str) -> Tensor:
         if not path.endswith(SUFFIX):
             raise EmbeddingError(
                 f"{path} is a pickle, which can run code when it is read; convert it with scripts/convert-embedding"
             )
         try:
-            with safe_open(self.folder / path, framework="pt") as file:
-                tensors = [_rows(file.get_tensor(name)) for name in vectors_of(list(file.keys()))]
+            with safe_open(folder / path, framework="pt") as file:
+                tensors = [self._checked(path, file.get_tensor(name)) for name in vectors_of(list(file.keys()))]
         except (SafetensorError, OSError) as error:
             raise EmbeddingError(f"{path} is damaged or no safetensors file: {' '.join(str(error).split())}") from error
-        if len({tensor.shape[1:] for tensor in tensors}) != 1:
-            raise EmbeddingError(f"{path} has no vectors, or vectors of different lengths")
+        if not tensors:
+            raise EmbeddingError(f"{path} has no tensors")
         return torch.cat(tensors)
 
     def _checked(self, what: str, vectors: Tensor) -> Tensor:
-        vectors = _rows(vectors)
+        vectors = vectors[None] if vectors.dim() == 1 else vectors
         if vectors.dim() != 2 or not len(vectors):
             raise EmbeddingError(f"{what} has a tensor of shape {tuple(vectors.shape)}, not (n, {self.width})")
         if vectors.shape[1] != self.width:
@@ -141,7 +141,3 @@ def vectors_of(names: list[str]) -> list[str]:
     matches = [match for name in names if (match := _BUNDLED.fullmatch(name))]
     parameters = [match.string for match in matches if match["kind"] != "clip_g"]
     return parameters or [match.string for match in matches] or names[:1]
-
-
-def _rows(vectors: Tensor) -> Tensor:
-    return vectors[None] if vectors.dim() == 1 else vectors

@@ -2,7 +2,8 @@
 
 A weight w moves a token's hidden state z along the line from that of the empty prompt at the same place, e, to e + w (z - e)
 (ComfyUI, comfy/sd1_clip.py, `encode_token_weights`). It acts on the states that the text encoder returns. So the tokens that
-follow, end of text and padding among them, have seen the word whatever its weight, and so has the pooled embedding.
+follow, end of text and padding among them, have seen the word whatever its weight, and so has the pooled embedding. See
+`weighted_pooled` for the latter.
 """
 
 import itertools
@@ -51,6 +52,7 @@ def encode(
     dtype: torch.dtype,
     *,
     ends_early: bool,
+    weight_pooled: bool = False,
 ) -> list[TextEmbeddings]:
     """Encode prompts, all of their chunks in one forward.
 
@@ -59,6 +61,7 @@ def encode(
         run: `encoder_of`, or what calls it.
         device, dtype: the text encoder's.
         ends_early: see `Chunk.mask`.
+        weight_pooled: whether weights act on the pooled embeddings too, see `weighted_pooled`. ComfyUI's do not.
 
     Returns:
         One for each prompt, of batch 1, at the prompt's own length.
@@ -66,16 +69,20 @@ def encode(
     rows = list(itertools.chain.from_iterable(prompts))
     states, pooled = run(*_inputs(rows, special, device, dtype, ends_early))
     weights = torch.tensor([row.all_weights(special) for row in rows], dtype=torch.float32)
+    firsts = [0, *itertools.accumulate(len(prompt) for prompt in prompts)]
+    pooled = pooled[firsts[:-1]]
     if (weights != 1).any():
-        # In a forward of its own: a row more would change how products are rounded, and so words of weight 1.
+        # In forwards of their own: more rows would change how products are rounded, and so words of weight 1.
         empty, _ = run(*_inputs([Chunk((), ())], special, device, dtype, ends_early))
         states = weighted(states, empty, weights.to(device))
-    first, texts = 0, []
-    for prompt in prompts:
-        last = first + len(prompt)
-        texts.append(TextEmbeddings(states[first:last].flatten(0, 1)[None], pooled[first : first + 1]))
-        first = last
-    return texts
+        without = [(i, *one) for i, prompt in enumerate(prompts) for one in prompt[0].without_each_weight()]
+        if weight_pooled and without:
+            _, others = run(*_inputs([chunk for _, _, chunk in without], special, device, dtype, ends_early))
+            pooled = weighted_pooled(pooled, others, [i for i, _, _ in without], [weight for _, weight, _ in without])
+    return [
+        TextEmbeddings(states[first:last].flatten(0, 1)[None], pooled[i : i + 1])
+        for i, (first, last) in enumerate(itertools.pairwise(firsts))
+    ]
 
 
 def weighted(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
@@ -89,6 +96,26 @@ def weighted(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     w = weights[..., None]
     z, e = states.float(), empty.float()
     return torch.where(w == 1, z, e + w * (z - e)).to(states.dtype)
+
+
+def weighted_pooled(pooled: Tensor, others: Tensor, places: Sequence[int], weights: Sequence[float]) -> Tensor:
+    """p plus the sum of (w - 1) (p - p_w), in float32: p_w is the pooled embedding of the prompt without its words of weight w.
+
+    To first order in the words, each counts w times. If all weighted words have weight 0, it is the pooled embedding of the
+    prompt without them. A formula of this project's: ComfyUI's weights leave the pooled embedding, all that Stage B sees of a
+    text, as it is.
+
+    Args:
+        pooled: p, (B, 1, P).
+        others: p_w, (N, 1, P).
+        places: for each of them, its prompt among the B.
+        weights: for each of them, w.
+    """
+    original = pooled.float()
+    result = original.clone()
+    for other, place, weight in zip(others.float(), places, weights, strict=True):
+        result[place] = result[place] + (weight - 1) * (original[place] - other)
+    return result.to(pooled.dtype)
 
 
 def _inputs(

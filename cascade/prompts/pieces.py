@@ -4,9 +4,10 @@ A name begins after a blank, a line break or nothing, and ends at white space (C
 `tokenize_with_weights`). Commas at its end are text, if the name without them is one.
 """
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from cascade.prompts.parsing import Part
 
 # Names that an error lists.
 MOST_NAMES = 20
+
+Find = Callable[[str], Tensor | None]
 
 _MARK = re.compile(r"(?:^|[ \n])(embedding:)")
 
@@ -64,7 +67,8 @@ def pieces(
     Raises:
         InputError: an embedding is missing (if `strict`), or its file cannot be used.
     """
-    stretches = [stretch for part in parts for stretch in _stretches(part, embeddings, strict, name)]
+    find = functools.cache(embeddings.find)  # a prompt may name one often
+    stretches = [stretch for part in parts for stretch in _stretches(part, find, embeddings, strict, name)]
     texts = [one.part.text[one.start : one.stop] for one in stretches if one.vectors is None]
     # verbose=False: the tokenizer would warn of more than 77 tokens, which are no fault.
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
@@ -83,31 +87,34 @@ def pieces(
     return found
 
 
-def _stretches(part: Part, embeddings: Embeddings, strict: bool, name: str) -> Iterator[_Stretch]:
+def _stretches(part: Part, find: Find, embeddings: Embeddings, strict: bool, name: str) -> Iterator[_Stretch]:
     """Cut a part at the embeddings that it names."""
     marks = list(_MARK.finditer(part.text))
     text = 0
     for mark, following in itertools.zip_longest(marks, marks[1:]):
-        end = following.start() if following else len(part.text)
-        word = re.compile(r"\s*(\S*)").match(part.text, mark.end(), end)
-        stop, vectors = word.end(), None
-        try:
-            vectors = embeddings.find(word[1])
-            # Commas are tried last: they may belong to the name.
-            bare = word[1].strip(",")
-            if vectors is None and bare != word[1] and (vectors := embeddings.find(bare)) is not None:
-                stop -= len(word[1]) - len(word[1].rstrip(","))
-        except EmbeddingError as error:
-            raise InputError(f"{name} names the embedding {shown(word[1])}, but {error}.") from error
+        rest = part.text[mark.end() : following.start() if following else None]
+        word = "".join(rest.split(maxsplit=1)[:1])
+        vectors, used = _find(word, find, name)
         if vectors is not None:
             if text < mark.start():
                 yield _Stretch(part, text, mark.start())
-            yield _Stretch(part, mark.start(1), stop, vectors)
-            text = stop
+            text = mark.end() + rest.index(word) + used
+            yield _Stretch(part, mark.start(1), text, vectors)
         elif strict:
-            raise _missing(name, word[1], embeddings.names())
+            raise _missing(name, word, embeddings.names())
     if text < len(part.text):
         yield _Stretch(part, text, len(part.text))
+
+
+def _find(word: str, find: Find, name: str) -> tuple[Tensor | None, int]:
+    """The vectors of an embedding, and how many characters of the word name it: commas at the end may be text."""
+    try:
+        vectors = find(word)
+        if vectors is not None or word == (bare := word.strip(",")):
+            return vectors, len(word)
+        return find(bare), len(word.rstrip(","))
+    except EmbeddingError as error:
+        raise InputError(f"{name} names the embedding {shown(word)}, but {error}.") from error
 
 
 def _missing(name: str, wanted: str, names: Sequence[str]) -> InputError:

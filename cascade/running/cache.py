@@ -1,18 +1,19 @@
-"""Where each network's weights are while it runs: always on the GPU, or uploaded in turn into one cache there.
+"""Keeps networks' weights on the GPU, or uploads them in turn into one cache there.
 
-Every network has fixed addresses in the cache, so that CUDA graphs, which read weights at the addresses where they were
-captured, stay valid. accelerate's and diffusers' offload hooks allocate new memory on every upload, which invalidates
-graphs, and they hook `forward`, which fused functions bypass. So this module manages copies itself.
+Every network has fixed addresses in the cache. CUDA graphs read weights at the addresses where they were captured, so they
+stay valid. accelerate's and diffusers' offload hooks allocate new memory on every upload, which invalidates graphs, and they
+hook `forward`, which fused functions bypass. So this module manages copies itself.
 """
 
+import contextlib
 from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.networks.protocol import UNet
 from cascade.networks.unet import AttnBlock, Conditions
@@ -22,11 +23,7 @@ from cascade.running.streaming import BlockStream, CudaUploader, DirectUploader,
 
 
 class ResidentWeights:
-    """All networks stay on the device.
-
-    Args:
-        device: the device.
-    """
+    """All networks stay on the device. Also the interface of `WeightCache`."""
 
     mode = "resident"
     description = "all networks resident"
@@ -38,10 +35,10 @@ class ResidentWeights:
         """Make a network's weights available. Call it before the network runs."""
 
     def prefetch(self, *names: str) -> None:
-        """Upload what fits beside the running network. Names the networks that will run next, in this order."""
+        """Upload weights that do not overlap the running network's. `names`: the next networks, in their order."""
 
     def release(self) -> None:
-        """Let other networks overwrite the weights of the one that was used last."""
+        """Allow uploads to overwrite the weights of the network used last."""
 
     def streams(self, name: str) -> bool:
         """Whether a network's blocks are uploaded while it runs. CUDA graphs can't replay that."""
@@ -50,6 +47,15 @@ class ResidentWeights:
     def wrap(self, name: str, network: UNet) -> UNet:
         """A UNet that calls `use` before it runs."""
         return network
+
+    @contextlib.contextmanager
+    def editing(self, name: str, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """A context for changing a network's weights in place, which kernels and graphs read at their addresses.
+
+        Yields:
+            The tensors to write to, by the names of the network's parameters. They may be on the host.
+        """
+        yield {key: parameter.data for key, parameter in network.named_parameters()}
 
     def workspace(self, wanted: int) -> int:
         """How many of the `wanted` bytes are available for temporary work."""
@@ -73,11 +79,11 @@ class Region:
     """A network's part of the cache.
 
     Attributes:
-        weights: the network's.
+        weights: the network's weights on the host.
         start, stop: bytes of the cache.
-        segments: what is uploaded before the network runs. The rest of the region are slots.
-        stream: uploads the other blocks into the slots while the network runs; None: all of the network fits.
-        ready: when the last segment is uploaded, as `Uploader.uploaded` returns it.
+        segments: the parts that are uploaded before the network runs. The rest of the region holds slots.
+        stream: uploads the other blocks into the slots while the network runs; None: the whole network fits.
+        ready: the event of the last segment's upload, see `Uploader.uploaded`.
     """
 
     weights: HostWeights
@@ -96,9 +102,9 @@ class WeightCache(ResidentWeights):
 
     Args:
         networks: by name. Their tensors become views of the cache.
-        device: where they run.
-        mode: "offload", or "stream" and the cache's size.
-        uploader: makes an uploader for the cache; None: the device's own.
+        device: the device they run on.
+        mode: "offload", or "stream" and the cache's size in bytes.
+        uploader: makes an uploader for the cache; None: the default of the device.
     """
 
     def __init__(
@@ -118,8 +124,8 @@ class WeightCache(ResidentWeights):
         self.regions: dict[str, Region] = {}
         end = size
         for name, weights in networks.items():
-            # UNets start at 0. The others are at the end, one before the other: there they often stay, or are uploaded
-            # while a UNet runs.
+            # UNets start at 0. The other networks are put side by side at the end, where UNets often do not reach: so they
+            # stay there, or are uploaded while a UNet runs.
             start = 0
             if not weights.blocks:
                 end = (end if weights.size <= end else size) - weights.size
@@ -128,7 +134,7 @@ class WeightCache(ResidentWeights):
         edges = {0, size}
         for region in self.regions.values():
             edges |= {region.start, region.stop, *(edge for segment in region.segments for edge in segment[:2])}
-        # Which network's bytes are between an edge and the next.
+        # The network whose bytes are between two neighbouring edges.
         self.owners: dict[tuple[int, int], str | None] = dict.fromkeys(pairwise(sorted(edges)))
         self.running: str | None = None
 
@@ -158,7 +164,7 @@ class WeightCache(ResidentWeights):
         taken = [self.regions[self.running]] if self.running is not None else []
         for name in names:
             region = self.regions[name]
-            # Skip the slots: the BlockStream tracks their content while the network runs.
+            # Skips the slots: the BlockStream tracks their content while the network runs.
             parts = self._inside(region.start, region.segments[-1].stop)
             free = [
                 (start, stop) for start, stop in parts if all(stop <= one.start or one.stop <= start for one in taken)
@@ -175,6 +181,27 @@ class WeightCache(ResidentWeights):
 
     def wrap(self, name: str, network: UNet) -> UNet:
         return CachedUNet(network, self, name)
+
+    @contextlib.contextmanager
+    def editing(self, name: str, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """See `ResidentWeights`. The host's bytes are written to, and uploaded again before the network runs."""
+        if name not in self.regions:
+            with super().editing(name, network) as tensors:
+                yield tensors
+            return
+        region = self.regions[name]
+        self.uploader.finish()
+        try:
+            yield region.weights.tensors()
+        finally:
+            if self.device.type == "cuda":  # copies from there to the host
+                torch.cuda.current_stream(self.device).synchronize()
+            for part in self._inside(region.start, region.stop):
+                if self.owners[part] == name:
+                    self.owners[part] = None
+            if region.stream is not None:
+                region.stream.clear()
+            self.release()
 
     def workspace(self, wanted: int) -> int:
         return super().workspace(wanted if self.mode == "offload" else min(wanted, SMALL_WORK))
@@ -223,7 +250,7 @@ class WeightCache(ResidentWeights):
         return [part for part in self.owners if start <= part[0] and part[1] <= stop]
 
     def _upload(self, name: str, parts: Sequence[tuple[int, int]]) -> None:
-        """Upload what is not there yet."""
+        """Upload those parts of the cache that do not hold the network's bytes yet."""
         region = self.regions[name]
         missing = [part for part in parts if self.owners[part] != name]
         for start, stop in missing:
@@ -238,8 +265,11 @@ class WeightCache(ResidentWeights):
 
 
 def cache_size(networks: Mapping[str, HostWeights], mode: MemoryMode) -> int:
-    """Bytes of the cache: in "offload" those of the largest network; in "stream" `mode.size`, or those of the second
-    largest network. In any case enough for the part of each network that must be there at once."""
+    """Bytes of the cache.
+
+    In "offload", the size of the largest network. In "stream", `mode.size`, or the size of the second largest network; at
+    most the largest network, and at least each network's minimum (`streaming.least`).
+    """
     sizes = sorted(weights.size for weights in networks.values())
     if mode.name == "offload":
         return sizes[-1]
@@ -248,7 +278,7 @@ def cache_size(networks: Mapping[str, HostWeights], mode: MemoryMode) -> int:
 
 
 class CachedUNet:
-    """A UNet whose weights are uploaded into a cache before it runs."""
+    """A UNet that uploads its weights into a cache before it runs."""
 
     def __init__(self, network: UNet, cache: WeightCache, name: str) -> None:
         self.network, self.cache, self.name = network, cache, name

@@ -1,4 +1,4 @@
-"""Which device the networks run on, and in which precision."""
+"""Chooses the device and the dtype of the networks."""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
@@ -13,8 +13,8 @@ from cascade.kernels import CAPABILITY as KERNELS_FROM
 T = TypeVar("T")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# A CUDA compute capability, like `KERNELS_FROM`. Cards before that one emulate bfloat16; those before 7.0 compute in float16
-# hardly faster than in float32 (6.0), or much slower (6.1).
+# CUDA compute capability, like `KERNELS_FROM`. GPUs below `KERNELS_FROM` emulate bfloat16. Below 7.0, float16 is hardly
+# faster than float32 (6.0) or much slower (6.1).
 FLOAT16_FROM = (7, 0)
 
 
@@ -23,7 +23,7 @@ class SettingError(ValueError):
 
     Attributes:
         name: the setting.
-        problem: the sentence without the name.
+        problem: the error message without the name.
     """
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
@@ -34,12 +34,12 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run on.
+    """The devices of a machine.
 
     Attributes:
         capabilities: the compute capability of each CUDA device.
         current: the index of the current CUDA device.
-        mps: whether there is Apple's Metal.
+        mps: whether Apple's Metal is available.
     """
 
     capabilities: tuple[tuple[int, int], ...] = ()
@@ -57,7 +57,7 @@ class Machine:
 
 
 class Placement(NamedTuple):
-    """Where the networks run, in which dtype, and why: half a sentence."""
+    """The networks' device and dtype, and the reason for them: two clauses, for the log."""
 
     device: torch.device
     dtype: torch.dtype
@@ -69,13 +69,13 @@ def choose_device(
     dtype: str | torch.dtype | None = None,
     machine: Machine | None = None,
 ) -> Placement:
-    """Choose what the caller leaves open.
+    """Choose the device and the dtype, as far as the caller does not.
 
     Args:
         device: "cpu", "mps", "cuda", or "cuda:N"; "auto" or None: a CUDA device if there is one, else Metal, else the CPU.
         dtype: "bfloat16", "float16" or "float32"; "auto" or None: on CUDA bfloat16 from compute capability 8.0, float16
             from 7.0, else float32; on Metal float16; on a CPU float32.
-        machine: what there is; None: this machine.
+        machine: the machine's devices; None: this machine.
 
     Raises:
         SettingError: there is no such device or dtype.
@@ -127,14 +127,14 @@ def _choose_dtype(device: torch.device, machine: Machine) -> tuple[str, str]:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which a device is the current one: where Triton launches, and where streams and graphs are made."""
+    """A context in which `device` is the current one. Triton launches kernels there, and streams and graphs are made there."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def within(context: Callable[[], AbstractContextManager[object]], work: Generator[T, None, None]) -> Iterator[T]:
-    """Iterate, with each step taken in a context that is left before the caller goes on.
+    """Iterate over a generator. Each of its steps runs in a context, and the caller's code outside of it.
 
-    A `with` around the `yield` of a generator would be open, in the caller too, until the next step.
+    A `with` around the `yield` of a generator would stay open in the caller until the next step.
     """
     try:
         while True:

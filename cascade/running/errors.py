@@ -1,21 +1,21 @@
-"""What kind of error it is: memory that does not suffice, or a GPU that is lost."""
+"""Recognises two kinds of errors: a lack of memory, and a lost GPU."""
 
 import torch
 
 OUT_OF_MEMORY = (
-    "out of memory",  # CUDA's own, by torch's allocator, by a graph's instantiation, by Triton; and Metal's
+    "out of memory",  # CUDA (through torch's allocator, a graph's instantiation or Triton) and Metal
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
-    "ALLOCATION_FAILED",  # cuDNN 9 says more precisely which: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "ALLOCATION_FAILED",  # in cuDNN 9 CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED, for example
     "can't allocate memory",  # torch's allocator on a CPU
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's memory does not suffice.
+    """Whether an error means that the device is out of memory.
 
-    Only torch's own allocator raises `torch.OutOfMemoryError`; cuBLAS and cuDNN raise RuntimeError when they cannot
-    allocate their workspaces, and a CUDA graph's instantiation raises `torch.AcceleratorError`.
+    Only torch's own allocator raises `torch.OutOfMemoryError`. cuBLAS and cuDNN raise RuntimeError if they cannot allocate
+    their workspaces, and a CUDA graph's instantiation raises `torch.AcceleratorError`.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -23,17 +23,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether a GPU can't be used any more by this process. Waits for the work that it has.
+    """Whether this process can no longer use a GPU. Waits until the GPU has finished its work.
 
-    After an illegal address, a device-side assert or a failed launch, every call of CUDA fails until the process ends;
-    after other errors, such as a lack of memory, the next call succeeds.
+    After an illegal address, a device-side assert or a failed launch, every CUDA call fails until the process ends. After
+    other errors, such as a lack of memory, the next call succeeds.
     """
     if device.type != "cuda":
         return False
-    for _ in range(2):  # the first call may report an error of work launched before
+    for _ in range(2):  # the first call may report an error of earlier work
         try:
             torch.cuda.synchronize(device)
-            torch.ones(1, device=device).add_(1).item()  # whether work can still be launched
+            torch.ones(1, device=device).add_(1).item()  # raises if no work can be launched
         except RuntimeError as error:
             if is_out_of_memory(error):
                 return False

@@ -1,9 +1,9 @@
-"""CUDA graphs: a network's forward is captured once per input shape, and replayed without Python.
+"""CUDA graphs: captures a network's forward once per input shape, and replays it without Python.
 
 A step of Stage C launches some 600 kernels: 34 ms one by one, 17 ms as a graph (H100).
 
-Graphs are kept by picture size, which a request sets with `GraphCache.of`: those of the `SIZES` sizes used last, and those
-that depend on no size, such as the text encoder's.
+Graphs are cached by picture size, which a request sets with `GraphCache.of`. The cache keeps the `SIZES` most recently used
+sizes, and the graphs that depend on no size, such as the text encoder's.
 """
 
 import contextlib
@@ -38,31 +38,30 @@ class Graph(Protocol):
 
 
 class CaptureError(RuntimeError):
-    """A function cannot be captured as a CUDA graph, for another reason than a lack of memory."""
+    """A function cannot be captured as a CUDA graph. The reason is not a lack of memory."""
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs of a device are captured. One for all: cuBLAS keeps 32 MiB of workspace for each stream (H100).
+    """The stream on which all graphs of a device are captured. cuBLAS keeps 32 MiB of workspace for each stream (H100).
 
-    torch's own stream for captures is one for all devices, and lies on the device that was used first.
+    torch's own capture stream serves all devices, and belongs to the device that was used first.
     """
     return torch.cuda.Stream(device)
 
 
 class CapturedGraph:
-    """A CUDA graph, with its inputs and outputs at their fixed places.
+    """A CUDA graph, with inputs and outputs at fixed addresses.
 
     Args:
-        function: what is captured. It is called twice: the first time outside of the graph, as what is done only once,
-            like compiling kernels, must not be captured.
-        inputs: tensors of one device, which is the current one.
-        pool: the memory of the graph's intermediate results, by `torch.cuda.graph_pool_handle`.
+        function: the function to capture. It is called twice. The first call is not captured, because it may do work that is
+            done only once, like compiling kernels.
+        inputs: tensors on one device, which must be the current one.
+        pool: the memory pool for intermediate results, from `torch.cuda.graph_pool_handle`.
 
     Raises:
-        CaptureError: the function cannot be captured. Nothing is left that would hinder another capture, but for the
-            pool, which must not be used for another.
-        RuntimeError: of the function itself; or memory does not suffice.
+        CaptureError: the function cannot be captured. Later captures work, but need another pool.
+        RuntimeError: the function raised it, or memory is short.
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], pool: tuple[int, int]) -> None:
@@ -76,10 +75,10 @@ class CapturedGraph:
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()  # a graph's memory comes from the device, not from what torch holds for others
+        torch.cuda.empty_cache()  # a graph allocates from the device, not from torch's cache
         with torch.cuda.stream(stream):
             try:
-                # thread_local: what other threads do on the GPU meanwhile, such as the health check, is no error.
+                # thread_local: allows other threads' work on the GPU meanwhile, such as the health check.
                 self.graph.capture_begin(pool, capture_error_mode="thread_local")
                 self.outputs = function(*self.inputs)
                 self.graph.capture_end()
@@ -90,7 +89,7 @@ class CapturedGraph:
                 raise CaptureError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
     def replay(self, inputs: Sequence[Tensor]) -> Any:
-        """What the function returns for these tensors, in the place of what it returned last."""
+        """Return the function's results for these tensors. They overwrite the previous results."""
         changed = [i for i, tensor in enumerate(inputs) if self.given[i]() is not tensor]
         if changed:
             torch._foreach_copy_([self.inputs[i] for i in changed], [inputs[i] for i in changed])
@@ -100,26 +99,26 @@ class CapturedGraph:
         return self.outputs
 
 
-# torch's allocator of pinned memory may go on asking these whether they are being captured.
+# Kept alive, because torch's allocator of pinned memory may still query whether they are being captured.
 _abandoned: list[torch.cuda.CUDAGraph] = []
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int]) -> None:
-    """Undo what a capture that failed has begun, on the stream that it was begun on.
+    """Clean up after a failed capture, on the stream where it began.
 
-    torch's `capture_end` gives up where CUDA says that the capture was invalidated, before it tells its allocator that
-    the capture is over: every later capture into this pool would fail ("already recording to mempool_id"), the pool's
-    memory would never be freed, and the default generator would refuse to work (read in torch 2.11).
+    If CUDA has invalidated the capture, torch's `capture_end` raises before it tells its allocator that the capture is over.
+    Then every later capture into this pool would fail ("already recording to mempool_id"), the pool's memory would never be
+    freed, and the default generator would raise (read in torch 2.11).
     """
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
-    with contextlib.suppress(RuntimeError):  # it was told, if the capture itself was whole
+    with contextlib.suppress(RuntimeError):  # raised if `capture_end` has succeeded, so the allocator knows already
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
     with contextlib.suppress(RuntimeError):
         graph.reset()
     _abandoned.append(graph)
-    with contextlib.suppress(RuntimeError):  # a whole capture brings the generator back
+    with contextlib.suppress(RuntimeError):  # a successful capture resets the generator
         number, healing = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
         healing.capture_begin(capture_error_mode="thread_local")
         number.add_(1)
@@ -127,13 +126,13 @@ def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int,
 
 
 class GraphCache:
-    """Runs functions of tensors; on a GPU, captures them as graphs by key and input shapes, and replays them.
+    """Runs functions of tensors. On a GPU, captures them as graphs by key and input shapes, and replays them.
 
-    Functions must not wait for the GPU, and what they read besides their arguments must keep its addresses. Callers must
-    not change arguments in place between calls. All calls come from one stream of the current device.
+    Functions must not wait for the GPU. Tensors that they read besides their arguments must keep their addresses. Callers must
+    not change arguments in place between calls. All calls must come from one stream of the current device.
 
     Args:
-        capture: makes a graph of a function, its inputs and a memory pool.
+        capture: makes a graph from a function, its inputs and a memory pool.
         devices: the device types on which functions are captured.
     """
 
@@ -144,7 +143,7 @@ class GraphCache:
     ) -> None:
         self._capture = capture
         self._devices = devices
-        # By size (None: no size), then by key and shapes; both with the most recently used at the end.
+        # By size (None: no size), then by key and shapes. The most recently used is last in both.
         self._graphs: OrderedDict[Hashable, OrderedDict[Hashable, Graph]] = OrderedDict()
         self._uncapturable: set[Hashable] = set()
         # All graphs share one pool for intermediate results: they are replayed one after the other.
@@ -158,8 +157,8 @@ class GraphCache:
 
         Args:
             size: any key; None: no size.
-            captures: whether to use graphs at all. A graph keeps the memory of all its intermediate results, so functions
-                run without where memory is short.
+            captures: whether to use graphs. A graph keeps the memory of all its intermediate results, so functions run
+                without graphs when memory is short.
         """
         before = self._size, self._captures
         self._size, self._captures = size, captures
@@ -174,7 +173,7 @@ class GraphCache:
         return self._captures
 
     def of_no_size(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which graphs belong to no picture size: the text encoder's are the same for all."""
+        """A context in which graphs belong to no picture size, such as the text encoder's."""
         return self.of(None, self._captures)
 
     @torch.no_grad()
@@ -186,7 +185,7 @@ class GraphCache:
         Args:
             key: names the function. All functions with one key must compute the same.
             function: takes and returns tensors, or tuples and dicts of them.
-            given: its arguments. Tuples and dicts may hold None and other constants besides tensors.
+            given: its arguments: tensors, None, constants, and tuples and dicts of them.
         """
         if not self._captures or key in self._uncapturable:
             return function(*given)
@@ -205,9 +204,9 @@ class GraphCache:
             except CaptureError as error:
                 self._pool = None
                 self._uncapturable.add(key)
-                # As text: a log that keeps its records would keep the error's traceback, and so tensors.
+                # As text: a log handler that keeps records would keep the error's traceback, which holds tensors.
                 why = str(error)
-                logger.warning("%s cannot be captured as a CUDA graph and runs without, more slowly. %s", key, why)
+                logger.warning("%s cannot be captured as a CUDA graph, and runs slower without one. %s", key, why)
         if whole_key not in of_size:
             return function(*given)
         of_size.move_to_end(whole_key)
@@ -218,7 +217,7 @@ class GraphCache:
         return tree_map_only(Tensor, Tensor.clone, self.run(key, function, *given))
 
     def clear(self) -> None:
-        """Drop all graphs, and so their memory."""
+        """Drop all graphs and free their memory."""
         self._graphs.clear()
         self._pool = None
 
@@ -227,7 +226,7 @@ class GraphCache:
 
     @property
     def sizes(self) -> list[Hashable]:
-        """The picture sizes that have graphs, the most recently used at the end."""
+        """The picture sizes that have graphs, the most recently used last."""
         return [size for size, of_size in self._graphs.items() if of_size and size is not None]
 
     def _of_this_size(self) -> OrderedDict[Hashable, Graph]:
@@ -244,7 +243,7 @@ class GraphCache:
 
 
 def _on_tensors(function: Function, leaves: Sequence[Any], layout: TreeSpec) -> Function:
-    """The function, of the tensors among the leaves alone."""
+    """Turn a function of nested arguments into one of their tensors alone. Other leaves keep their values."""
 
     def flattened(*tensors: Tensor) -> Any:
         following = iter(tensors)
@@ -258,9 +257,9 @@ class GraphedUNet:
     """Stage B or C, replayed as CUDA graphs. Called like the network, without gradients.
 
     Args:
-        network: what runs.
-        name: of the network, a part of its graphs' keys.
-        graphs: captures and keeps them.
+        network: the UNet.
+        name: the network's name, a part of its graphs' keys.
+        graphs: captures and keeps the graphs.
     """
 
     def __init__(self, network: StableCascadeUNet, name: str, graphs: GraphCache) -> None:
@@ -291,7 +290,7 @@ class GraphedUNet:
         *,
         controlnet_residuals: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
-        """See `StableCascadeUNet.forward`. The next call overwrites what this one returned."""
+        """See `StableCascadeUNet.forward`. The next call overwrites the result."""
 
         def work(sample: Tensor, ratio: Tensor, conditions: Conditions, residuals: dict[int, Tensor]) -> Tensor:
             return self.network(sample, ratio, conditions, controlnet_residuals=residuals)

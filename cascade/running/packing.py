@@ -1,4 +1,4 @@
-"""A network's tensors, side by side in one memory of the host, from where a GPU fetches them at its full rate."""
+"""Packs a network's tensors into one pinned buffer on the host, from which uploads run at the bus's full rate."""
 
 import mmap
 import weakref
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 
-ALIGNMENT = 256  # bytes; kernels read up to 16 at a time, cuBLAS chooses by the alignment that it finds
+ALIGNMENT = 256  # bytes; kernels read up to 16 at a time, and cuBLAS chooses its kernel by alignment
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
@@ -23,19 +23,19 @@ class _Slice:
 
 
 class HostWeights:
-    """A network whose tensors lie in groups: what has to be there whenever it runs, then each block's matrices.
+    """A network whose tensors are packed in groups: first those that must be on the GPU throughout, then each block's matrices.
 
-    Only matrices are a block's own: its other parameters are small, and a bias may be read as late as in the following block,
-    see `kernels.stream.Stream`. Networks without such blocks have one group.
+    Only matrices are streamed block by block. Other parameters are small, and a bias may be read as late as in the following
+    block, see `kernels.stream.Stream`. Networks without such blocks have one group.
 
     Args:
         network: on the CPU. Its tensors become views of `host`.
-        pin: lock `host` into the machine's memory, which CUDA needs to copy beside the work.
+        pin: pin `host` in memory. CUDA needs this to copy while the GPU works.
 
     Attributes:
         host: uint8, on the CPU.
         bounds: group i is host[bounds[i]:bounds[i + 1]].
-        blocks: that of group i + 1, in the order of the network.
+        blocks: the blocks in the network's order. Block i has group i + 1.
 
     Raises:
         torch.cuda.CudaError: the memory cannot be pinned.
@@ -72,12 +72,26 @@ class HostWeights:
     def bytes_of(self, group: int) -> Tensor:
         return self.host[self.bounds[group] : self.bounds[group + 1]]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters as the host has them, by name: views of `host`, in the parameters' shapes and strides."""
+        views = {
+            id(place.tensor): _view(place, self.bytes_of(group))
+            for group, places in enumerate(self._groups)
+            for place in places
+        }
+        return {name: views[id(parameter)] for name, parameter in self.network.named_parameters()}
+
     def move(self, group: int, target: Tensor) -> None:
-        """Make a group's tensors views of other bytes, uint8, on any device. What the bytes hold is the caller's business."""
+        """Make a group's tensors views of other bytes, uint8, on any device. Copies nothing: the caller fills the bytes."""
         for place in self._groups[group]:
-            tensor = place.tensor
-            data = target[place.offset : place.offset + _extent(tensor)].view(tensor.dtype)
-            tensor.data = data.as_strided(tensor.shape, tensor.stride())
+            place.tensor.data = _view(place, target)
+
+
+def _view(place: _Slice, memory: Tensor) -> Tensor:
+    """The bytes of a tensor, in a group's memory, as such a tensor."""
+    tensor = place.tensor
+    data = memory[place.offset : place.offset + _extent(tensor)].view(tensor.dtype)
+    return data.as_strided(tensor.shape, tensor.stride())
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -97,7 +111,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _lay_out(tensors: Iterable[Tensor]) -> tuple[list[_Slice], int]:
-    """Places for tensors, one after the other, and how many bytes they take."""
+    """Aligned offsets for tensors, one after the other, and their total bytes."""
     places: list[_Slice] = []
     size = 0
     for tensor in tensors:
@@ -107,12 +121,12 @@ def _lay_out(tensors: Iterable[Tensor]) -> tuple[list[_Slice], int]:
 
 
 def aligned(size: int, to: int = ALIGNMENT) -> int:
-    """The next multiple."""
+    """Round up to a multiple of `to`."""
     return -(-size // to) * to
 
 
 def _pages(size: int) -> Tensor:
-    """Memory in pages of its own. torch's pinned memory would come in powers of two: 8 GiB for the 6.7 of Stage C."""
+    """Memory in whole pages. torch's own pinned memory is rounded up to powers of two: 8 GiB for Stage C's 6.7."""
     page = mmap.PAGESIZE
     memory = torch.empty(size + 2 * page, dtype=torch.uint8)
     start = -memory.data_ptr() % page
@@ -120,10 +134,10 @@ def _pages(size: int) -> Tensor:
 
 
 def _pin(memory: Tensor) -> None:
-    """After it was written to: the pages are there then, and CUDA need not fetch them one by one."""
+    """Pin memory that has been written to. Its pages exist then, so CUDA need not fault them in one by one."""
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
 
 
 def _unpin(memory: Tensor, device: int) -> None:
-    torch.cuda.synchronize(device)  # copies to it may be on their way
+    torch.cuda.synchronize(device)  # copies from it may be in progress
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))

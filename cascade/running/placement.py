@@ -1,10 +1,10 @@
-"""Which memory mode suits a model and a GPU.
+"""Chooses the memory mode for a model and a GPU.
 
-resident    all networks stay on the GPU.
-offload     networks wait in pinned host memory and are uploaded in turn into one cache on the GPU, as large as the
-            largest of them. What fits beside the running network is uploaded meanwhile.
-stream      the same with a smaller cache. Of a network that exceeds it, as many blocks as fit stay there; the other
-            blocks' matrices are uploaded into four slots just before they are needed.
+resident    All networks stay on the GPU.
+offload     Networks stay in pinned host memory and are uploaded in turn into one cache on the GPU, which is as large as
+            the largest of them. Parts that do not overlap the running network are uploaded while it runs.
+stream      The same with a smaller cache. A network that exceeds it keeps as many blocks there as fit. Its other blocks'
+            matrices are uploaded into four slots just before the blocks run.
 """
 
 from collections.abc import Mapping
@@ -16,22 +16,22 @@ from cascade.running.device import SettingError
 
 MODES = ("auto", "resident", "offload", "stream")
 GIB = 2**30
-# Small networks that run between or after the steps of others: they always stay on the device.
+# Small networks that run between or after other networks' steps. They always stay on the device.
 ALWAYS = ("vqgan", "previewer")
 # Working memory for 1024x1024, in bytes per byte of dtype (multiply by 2 for bfloat16): Stage B's activations, cuBLAS's
-# workspaces, and Stage A in tiles. In "resident" there is more of it, for larger pictures.
+# workspaces, and Stage A in tiles. "resident" needs more, for larger pictures.
 WORK = int(0.6 * GIB)
 RESIDENT_WORK = int(1.0 * GIB)
-# Bytes for Stage A in "stream".
+# Bytes of working memory for Stage A in "stream".
 SMALL_WORK = int(0.4 * GIB)
 
 
 class MemoryMode(NamedTuple):
-    """A memory mode that has been chosen.
+    """A chosen memory mode.
 
     Attributes:
-        name: one of `MODES` but "auto".
-        size: bytes of the cache in "stream"; None: as few as make sense, see `cache.cache_size`.
+        name: one of `MODES` except "auto".
+        size: bytes of the cache in "stream"; None: the default of `cache.cache_size`.
     """
 
     name: str
@@ -39,13 +39,13 @@ class MemoryMode(NamedTuple):
 
 
 def choose_memory(mode: str, sizes: Mapping[str, int], available: int, itemsize: int) -> MemoryMode:
-    """The memory mode for a model. Only "auto" depends on the sizes.
+    """Choose the memory mode for a model. Only "auto" depends on the sizes.
 
     Args:
         mode: one of `MODES`.
         sizes: bytes of the networks by name.
-        available: bytes of the GPU that may be used.
-        itemsize: bytes of the networks' dtype.
+        available: bytes of GPU memory that may be used.
+        itemsize: bytes per element of the networks' dtype.
 
     Raises:
         SettingError: there is no such mode.
@@ -63,7 +63,7 @@ def choose_memory(mode: str, sizes: Mapping[str, int], available: int, itemsize:
 
 
 def available(device: torch.device) -> int:
-    """Bytes of a GPU that can still be allocated: its free memory, or less if the process is limited to a fraction."""
+    """Bytes that can still be allocated on a GPU: its free memory, or less if the process is limited to a fraction of it."""
     with torch.cuda.device(device):
         free, total = torch.cuda.mem_get_info()
         if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # since torch 2.8
@@ -73,7 +73,7 @@ def available(device: torch.device) -> int:
 
 
 def usable(device: torch.device) -> int:
-    """Bytes of a GPU that tensors could take if torch's cache and all CUDA graphs were given up; 0 for a CPU."""
+    """Bytes that new tensors could take on a GPU if torch's cache and all CUDA graphs were freed; 0 for a CPU."""
     if device.type != "cuda":
         return 0
     return available(device) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,6 +1,6 @@
-"""Compiles the GPU kernels before the first picture, many at a time.
+"""Compiles the Triton kernels before the first picture, in parallel.
 
-A kernel takes about half a second, and a model has some twenty. Triton keeps compiled kernels in its cache
+A kernel takes about 0.5 s to compile, and a model has some twenty. Triton caches compiled kernels on disk
 (TRITON_CACHE_DIR, else ~/.triton/cache).
 """
 
@@ -20,13 +20,13 @@ from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.running.device import current
 
 logger = logging.getLogger(__name__)
-SIDE = 8  # pixels of what the blocks are tried on
+SIDE = 8  # height and width of the blocks' inputs
 
 
 def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
     """Run a block of every kind and width once, if the networks use Triton kernels.
 
-    Calls `forward` directly, so streaming hooks do not run; weight values do not matter for compiling.
+    Calls `forward` directly, so streaming hooks do not run. Weight values do not matter for compiling.
     """
     if vqgan.implementation == "plain":
         return
@@ -35,11 +35,11 @@ def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         list(threads.map(functools.partial(_run, vqgan.device), jobs))
     torch.cuda.synchronize(vqgan.device)
-    logger.info("Made %d blocks' kernels ready in %.1f s.", len(jobs), time.perf_counter() - start)
+    logger.info("Compiled the kernels of %d blocks in %.1f s.", len(jobs), time.perf_counter() - start)
 
 
 def _run(device: torch.device, job: Callable[[], object]) -> None:
-    with current(device), torch.no_grad():  # each thread has a current device of its own
+    with current(device), torch.no_grad():  # each thread has its own current device
         job()
 
 
@@ -69,7 +69,7 @@ def _stream(channels: int, pending: bool, device: torch.device, dtype: torch.dty
     x = torch.zeros(1, SIDE, SIDE, channels, device=device)
     if not pending:
         return Stream(x)
-    # Halves of one tensor, as the timestep mappers give them.
+    # Halves of one tensor, like the timestep mappers' results.
     scale, shift = torch.zeros(1, 2 * channels, device=device).chunk(2, dim=1)
     return Stream(x, torch.zeros(channels, device=device, dtype=dtype), scale, shift)
 

@@ -1,6 +1,6 @@
-"""What is done when memory does not suffice: less at a time, then without CUDA graphs. Knows no stage.
+"""Retries when memory is short: with fewer pictures at a time, then without CUDA graphs. Knows no stage.
 
-What was learned of a size of picture holds for later requests of that size, until more memory is free again.
+The reduced limits of a picture size are kept for later requests of that size, until more memory is free.
 """
 
 import logging
@@ -15,20 +15,20 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# How many sizes' lessons are kept.
+# Picture sizes whose reduced limits are kept.
 SIZES = 64
-# Bytes. Graphs that are still held, or not any more, move what is free by some tens of MiB from request to request.
+# Reduced limits are dropped when this many more bytes are free. Held graphs change free memory by some tens of MiB per request.
 MARGIN = 256 * 2**20
 
 
 @dataclass(eq=False)
 class Allowance:
-    """What a request may take.
+    """Limits of a request.
 
     Attributes:
         most: how many pictures at a time.
-        graphs: whether CUDA graphs may be recorded, which keep the memory of what they compute.
-        free: bytes that were free when it was last reduced.
+        graphs: whether CUDA graphs may be captured. A graph keeps the memory of its intermediate results.
+        free: bytes that were free when a limit was last reduced.
     """
 
     most: int
@@ -37,10 +37,10 @@ class Allowance:
 
 
 class Allowances:
-    """What requests may take, by the size of their pictures.
+    """Limits of requests, by picture size.
 
     Args:
-        most: how many pictures at a time, as long as memory suffices.
+        most: how many pictures at a time, while memory suffices.
     """
 
     def __init__(self, most: int) -> None:
@@ -48,16 +48,19 @@ class Allowances:
         self._reduced: OrderedDict[Hashable, Allowance] = OrderedDict()
 
     def of(self, size: Hashable, free: int) -> Allowance:
-        """The allowance for a size; free: bytes that are free now."""
+        """The limits for a picture size.
+
+        free: bytes that are free now. Reduced limits are dropped if this is more than when they were reduced.
+        """
         reduced = self._reduced.get(size)
         if reduced is not None and free <= reduced.free + MARGIN:
             return reduced
         if self._reduced.pop(size, None) is not None:
-            logger.info("More memory is free than when it was short: trying with all of it again.")
+            logger.info("More memory is free than when it was short: trying without reduced limits again.")
         return Allowance(self.most)
 
     def reduce(self, size: Hashable, allowance: Allowance, free: int) -> None:
-        """Remember an allowance that has been reduced; free: bytes that were free."""
+        """Keep reduced limits for a picture size. free: bytes that were free."""
         allowance.free = free
         self._reduced[size] = allowance
         self._reduced.move_to_end(size)
@@ -75,23 +78,23 @@ def in_parts(
     holds_graphs: bool,
     make_room: Callable[[int, str], None],
 ) -> Iterator[T]:
-    """Make things in parts, and those that are missing again, with less, when memory does not suffice.
+    """Make items in parts. When memory is short, make the missing items again with less.
 
-    After an error: once more without the graphs recorded so far, if there are any; then with half as many at a time; then,
-    one at a time, without recording graphs.
+    After an error, retries once without the graphs captured so far, if there are any; then with half as many items at a time;
+    then one item at a time without graphs.
 
     Args:
-        count: how many things.
-        at_once: at most so many at a time; fewer if `allowance.most` says so.
-        allowance: reduced when memory does not suffice.
-        make: (first, last) -> makes the things from `first` to before `last`, and yields as it goes.
-        finished: whether what `make` yields finishes a thing. Finished ones are not made again.
+        count: how many items.
+        at_once: how many at a time, at most. `allowance.most` is a limit, too.
+        allowance: reduced when memory is short.
+        make: (first, last) -> makes items `first` to `last - 1`, and yields its progress.
+        finished: whether a value that `make` yields finishes an item. Finished items are not made again.
         holds_graphs: whether graphs hold memory at the start.
-        make_room: called after an error, when nothing that its traceback kept is alive, with how many things were being
-            made at a time and what is done about it; gives up all graphs.
+        make_room: (number of items at a time, remedy) -> drops all graphs and logs. Called after an error, outside of the
+            `except` block, so that the traceback no longer keeps tensors alive.
 
     Raises:
-        RuntimeError: one thing alone, without graphs, exceeds the memory.
+        RuntimeError: one item alone, without graphs, exceeds the memory.
     """
     made = 0
     while made < count:
@@ -107,13 +110,13 @@ def in_parts(
                 raise
             if holds_graphs:
                 holds_graphs = False
-                remedy = "trying again without the CUDA graphs recorded so far"
+                remedy = "trying again without the CUDA graphs captured so far"
             elif together > 1:
                 allowance.most = together // 2
                 remedy = f"going on with {allowance.most} at a time"
             elif allowance.graphs:
                 allowance.graphs = False
-                remedy = "going on without CUDA graphs, more slowly"
+                remedy = "going on without CUDA graphs, which is slower"
             else:
                 raise
         if remedy:

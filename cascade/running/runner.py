@@ -1,4 +1,4 @@
-"""The front of this folder: all that the pipeline sees of where weights are, how networks run and how much memory there is."""
+"""The pipeline's only interface to this folder: uploads, CUDA graphs and memory."""
 
 import contextlib
 import logging
@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from cascade.networks.protocol import UNet
 from cascade.networks.unet import StableCascadeUNet
@@ -22,13 +23,12 @@ T = TypeVar("T")
 
 
 class Runner:
-    """Runs networks on one device: uploads their weights, replays their CUDA graphs, and makes do with less when memory is
-    short.
+    """Runs networks on one device: uploads their weights, replays their CUDA graphs, and retries when memory is short.
 
     Args:
-        device: where networks run.
-        weights: where their weights are meanwhile; None: all stay on the device.
-        max_batch: how many pictures are made at a time, as long as memory suffices.
+        device: the device that networks run on.
+        weights: uploads their weights; None: all weights stay on the device.
+        max_batch: how many pictures are made at a time, while memory suffices.
     """
 
     def __init__(self, device: torch.device, weights: ResidentWeights | None = None, max_batch: int = 4) -> None:
@@ -49,13 +49,15 @@ class Runner:
         return self.weights.description
 
     def unet(self, name: str, network: StableCascadeUNet) -> UNet:
-        """Stage B or C as it runs here: its weights are uploaded before it runs, and its graphs are replayed if the weights
-        stay where they are meanwhile."""
+        """Wrap Stage B or C: uploads its weights before it runs, and replays CUDA graphs unless its blocks are streamed."""
         graphs = self.device.type == "cuda" and not self.weights.streams(name)
         return self.weights.wrap(name, GraphedUNet(network, name, self.graphs) if graphs else network)
 
     def run(self, name: str, function: Callable[..., T], *given: Any) -> T:
-        """Return `function(*given)`, which runs a network by name, as a graph on a GPU. Its results are not overwritten."""
+        """Return `function(*given)`, which runs the network `name`. Uploads its weights, and replays a graph on a GPU.
+
+        Later calls do not overwrite the results.
+        """
         self.weights.use(name)
         return self.graphs.run_copied(name, function, *given)
 
@@ -65,12 +67,22 @@ class Runner:
             return self.run(name, function, *given)
 
     def prefetch(self, *names: str) -> None:
-        """Upload what fits beside the running network. Names the networks that will run next, in this order."""
+        """Upload weights that do not overlap the running network's. `names`: the next networks, in their order."""
         self.weights.prefetch(*names)
 
     def release(self) -> None:
-        """Let other networks overwrite the weights of the one that was used last."""
+        """Allow uploads to overwrite the weights of the network used last."""
         self.weights.release()
+
+    @contextlib.contextmanager
+    def editing(self, name: str, network: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """A context for changing a network's weights in place.
+
+        Yields:
+            The tensors to write to, by the names of the network's parameters. They may be on the host.
+        """
+        with current(self.device), self.weights.editing(name, network) as tensors:
+            yield tensors
 
     def workspace(self, wanted: int) -> int:
         """How many of the `wanted` bytes are available for temporary work."""
@@ -78,7 +90,7 @@ class Runner:
 
     @contextlib.contextmanager
     def at(self, size: Hashable, graphs: bool = True) -> Iterator[None]:
-        """A context for work on pictures of a size: the device is the current one, and graphs belong to that size.
+        """A context for work on pictures of one size. In it, the device is the current one and graphs belong to that size.
 
         Args:
             size: (height, width) of the pictures.
@@ -88,9 +100,9 @@ class Runner:
             yield
 
     def with_room(self, work: Callable[[], T]) -> T:
-        """Return `work()`. If memory does not suffice, call it again without the graphs captured so far.
+        """Return `work()`. If memory is short, drop all graphs and call it again.
 
-        May be called between the steps of a request: its graphs are captured again when needed.
+        May be called between the steps of a request. Dropped graphs are captured again when they are needed.
         """
         try:
             return work()
@@ -101,7 +113,7 @@ class Runner:
         return work()
 
     def drop_graphs(self) -> None:
-        """Free the memory that CUDA graphs hold."""
+        """Drop all CUDA graphs and free their memory."""
         self.graphs.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -113,7 +125,7 @@ class Runner:
 
 
 class Job:
-    """Work on pictures of one size, in as many parts as memory allows. Knows no stage.
+    """Work on pictures of one size, in parts that fit into memory. Knows no stage.
 
     Args:
         runner: runs the networks.
@@ -131,7 +143,7 @@ class Job:
         return min(self.runner.max_batch, self._allowance.most, count)
 
     def iterate(self, work: Generator[T, None, None]) -> Iterator[T]:
-        """Iterate over the work, with each step in the context that it needs and the caller outside of it."""
+        """Iterate over `work`. Its steps run in the context `Runner.at`, and the caller's code outside of it."""
         return within(lambda: self.runner.at(self.size, self._allowance.graphs), work)
 
     def in_parts(
@@ -143,17 +155,17 @@ class Job:
         finished: Callable[[T], bool],
         name: Callable[[int], str],
     ) -> Iterator[T]:
-        """Make things in parts, and when memory does not suffice the missing ones again with less: see `retry.in_parts`.
+        """Make items in parts. When memory is short, make the missing items again with less, see `retry.in_parts`.
 
         Args:
-            count: how many things.
-            make: (first, last) -> makes the things from `first` to before `last`, and yields as it goes.
+            count: how many items.
+            make: (first, last) -> makes items `first` to `last - 1`, and yields its progress.
             most: how many at a time, at most.
-            finished: whether what `make` yields finishes a thing.
-            name: so many things, for the log.
+            finished: whether a value that `make` yields finishes an item.
+            name: number of items -> text for the log, such as "2 images".
 
         Raises:
-            RuntimeError: one thing alone exceeds the memory, see `errors.is_out_of_memory`.
+            RuntimeError: one item alone exceeds the memory, see `errors.is_out_of_memory`.
         """
         return in_parts(
             count,
@@ -170,7 +182,7 @@ class Job:
         height, width = self.size
         logger.warning("Out of memory with %s of %dx%d: %s.", what, width, height, remedy)
         if not self._allowance.graphs or self._allowance.most < self.runner.max_batch:
-            # What this job has allocated will be free again.
+            # Counts this job's own memory as free, because later requests can use it.
             own = self._now_allocated() - self._allocated
             self.runner.allowances.reduce(self.size, self._allowance, usable(self.runner.device) + own)
 

@@ -1,4 +1,4 @@
-"""Uploads from host memory, beside the work on the GPU; and slots through which the blocks of a large network pass."""
+"""Uploads weights from host memory while the GPU works, and streams a large network's blocks through slots."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,40 +10,43 @@ from torch import Tensor
 from cascade.running.packing import HostWeights
 
 SLOTS = 4
-# A copy that has begun delays all others in its direction, such as the next step's noise: 64 MiB take 1.3 ms (H100).
+# Bytes per copy. A running copy delays all others to the GPU, such as the next step's noise: 64 MiB take 1.3 ms (H100).
 PIECE = 64 * 2**20
 
 
 class Uploader(Protocol):
-    """Copies to a device, in order, while the device works."""
+    """Copies bytes to a device, in order, while the device works."""
 
     def mark(self) -> Any:
-        """An event: all work launched so far is done."""
+        """Return an event that all work launched so far is done."""
 
     def hold(self, mark: Any) -> None:
-        """Make the copies requested from now on wait for an event of `mark`."""
+        """Make later copies wait for an event from `mark`."""
 
     def upload(self, target: Tensor, source: Tensor) -> None:
-        """Request a copy of bytes from the host."""
+        """Enqueue a copy of bytes from the host."""
 
     def uploaded(self) -> Any:
-        """An event: all copies requested so far are done."""
+        """Return an event that all copies enqueued so far are done."""
 
     def wait(self, uploaded: Any) -> None:
-        """Make the work launched from now on wait for an event of `uploaded`."""
+        """Make later work wait for an event from `uploaded`."""
+
+    def finish(self) -> None:
+        """Return when all copies requested so far are done: the host's bytes may then be changed."""
 
 
 class CudaUploader:
-    """Copies on a CUDA stream of their own; the work is on the current stream.
+    """Copies on a separate CUDA stream. The work runs on the current stream.
 
     Args:
-        cache: where all copies go.
+        cache: the tensor that all copies go to.
     """
 
     def __init__(self, cache: Tensor) -> None:
         self.device = cache.device
         self.stream = torch.cuda.Stream(self.device)
-        cache.record_stream(self.stream)  # so that it is not reused, when dropped, before the last copy
+        cache.record_stream(self.stream)  # so that torch does not reuse its memory before the last copy is done
 
     def mark(self) -> torch.cuda.Event:
         return torch.cuda.current_stream(self.device).record_event()
@@ -62,9 +65,12 @@ class CudaUploader:
     def wait(self, uploaded: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(uploaded)
 
+    def finish(self) -> None:
+        self.stream.synchronize()
+
 
 class DirectUploader:
-    """Copies at once, on a device without streams."""
+    """Copies synchronously, on a device without streams."""
 
     def mark(self) -> None: ...
 
@@ -77,15 +83,17 @@ class DirectUploader:
 
     def wait(self, uploaded: None) -> None: ...
 
+    def finish(self) -> None: ...
+
 
 class BlockStream:
-    """Uploads the matrices of a network's blocks into slots, ahead of the blocks that need them.
+    """Uploads the matrices of a network's blocks into slots before the blocks run.
 
     Args:
-        uploader: copies them.
+        uploader: copies the matrices.
         sources: each block's bytes on the host.
-        slots: parts of the cache; block i always uses slot i modulo their number.
-        condition, forward: the blocks in the order in which the network's `condition`, then each forward, runs them.
+        slots: parts of the cache. Block i always uses slot i % len(slots).
+        condition, forward: the order in which the network's `condition`, and each forward, runs the blocks.
     """
 
     def __init__(
@@ -102,30 +110,30 @@ class BlockStream:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what the slots hold: other networks have overwritten it."""
+        """Mark all slots as empty, because other networks have overwritten them."""
         self.holds: list[int | None] = [None] * len(self.slots)
         self.uploaded: list[Any] = [None] * len(self.slots)
 
     def start(self) -> None:
-        """Begin to upload: the network is about to run."""
+        """Start to upload the first blocks. Call it before the network runs."""
         self._ahead([*self.orders["condition"], *self.orders["forward"]])
 
     def before(self, block: int) -> None:
-        """Wait for a block's matrices: it is about to run."""
+        """Make the GPU wait for a block's matrices. Call it before the block runs."""
         slot = block % len(self.slots)
         if self.holds[slot] != block:
             self._upload(block)
         self.uploader.wait(self.uploaded[slot])
 
     def after(self, what: str, block: int) -> None:
-        """Upload further blocks: one has been launched, as part of "condition" or "forward", and needs its slot no more."""
+        """Upload the next blocks. Call it when `block`, as part of `what` ("condition" or "forward"), has been launched."""
         order = self.orders[what]
         following = (*range(self.position + 1, len(order)), *range(min(self.position + 1, len(order))))
         self.position = next(position for position in following if order[position] == block)
         self._ahead([*order[self.position + 1 :], *self.orders["forward"]])
 
     def _ahead(self, blocks: Sequence[int]) -> None:
-        """Upload the next blocks, up to the first one whose slot an earlier one still needs."""
+        """Upload the next blocks, up to the first one whose slot an earlier block still needs."""
         for i, block in enumerate(blocks[: len(self.slots)]):
             held = self.holds[block % len(self.slots)]
             if held == block:
@@ -137,14 +145,14 @@ class BlockStream:
     def _upload(self, block: int) -> None:
         slot = block % len(self.slots)
         source = self.sources[block]
-        # Waits for all work launched so far, of which the slot's last user is usually the latest.
+        # Waits for all work launched so far. The slot's last user is usually the latest of it.
         self.uploader.hold(self.uploader.mark())
         self.uploader.upload(self.slots[slot][: len(source)], source)
         self.holds[slot], self.uploaded[slot] = block, self.uploader.uploaded()
 
 
 def least(weights: HostWeights) -> int:
-    """Bytes that a network needs on the device at once: all, or if it has blocks, the rest and the slots."""
+    """Minimum bytes on the device: the whole network, or if it has blocks, its other tensors and the slots."""
     if not weights.blocks:
         return weights.size
     rest, *blocks = _sizes(weights)
@@ -152,16 +160,16 @@ def least(weights: HostWeights) -> int:
 
 
 def divide(weights: HostWeights, limit: int) -> tuple[set[int], list[int]]:
-    """Choose the blocks of a network that stay on the device, so that with slots for the others it takes `limit` bytes.
+    """Choose the blocks that stay on the device, so that they and slots for the other blocks fit into `limit` bytes.
 
-    They are spread evenly over the network: while they run, the others are uploaded.
+    The chosen blocks are spread evenly over the network, because the others are uploaded while these run.
 
     Args:
         weights: a network with blocks and more than `limit` bytes.
         limit: at least `least(weights)`.
 
     Returns:
-        The numbers of the blocks that stay, and the slots' sizes in bytes.
+        The indices of the blocks that stay, and the slots' sizes in bytes.
     """
     rest, *blocks = _sizes(weights)
     count = len(blocks)

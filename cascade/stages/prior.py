@@ -1,6 +1,6 @@
 """Stage C, the prior: text embeddings -> semantic latents, from which Stage B makes decoder latents.
 
-Latents, noise and times are float32 whatever the network's dtype. What does not depend on the step is computed once.
+Latents, noise and times are float32 whatever the network's dtype. Conditions do not depend on the step, and are computed once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,12 @@ from cascade.sampling import Noise, Sample, Step, alpha_sigma, beside_zeros, dif
 
 
 class Residuals(NamedTuple):
-    """What one ControlNet adds to Stage C.
+    """The residuals that one ControlNet adds to Stage C.
 
     Attributes:
-        blocks: {k: (1, C, h, w)}, for ResBlock k, as `networks.controlnet.ControlNet` makes them.
-        scale: what they are multiplied with.
-        start, end: in step i of n, from 0, they are added if start <= i / n < end.
+        blocks: {k: (1, C, h, w)}, the residual of ResBlock k, see `networks.controlnet.ControlNet`.
+        scale: factor for them.
+        start, end: they are added in step i of n, from 0, if start <= i / n < end.
     """
 
     blocks: dict[int, Tensor]
@@ -70,41 +70,40 @@ def prior_steps(
     adapter: Sequence[AdapterImage] = (),
     sample: Sample = sample,
 ) -> Iterator[Step]:
-    """Sample semantic latents (B, 16, h, w), step by step; `sampling.finish` takes all steps. B: the seeds of `noise`.
+    """Sample semantic latents (B, 16, h, w), step by step; `sampling.finish` takes all steps. B is the number of seeds.
 
     Args:
         prior: Stage C.
-        text: what to show: the embeddings of B prompts, or of one for all.
+        text: the embeddings of B prompts, or of one prompt for all.
         negative: what not to show, in the same form, of any length; normally those of the empty prompt. Needed, and used,
             for guidance above 1 only: otherwise the unconditional half is not computed.
         size: (h, w) of the latents, see `sizes.semantic_size`.
-        noise: draws the initial noise, then a step's noise when its turn comes.
+        noise: one seed per image. It draws the initial noise, then each step's.
         steps, shift, sampler: see `sampling.sample`.
         guidance, rescale: see `sampling.guide`.
-        image: image embeddings (B or 1, N, D), for N image prompts. The unconditional half has zeros.
-        start: semantic latents (B or 1, 16, h, w) of a picture to begin with instead of noise: image-to-image.
-        strength: in (0, 1], how much of `start` is overpainted: the time to which it is noised. As many of the steps
-            are taken as belong to that time: see `steps_taken`.
-        start_shift: of the schedule by which `start` is noised; None: `shift`. The authors noise at 1 and sample at 2.
-        free: bool (1, 1, h, w): the latents that are made anew. The others are after every step those of `start`,
-            noised to the time. None: all are made anew.
-        controls: what ControlNets add; to both halves, as the authors have it.
-        adapter: what the images of an IP-Adapter add; not to the unconditional half, which stays Stage C's own.
-        sample: takes the steps.
+        image: image embeddings (B or 1, N, D) of N image prompts. The unconditional half gets zeros.
+        start: image-to-image: semantic latents (B or 1, 16, h, w) of the start image, instead of noise.
+        strength: in (0, 1], the time to which `start` is noised. Takes `steps_taken(steps, strength)` steps from there.
+        start_shift: shift of the schedule by which `start` is noised; None: `shift`. The authors noise at 1 and sample at 2.
+        free: bool (1, 1, h, w), the latents to make anew. After every step, the others are set to those of `start`, noised to
+            the step's time. None: all are made anew.
+        controls: the residuals of ControlNets, added to both halves, as in the authors' code.
+        adapter: what the images of an IP-Adapter add. The unconditional half gets nothing of them.
+        sample: takes the steps, see `sampling.sample`.
 
     Raises:
-        ValueError: an argument does not fit the others or lies outside of its range.
+        ValueError: an argument is out of range, or does not fit the others.
     """
     batch = len(noise)
     shape = (prior.config.in_channels, *size)
     if start is None and strength != 1:
         raise ValueError(f"strength is {strength}, but there is no start; without one it must be 1.")
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}; it must lie above 0 and not above 1.")
+        raise ValueError(f"strength is {strength}; it must be above 0 and at most 1.")
     if start is not None and start.shape[1:] != shape:
         raise ValueError(f"start has the shape {tuple(start.shape)}; it must be (1 or {batch}, {str(shape)[1:]}.")
     if free is not None and start is None:
-        raise ValueError("free says which latents are made anew, but there is no start, which has the others.")
+        raise ValueError("free needs start, which has the latents that are kept.")
     if guidance > 1 and negative is None:
         raise ValueError(f"guidance is {guidance}; above 1 it needs negative embeddings.")
 
@@ -147,7 +146,7 @@ def prior_steps(
 
 
 def steps_taken(steps: int, strength: float) -> int:
-    """How many of a schedule's steps lie below the time `strength`, in (0, 1]: at least one, if there are any."""
+    """`steps * strength`, rounded, at least 1 and at most `steps`. strength: in (0, 1]."""
     return min(steps, max(int(round(steps * strength, 6)), 1))  # rounded first: 100 * 0.29 is a little less than 29
 
 
@@ -155,10 +154,10 @@ def steps_taken(steps: int, strength: float) -> int:
 def residuals_by_step(
     controls: Sequence[Residuals], steps: int, size: tuple[int, int], batch: int
 ) -> list[dict[int, Tensor]]:
-    """What all controls together add in each step, {k: (batch, C, *size)} in float32.
+    """The sum of all controls' residuals in each step, {k: (batch, C, *size)} in float32.
 
-    Keys and shapes are the same in every step, with zeros where nothing is added, so that steps can be replayed. Steps
-    that add the same share their tensors.
+    Keys and shapes are equal in all steps, with zeros where nothing is added, so that CUDA graphs can replay the steps. Steps
+    with equal sums share their tensors.
     """
     scaled = [{k: resize(one.float(), size) * each.scale for k, one in each.blocks.items()} for each in controls]
     empty = {k: torch.zeros_like(one) for blocks in scaled for k, one in blocks.items()}

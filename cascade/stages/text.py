@@ -68,6 +68,7 @@ class TextEncoder:
         run: Run = directly,
         *,
         weighting: bool = False,
+        weight_pooled: bool = False,
         most_chunks: int | None = None,
         words: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> list[TextEmbeddings]:
@@ -80,6 +81,7 @@ class TextEncoder:
             prompts: texts, at least one.
             run: runs the network.
             weighting, words: see `read`.
+            weight_pooled: whether weights act on the pooled embeddings too, see `prompts.encoding.weighted_pooled`.
             most_chunks: of 75 tokens. The rest of a prompt is cut, with a warning that quotes at most 200 characters of it.
                 None: no limit.
 
@@ -101,6 +103,7 @@ class TextEncoder:
             self.encoder.device,
             self.encoder.dtype,
             ends_early=weighting,
+            weight_pooled=weight_pooled,
         )
 
     def read(

@@ -1,14 +1,14 @@
-"""Weights: where they come from, what a folder of them holds, how they are checked and read.
+"""Weights: download, check, convert and load them.
 
-- ``folder``: model folders and their networks; ``writing`` makes them.
-- ``reading``: safetensors files; ``sums``: checksums of their pieces, compared while they are read.
-- ``single_file``: the networks in files of other programs; ``sources``: files and folders of one's own;
-  ``recognise``: what a file is that holds none of these.
-- ``published``: tables of the published repositories; ``download`` fetches them and others from the ``hub``;
-  ``manifest`` notes what is there; ``build`` makes a model folder of that, and of files and folders of one's own.
+- ``folder``: opens model folders and loads their networks. ``writing`` writes model folders.
+- ``reading``: reads safetensors files. ``sums``: checksums of their pieces, compared during reading. ``hashing``: sha256.
+- ``single_file``: finds networks in other programs' checkpoints. ``sources``: the user's own files and folders.
+  ``recognise``: names the model in a file that holds no network of Stable Cascade.
+- ``published``: tables of the published repositories. ``download`` fetches these and other repositories from the ``hub``.
+  ``manifest`` lists the downloaded files. ``build`` makes a model folder from a download and the user's own files.
 
-The names of ``folder`` and ``writing`` are importable from here. They are loaded when first used: downloads need neither
-torch nor transformers, which take seconds to import.
+The names of ``folder`` and ``writing`` can be imported from here. They are loaded on first use, because downloads need
+neither torch nor transformers, which take seconds to import.
 """
 
 from importlib import import_module

@@ -1,9 +1,9 @@
-"""Makes a model folder of a download, and of files and folders of one's own. All is checked before anything is written.
+"""Makes a model folder from a download and from the user's own files and folders. Checks everything before it writes.
 
-What was published in the standard form is kept as it is, bit for bit: files are linked where the disk allows it, so a
-folder beside its download takes no room of its own. Single files are converted, and files of one's own copied: who goes
-on training into the same file must not change the model. The folder appears when it is complete; what an older one held
-besides is kept.
+Published files in the standard form are kept bit for bit. They are hard links where the disk allows it, so a model folder
+next to its download takes no extra space. Single-file checkpoints are converted. The user's own files are copied, so that
+further training into the same file does not change the model. The new folder replaces the old one when it is complete;
+other files of the old one are kept.
 """
 
 import logging
@@ -46,12 +46,12 @@ from cascade.weights.writing import replacement, save_component, write_model_jso
 logger = logging.getLogger(__name__)
 
 STAGES = ("prior", "decoder")
-# What a file or folder may hold beside what was asked for, and what is fine-tuned with it. Anything else in it is taken
-# only where the model has none: ComfyUI's files hold encoders as published, but in half the precision.
+# Components that are often fine-tuned. A file that holds one replaces the model's, even if another was asked for. Its other
+# components are used only where the model has none: ComfyUI's files hold the published encoders in half the precision.
 TRAINED = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
-# Width and scale in the published vqgan/config.json, of which the scale is not the one to use.
+# Width and scale in the published vqgan/config.json. The scale is not the one to use.
 PUBLISHED_STAGE_A = (384, 0.3764)
-# Numbers that two components must agree on: a component, a setting of it, and the same of the other.
+# Settings that must be equal in two components: (component, setting, other component, its setting).
 SHARED = (
     ("prior", "clip_text_in_channels", "text_encoder", "hidden_size"),
     ("prior", "clip_text_pooled_in_channels", "text_encoder", "projection_dim"),
@@ -64,9 +64,9 @@ SHARED = (
 
 
 def save_model(download: Path, target: Path) -> None:
-    """Make a model folder, or add to the one that is there, of what a download's ``download.json`` lists.
+    """Make a model folder, or extend an existing one, with the files that ``download.json`` lists.
 
-    Nothing is written before all of it has been checked.
+    Checks all files before it writes.
 
     Args:
         download: the folder of the download.
@@ -74,8 +74,7 @@ def save_model(download: Path, target: Path) -> None:
 
     Raises:
         DownloadError: there is no complete download.
-        WeightsError: a file is missing, differs from the Hub's, or does not hold the tensors that it must; or `target`
-            is something other than a model folder.
+        WeightsError: a file is missing, differs from the Hub's, or lacks tensors; or `target` is not a model folder.
         OSError, SafetensorError: the folder cannot be written.
     """
     manifest = Manifest.read(download)
@@ -100,15 +99,15 @@ def save_model(download: Path, target: Path) -> None:
 
 
 def choose(asked: Mapping[str, Path], folders: list[Path], there: set[str]) -> dict[str, Source]:
-    """The components that files and folders of one's own give.
+    """Choose the components to take from the user's own files and folders.
 
     Args:
-        asked: files and folders by what is wanted of them, "controlnet-1", "controlnet-2" ... for ControlNets.
-        folders: of which all is wanted.
-        there: the components that the model has anyway.
+        asked: files and folders by component. Keys for ControlNets are "controlnet-1", "controlnet-2" ...
+        folders: folders from which all components are wanted.
+        there: the components that the model has already.
 
     Returns:
-        Components by name: those asked for; besides, what else these hold of `TRAINED`, and of what is not there.
+        Components by name: those asked for, and others in the same files that are in `TRAINED` or not in `there`.
 
     Raises:
         WeightsError: see `sources.find`.
@@ -138,16 +137,16 @@ def components_in(folder: Path) -> set[str]:
 def save_own(
     asked: Mapping[str, Path], folders: list[Path], target: Path, *, base: Path, download: Path, name: str | None = None
 ) -> None:
-    """Make a model folder, or change the one that is there, of files and folders of one's own.
+    """Make a model folder, or change an existing one, with the user's own files and folders.
 
-    What they do not hold is the model's that is there, else that of another, else a download's.
+    Missing components are kept from `target`, else copied from `base`, else taken from `download`.
 
     Args:
         asked, folders: see `choose`.
         target: the model folder.
-        base: another, which need not exist.
-        download: the folder of a download, which need not exist.
-        name: of the model; None: that of the first file or folder which gives a stage.
+        base: another model folder. It need not exist.
+        download: the folder of a download. It need not exist.
+        name: the model's new name; None: the name of the first file or folder that holds Stage C or B.
 
     Raises:
         DownloadError: the download is damaged.
@@ -207,23 +206,23 @@ def save_own(
 
 
 def stage_a_scale(source: Source, config: Any, known: list[Path], before: float | None) -> float | None:
-    """What ``model.json`` says of a Stage A of one's own; None: its configuration is right.
+    """The ``stage_a_scale`` of ``model.json`` for the user's own Stage A; None: its ``config.json`` has the right scale.
 
     Args:
         source, config: the new Stage A, and its configuration.
-        known: those of the one that is there, and of the one in the base.
-        before: what ``model.json`` said of that.
+        known: the ``config.json`` of the target's and of the base's Stage A.
+        before: the ``stage_a_scale`` of the old ``model.json``.
     """
-    if source.config is None:  # else it is the published, or of the size of the one that is there
+    if source.config is None:  # so `config` is the published one, or one of `known`
         same = [file for file in known if read_json(file).get("scale_factor") == config.scale_factor]
         return before if same else None
-    # Fine-tuned ones come with the configuration of the published one.
+    # Fine-tuned networks have the published configuration, with the scale that is not the one to use.
     width, scale = PUBLISHED_STAGE_A
     return PUBLISHED_STAGE_A_SCALE if (config.embed_dim, config.scale_factor) == (width, scale) else None
 
 
 def verify(target: Path) -> None:
-    """Compare every file of a model folder with its sha256; then list the sums of pieces, if an older version did not.
+    """Compare every file of a model folder with its sha256. Then add the pieces' checksums, if ``model.json`` lacks them.
 
     Raises:
         WeightsError: a file differs, is missing or is not listed.
@@ -235,15 +234,15 @@ def verify(target: Path) -> None:
 
 
 def check_agreement(configs: Mapping[str, Any], others: Mapping[str, Path], target: Path) -> None:
-    """Make sure that components fit each other.
+    """Make sure that new components fit each other and the existing ones.
 
     Args:
-        configs: of the networks that are new.
-        others: ``config.json`` of those that are there.
-        target: the model folder, for the sentence.
+        configs: the configurations of the new networks.
+        others: the ``config.json`` files of the existing networks.
+        target: the model folder, for the error.
 
     Raises:
-        WeightsError: two differ in a number that they share.
+        WeightsError: two components differ in a setting of `SHARED`.
     """
     for first, setting, second, other in SHARED:
         values = []
@@ -260,13 +259,13 @@ def check_agreement(configs: Mapping[str, Any], others: Mapping[str, Path], targ
 
 
 def check_target(target: Path) -> None:
-    """Refuse a folder that holds something other than a model."""
+    """Raise a WeightsError if `target` has files but is not a model folder."""
     if target.is_dir() and any(target.iterdir()) and not (target / "model.json").is_file():
-        raise WeightsError(f"{target} holds something other than a model: name another folder with --output.")
+        raise WeightsError(f"{target} is not a model folder, and not empty: name another folder with --output.")
 
 
 def describe(parts: list[str], target: Path) -> dict[str, Any]:
-    """What ``model.json`` will say besides the files: as published, or as it was if no stage is replaced."""
+    """The fields of ``model.json`` besides checksums: the published ones, or the old ones if Stages C and B are kept."""
     check_target(target)
     if not any(PARTS[name].component in STAGES for name in parts) and target.is_dir():
         old = ModelFolder.open(target)
@@ -283,15 +282,19 @@ def describe(parts: list[str], target: Path) -> dict[str, Any]:
 
 
 def check_files(download: Path, part: Part, checksums: dict[str, str]) -> None:
-    """Compare a part's files with what the Hub said of them."""
+    """Compare a part's files with the Hub's checksums."""
     compare(download, {path: checksums[path] for path in part.paths})
 
 
 def compare(download: Path, checksums: Mapping[str, str]) -> None:
-    """Compare files of a download with their sha256, by path in its folder.
+    """Compare downloaded files with their sha256.
+
+    Args:
+        download: the folder of the download.
+        checksums: sha256 by path in that folder.
 
     Raises:
-        WeightsError: one is missing or damaged.
+        WeightsError: a file is missing or damaged.
     """
     for path, expected in checksums.items():
         file = download / path
@@ -302,7 +305,11 @@ def compare(download: Path, checksums: Mapping[str, str]) -> None:
 
 
 def check_content(download: Path, part: Part) -> None:
-    """Make sure that a part is what its component is read from."""
+    """Make sure that a part's files can be loaded as its component.
+
+    Raises:
+        WeightsError: they cannot.
+    """
     files = [download / path for path in part.paths]
     if part.component == SAFETY_CHECKER:
         SafetyChecker.load(files[0].parent)
@@ -319,10 +326,10 @@ def check_content(download: Path, part: Part) -> None:
 
 
 def controlnet_of(file: Path, component: str) -> ControlNet:
-    """The ControlNet that a file holds, on the meta device.
+    """The ControlNet in a file, on the meta device.
 
     Raises:
-        WeightsError: it holds none, or one that reads other controls than the component's.
+        WeightsError: the file holds no ControlNet, or one of another kind than `component`.
     """
     try:
         config = controlnet_config({name: shape for name, (shape, _) in read_header([file]).items()})
@@ -334,10 +341,10 @@ def controlnet_of(file: Path, component: str) -> ControlNet:
 
 
 def check_tensors(weights: Path, network: nn.Module, dtype: str) -> None:
-    """Compare name, shape and dtype of every tensor in a file with a network's.
+    """Compare name, shape and dtype of every tensor in a file with the network's.
 
     Raises:
-        WeightsError: they differ; it names the first that does.
+        WeightsError: a tensor differs. The sentence names the first one.
     """
     stored = read_header([weights])
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -346,14 +353,14 @@ def check_tensors(weights: Path, network: nn.Module, dtype: str) -> None:
         raise WeightsError(f"{weights}{wrong}.")
     buffers = {name for name, _ in network.named_buffers()}
     for name, (_, kind) in stored.items():
-        # The statistics of a normalisation may be kept in float32, and counters are integers.
+        # BatchNorm's statistics may be float32, and its counters are integers.
         allowed = (dtype, "F32", "I64") if name in buffers else (dtype,)
         if name in expected and kind not in allowed:
             raise WeightsError(f"{weights}: {name} has the dtype {kind} instead of {dtype}.")
 
 
 def place(download: Path, part: Part, folder: Path) -> None:
-    """Make a component's folder of its part: as published, but a single file gets the standard form."""
+    """Make a component's folder: links to the published files, or a converted single-file checkpoint."""
     if part.is_checkpoint:
         save_component(folder, ModelFolder.open(download).load_component(part.component), torch.float32)
         return
@@ -363,7 +370,7 @@ def place(download: Path, part: Part, folder: Path) -> None:
 
 
 def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Give a file a second name where the disk allows that, else copy it."""
+    """Make a hard link to a file, or a copy where the disk does not allow links."""
     source = os.path.realpath(source)
     try:
         os.link(source, target)

@@ -1,7 +1,4 @@
-"""Downloads: which files of the published repositories, and of others, are needed.
-
-``download.json`` is written when all of the files are there.
-"""
+"""Downloads the needed files of the published repositories, and of others. Writes ``download.json`` when all are complete."""
 
 import re
 from pathlib import Path, PurePosixPath
@@ -15,23 +12,23 @@ NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def select_parts(prior: str, decoder: str, extras: list[str], *, only: bool = False) -> list[str]:
-    """The names of the parts that the options ask for, in the order of the table."""
+    """The keys of ``PARTS`` that the command line's options ask for, in the table's order."""
     chosen = set() if only else {*ALWAYS, PRIORS[prior], DECODERS[decoder]}
     chosen.update(part for extra in extras for part in EXTRAS[extra])
     return [part for part in PARTS if part in chosen]
 
 
 def download(parts: list[str], folder: Path, *, add: bool = False) -> None:
-    """Fetch the files of some parts into a folder, and say in its ``download.json`` that they are there.
+    """Download the files of some parts into a folder, and list them in its ``download.json``.
 
     Args:
         parts: keys of ``PARTS``.
         folder: the directory; it need not exist.
-        add: whether ``download.json`` goes on to list what it lists, other than the makings of the same components.
+        add: keep the old entries of ``download.json``, except those for the same components.
 
     Raises:
-        DownloadError: the Hub, the way to it or the disk denies it, or ``download.json`` is damaged. What has been
-            fetched stays, and is not fetched again.
+        DownloadError: the Hub, the network or the disk fails, or ``download.json`` is damaged. Downloaded bytes are kept,
+            and not downloaded again.
     """
     earlier = Manifest.read(folder) if add and Manifest.file(folder).is_file() else Manifest([], {})
     files = find_files(parts)
@@ -40,10 +37,10 @@ def download(parts: list[str], folder: Path, *, add: bool = False) -> None:
 
 
 def find_files(parts: list[str]) -> list[RemoteFile]:
-    """Ask the Hub for the files of some parts, after making sure that they may be read.
+    """Look up the files of some parts on the Hub. Checks first that their repositories may be read.
 
     Raises:
-        HubError: a repository is not to be had, or has no such file.
+        HubError: a repository cannot be read, or has no such file.
     """
     listed: dict[Repository, dict[str, RemoteFile]] = {}
     found = []
@@ -60,17 +57,17 @@ def find_files(parts: list[str]) -> list[RemoteFile]:
 
 
 def download_repository(name: str, folder: Path) -> Path:
-    """Fetch what a repository other than the published has of Stable Cascade, in addition to what is there.
+    """Download Stable Cascade's components from another repository than the published, and add them to ``download.json``.
 
     Args:
         name: ``owner/name``, or ``owner/name/path`` of one of its files or folders.
         folder: the directory; it need not exist.
 
     Returns:
-        The folder or file that has been fetched.
+        The downloaded folder or file.
 
     Raises:
-        DownloadError: as `download`; or the name is none, or the repository has nothing that can be used.
+        DownloadError: as `download`; or `name` is malformed, or the repository has no usable file.
     """
     repository, path = named_repository(name)
     earlier = Manifest.read(folder) if Manifest.file(folder).is_file() else Manifest([], {})
@@ -83,25 +80,26 @@ def download_repository(name: str, folder: Path) -> Path:
 
 
 def named_repository(name: str) -> tuple[Repository, str]:
-    """The repository and the path in it that ``owner/name/path`` is. Raises a HubError if it is none."""
+    """Split ``owner/name/path`` into the repository and the path in it. Raises a HubError if it is malformed."""
     owner, _, rest = name.partition("/")
     called, _, path = rest.strip("/").partition("/")
     if not NAME.fullmatch(f"{owner}/{called}") or ".." in path.split("/"):
-        raise HubError(f"{name!r} is no name of a repository: it must be like owner/name.")
+        raise HubError(f"{name!r} is not the name of a repository: it must be like owner/name.")
     return Repository(f"{owner}/{called}", BRANCH), path
 
 
 def select_files(name: str, paths: list[str], below: str = "") -> list[str]:
-    """Which files of a repository make components, or the one that it consists of. Networks are taken in bfloat16, where
-    there are several; nothing but safetensors files, configurations and tokenizers is taken.
+    """Choose the files to download: the repository's components, or its single network.
+
+    Prefers bfloat16 where a network has several files. Chooses only safetensors files, configurations and tokenizers.
 
     Args:
-        name: the repository's.
-        paths: of its files.
-        below: a file or folder of it; "" is all of it.
+        name: the repository's name.
+        paths: the paths of its files.
+        below: one of its files or folders; "": the whole repository.
 
     Raises:
-        HubError: nothing of it can be used, or what is meant is unclear.
+        HubError: no file can be used, or several could be meant.
     """
     if below in paths:
         chosen = [below]
@@ -131,7 +129,7 @@ def select_files(name: str, paths: list[str], below: str = "") -> list[str]:
 
 
 def _select_component(paths: list[str]) -> list[str]:
-    """Of the files in a folder, those of its component: the first of the standard names, or the shards of it."""
+    """The files of the component in a folder: its small files, and the first standard name's file or shards."""
     names = {PurePosixPath(path).name: path for path in paths}
     small = [names[name] for name in SMALL_FILES if name in names]
     for stem in STEMS:

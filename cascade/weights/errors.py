@@ -1,14 +1,14 @@
-"""What is wrong with weights."""
+"""The error of weights that cannot be used."""
 
 
 class WeightsError(Exception):
-    """A file of weights is missing, damaged, of the wrong kind or not the one that was published.
+    """A file of weights is missing, damaged, of the wrong kind or not the published one.
 
-    One sentence, under 400 characters, names the file and the first thing that is wrong with it.
+    The message is one sentence under 400 characters. It names the file and the first problem.
     """
 
 
 def shortened(text: object, most: int = 160) -> str:
-    """What another library says, in one line and no longer than `most` characters."""
+    """A text, such as another library's error, in one line of at most `most` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= most else f"{line[: most - 3]}..."

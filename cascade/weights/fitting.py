@@ -1,14 +1,14 @@
-"""Whether tensors are those of a network, by their names and shapes; and configurations as older programs wrote them."""
+"""Compares a file's tensors with a network by name and shape, and reads configurations of older diffusers versions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Checkpoints written by old transformers hold this buffer; today's networks make it themselves.
+# Checkpoints of old transformers versions hold this buffer. Current versions compute it.
 IGNORED_KEYS = ("embeddings.position_ids",)
-# Counters of BatchNorm are of use to training with momentum None only; some files leave them out.
+# BatchNorm uses these counters only in training with momentum None, so some files lack them.
 OPTIONAL_KEYS = ("num_batches_tracked",)
 
-# Names in the configuration of a UNet when Stable Cascade was launched (diffusers 0.26), and what they became.
+# Names in a UNet's configuration when Stable Cascade was launched (diffusers 0.26), and their current names.
 LAUNCH_NAMES = {
     "c_in": "in_channels",
     "c_out": "out_channels",
@@ -24,7 +24,7 @@ LAUNCH_NAMES = {
     "c_pixels": "pixel_mapper_in_channels",
     "t_conds": "timestep_conditioning_type",
 }
-# Of these, the first value was for the way down, the second for the way up.
+# These held a pair: the value of the down blocks, then that of the up blocks.
 LAUNCH_PAIRS = {
     "blocks": ("down_num_layers_per_block", "up_num_layers_per_block"),
     "block_repeat": ("down_blocks_repeat_mappers", "up_blocks_repeat_mappers"),
@@ -33,10 +33,10 @@ BLOCKS = {"C": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCasca
 
 
 def current_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A UNet's configuration with the launch's names, such as ``c_hidden``, under today's; any other as it is.
+    """Rename the launch's names in a UNet's configuration, such as ``c_hidden``, to the current ones. Others stay.
 
     Raises:
-        KeyError, TypeError, ValueError: a value with such a name is of another kind.
+        KeyError, TypeError, ValueError: a value under a launch name has the wrong type.
     """
     if "c_hidden" not in config:
         return dict(config)
@@ -51,11 +51,13 @@ def current_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def misfit(expected: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]) -> str | None:
-    """The first thing in which a file's tensors differ from a network's, as the end of a sentence that begins with the
-    file; None if they fit.
+    """The first difference between a file's tensors and a network's; None if they fit.
 
     Args:
         expected, stored: shapes by key, of the network and of the file.
+
+    Returns:
+        The end of a sentence that begins with the file's name.
     """
     for key, shape in expected.items():
         if key not in stored:
@@ -66,5 +68,5 @@ def misfit(expected: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[
             return f": {key} has the shape {tuple(stored[key])} instead of {tuple(shape)}"
     for key in stored:
         if key not in expected and not key.endswith(IGNORED_KEYS):
-            return f" has a tensor {key}, which is none of its network's"
+            return f" has a tensor {key}, which its network does not have"
     return None

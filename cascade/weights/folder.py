@@ -1,30 +1,30 @@
-"""Model folders: what they hold; how their parts are found, checked, read and written.
+"""Model folders: opens them, checks them and loads their components.
 
-A model folder is one directory: ``model.json`` and one sub-folder a component (``COMPONENTS``) in the standard
-transformers or diffusers form, ``config.json`` and one safetensors file. ``model.json`` says::
+A model folder is one directory. It holds ``model.json`` and one sub-folder per component (``COMPONENTS``) in the standard
+transformers or diffusers form: ``config.json`` and one safetensors file. ``model.json`` has these fields::
 
-    {"name": str, "license": str, "native_size": int,         # pixels, the edge of the square that the model draws best
-     "stage_a_scale": float,                                   # where vqgan/config.json has another; may be left out
+    {"name": str, "license": str, "native_size": int,         # pixels, the side of the square that the model draws best
+     "stage_a_scale": float,                                   # optional, overrides scale_factor in vqgan/config.json
      "sampler": {"prior":   {"steps": int, "guidance": float, "shift": float, "rescale": float},
                  "decoder": {"steps": int, "guidance": float, "shift": float, "rescale": float}},
-     "files": {"prior/config.json": "<sha256>", ...},          # every file of every component, and of ``EXTRAS``
-     "pieces": {"algorithm": "xxh3_64", "bytes": int,          # of every safetensors file, the sums of its pieces:
+     "files": {"prior/config.json": "<sha256>", ...},          # all files of all components and of ``EXTRAS``
+     "pieces": {"algorithm": "xxh3_64", "bytes": int,          # checksums of the pieces of every safetensors file,
                 "sums": {"prior/....safetensors": "<sum> <sum> ..."}}}                  # see ``cascade.weights.sums``
 
-Whatever is loaded is compared with ``model.json``: networks by their pieces, other files by their sha256. The variable
-``CASCADE_CHECK_WEIGHTS=0`` turns that off. Folders of older versions have no pieces: only their small files are compared.
+Loading compares every file with ``model.json``: networks by their pieces' checksums, other files by their sha256. The
+environment variable ``CASCADE_CHECK_WEIGHTS=0`` turns this off. Folders of older versions have no ``pieces``, so only their
+small files are compared.
 
-The two published repositories are read as a download leaves them, component by component:
-``<folder>/stable-cascade-prior`` and ``<folder>/stable-cascade``, or the cache folders that huggingface_hub makes of
-them. Only safetensors files are ever opened; nothing is unpickled. Whatever is wrong with a file is a
-``WeightsError`` that names it.
+A download of the two published repositories can be opened too: ``<folder>/stable-cascade-prior`` and
+``<folder>/stable-cascade``, or the cache folders of huggingface_hub. Only safetensors files are opened; nothing is
+unpickled. A problem with a file raises a ``WeightsError`` that names the file.
 """
 
 import logging
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -67,7 +67,7 @@ from cascade.weights.sums import ALGORITHM, sums_of
 
 logger = logging.getLogger(__name__)
 
-# How many channels each reads.
+# The channels that each ControlNet reads.
 CONTROLNETS = {f"controlnet_{kind}": channels for kind, channels in KINDS.items()}
 NETWORKS = {
     "text_encoder": CLIPTextModelWithProjection,
@@ -86,11 +86,11 @@ PROCESSOR_FILES = {
     "feature_extractor": (("preprocessor_config.json",),),
 }
 COMPONENTS = (*PROCESSORS, *NETWORKS)
-# Folders that other modules read; here their files are only listed and checked.
+# Folders that other modules load. This module only lists and checks their files.
 EXTRAS = ("safety_checker",)
 
 TRANSFORMERS_CONFIGS = {"text_encoder": CLIPTextConfig, "image_encoder": CLIPVisionConfig}
-# What a model cannot do without, and which of the two published repositories has it.
+# The components that every model needs, and the published repository that has each.
 NEEDED = {
     "tokenizer": "stable-cascade-prior",
     "text_encoder": "stable-cascade-prior",
@@ -103,16 +103,16 @@ CHECK = "CASCADE_CHECK_WEIGHTS"
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How a stage is sampled unless the request says otherwise.
+    """A stage's default sampler settings, used where a request leaves them out.
 
     Attributes:
-        steps: at least 1.
-        guidance: scale of the guidance, at least 0; 1 or less is none.
-        shift: of the noise schedule, above 0.
-        rescale: of what guidance adds to the deviation, the share that is taken back, 0 to 1.
+        steps: number of steps, at least 1.
+        guidance: guidance scale, at least 0; 1 or less turns guidance off.
+        shift: shift of the noise schedule, above 0.
+        rescale: guidance rescale, 0 to 1, see `sampling.guide`.
 
     Raises:
-        ValueError: one is of another kind, or out of its range.
+        ValueError: a value has the wrong type or is out of range.
     """
 
     steps: int
@@ -140,7 +140,7 @@ PUBLISHED_SAMPLER = {
 }
 PUBLISHED_LICENSE = "Stability AI Non-Commercial Research Community License"
 PUBLISHED_SIZE = 1024
-# What the authors train and decode with. The published vqgan/config.json says 0.3764, its class's default.
+# The authors train and decode with 0.43. The published vqgan/config.json has 0.3764, its class's default.
 PUBLISHED_STAGE_A_SCALE = 0.43
 
 
@@ -150,14 +150,15 @@ class ModelFolder:
 
     Attributes:
         root: the directory.
-        name, license: what ``model.json`` says.
-        native_size: pixels, the edge of the square that the model draws best.
+        name, license: from ``model.json``.
+        native_size: pixels, the side of the square that the model draws best.
         sampler: default settings by stage, ``"prior"`` and ``"decoder"``.
-        parts: where each component lies: its sub-folder, or the authors' single file.
-        checksums: sha256 by path relative to ``root``; empty for the published repositories, which come without.
-        sums: by path relative to ``root``, the sums of the pieces of safetensors files.
-        checks: whether files are compared with these when they are loaded.
-        stage_a_scale: what Stage A's latents are multiplied with; None: as its configuration says.
+        parts: each component's path: its sub-folder, or the authors' single file.
+        checksums: sha256 by path relative to ``root``; empty for the published repositories, which have none.
+        sums: checksums of the pieces of safetensors files, by path relative to ``root``.
+        checks: whether loading compares files with `checksums` and `sums`.
+        stage_a_scale: factor by which Stage A multiplies latents before it decodes; None: `scale_factor` of its
+            configuration.
     """
 
     root: Path
@@ -175,16 +176,16 @@ class ModelFolder:
     def open(
         cls, folder: str | os.PathLike[str], *, lite: Collection[str] = (), check: bool | None = None
     ) -> "ModelFolder":
-        """Open a model folder, or the folder that the two published repositories were downloaded to.
+        """Open a model folder, or a folder with downloads of the two published repositories.
 
-        Every file named in ``model.json`` must be there, and every safetensors file must be whole (its header and its
-        length are looked at; its content is compared when a component is loaded, and by :meth:`verify`).
+        Checks that every file listed in ``model.json`` exists, and that every safetensors file has the length that its
+        header implies. Content is compared when a component is loaded, and by :meth:`verify`.
 
         Args:
             folder: the directory.
-            lite: of the published repositories, the stages (``"prior"``, ``"decoder"``) whose lite network is taken.
-                Where only one of the two networks was downloaded, that one is taken in any case.
-            check: whether content is compared with ``model.json`` while it is loaded; None: unless the environment's
+            lite: the stages (``"prior"``, ``"decoder"``) whose lite network is used, for the published repositories. If
+                only one of the two networks was downloaded, that one is used.
+            check: whether loading compares content with ``model.json``; None: yes, unless the environment variable
                 ``CASCADE_CHECK_WEIGHTS`` is 0.
 
         Raises:
@@ -207,19 +208,19 @@ class ModelFolder:
         return component in self.parts
 
     def require(self, components: Collection[str] = tuple(NEEDED)) -> None:
-        """Make sure that the folder has some components; say what of it cannot be checked.
+        """Make sure that the folder has some components. Logs if their weights have no checksums.
 
         Raises:
-            WeightsError: it lacks one; the sentence names all that it lacks.
+            WeightsError: components are missing. The sentence names all of them.
         """
         missing = [component for component in components if component not in self.parts]
         if missing:
             raise WeightsError(self._without(missing))
         if self.checks and not self.sums:
-            logger.info("The weights in %s come without checksums: damage to them would not be noticed.", self.root)
+            logger.info("The weights in %s have no checksums, so damage to them is not detected.", self.root)
 
     def _without(self, missing: Sequence[str]) -> str:
-        """The sentence about missing components."""
+        """The error message for missing components."""
         sentence = f"{self.root} has no {' and no '.join(missing)}"
         if (self.root / "model.json").is_file():
             return f"{sentence}."
@@ -234,19 +235,18 @@ class ModelFolder:
     def load_component(
         self, component: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Any:
-        """Read one component.
+        """Load one component.
 
         Args:
             component: one of ``COMPONENTS``.
-            device, dtype: where the weights go and what they become on the way. Ignored for the tokenizer and the
-                feature extractor.
+            device, dtype: the device and dtype of the loaded weights. Ignored for the tokenizer and the feature extractor.
 
         Returns:
             The network in evaluation mode, or the tokenizer or image processor.
 
         Raises:
-            WeightsError: the folder has no such component, or a file of it is missing, does not fit its
-                configuration, or differs from what ``model.json`` lists.
+            WeightsError: the folder has no such component, or a file of it is missing, does not fit its configuration, or
+                differs from its checksum in ``model.json``.
         """
         if component not in COMPONENTS:
             raise ValueError(f"There is no component {component!r}; there are {', '.join(COMPONENTS)}.")
@@ -296,11 +296,16 @@ class ModelFolder:
                     "the file again."
                 )
 
+    def standard_files(self, components: Iterable[str]) -> dict[str, list[Path]]:
+        """Of each component here that lies in the standard form, the safetensors files, whose tensors have our names."""
+        folders = {name: self.parts[name] for name in components if name in self.parts and self.parts[name].is_dir()}
+        return {name: find_weights(folder) for name, folder in folders.items()}
+
     def size(self, component: str, dtype: torch.dtype) -> int:
-        """The bytes of a network's tensors, those of floating point in `dtype`, by its file's header.
+        """Bytes of a network's tensors, with floating-point tensors in `dtype`. Reads only the file's header.
 
         Raises:
-            WeightsError: the folder has no such component, or no weights of it.
+            WeightsError: the folder has no such component, or no weights for it.
         """
         if component not in self.parts:
             raise WeightsError(self._without([component]))
@@ -309,16 +314,16 @@ class ModelFolder:
             raise no_weights(self.parts[component])
         total = 0
         for shape, kind in read_header(weights).values():
-            bits = re.search(r"\d+", kind)  # of F8_E4M3, 8; booleans name none
+            bits = re.search(r"\d+", kind)  # F8_E4M3 has 8; BOOL has no number
             itemsize = dtype.itemsize if "F" in kind else int(bits.group() if bits else 8) // 8
             total += math.prod(shape) * itemsize
         return total
 
     def verify(self) -> None:
-        """Compare the sha256 of every file with ``model.json``. Reads the whole folder.
+        """Compare the sha256 of every file with ``model.json``. Reads all files.
 
         Raises:
-            WeightsError: a file differs, is missing or is not listed, or there is no ``model.json`` to compare with.
+            WeightsError: a file differs, is missing or is not listed, or the folder has no ``model.json``.
         """
         if not self.checksums:
             raise WeightsError(f"{self.root / 'model.json'} does not exist, so there are no checksums to compare with.")
@@ -335,37 +340,39 @@ class ModelFolder:
 
 
 def check_channels(weights: Path, component: str, channels: int) -> None:
-    """Make sure that a ControlNet reads as many channels as it is given.
+    """Make sure that a ControlNet reads the number of channels that its kind has.
 
     Raises:
-        WeightsError: it does not; one of another kind has been put in its place.
+        WeightsError: it does not, so it is a ControlNet of another kind.
     """
     if channels != CONTROLNETS[component]:
-        raise WeightsError(f"{weights} is no {component}: it reads {channels} channels, not {CONTROLNETS[component]}.")
+        raise WeightsError(
+            f"{weights} is not a {component}: it reads {channels} channels, not {CONTROLNETS[component]}."
+        )
 
 
 def empty_network(component: str, config_path: Path) -> nn.Module:
-    """The network that a ``config.json`` describes, its parameters on the meta device: they have no content.
+    """Make a network from a ``config.json``, with parameters on the meta device, so without values.
 
     Args:
-        component: a name in ``NETWORKS``.
-        config_path: the file.
+        component: a key of ``NETWORKS``.
+        config_path: the ``config.json``.
 
     Raises:
-        WeightsError: the file is missing or no JSON, or describes no such network.
+        WeightsError: the file is missing, is not JSON, or does not describe such a network.
     """
     config = read_json(config_path)
     if not isinstance(config, dict):
-        raise WeightsError(f"{config_path} describes no {component}: it is no JSON object.")
-    # Buffers that no file holds, such as CLIP's position ids, are made for real.
+        raise WeightsError(f"{config_path} does not describe the {component}: it is not a JSON object.")
+    # Buffers get their values, because no file holds some of them, such as CLIP's position ids.
     with init_empty_weights(include_buffers=False):
         try:
             if component in TRANSFORMERS_CONFIGS:
                 return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
             return NETWORKS[component].from_config(current_names(config))
-        except Exception as error:  # what networks make of wrong settings
+        except Exception as error:  # networks raise various errors for wrong settings
             said = f"it lacks {error}" if isinstance(error, KeyError) else shortened(error).rstrip(".")
-            raise WeightsError(f"{config_path} describes no {component}: {said}.") from error
+            raise WeightsError(f"{config_path} does not describe the {component}: {said}.") from error
 
 
 def _open_own(root: Path) -> ModelFolder:
@@ -403,7 +410,7 @@ def _open_own(root: Path) -> ModelFolder:
         raise WeightsError(f"{path} lacks a field or has one of the wrong kind: {error}.") from error
     for listed in checksums:
         if PurePosixPath(listed).is_absolute() or ".." in PurePosixPath(listed).parts:
-            raise WeightsError(f"{path} lists {listed!r}, which lies outside of the folder.")
+            raise WeightsError(f"{path} lists {listed!r}, which is outside of the folder.")
         if listed.endswith(PICKLES):
             raise pickle_error(root / listed)
         if not (root / listed).is_file():
@@ -412,14 +419,14 @@ def _open_own(root: Path) -> ModelFolder:
 
 
 def _read_sums(pieces: Any, path: Path) -> dict[str, Sums]:
-    """What ``model.json`` says under "pieces", by file. Other algorithms are of newer versions, and are not compared."""
+    """The checksums in ``model.json`` under "pieces", by file. Empty for an unknown algorithm, of a newer version."""
     if pieces is None or pieces["algorithm"] != ALGORITHM:
         return {}
     return {file: Sums(sums.split(), path, int(pieces["bytes"])) for file, sums in pieces["sums"].items()}
 
 
 def _checks() -> bool:
-    """Whether the environment leaves checks on."""
+    """Whether the environment variable ``CASCADE_CHECK_WEIGHTS`` leaves checks on."""
     said = os.environ.get(CHECK) or "1"
     if said not in ("0", "1"):
         raise WeightsError(f"{CHECK} is {shortened(said)!r}; it must be 1, or 0 for no checks.")
@@ -451,7 +458,7 @@ def _open_published(root: Path, lite: Collection[str]) -> ModelFolder:
     parts = {}
     for component, candidates in places.items():
         there = [place for place in candidates if place.exists()]
-        # A folder that has only its config.json was left out of the download: the other one is meant.
+        # A folder with only a config.json was not downloaded, so the other candidate is used.
         whole = [place for place in there if component in PROCESSORS or place.is_file() or find_weights(place)]
         if there:
             parts[component] = (whole or there)[0]
@@ -468,35 +475,35 @@ def _open_published(root: Path, lite: Collection[str]) -> ModelFolder:
 
 
 def _published_repository(root: Path, name: str) -> Path:
-    """Where a repository lies: a folder of its name, or the snapshot that huggingface_hub's cache calls main."""
+    """The path of a downloaded repository: a folder of its name, or the snapshot of "main" in huggingface_hub's cache."""
     cache = root / f"models--stabilityai--{name}"
     main = cache / "refs" / "main"
     return cache / "snapshots" / main.read_text().strip() if main.is_file() else root / name
 
 
 def _weights_of(part: Path) -> list[Path]:
-    """The files of a network's weights: the component's single file, or those in its folder; [] if there are none."""
+    """The safetensors files of a component: its single file, or those in its folder; [] if there are none."""
     return [part] if part.is_file() else find_weights(part)
 
 
 def load_processor(component: str, folder: Path) -> Any:
-    """The tokenizer or image processor of a folder.
+    """Load the tokenizer or image processor in a folder.
 
     Raises:
         WeightsError: a file is missing or damaged.
     """
-    # Without its files the tokenizer would come back empty, and take every word for an unknown one.
+    # Without its files, transformers returns an empty tokenizer, for which every word is unknown.
     if not any(all((folder / name).is_file() for name in names) for names in PROCESSOR_FILES[component]):
         wanted = ", or ".join(" and ".join(names) for names in PROCESSOR_FILES[component])
         raise WeightsError(f"{folder} lacks {wanted}.")
     try:
         return PROCESSORS[component].from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises nothing narrower
+    except Exception as error:  # the tokenizers library raises bare Exception
         raise WeightsError(f"{folder} holds no readable {component}: {shortened(error)}") from error
 
 
 def _network(component: str, config_path: Path, weights: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A network in evaluation mode, of a ``config.json`` and of the tensors that `weights` holds."""
+    """Make a network in evaluation mode from a ``config.json`` and the tensors of `weights`."""
     network = empty_network(component, config_path)
     wrong = misfit(_shapes(network.state_dict()), _shapes(tensors))
     if wrong is not None:
@@ -505,11 +512,11 @@ def _network(component: str, config_path: Path, weights: Path, tensors: Mapping[
 
 
 def _single_file_network(component: str, path: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A network of the published size, in evaluation mode, of the authors' own file, which has no configuration."""
+    """Make a network of the published size, in evaluation mode, from the authors' file, which has no configuration."""
     network, config = NETWORKS[component], {}
     try:
         tensors = single_file.convert(tensors)
-        if network is ControlNet:  # of which several kinds were published
+        if network is ControlNet:  # the kinds differ in their configuration
             config = single_file.controlnet_config(_shapes(tensors))
         return single_file.build(tensors, network, config)
     except ValueError as error:
@@ -517,7 +524,7 @@ def _single_file_network(component: str, path: Path, tensors: Mapping[str, Tenso
 
 
 def _what_else(component: str, tensors: Mapping[str, Tensor]) -> str:
-    """What a file is that does not fit, where that helps."""
+    """The end of an error message: the model that a misfitting file holds; "" if it is unknown."""
     try:
         (held,) = single_file.split({key: tensor.to("meta") for key, tensor in tensors.items()}).values()
         return f"; it is {single_file.what_it_is(held)}"

@@ -1,11 +1,11 @@
-"""The Hub: which files a repository has, and how they are fetched, whole and as published.
+"""Lists a repository's files on the Hub, and downloads them.
 
-A file has its name once its checksum has been compared with the Hub's; until then it ends in ``.incomplete``, and the
-next download goes on with it. huggingface_hub's own functions for whole files begin again after a killed process, so the
-one below them, which can resume, is called here.
+A download is written to a name that ends in ``.incomplete``, and renamed once its checksum equals the Hub's. The next
+download resumes it. huggingface_hub's public functions start over after a killed process, so this module calls the
+resumable function below them.
 
-What can go wrong on the way is one of three things, each with sentences of its own: the disk (`DiskError`), what this
-machine is told about the way (certificates, proxies, tokens), and what the network and the Hub answer.
+Errors are of three kinds, each with its own sentences: the disk (`DiskError`), this machine's network settings
+(certificates, proxies, tokens), and the answers of the network and the Hub.
 """
 
 import errno
@@ -44,21 +44,27 @@ from cascade.weights.published import Repository
 
 logger = logging.getLogger(__name__)
 
-BRANCH = "main"  # of repositories other than the published, whose commits are pinned
+BRANCH = "main"  # for other repositories; the published ones are pinned to commits
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class HubError(DownloadError):
-    """The Hub, the way to it or the disk denies a download. One sentence says which, and what can be done."""
+    """A download failed because of the Hub, the network or the disk. One sentence says why and what can be done."""
 
 
 class DiskError(HubError):
-    """The disk denies it."""
+    """The disk failed."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the Hub describes it: `sha256` if it is in large-file storage, else git's `blob`."""
+    """A file as the Hub describes it.
+
+    Attributes:
+        size: bytes.
+        sha256: of its content, if it is in large-file storage.
+        blob: git's hash of a small file.
+    """
 
     repository: Repository
     path: str
@@ -70,13 +76,15 @@ class RemoteFile:
         return folder / self.repository.folder / self.path
 
     def incomplete(self, folder: Path) -> Path:
-        """Where its first bytes are; the name changes with the content, so that bytes of two files never mix."""
+        """The path of a partial download. It contains a part of the hash, so bytes of two versions never mix."""
         local = self.local(folder)
         return local.with_name(f"{local.name}.{(self.sha256 or self.blob)[:12]}{INCOMPLETE}")
 
     def is_in(self, folder: Path) -> bool:
-        """Whether it is there whole. A large one was compared before it got its name; reading it again takes long. So it
-        is read again only where a newer one may have come in its place, of the same size: a branch moves, a commit does not.
+        """Whether the folder has the complete file.
+
+        A large file's checksum was compared before it was renamed, and hashing it again is slow. So it is hashed again only
+        on a branch, where a newer version may have the same size.
         """
         local = self.local(folder)
         if not local.is_file() or local.stat().st_size != self.size:
@@ -86,17 +94,17 @@ class RemoteFile:
         return self.repository.revision != BRANCH or sha256(local) == self.sha256
 
     def left(self, folder: Path) -> int:
-        """How many of its bytes are not there yet, if it is not there whole."""
+        """How many bytes of an incomplete file are still to be downloaded."""
         incomplete = self.incomplete(folder)
         return max(self.size - incomplete.stat().st_size, 0) if incomplete.is_file() else self.size
 
 
 @contextmanager
 def fetched(files: list[RemoteFile], folder: Path) -> Iterator[dict[str, str]]:
-    """Fetch what of some files is not there yet, and keep other downloads out of the folder until the block ends.
+    """Download the missing files, and lock the folder against other downloads until the block ends.
 
     Yields:
-        sha256 of all of them, by path in the folder.
+        The sha256 of all files, by path in the folder.
 
     Raises:
         HubError: see `download`.
@@ -114,9 +122,9 @@ def fetched(files: list[RemoteFile], folder: Path) -> Iterator[dict[str, str]]:
 
 
 def list_files(repository: Repository) -> dict[str, RemoteFile]:
-    """All files of a repository by their paths. Raises what huggingface_hub raises if they may not be read."""
+    """All files of a repository, by path. Raises huggingface_hub's errors if they may not be read."""
     api = HfApi()
-    # Of a gated repository everyone may see the list.
+    # A gated repository's list of files is public, so access to its files is checked first.
     api.auth_check(repository.name)
     info = api.model_info(repository.name, revision=repository.revision, files_metadata=True)
     return {
@@ -132,19 +140,19 @@ def list_files(repository: Repository) -> dict[str, RemoteFile]:
 
 
 def check_free(folder: Path, needed: int) -> None:
-    """Raise a HubError unless the disk of a folder, which need not exist, has that many bytes to spare."""
+    """Raise a HubError unless the folder's disk has `needed` free bytes. The folder need not exist."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise HubError(
-            f"{amount(needed)} are still to be fetched, but the disk of {folder} has only {amount(free)} to spare: "
+            f"{amount(needed)} are still to be fetched, but the disk of {folder} has only {amount(free)} free: "
             "free some, or name a folder on another disk with --output."
         )
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other downloads out of it: two that append to one file would spoil it."""
+    """Make the folder, and lock it against other downloads, because two that append to one file would corrupt it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
         try:
@@ -155,14 +163,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def fetch(file: RemoteFile, folder: Path) -> None:
-    """Fetch the rest of a file, compare its checksum, and give it its name."""
+    """Download the rest of a file, compare its checksum, and rename it."""
     local, incomplete = file.local(folder), file.incomplete(folder)
     with on_disk(local):
         local.parent.mkdir(parents=True, exist_ok=True)
-        # Small files may travel compressed, where a range would mean something else. A longer file is none of ours.
+        # The server may compress small files, and then a range counts compressed bytes. A file that is too long is not ours.
         if incomplete.is_file() and (file.sha256 is None or incomplete.stat().st_size > file.size):
             incomplete.unlink()
-        stream = incomplete.open("ab", buffering=0)  # what was written stays, whatever comes then
+        stream = incomplete.open("ab", buffering=0)  # so that a killed process loses no bytes
     with stream:
         receive(file, Written(stream, local))
         with on_disk(local):
@@ -180,7 +188,7 @@ def fetch(file: RemoteFile, folder: Path) -> None:
 
 
 class Written:
-    """A file that is being written, to which a full disk is a `DiskError`: for huggingface_hub, every error is the network's."""
+    """A file whose write errors are `DiskError`s. huggingface_hub takes every OSError for a network error."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self.stream = stream
@@ -189,7 +197,7 @@ class Written:
     def write(self, data: bytes) -> int:
         with on_disk(self.path):
             left = memoryview(data)
-            while left:  # an unbuffered file may take a part
+            while left:  # an unbuffered file may write only a part
                 left = left[self.stream.write(left) :]
         return len(data)
 
@@ -199,23 +207,23 @@ class Written:
 
 @contextmanager
 def on_disk(path: Path) -> Iterator[None]:
-    """Turn what the disk raises, while a file is written, into a DiskError."""
+    """Turn an OSError while a file is written into a DiskError."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        advice = "make room" if error.errno in FULL else "mend that"
+        advice = "make room" if error.errno in FULL else "fix that"
         raise DiskError(
-            f"{path} could not be written ({reason}). What has arrived is kept; {advice}, and run the same command again."
+            f"{path} could not be written ({reason}). What was downloaded is kept; {advice}, and run the same command again."
         ) from error
 
 
 def receive(file: RemoteFile, stream: Written) -> None:
-    """Append to a file what it lacks; after a broken connection again, for as long as that brings something."""
+    """Append the missing bytes to a file. Reconnects after a broken connection, unless the last one received nothing."""
     url = hf_hub_url(file.repository.name, file.path, revision=file.repository.revision)
     while (have := stream.tell()) < file.size:
         try:
-            # No size is expected, so that a file of another size is judged here, in one place.
+            # Without an expected size: `fetch` checks it.
             http_get(url, stream, resume_size=have, headers=build_hf_headers(), displayed_filename=file.path)
         except httpx.TransportError:
             if stream.tell() <= have:
@@ -224,12 +232,12 @@ def receive(file: RemoteFile, stream: Written) -> None:
         except HfHubHTTPError as error:
             if error.response.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 raise
-        return  # the server has no more, be it enough or not
+        return  # the server has no more bytes; `fetch` checks whether they suffice
 
 
 @contextmanager
 def explained(repository: Repository) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a HubError."""
+    """Turn huggingface_hub's errors into a HubError."""
     hub = constants.ENDPOINT
     check_certificates()
     try:
@@ -239,36 +247,38 @@ def explained(repository: Repository) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise HubError(why_denied(error, repository)) from error
     except OfflineModeIsEnabled as error:
-        raise HubError(f"HF_HUB_OFFLINE forbids to ask {hub} for {repository.name}.") from error
+        raise HubError(f"HF_HUB_OFFLINE is set, so {hub} cannot be asked for {repository.name}.") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise HubError(f"{hub} does not answer as the Hub does: something on the way may want a login.") from error
-    except UnicodeEncodeError as error:
-        raise HubError("Your token, in HF_TOKEN, is none: it must be of ASCII letters and digits.") from error
-    except ImportError as error:  # a SOCKS proxy is the one thing for which httpx needs another package
         raise HubError(
-            f"{hub} is to be asked through a SOCKS proxy, for which the package socksio is needed: {sys.executable} -m pip "
+            f"{hub} does not answer as the Hub does: a proxy or a login page may answer in its place."
+        ) from error
+    except UnicodeEncodeError as error:
+        raise HubError("Your token, in HF_TOKEN, is not valid: it must consist of ASCII letters and digits.") from error
+    except ImportError as error:  # httpx needs another package only for a SOCKS proxy
+        raise HubError(
+            f"{hub} is reached through a SOCKS proxy, which needs the package socksio: {sys.executable} -m pip "
             "install socksio"
         ) from error
     except (httpx.HTTPError, OSError) as error:
         raise HubError(why_unreachable(error, repository)) from error
-    except ValueError as error:  # of a proxy that httpx cannot use
+    except ValueError as error:  # httpx raises it for a proxy that it cannot use
         raise HubError(f"{hub} cannot be asked for {repository.name}: {str(error).rstrip('.')}.") from error
 
 
 def check_certificates() -> None:
-    """Make sure that SSL_CERT_FILE, if it is set, names certificates: httpx would raise what a disk raises."""
+    """Make sure that SSL_CERT_FILE, if it is set, names certificates. httpx would raise an OSError like a disk's."""
     file = os.environ.get("SSL_CERT_FILE")
     if not file:
         return
     try:
         ssl.create_default_context(cafile=file)
-    except OSError as error:  # of which ssl.SSLError is one
+    except OSError as error:  # ssl.SSLError is one, too
         reason = "there is no such file" if error.errno == errno.ENOENT else "it holds no certificates in PEM form"
         raise HubError(f"SSL_CERT_FILE is {file}, but {reason}: correct the variable, or unset it.") from error
 
 
 def why_unreachable(error: BaseException, repository: Repository) -> str:
-    """One sentence about a connection that failed."""
+    """One sentence about a failed connection."""
     hub = constants.ENDPOINT
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
@@ -283,16 +293,16 @@ def why_unreachable(error: BaseException, repository: Repository) -> str:
         if isinstance(cause, ssl.SSLError):
             return (
                 f"There is no trusted connection to {hub} ({getattr(cause, 'verify_message', '') or cause.reason}). If "
-                "something on the way opens connections, name its certificate in SSL_CERT_FILE."
+                "a proxy decrypts connections, name its certificate in SSL_CERT_FILE."
             )
     return (
-        f"The connection to {hub} for {repository.name} failed ({str(error) or type(error).__name__}). What has arrived is "
-        "kept; run the same command again."
+        f"The connection to {hub} for {repository.name} failed ({str(error) or type(error).__name__}). What was downloaded "
+        "is kept; run the same command again."
     )
 
 
 def why_denied(error: HfHubHTTPError, repository: Repository) -> str:
-    """One sentence about an answer of the Hub's that is none of the wanted ones."""
+    """One sentence about an error that the Hub answered."""
     hub = constants.ENDPOINT
     page = f"{hub}/{repository.name}"
     status = error.response.status_code
@@ -307,7 +317,7 @@ def why_denied(error: HfHubHTTPError, repository: Repository) -> str:
             f"{repository.name} is gated: accept its conditions at {page} with an account there, make a token at "
             f"{hub}/settings/tokens, and put it into HF_TOKEN."
         )
-    # Who may see no repository is told the same as of one that does not exist.
+    # The Hub gives the same answer for a repository that does not exist and for one that the user may not see.
     if not_found or status == HTTPStatus.UNAUTHORIZED:
         who = "does not show it to your token" if with_token else "shows it only to those with a token, in HF_TOKEN"
         return f"{hub} has no repository {repository.name}, or {who}."
@@ -319,6 +329,6 @@ def why_denied(error: HfHubHTTPError, repository: Repository) -> str:
 
 
 def git_blob(path: Path) -> str:
-    """What git calls a file's content."""
+    """Git's hash of a file's content."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,10 +1,10 @@
-"""The folder of a download: a sub-folder a repository, and ``download.json``. That says what is there::
+"""The folder of a download: one sub-folder per repository, and ``download.json``, which lists its complete files::
 
     {"parts": ["prior_lite", ...],                              # keys of ``cascade.weights.published.PARTS``
      "files": {"stable-cascade-prior/prior_lite/config.json": "<sha256>", ...},
-     "repositories": {"owner/name": {"owner--name/prior/config.json": "<sha256>", ...}}}    # others than the published
+     "repositories": {"owner/name": {"owner--name/prior/config.json": "<sha256>", ...}}}    # other than the published
 
-What it lists is whole, and as the Hub has it. Files that it does not list may be on their way, or of an earlier time.
+Listed files are complete, with the Hub's checksums. Other files may be incomplete or outdated.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ LOCK = ".lock"
 
 
 class DownloadError(Exception):
-    """A folder of a download is not what it should be. One sentence says what is wrong and what can be done."""
+    """A download is missing, damaged or incomplete. One sentence says what is wrong and what can be done."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``download.json`` says.
+    """The content of ``download.json``.
 
     Attributes:
         parts: keys of ``PARTS``.
-        files: sha256 by path in the folder, of every file of these parts.
-        repositories: by the name of a repository other than the published, the same of its files.
+        files: sha256 of every file of these parts, by path in the folder.
+        repositories: the same for other repositories than the published, by their names.
     """
 
     parts: list[str]
@@ -42,7 +42,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Raises a DownloadError if it is not there or damaged."""
+        """Read a folder's ``download.json``. Raises a DownloadError if it is missing or damaged."""
         file = cls.file(folder)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ class Manifest:
             raise DownloadError(f"{file} is damaged: delete it, and run scripts/download-weights again.") from None
 
     def updated(self, newer: "Manifest") -> "Manifest":
-        """This one with the parts of a newer one, which take the place of those that make the same components."""
+        """This manifest with the newer one's parts, which replace parts of the same components."""
         replaced = {PARTS[name].component for name in newer.parts}
         parts = [*(name for name in self.parts if PARTS[name].component not in replaced), *newer.parts]
         files = {**self.files, **newer.files}
@@ -72,7 +72,7 @@ class Manifest:
 
 
 def remove_download(folder: Path) -> None:
-    """Delete every file that a download may have put into a folder, and what is empty then. Other files stay."""
+    """Delete every file that a download may have written, then the empty folders. Other files stay."""
     files = [folder / path for part in PARTS.values() for path in part.paths]
     with contextlib.suppress(DownloadError):
         files += [folder / path for listed in Manifest.read(folder).repositories.values() for path in listed]
@@ -84,10 +84,10 @@ def remove_download(folder: Path) -> None:
     # The deepest first, and the folder itself last.
     parents = {parent for file in files for parent in file.parents if parent.is_relative_to(folder)}
     for parent in sorted(parents, key=lambda path: len(path.parts), reverse=True):
-        with contextlib.suppress(OSError):  # something else is in it, or it was never made
+        with contextlib.suppress(OSError):  # it is not empty, or does not exist
             parent.rmdir()
 
 
 def amount(size: int) -> str:
-    """Bytes for people."""
+    """A number of bytes as text, in GB or MB (powers of 1000)."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

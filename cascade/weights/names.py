@@ -1,11 +1,11 @@
-"""How files of weights are called. Needs no library, so that downloads start at once."""
+"""Names of files and folders with weights. Needs no library, so that downloads start at once."""
 
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Names of the networks' files in the standard form, the preferred ones first: in bfloat16 where there are several.
+# Names of a network's file in the standard form, preferred ones first. bfloat16 is preferred.
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = (".bf16", "", ".fp16", ".fp32")
-# What else a component's folder may hold that is read.
+# Other files of a component's folder that are read.
 SMALL_FILES = (
     "config.json",
     "tokenizer.json",
@@ -15,7 +15,7 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "preprocessor_config.json",
 )
-# Folders of a repository that hold a component. In diffusers' combined pipelines, the prior's have a name before theirs.
+# Folders of a repository that hold a component. diffusers' combined pipelines put "prior_" before the prior's components.
 COMPONENT_FOLDERS = frozenset(
     {
         "tokenizer",
@@ -39,5 +39,5 @@ COMPONENT_FOLDERS = frozenset(
 
 
 def index_names(stem: str, variant: str) -> tuple[str, str]:
-    """What the list of a network's shards may be called: diffusers has moved the variant."""
+    """The possible names of the index of a network's shards. They differ between versions of diffusers."""
     return f"{stem}{SUFFIX}.index{variant}.json", f"{stem}{variant}{SUFFIX}.index.json"

@@ -1,9 +1,9 @@
-"""Which files of the published repositories make which component of a model folder. Tables only.
+"""Tables: the files of the published repositories, by component of a model folder.
 
-Repositories are pinned. Networks are taken as bfloat16 where they are published so; of the two text encoders and
-tokenizers, which are the same, one is taken. Sizes on disk: Stage C 7.2 GB (lite 2.1), Stage B 3.1 GB (lite 1.4), text
-encoder 1.4 GB, Stage A 37 MB; ControlNets 1.2 GB, image encoder 0.6 GB, semantic encoder 82 MB, previewer 16 MB, safety
-checker 0.3 GB.
+Repositories are pinned to commits. Networks are downloaded in bfloat16 where that is published. Both repositories have the
+same text encoder and tokenizer, so only one copy is downloaded. Sizes on disk: Stage C 7.2 GB (lite 2.1), Stage B 3.1 GB
+(lite 1.4), text encoder 1.4 GB, Stage A 37 MB; ControlNets 1.2 GB, image encoder 0.6 GB, semantic encoder 82 MB,
+previewer 16 MB, safety checker 0.3 GB.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ class Repository:
 
     @property
     def folder(self) -> str:
-        """What it is called in the folder of a download: others may have the same name as the published, of other owners."""
+        """Its sub-folder in a download: its name, preceded by the owner unless it is published. Owners may share names."""
         return self.name.rpartition("/")[2] if self in PUBLISHED else self.name.replace("/", "--")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is downloaded together.
+    """Files that are downloaded together and make one component.
 
     Attributes:
-        component: the sub-folder of the model folder that it becomes.
-        repository: where it is.
+        component: the sub-folder of the model folder.
+        repository: the repository that has the files.
         files: paths in the repository.
-        dtype: of a network's parameters, as safetensors names it; None: no network of this package says what they are.
+        dtype: safetensors' name for the dtype of a network's parameters; None: not a network of this package.
     """
 
     component: str
@@ -45,7 +45,7 @@ class Part:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is one network as its authors stored it: a single file, with no configuration."""
+        """Whether it is one of the authors' single files, without a configuration."""
         return self.dtype is not None and len(self.files) == 1
 
 
@@ -61,7 +61,7 @@ def _network(component: str, repository: Repository, folder: str, weights: str) 
 
 
 def _checkpoint(component: str, weights: str) -> Part:
-    """A network as its authors stored it: a single safetensors file, in float32, with no configuration."""
+    """One of the authors' single safetensors files, in float32, without a configuration."""
     return Part(component, DECODER, (weights,), "F32")
 
 
@@ -88,7 +88,7 @@ PARTS = {
     "safety_checker": Part("safety_checker", SAFETY, ("config.json", "model.safetensors", "preprocessor_config.json")),
 }
 
-# The parts that pictures from text need, by what the options --prior and --decoder say.
+# The parts that text-to-image needs: always, and by the options --prior and --decoder.
 ALWAYS = ("tokenizer", "text_encoder", "vqgan")
 PRIORS = {"full": "prior", "lite": "prior_lite"}
 DECODERS = {"full": "decoder", "lite": "decoder_lite"}

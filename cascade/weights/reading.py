@@ -1,6 +1,6 @@
-"""Safetensors files: which of them a folder's network lies in, what they hold, and their tensors.
+"""Safetensors files: finds a component's files, and reads their headers and tensors.
 
-Files are read by several threads, which compare checksums with what they read, before it goes to the GPU.
+Several threads read a file. They compare checksums before they copy tensors to the GPU.
 """
 
 import json
@@ -18,13 +18,19 @@ from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.names import PICKLES, STEMS, SUFFIX, VARIANTS, index_names
 from cascade.weights.sums import PIECE, READERS, Piece, divide
 
-# What a file's tensors are, by name: shape, and dtype as safetensors writes it.
+# (shape, safetensors' name for the dtype) of each tensor of a file, by name.
 Header = dict[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
 class Sums:
-    """The checksums of a file's pieces, of at least `least` bytes, and what lists them. See `cascade.weights.sums`."""
+    """The checksums of a file's pieces, see `cascade.weights.sums`.
+
+    Attributes:
+        listed: one checksum per piece.
+        where: the file that lists them, for errors.
+        least: minimum bytes of a piece.
+    """
 
     listed: Sequence[str]
     where: Path
@@ -32,10 +38,10 @@ class Sums:
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """The safetensors file that holds the network of a component's folder, or all of its shards; [] if there is none.
+    """The safetensors file in a component's folder, or all of its shards; [] if there is none.
 
     Raises:
-        WeightsError: a shard is missing, or there are several files of which none has a standard name.
+        WeightsError: a shard is missing, or there are several files and none has a standard name.
     """
     for stem in STEMS:
         for variant in VARIANTS:
@@ -48,19 +54,19 @@ def find_weights(folder: Path) -> list[Path]:
     others = sorted(file for file in folder.iterdir() if file.suffix.lower() == SUFFIX) if folder.is_dir() else []
     if len(others) > 1:
         names = shortened(", ".join(file.name for file in others))
-        raise WeightsError(f"{folder} holds several files of weights, of which none has a standard name: {names}.")
+        raise WeightsError(f"{folder} holds several files of weights, and none has a standard name: {names}.")
     return others
 
 
 def no_weights(folder: Path) -> WeightsError:
-    """The error of a component's folder in which there is no safetensors file."""
+    """The error for a component's folder without a safetensors file."""
     pickles = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICKLES)
     if pickles:
         return pickle_error(pickles[0])
     return WeightsError(f"{folder} has no weights: it should hold {STEMS[0]}{SUFFIX} or {STEMS[1]}{SUFFIX}.")
 
 
-def pickle_error(path: Path) -> WeightsError:
+def pickle_error(path: Path | str) -> WeightsError:
     return WeightsError(f"{path} is a pickle, which can run code when it is read; only safetensors files are opened.")
 
 
@@ -68,17 +74,17 @@ def read_index(path: Path) -> list[Path]:
     """The shards that an index, ``*.safetensors.index.json``, lists.
 
     Raises:
-        WeightsError: the index is damaged, or a shard is missing, a pickle or elsewhere.
+        WeightsError: the index is damaged, or a shard is missing, is a pickle or is outside of the index's folder.
     """
     content = read_json(path)
     try:
         names = sorted(set(content["weight_map"].values()))
         files = [path.parent / name for name in names]
     except (KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is no index of shards: it has no 'weight_map' of file names.") from error
+        raise WeightsError(f"{path} is not an index of shards: it has no 'weight_map' of file names.") from error
     for name, file in zip(names, files, strict=True):
         if Path(name).name != name:
-            raise WeightsError(f"{path} lists {shortened(name)!r}, which lies outside of the folder.")
+            raise WeightsError(f"{path} lists {shortened(name)!r}, which is outside of the folder.")
         if file.suffix.lower() != SUFFIX:
             raise pickle_error(file)
         if not file.is_file():
@@ -87,7 +93,7 @@ def read_index(path: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> Any:
-    """Raises a WeightsError if the file is missing or no JSON."""
+    """The content of a JSON file. Raises a WeightsError if it is missing or not valid."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -96,16 +102,16 @@ def read_json(path: Path) -> Any:
         raise WeightsError(f"{path} is not valid JSON: {shortened(error).rstrip('.')}.") from error
 
 
-def unreadable(path: Path, error: Exception) -> WeightsError:
-    """The error of a file that safetensors or the disk refuses."""
+def unreadable(path: Path | str, error: Exception) -> WeightsError:
+    """The error for a file that cannot be read."""
     return WeightsError(f"{path} is truncated or no safetensors file: {shortened(error).rstrip('.')}.")
 
 
 def check_header(path: Path) -> None:
-    """safetensors compares the header's offsets with the file's length, so this finds a truncated file at once.
+    """Make sure that a safetensors file is complete. Reads only the header, whose offsets must match the file's length.
 
     Raises:
-        WeightsError: the file is cut, or none.
+        WeightsError: it is truncated or not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt"):
@@ -118,7 +124,7 @@ def read_header(files: Iterable[Path]) -> Header:
     """Shape and dtype of every tensor of some safetensors files, by name.
 
     Raises:
-        WeightsError: a file is cut, or none.
+        WeightsError: a file is truncated or not a safetensors file.
     """
     header: Header = {}
     for path in files:
@@ -141,12 +147,12 @@ def read_tensors(
 
     Args:
         files: paths.
-        device: where they go.
-        dtype: what tensors of floating point become; None: they stay as stored.
-        sums: by file, the checksums that are compared while it is read. A file without is read as it is.
+        device: the tensors' device.
+        dtype: the dtype of floating-point tensors; None: as stored.
+        sums: checksums by file, compared during reading. Files without an entry are not checked.
 
     Raises:
-        WeightsError: a file is cut, none, or damaged: its content differs from its checksums.
+        WeightsError: a file is truncated, not a safetensors file, or differs from its checksums.
     """
     tensors: dict[str, Tensor] = {}
     for path in files:
@@ -161,7 +167,7 @@ def read_tensors(
 
 def _read_file(path: Path, device: str | torch.device, sums: Sums | None) -> dict[str, Tensor]:
     pieces = divide(path, sums.least if sums else PIECE)
-    # Pieces have other tensors, and other sums, as soon as the header is another.
+    # A damaged header can change the number of pieces.
     listed: Sequence[str | None] = [None] * len(pieces)
     if sums is not None:
         if len(sums.listed) != len(pieces):

@@ -1,13 +1,13 @@
-"""What a file of weights is, by the names and shapes of its tensors: for the sentence that refuses it."""
+"""Recognises other models' files by the names and shapes of their tensors, to name them in errors."""
 
 from collections.abc import Mapping, Sequence
 
 STABLE_DIFFUSION = "Stable Diffusion"
-# By the width of the text that its cross-attention reads.
+# By the width of the text embeddings that cross-attention reads.
 STABLE_DIFFUSION_VERSIONS = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2"}
 CROSS_ATTENTION = "attn2.to_k.weight"
 
-# A file is the first of these of which every piece is part of some key.
+# (model, pieces). A file is the first model whose pieces all occur in its keys.
 MODELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a LoRA", ("lora",)),
     ("a LoRA", ("hada_w1",)),
@@ -34,10 +34,10 @@ MODELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def recognise(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """What a file is that holds none of Stable Cascade's networks, such as "Stable Diffusion XL"; None: not known.
+    """The model that a file holds, such as "Stable Diffusion XL"; None if it is unknown.
 
     Args:
-        shapes: of its tensors by key, as stored.
+        shapes: the shapes of the file's tensors, by key.
     """
     for name, pieces in MODELS:
         if not all(any(piece in key for key in shapes) for piece in pieces):

@@ -1,12 +1,13 @@
-"""Checkpoints of other programs: which networks a file holds, under which names, and in which precision.
+"""Checkpoints of other programs: splits a file into networks, and converts names and precision.
 
-A file may hold one network, or several under prefixes; names may be the authors', ComfyUI's, kohya's or diffusers'. A
-network is found by a tensor that no other has; what stands before that tensor's name is the prefix, whoever made it up.
-`split` answers with one state dict a component, in the names of `cascade.networks`. It needs names and shapes alone, so
-that it can be asked of tensors on the meta device before anything is read.
+A file holds one network, or several under prefixes, in names of the authors, ComfyUI, kohya or diffusers. `split` finds a
+network by a tensor that no other network has. The text before that tensor's name is the prefix. `split` returns one state
+dict per component, in the names of `cascade.networks`. It needs only names and shapes, so tensors on the meta device serve
+to inspect a file before it is read.
 
-Of the authors' names, fused attention projections are split, Stage B's `clip_mapper` and Stage A's `codebook` are renamed,
-all else is the same. Weights in 8-bit floating point become bfloat16, multiplied by their scales if they have any.
+The authors' names are `cascade.networks`' with three exceptions: fused attention projections are split, and Stage B's
+`clip_mapper` and Stage A's `codebook` are renamed. Weights in 8-bit floating point are multiplied by their scales, if they
+have any, and become bfloat16.
 """
 
 import logging
@@ -31,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
-# A component, and a tensor that it has in every program's names, and no other component has. Both UNets have a `clf`, so
-# these look for what only one of them has.
+# A tensor's name in all programs -> the only component that has it. Both UNets have a `clf`, so these are other tensors.
 SIGNATURES = {
     "clip_txt_mapper.weight": "prior",
     "effnet_mapper.0.weight": "decoder",
@@ -44,7 +44,7 @@ SIGNATURES = {
     "text_model.final_layer_norm.weight": "text_encoder",
     "vision_model.post_layernorm.weight": "image_encoder",
 }
-# What people call them.
+# Names for errors.
 TITLES = {
     "prior": "Stage C (prior)",
     "decoder": "Stage B (decoder)",
@@ -56,19 +56,27 @@ TITLES = {
     "text_encoder": "a text encoder",
     "image_encoder": "an image encoder",
 }
-# Tensors that ComfyUI's files hold beside the networks', by their last name: OpenCLIP's scale, of CLIP's objective; marks
-# of files in 8 bits; the scales of activations, of which no network here rounds any.
+# Tensors of ComfyUI's files that no network needs, by the last part of their names: OpenCLIP's scale, which only CLIP's
+# training uses; marks of 8-bit files; scales of 8-bit activations, which no network here uses.
 SURPLUS = ("logit_scale", "scaled_fp8", "scale_input", "input_scale", "comfy_quant")
-# Of a tensor `x.weight`, the scale is one of these.
+# The scale of a tensor `x.weight` is `x.` and one of these.
 SCALES = ("scale_weight", "weight_scale")
-# What ComfyUI's semantic encoder holds: pixels are normalised with it. Here, that is the network's own.
+# ComfyUI's semantic encoder stores the normalisation of pixels as tensors. Here, it is part of the network.
 NORMALISATION = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A published network. `component` says what it does; `name` tells sizes apart, by the `width` of `width_key`."""
+    """A published network.
+
+    Attributes:
+        name: the component, with "_lite" for the smaller size.
+        component: what it is used as.
+        network: its class.
+        width_key, width: the tensor whose first dimension tells the sizes apart, and that dimension.
+        config: the configuration, where it differs from the class's defaults.
+    """
 
     name: str
     component: str
@@ -79,7 +87,7 @@ class Variant:
 
     @property
     def title(self) -> str:
-        """What people call it: "the lite Stage C (prior)"."""
+        """Its name in errors, such as "the lite Stage C (prior)"."""
         title = TITLES[self.component]
         sizes = [variant for variant in VARIANTS if variant.component == self.component]
         return title if len(sizes) == 1 else f"the {'lite' if self.name.endswith('_lite') else 'full'} {title}"
@@ -176,7 +184,7 @@ VARIANTS = (
             "up_blocks_repeat_mappers": (2, 2, 2, 2),
         },
     ),
-    # The authors decode with 0.43; the diffusers folder of the same weights says 0.3764, its class's default.
+    # The authors decode with 0.43. The diffusers folder of the same weights has 0.3764, its class's default.
     Variant("vqgan", "vqgan", StageA, "in_block.1.weight", 192, {"scale_factor": 0.43}),
     Variant("effnet", "effnet", SemanticEncoder, "mapper.0.weight", 16, {}),
     Variant("previewer", "previewer", Previewer, "blocks.0.weight", 512, {}),
@@ -200,14 +208,15 @@ VARIANTS = (
 
 
 def split(state_dict: Mapping[str, Tensor], only: str | None = None) -> dict[str, StateDict]:
-    """A file's tensors by component, with prefixes taken off and in our names.
+    """Split a file's tensors by component, without prefixes and in our names.
 
     Args:
-        state_dict: on any device, "meta" too. Tensors of no component are left out, and logged.
-        only: the one component that is wanted; None: all. Those of `SIGNATURES`.
+        state_dict: the file's tensors, on any device including "meta". Tensors that belong to no component are dropped and
+            logged.
+        only: a component of `SIGNATURES`; None: all.
 
     Raises:
-        ValueError: there is no component, or one is there twice; the sentence says what the file is, if that is known.
+        ValueError: the file holds no component, or one twice. The sentence names the file's model, if it is known.
     """
     prefixes: dict[str, str] = {}
     for key in state_dict:
@@ -218,14 +227,14 @@ def split(state_dict: Mapping[str, Tensor], only: str | None = None) -> dict[str
                     other = next(prefix for prefix, found in prefixes.items() if found == component)
                     raise ValueError(f"it holds {TITLES[component]} twice, under {other!r} and under {prefix!r}.")
                 prefixes[prefix] = component
-    # Other programs' models have encoders of text and images, too.
+    # Other models' files may hold text and image encoders, too.
     if not set(prefixes.values()) - {"text_encoder", "image_encoder"}:
         what = recognise({key: tensor.shape for key, tensor in state_dict.items()})
         if what is not None:
             raise ValueError(f"it is {what}, and nothing of Stable Cascade.")
     if not prefixes:
         some = ", ".join(sorted(state_dict)[:3]) or "none at all"
-        raise ValueError(f"its tensors ({some}) are those of none of Stable Cascade's networks.")
+        raise ValueError(f"its tensors ({some}) belong to none of Stable Cascade's networks.")
     groups: dict[str, StateDict] = {component: {} for component in prefixes.values()}
     strangers = []
     for key, tensor in state_dict.items():
@@ -238,12 +247,12 @@ def split(state_dict: Mapping[str, Tensor], only: str | None = None) -> dict[str
         elif key.rpartition(".")[2] not in SURPLUS:
             strangers.append(key)
     if strangers and only is None:
-        logger.warning("%d tensors are of no network, and are left out: %s ...", len(strangers), strangers[0])
+        logger.warning("%d tensors belong to no network and are ignored: %s ...", len(strangers), strangers[0])
     return {component: convert(group) for component, group in groups.items() if only in (None, component)}
 
 
 def _is_projection(key: str, prefixes: Mapping[str, str]) -> bool:
-    """Whether a tensor is the text encoder's projection, which ComfyUI writes beside the prefix, not behind it."""
+    """Whether a tensor is the text encoder's projection, which ComfyUI stores outside of the text encoder's prefix."""
     above, found, _ = key.partition("text_projection")
     return bool(found) and any(
         prefix.startswith(above) for prefix, component in prefixes.items() if component == "text_encoder"
@@ -251,13 +260,13 @@ def _is_projection(key: str, prefixes: Mapping[str, str]) -> bool:
 
 
 def convert(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """One network's tensors under our names, from the authors', ComfyUI's or already ours.
+    """Convert one network's tensors from the authors' or ComfyUI's names to ours. Tensors in our names stay.
 
-    Split tensors are copies, so that the result can be saved. Those in 8-bit floating point become bfloat16.
+    Split tensors are copies, so that the result can be saved. 8-bit floating point becomes bfloat16.
 
     Raises:
-        ValueError: a scale fits no tensor, fused projections have a shape that cannot be split, or ComfyUI's normalisation of
-            pixels is another than the network's own.
+        ValueError: a scale fits no tensor, fused projections cannot be split, or ComfyUI's normalisation of pixels differs
+            from the network's.
     """
     result: StateDict = {}
     for key, tensor in _in_sixteen_bits(state_dict).items():
@@ -274,7 +283,7 @@ def convert(state_dict: Mapping[str, Tensor]) -> StateDict:
             for name, part in zip(("to_q", "to_k", "to_v"), tensor.chunk(3), strict=True):
                 result[f"{stem}{name}.{kind}"] = part.clone()
             continue
-        if key == "text_projection":  # OpenCLIP's parameter, which transformers holds as a Linear
+        if key == "text_projection":  # a parameter in OpenCLIP, a Linear in transformers
             if tensor.ndim != 2:
                 raise ValueError(f"{key} has the shape {tuple(tensor.shape)}; it must have 2 dimensions.")
             key, tensor = "text_projection.weight", tensor.t().contiguous()
@@ -285,7 +294,7 @@ def convert(state_dict: Mapping[str, Tensor]) -> StateDict:
 
 
 def _in_sixteen_bits(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Without 8-bit floating point, scales, and what else accompanies it."""
+    """Convert 8-bit floating point to bfloat16, and drop scales and other surplus tensors."""
     scales = {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[2] in SCALES}
     result: StateDict = {}
     for key, tensor in state_dict.items():
@@ -304,10 +313,10 @@ def _in_sixteen_bits(state_dict: Mapping[str, Tensor]) -> StateDict:
 def _scaled(key: str, tensor: Tensor, scale: Tensor) -> Tensor:
     if tensor.dtype not in EIGHT_BITS:
         raise ValueError(f"{key} has a scale, but is stored as {tensor.dtype}, not in 8-bit floating point.")
-    if tensor.ndim and scale.numel() == len(tensor):  # one a row
+    if tensor.ndim and scale.numel() == len(tensor):  # one per row
         scale = scale.reshape(-1, *[1] * (tensor.ndim - 1))
     elif scale.numel() != 1:
-        raise ValueError(f"{key} has {scale.numel()} scales; only one for all, or one a row, is understood.")
+        raise ValueError(f"{key} has {scale.numel()} scales; it must have one in all, or one per row.")
     return (tensor.float() * scale.float().reshape(scale.shape or ())).to(torch.bfloat16)
 
 
@@ -320,20 +329,20 @@ def _check_normalisation(key: str, tensor: Tensor) -> None:
 
 
 def component_of(state_dict: Mapping[str, Tensor]) -> str:
-    """Which component a converted state dict is. Raises ValueError if it is none."""
+    """The component of a converted state dict. Raises a ValueError if it belongs to none."""
     for key, component in SIGNATURES.items():
         if key in state_dict:
             return component
     some = ", ".join(sorted(state_dict)[:3])
-    raise ValueError(f"its tensors ({some}) are those of none of Stable Cascade's networks.")
+    raise ValueError(f"its tensors ({some}) belong to none of Stable Cascade's networks.")
 
 
 def variant_of(state_dict: Mapping[str, Tensor]) -> Variant:
-    """Which published network a converted state dict is. Raises ValueError if it is none."""
+    """The published network of a converted state dict. Raises a ValueError if it is none of them."""
     component = component_of(state_dict)
     variants = [variant for variant in VARIANTS if variant.component == component]
     if not variants:
-        raise ValueError(f"{component} has no variants that its width would tell apart.")
+        raise ValueError(f"{component} has no variants that its width tells apart.")
     key = variants[0].width_key
     if key not in state_dict:
         raise ValueError(f"it has no tensor {key}, which {TITLES[component]} has.")
@@ -345,11 +354,11 @@ def variant_of(state_dict: Mapping[str, Tensor]) -> Variant:
         if variant.width == width:
             return variant
     published = " or ".join(str(variant.width) for variant in variants)
-    raise ValueError(f"it is {TITLES[component]} of the width {width}; published is {published}.")
+    raise ValueError(f"it is {TITLES[component]} of width {width}; published widths are {published}.")
 
 
 def what_it_is(state_dict: Mapping[str, Tensor]) -> str:
-    """What people call the network of a converted state dict: "the lite Stage C (prior)"."""
+    """The name in errors of a converted state dict's network, such as "the lite Stage C (prior)"."""
     try:
         return variant_of(state_dict).title
     except ValueError:
@@ -359,17 +368,21 @@ def what_it_is(state_dict: Mapping[str, Tensor]) -> str:
 def controlnet_config(
     shapes: Mapping[str, Sequence[int]], proj_blocks: Sequence[int] = PUBLISHED_BLOCKS
 ) -> dict[str, Any]:
-    """`ControlNet`'s configuration, from the shapes of a file's tensors by key.
+    """The configuration of a `ControlNet`, from the shapes of its tensors.
 
-    proj_blocks: which ResBlocks get the residuals. No file says so; the default is that of the published networks.
-    Raises ValueError for tensors of no ControlNet, and if the number of projections is not that of `proj_blocks`.
+    Args:
+        shapes: by key.
+        proj_blocks: the ResBlocks that get the residuals. No file holds them; the default is the published networks'.
+
+    Raises:
+        ValueError: the tensors are not a ControlNet's, or it has another number of projections than `proj_blocks`.
     """
     if "backbone.0.0.weight" in shapes:
         mode, stem = "effnet", "backbone.0.0.weight"
     elif "backbone.0.weight" in shapes:
         mode, stem = "large" if "backbone.10.blocks.0.weight" in shapes else "simple", "backbone.0.weight"
     else:
-        raise ValueError("The tensors are no ControlNet's: neither backbone.0.0.weight nor backbone.0.weight is there.")
+        raise ValueError("The tensors are not a ControlNet's: backbone.0.0.weight and backbone.0.weight are missing.")
     projections = [key for key in shapes if key.startswith("projections.") and key.endswith(".2.weight")]
     if len(projections) != len(proj_blocks):
         raise ValueError(f"The ControlNet has {len(projections)} projections, for ResBlocks {tuple(proj_blocks)}.")
@@ -385,7 +398,7 @@ def controlnet_config(
 
 
 def make(network: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
-    """A network of a class and its configuration, on the meta device: its parameters have no content."""
+    """Make a network from its class and configuration, with parameters on the meta device, so without values."""
     with torch.device("meta"):
         if network in CONFIG_CLASSES:
             return network(CONFIG_CLASSES[network](**config))
@@ -393,14 +406,14 @@ def make(network: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
 
 
 def build(state_dict: Mapping[str, Tensor], network: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
-    """The network of a converted state dict, in eval mode, around the very tensors given (their dtype and device).
+    """Make a network in evaluation mode from a converted state dict. Uses its tensors without a copy.
 
     Args:
-        state_dict: of one component.
+        state_dict: the tensors of one component.
         network, config: its class and configuration.
 
     Raises:
-        ValueError: the first tensor that is missing, surplus or of another shape.
+        ValueError: a tensor is missing, surplus or of another shape. The sentence names the first one.
     """
     shapes = {key: tensor.shape for key, tensor in state_dict.items()}
     model = make(network, config)
@@ -411,7 +424,7 @@ def build(state_dict: Mapping[str, Tensor], network: type[ModelMixin], config: M
 
 
 def filled(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """An empty network around the very tensors given, in eval mode. They must fit, see `misfit`."""
+    """Put tensors into an empty network, without a copy, and set evaluation mode. They must fit, see `misfit`."""
     expected = network.state_dict()
     device = next(iter(tensors.values())).device
     counters = {key: torch.tensor(0, device=device) for key in expected if key.endswith(OPTIONAL_KEYS)}

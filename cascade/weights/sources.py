@@ -1,7 +1,7 @@
-"""Files and folders of one's own: which components they hold, and components' folders made of them.
+"""Finds components in the user's own files and folders, and writes component folders from them.
 
-What is read: a safetensors file, of one network or of several (`single_file`), in shards or not, whatever it is called;
-a component's folder in the standard form; a folder of such folders, as diffusers saves pipelines and this package models.
+Reads three kinds: a safetensors file of any name, with one or several networks (`single_file`), in shards or not; a
+component's folder in the standard form; a folder of such folders, like a diffusers pipeline or a model folder.
 """
 
 import re
@@ -38,26 +38,26 @@ from cascade.weights.single_file import (
 from cascade.weights.writing import save_component
 
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors)", re.IGNORECASE)
-# Where a component lies in a folder of folders: diffusers' combined pipeline has the prior's parts under other names.
+# A component's names in a folder of folders. diffusers' combined pipeline puts "prior_" before the prior's components.
 PLACES = {component: (component, f"{component}_lite", f"prior_{component}") for component in COMPONENTS}
-# Files beside these folders in the published repository of the decoder.
+# Single files in the published decoder repository.
 FILES = {
     "effnet": "effnet_encoder.safetensors",
     "previewer": "previewer.safetensors",
     **{f"controlnet_{kind}": f"controlnet/{kind}.safetensors" for kind in KINDS},
 }
-# Published in bfloat16, and kept so where a file has them in float32: half the size, and what a GPU makes of them anyway.
+# Published in bfloat16. Files in float32 are stored in bfloat16, too: half the size, and a GPU computes in 16 bits anyway.
 LARGE = ("prior", "decoder", "text_encoder", "image_encoder")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A component that lies somewhere.
+    """A component in the user's own file or folder.
 
     Attributes:
         component: its name in a model folder.
-        origin: the file or folder, for sentences.
-        files: its safetensors files; none of a tokenizer or feature extractor.
+        origin: the file or folder, for errors.
+        files: its safetensors files; empty for a tokenizer or feature extractor.
         config: its ``config.json``, if there is one.
     """
 
@@ -68,20 +68,20 @@ class Source:
 
     @property
     def key(self) -> str:
-        """What `single_file` calls the component: it does not tell ControlNets apart."""
+        """The component's name in `single_file`, which does not tell ControlNets apart."""
         return "controlnet" if self.component.startswith("controlnet_") else self.component
 
     def check(self, known: Sequence[Path] = ()) -> nn.Module | None:
-        """Make sure that it is what its component is made of. Reads no weights.
+        """Make sure that the files fit the component. Reads no weights.
 
         Args:
-            known: configurations that it may have, if it comes without one and is no published network.
+            known: ``config.json`` files to try, for files without one. The published configurations are tried last.
 
         Returns:
             The network on the meta device; None for a tokenizer or feature extractor.
 
         Raises:
-            WeightsError: the first thing that does not fit.
+            WeightsError: the files do not fit. The sentence names the first problem.
         """
         if self.component in PROCESSORS:
             load_processor(self.component, self.origin)
@@ -98,7 +98,7 @@ class Source:
         return network
 
     def _network(self, tensors: Mapping[str, Tensor], known: Sequence[Path]) -> nn.Module:
-        """The empty network that the tensors, on any device, fit."""
+        """Make the empty network that fits the tensors, which may be on any device."""
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
         configs = [self.config] if self.config is not None else known
         wrong = alike = None
@@ -130,7 +130,7 @@ class Source:
         return network
 
     def write(self, folder: Path, known: Sequence[Path] = ()) -> None:
-        """Make the component's folder, in the standard form. Networks published in bfloat16 are not stored in more.
+        """Write the component's folder, in the standard form. Stores `LARGE` components in 16 bits.
 
         Args:
             folder: the directory; it must not exist.
@@ -143,19 +143,17 @@ class Source:
             save_component(folder, load_processor(self.component, self.origin), torch.bfloat16)
             return
         tensors = _split(self.origin, read_tensors(self.files), self.key)[self.key]
-        # Nothing is published in double precision.
+        # No component is stored in double precision.
         tensors = {name: one.float() if one.dtype == torch.float64 else one for name, one in tensors.items()}
         dtype = _dtype(self.component, tensors)
         for name, tensor in tensors.items():
             if not tensor.to(dtype).isfinite().all():
-                raise WeightsError(
-                    f"{self.origin} cannot be used: {name} holds values that are infinite or no numbers (NaN)."
-                )
+                raise WeightsError(f"{self.origin} cannot be used: {name} holds infinite or NaN values.")
         save_component(folder, filled(self._network(tensors, known), tensors), dtype)
 
 
 def _dtype(component: str, tensors: StateDict) -> torch.dtype:
-    """In which most of the weights come, but no more than is published."""
+    """The dtype of most of the weights; for `LARGE` components at most 16 bits."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         if tensor.is_floating_point():
@@ -165,15 +163,17 @@ def _dtype(component: str, tensors: StateDict) -> torch.dtype:
 
 
 def find(path: Path, wanted: str | None = None) -> dict[str, Source]:
-    """The components that a file or folder holds, by their names in a model folder.
+    """Find the components in a file or folder.
 
     Args:
-        path: see the module.
-        wanted: one that must be among them; "controlnet" is any of the three.
+        path: a file or folder, see the module.
+        wanted: a component that it must hold; "controlnet" is any of the three.
+
+    Returns:
+        The components by their names in a model folder.
 
     Raises:
-        WeightsError: there is no such file or folder, or it is something else; the sentence says what, where it can be
-            told.
+        WeightsError: there is no such file or folder, or it holds something else. The sentence names it, if it is known.
     """
     try:
         if not path.exists():
@@ -191,25 +191,23 @@ def _found(path: Path, wanted: str | None) -> dict[str, Source]:
     elif path.suffix.lower() == ".json":
         found = _in_files(path, read_index(path), None)
     else:
-        files = _shards(path)  # first: it says what is no safetensors file
+        files = _shards(path)  # first: it raises for other files than safetensors
         found = _in_files(path, files, _config_of(path.parent) if path.name.startswith(STEMS) else None)
     if wanted is not None and not any(name == wanted or name.startswith(f"{wanted}_") for name in found):
         titles = " and ".join(_title(source.key) for source in found.values())
         option = "--" + next(source.key for source in found.values()).replace("_", "-")
-        raise WeightsError(
-            f"{path} is no {_title(wanted).removeprefix('a ').removeprefix('the ')}: it holds {titles}; see {option}."
-        )
+        raise WeightsError(f"{path} is not {_title(wanted)}: it holds {titles}; see {option}.")
     return found
 
 
 def _title(key: str) -> str:
-    """What people call a component."""
+    """A component's name in errors."""
     return TITLES.get(key, f"the {key.replace('_', ' ')}")
 
 
 def _in_folder(folder: Path, wanted: str | None) -> dict[str, Source]:
-    """What a component's folder holds, or a folder of such."""
-    snapshot = folder / "refs" / "main"  # of huggingface_hub's cache
+    """Find the components in a component's folder, or in a folder of such folders."""
+    snapshot = folder / "refs" / "main"  # in huggingface_hub's cache
     if snapshot.is_file():
         return _in_folder(folder / "snapshots" / snapshot.read_text(encoding="utf-8").strip(), wanted)
     found = {}
@@ -239,7 +237,7 @@ def _config_of(folder: Path) -> Path | None:
 
 
 def _in_files(origin: Path, files: Sequence[Path], config: Path | None) -> dict[str, Source]:
-    """What some safetensors files, which are one, hold."""
+    """Find the components in the safetensors files of one checkpoint."""
     found = {}
     for key, tensors in _split(origin, _stored(files)).items():
         component = key
@@ -250,13 +248,13 @@ def _in_files(origin: Path, files: Sequence[Path], config: Path | None) -> dict[
 
 
 def _controlnet(origin: Path, tensors: StateDict, config: Path | None) -> str:
-    """Which of the ControlNets it is, by what it reads."""
+    """The component's name for a ControlNet, by the channels that it reads."""
     stem = next((tensors[key] for key in ("backbone.0.0.weight", "backbone.0.weight") if key in tensors), None)
     channels = 0 if stem is None or stem.ndim < 2 else stem.shape[1]
     kind = next((kind for kind, reads in KINDS.items() if reads == channels), None)
     if kind is None:
         known = ", ".join(f"{reads} ({kind})" for kind, reads in KINDS.items())
-        raise WeightsError(f"{origin} is a ControlNet that reads {channels} channels; those known read {known}.")
+        raise WeightsError(f"{origin} is a ControlNet that reads {channels} channels; it must read {known}.")
     return f"controlnet_{kind}"
 
 
@@ -268,12 +266,12 @@ def _split(origin: Path, tensors: StateDict, only: str | None = None) -> dict[st
 
 
 def _stored(files: Collection[Path]) -> StateDict:
-    """The tensors of some files without content, on the meta device."""
+    """The tensors of some files on the meta device, so without values."""
     return read_tensors(files, "meta")
 
 
 def _shards(path: Path) -> list[Path]:
-    """All files of the checkpoint that a file belongs to."""
+    """All shards of the checkpoint that a file belongs to, or the file itself."""
     _check_kind(path)
     shard = SHARD.fullmatch(path.name)
     if shard is None:
@@ -287,7 +285,7 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse a file that is none of safetensors, by its content rather than its name."""
+    """Raise a WeightsError for a file that is not safetensors by its content, whatever its name."""
     try:
         with safe_open(path, framework="pt"):
             return

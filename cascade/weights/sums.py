@@ -1,11 +1,11 @@
-"""Checksums of the pieces of a safetensors file, by which damage is noticed while the file is read.
+"""Checksums of the pieces of a safetensors file. They detect damage while the file is read.
 
-A piece is a run of whole tensors, in the order in which they lie in the file, of at least ``PIECE`` bytes; only the last
-may be smaller. The first begins with the file's header. So the sums cover every byte, and whoever has a piece's tensors
-in memory has all that is needed to compare its sum.
+A piece is a run of whole tensors, in the file's order, of at least ``PIECE`` bytes; only the last one may be smaller. The
+first piece also contains the file's header, so the checksums cover every byte. A piece's checksum can be computed from its
+tensors in memory.
 
-The sums are XXH3's, of 64 bits: they find damage, not malice. Measured on one core of a Xeon with 2.6 GHz, from memory:
-XXH3 18 GB/s, zlib's crc32 3.7, SHA-256 1.4, BLAKE2b 0.7; eight threads read from the page cache onto an H100 with 12 GB/s.
+The checksums are 64-bit XXH3. They detect damage, not tampering. Measured on one core of a 2.6 GHz Xeon, from memory: XXH3
+18 GB/s, zlib's crc32 3.7, SHA-256 1.4, BLAKE2b 0.7. Eight threads read from the page cache onto an H100 at 12 GB/s.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,20 +21,28 @@ from torch import Tensor
 
 ALGORITHM = "xxh3_64"
 PIECE = 16 << 20
-# Threads that read a file, each some of its pieces: from the page cache onto a GPU one copied 5.5 GB/s, four 8, eight 12
+# Threads that read a file's pieces. From the page cache onto a GPU, one thread copied 5.5 GB/s, four 8 and eight 12
 # (H100, 16 cores).
 READERS = 8
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that lie one behind the other. `header`: the bytes in front of them, of the first piece only."""
+    """A run of tensors in a file.
+
+    Attributes:
+        keys: their names, in the file's order.
+        header: the bytes before them, in the first piece only.
+    """
 
     keys: tuple[str, ...]
     header: bytes = b""
 
     def sum(self, tensors: Iterable[Tensor]) -> str:
-        """The piece's checksum in hexadecimal, of its tensors on the CPU, as stored, in the order of `keys`."""
+        """The piece's checksum, in hexadecimal.
+
+        tensors: as stored, on the CPU, in the order of `keys`.
+        """
         made = xxhash.xxh3_64(self.header)
         for tensor in tensors:
             made.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -44,10 +52,14 @@ class Piece:
 def divide(path: Path, least: int = PIECE) -> list[Piece]:
     """The pieces of a safetensors file; at least one.
 
+    Args:
+        path: the file.
+        least: minimum bytes of a piece.
+
     Raises:
-        SafetensorError, OSError: the file cannot be read, or is none.
+        SafetensorError, OSError: the file cannot be read, or is not a safetensors file.
     """
-    with safe_open(path, framework="pt") as file:  # first: it refuses a header that is longer than the file
+    with safe_open(path, framework="pt") as file:  # first: it raises for a header that is longer than the file
         runs = list(_runs(file, least))
     with path.open("rb") as file:
         length = file.read(8)
@@ -59,7 +71,7 @@ def _runs(file: Any, least: int) -> Iterator[list[str]]:
     run, size = [], 0
     for key in file.offset_keys():
         run.append(key)
-        size += file.get_tensor(key).nbytes  # maps the file, and reads nothing
+        size += file.get_tensor(key).nbytes  # maps the file without reading it
         if size >= least:
             yield run
             run, size = [], 0

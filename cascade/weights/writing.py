@@ -1,4 +1,4 @@
-"""Writes model folders: components in the standard form, and ``model.json``. A folder appears when it is complete."""
+"""Writes model folders: components in the standard form, and ``model.json``. A folder gets its name when it is complete."""
 
 import contextlib
 import json
@@ -35,14 +35,14 @@ def save_model_folder(
 ) -> None:
     """Write components into a model folder, new or existing, and ``model.json`` with their checksums.
 
-    The folder is made aside and put in place when it is complete, so a run that is killed leaves the old one whole.
-    Whatever else an existing folder holds (other components, a README) is kept.
+    Writes a temporary folder and renames it when it is complete, so a killed process leaves the old folder intact. Other
+    files of an existing folder (other components, a README) are kept.
 
     Args:
         folder: the directory.
-        components: networks, tokenizer, image processor by name, see ``COMPONENTS``.
-        stage_a_scale: see ``ModelFolder``.
-        dtype: of the stored parameters. Buffers (the statistics of batch norms) keep their own.
+        components: networks, tokenizer and image processor by name, see ``COMPONENTS``.
+        name, license, native_size, sampler, stage_a_scale: see ``ModelFolder``.
+        dtype: dtype of the stored parameters. Buffers, such as BatchNorm's statistics, keep theirs.
     """
     unknown = set(components) - set(COMPONENTS)
     if unknown:
@@ -61,14 +61,14 @@ def replacement(
     without: Collection[str] = (),
     copy: Callable[[str, str], object] = shutil.copy2,
 ) -> Iterator[Path]:
-    """A new folder, beside ``folder``, that takes its place when the block ends, and vanishes if the block raises.
+    """A temporary folder next to ``folder``. It replaces ``folder`` when the block ends, and is deleted if the block raises.
 
     Args:
         folder: the directory; it need not exist.
-        without: of what it holds, the names that are left out. All else is in the new folder from the start.
+        without: names in ``folder`` that are not copied to the new one. Everything else is.
         copy: copies a file.
     """
-    target = Path(folder).resolve()  # a link to a folder elsewhere stays one
+    target = Path(folder).resolve()  # so that a symbolic link stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         made = Path(scratch) / "new"
@@ -87,7 +87,7 @@ def replacement(
 
 
 def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
-    """Write a network, its parameters in ``dtype``, a tokenizer or an image processor into a folder that is made."""
+    """Write a network (parameters in ``dtype``), a tokenizer or an image processor into a new folder."""
     folder.mkdir(parents=True)
     if not isinstance(item, nn.Module):
         item.save_pretrained(folder)
@@ -105,11 +105,11 @@ def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
     file = "model.safetensors" if transformers_made else "diffusion_pytorch_model.safetensors"
     save_file(tensors, folder / file, metadata={"format": "pt"})
     _forget_origin(folder / "config.json")
-    shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody but the owner read it
+    shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it readable by the owner only
 
 
 def _forget_origin(config_path: Path) -> None:
-    """Take out of a ``config.json`` where on its maker's disk the network was read from, which diffusers notes there."""
+    """Remove the path that the network was loaded from, which diffusers stores in ``config.json``."""
     config = read_json(config_path)
     if config.pop("_name_or_path", None) is not None:
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -124,7 +124,7 @@ def write_model_json(
     sampler: Mapping[str, StageSettings],
     stage_a_scale: float | None = None,
 ) -> None:
-    """Write ``model.json`` for the components that lie in ``folder``, with the checksums of all of their files."""
+    """Write ``model.json`` for the components in ``folder``, with the checksums of all of their files."""
     root = Path(folder)
     files = component_files(root)
     content = {

@@ -95,7 +95,7 @@ def test_what_cannot_be_captured_runs_plainly(
         assert not capturing()
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
-    assert lines[0].startswith("failing cannot be captured as a CUDA graph and runs without, more slowly. ")
+    assert lines[0].startswith("failing cannot be captured as a CUDA graph, and runs slower without one. ")
     assert_captured_well(graphs)
     assert_captured_well(GraphCache())
     torch.rand(3, device="cuda")  # by the default generator

@@ -15,7 +15,7 @@ from tests.readme import ROOT
 MINI = ROOT / "weights" / "mini"
 SMALL = {"width": 128, "height": 128}
 # 1 to 4 chunks.
-PROMPTS = ["a red apple", *("a red apple, " * count + "on a blue background" for count in (25, 50, 75))]
+PROMPTS = ["a red apple", *("a red apple, " * count + "on a blue background" for count in (25, 50, 70))]
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from tests.training.small import OWN_CLOCK, train, write_config, write_pictures
+from tests.training.small import CONFIG, OWN_CLOCK, train, write_config, write_pictures
 from training import run
+from training.recipe import Ledger, costs, train_all
+from training.record import Record
+from training.stages import STAGES
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -33,6 +37,34 @@ def test_stage_a_is_compiled_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptu
     assert "stage_a: resumed at step 0" in caplog.text
     assert (output / "stage_a" / run.FINISHED).exists()
     assert finite(StageA.from_pretrained(output / "model" / "vqgan"))
+
+
+def test_stage_b_is_compiled_once_for_all_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Semantic latents of other scales have the shape of the usual ones."""
+    pictures, output = write_pictures(tmp_path / "pictures", 40), tmp_path / "run"
+    compiled = "stage_b.options = { steps = 40, batch_size = 4, learning_rate = 1e-3 }\nstage_b.task.other_scales = 0.9"
+    earlier = ("stage_a", "clip", "semantic")
+    plain = "\n".join(f"{stage}.options.compile = false" for stage in earlier)
+    config = write_config(tmp_path, f"{compiled}\n{plain}")
+    for stage in ("tokenizer", *earlier):
+        assert train(config, stage, pictures, output) == 0
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    assert train(config, "stage_b", pictures, output) == 0
+    assert Record.load(output / "stage_b").sessions[0].device == torch.cuda.get_device_name()
+    assert finite(StableCascadeUNet.from_pretrained(output / "model" / "decoder"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_stages_run_at_once_each_on_a_gpu_of_its_own(tmp_path: Path) -> None:
+    pictures, output = write_pictures(tmp_path / "pictures", 40), tmp_path / "run"
+    tables = tomllib.loads(CONFIG)
+    plain = [f"{stage}.options.compile = false" for stage in STAGES]
+    kept = ("model", "data", "tokenizer", "vqgan", "text_encoder", "image_encoder", "stage_a", "clip")
+    changes = [*plain, *(f"- {name}" for name in tables if name not in kept)]
+    assert train_all(write_config(tmp_path, "\n".join(changes)), pictures, output, at_once=2) == 0
+    gpus = {one["gpu"] for one in Ledger.load(output).processes if one["stage"] in ("stage_a", "clip")}
+    assert len(gpus) == 2
+    assert costs(output)["stages"]["clip"]["devices"] == [torch.cuda.get_device_name()]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -1,4 +1,4 @@
-"""Controls made of pictures: edges where there are edges, the authors' sizes, masks, latents."""
+"""Controls from pictures: edges, the authors' sizes, masks and latents."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ sides = st.integers(1, 300)
 
 
 def step(height: float, left: int = 0, channels: tuple[int, ...] = (0, 1, 2)) -> Tensor:
-    """48 x 64 pixels of value `left`, of the right half of which some channels are higher by `height`; in 255ths."""
+    """48 x 64 pixels of value `left`. In the right half, some channels are higher by `height`. Both in 255ths."""
     pixels = torch.full((1, 3, 48, 64), float(left))
     for channel in channels:
         pixels[:, channel, :, 32:] += height
@@ -23,7 +23,7 @@ def step(height: float, left: int = 0, channels: tuple[int, ...] = (0, 1, 2)) ->
 
 @pytest.mark.parametrize("channels", [(0, 1, 2), (0,), (2,)])
 def test_edges_are_where_a_channel_changes_enough(channels):
-    """Sobel's kernel makes 4 times its height of a step; more than 200 is an edge. Any channel will do."""
+    """Sobel's kernel returns 4 times a step's height. More than 200 in any channel is an edge."""
     edges = controls.canny(step(51, 90, channels), side=None)
     assert edges.shape == (1, 1, 48, 64)
     assert edges[0, 0].any(dim=0).nonzero().flatten().tolist() in ([31], [32])
@@ -31,13 +31,13 @@ def test_edges_are_where_a_channel_changes_enough(channels):
     assert edges[0, 0].sum() == 48
     below = step(50, 90, channels)
     assert not controls.canny(below, side=None).any()
-    below[:, :, 20, 30] = 89 / 255  # 202 there: the least above 200, as the kernels' sums are even
+    below[:, :, 20, 30] = 89 / 255  # Sobel's kernel returns 202 here, the lowest value above 200, as its sums are even
     assert controls.canny(below, side=None).any()
 
 
 @pytest.mark.parametrize(("height", "rows"), [(26, 48), (25, 24)])
 def test_faint_edges_count_where_they_continue_strong_ones(height, rows):
-    """Above 100 is enough beside an edge."""
+    """Next to an edge, more than 100 is enough."""
     pixels = step(height)
     pixels[:, :, :24] = step(120)[:, :, :24]
     found = controls.canny(pixels, side=None)[0, 0].any(dim=1).sum().item()
@@ -47,13 +47,13 @@ def test_faint_edges_count_where_they_continue_strong_ones(height, rows):
 @given(left=st.integers(0, 204))
 @settings(deadline=None)
 def test_pixels_are_cut_off_to_whole_levels(left):
-    """As the authors do; none of the 256 levels of a picture of bytes loses anything by that."""
+    """As in the authors' code. The 256 levels of an 8-bit picture are kept exactly."""
     assert controls.canny(step(51, left), side=None).any()
     assert not controls.canny(step(50.9, left), side=None).any()
 
 
 def test_edges_are_found_at_224_pixels():
-    """Lines are about as thick as a 224th of the picture; both resizings are bilinear, not antialiased."""
+    """Lines are about 1/224 of the picture thick. Both resizings are bilinear without antialiasing."""
     torch.manual_seed(0)
     pixels = F.interpolate(torch.rand(2, 3, 6, 5), size=(672, 448))
     small = F.interpolate(pixels, size=(224, 224), mode="bilinear", align_corners=False)
@@ -61,7 +61,7 @@ def test_edges_are_found_at_224_pixels():
     edges = controls.canny(pixels)
     torch.testing.assert_close(edges, expected)
     assert 0.01 < edges.mean() < 0.2
-    # A line of one pixel in 224 is two wide and three high here, and fades over about as much beside.
+    # A line of one pixel in 224 is two pixels wide and three high here, and fades over about as many on both sides.
     assert edges.mean() > 1.5 * controls.canny(pixels, side=None).mean()
 
 
@@ -121,7 +121,7 @@ def test_masks_that_do_not_fit(mask):
 
 
 def test_super_resolution() -> None:
-    """Every latent serves four places."""
+    """Every latent is repeated 2 x 2 times."""
     latents = torch.rand(2, 6, 2, 3)
     control = controls.super_resolution(latents)
     assert control.shape == (2, 6, 4, 6)

@@ -1,4 +1,4 @@
-"""Inpainting and outpainting: what is kept is kept to the pixel, and what is not is made anew."""
+"""Inpainting and outpainting: unmasked pixels are kept exactly, and masked ones are made anew."""
 
 from fractions import Fraction
 from typing import Any
@@ -65,7 +65,7 @@ def test_images_of_other_modes_keep_what_one_sees(cascade: Cascade) -> None:
 
 
 def test_a_white_mask_is_image_to_image(components: dict[str, Any]) -> None:
-    """But for the seam, which there is none of, and for the size, which is the image's."""
+    """Except that there is no seam, and that pictures have the image's size."""
     cascade = make_cascade(components)
     asked = {"image": photo(128, 128), "prompt_strength": 0.7, **QUICK}
     (plain,) = cascade.generate(Request("a cat", **asked))
@@ -75,7 +75,7 @@ def test_a_white_mask_is_image_to_image(components: dict[str, Any]) -> None:
 
 
 def test_latents_of_untouched_pixels_are_held(components: dict[str, Any]) -> None:
-    """Masks that touch the same latents make the same of them, wherever in those they are."""
+    """Masks in the same latents give the same latents, wherever they are inside of them."""
     cascade = make_cascade({name: part for name, part in components.items() if name != "controlnet_inpainting"})
     image = photo(128, 128)
     made = {}
@@ -94,7 +94,7 @@ def test_latents_of_untouched_pixels_are_held(components: dict[str, Any]) -> Non
 @given(width=st.integers(64, 700), height=st.integers(64, 700), data=st.data())
 @settings(deadline=None)
 def test_a_latent_is_made_anew_if_any_of_its_pixels_is(width: int, height: int, data: Any) -> None:
-    """Latent i of n stands for the pixels from i / n to (i + 1) / n of the padded picture."""
+    """Latent i of n covers the pixels from i / n to (i + 1) / n of the padded picture."""
     x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     mask = np.zeros((height, width), bool)
     mask[y, x] = True
@@ -172,7 +172,7 @@ def test_masks_that_were_made_by_resizing_the_image_have_its_shape(width: int, h
         (
             {"image": photo(80, 63), "mask": Image.new("L", (80, 63), 255)},
             ValueError,
-            "image has 80x63 pixels; with a mask, which leaves its size, each side must have 64 to 2048.",
+            "image has 80x63 pixels; with a mask, pictures have its size, so each side must have 64 to 2048.",
         ),
         (
             {"image": Image.new("L", (2049, 80)), "mask": Image.new("L", (2049, 80), 255)},
@@ -203,7 +203,7 @@ def test_the_seam_lies_inside() -> None:
     pixels = read(set_into(image, made, mask))[..., 0]
     assert (pixels[:, :40] == 0).all()
     assert (np.diff(pixels[:, 39 : 40 + SEAM]) > 0).all()
-    assert (pixels[:, 39 + SEAM :] == 255).all()  # at the picture's border, too, where there is no seam
+    assert (pixels[:, 39 + SEAM :] == 255).all()  # also at the picture's border, where there is no seam
 
 
 def test_a_thin_stroke_shows_what_was_made() -> None:
@@ -277,7 +277,7 @@ def test_nothing_can_be_taken_away_and_something_must_be_added(added: tuple[int,
 
 
 def with_hole(mode: str) -> Image.Image:
-    """Transparent to the right of column 40, where it has a colour of its own; a palette's transparency is in its info."""
+    """A picture that is transparent, in another colour, to the right of column 40. A palette's transparency is in `info`."""
     image = photo(80, 70).convert("RGBA")
     image.paste((10, 200, 10, 0), (40, 0, 80, 70))
     return image.quantize(64) if mode == "P" else image.convert(mode)
@@ -285,7 +285,7 @@ def with_hole(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_alpha(cascade: Cascade, mode: str) -> None:
-    """As with a mask that says the same of the image on white."""
+    """Equals a request with the same mask and the image on white."""
     image = with_hole(mode)
     request = Request("a cat", image=image, mask="alpha", **QUICK)
     hole = np.zeros((70, 80), bool)

@@ -9,11 +9,11 @@ from tests.http.serving import MINI, Receiver, Server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if (MINI / "model.json").is_file():
-        return
     for item in items:
         if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.skip(reason="weights/mini is not there"))
+            item.add_marker(pytest.mark.slow)
+            if not (MINI / "model.json").is_file():
+                item.add_marker(pytest.mark.skip(reason="weights/mini is not there"))
 
 
 @pytest.fixture(scope="session")

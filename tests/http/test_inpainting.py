@@ -137,11 +137,11 @@ WHITE = data_url(Image.new("L", (80, 72), 255))
         ),
         (
             {"image": data_url(Image.new("RGB", (1, 1))), "mask": data_url(Image.new("L", (1, 1), 255))},
-            "image has 1x1 pixels; with a mask, which leaves its size, each side must have 64 to 2048.",
+            "image has 1x1 pixels; with a mask, pictures have its size, so each side must have 64 to 2048.",
         ),
         (
             {"image": data_url(Image.new("RGB", (2100, 80))), "mask": data_url(Image.new("L", (2100, 80), 255))},
-            "image has 2100x80 pixels; with a mask, which leaves its size, each side must have 64 to 2048.",
+            "image has 2100x80 pixels; with a mask, pictures have its size, so each side must have 64 to 2048.",
         ),
         (
             {"image": IMAGE, "mask": WHITE, "width": 64, "height": 72},

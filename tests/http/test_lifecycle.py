@@ -17,7 +17,7 @@ from PIL import Image
 from tests.http.serving import ANSWER, MINI, ROOT, SLOW, SMALL, Receiver, Server, wait_for
 
 # Grace for the worker; a server that has to be killed takes for ever.
-END = 60
+END = 300
 
 
 def healthcheck(server: Server, *options: str) -> tuple[int, str]:

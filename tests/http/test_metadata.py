@@ -113,7 +113,7 @@ def test_the_code_of_the_page(server: Server, tmp_path: Path) -> None:
     code = block(ROOT / "docs" / "metadata.md", "python", "Image.open").replace("http://localhost:5000", server.url)
     code += 'print(again["output"][0])'
     server.wait_until("READY")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     said, again = done.stdout.splitlines()
     assert said == "Picture 1 of 1"

@@ -25,7 +25,7 @@ def run(command: list[str], code: str, server: Server, folder: Path) -> None:
         cwd=folder,
         env={**os.environ, "PATH": path},
         check=True,
-        timeout=60,
+        timeout=600,
     )
 
 

@@ -18,9 +18,16 @@ ROOT = Path(__file__).parent.parent.parent
 Script = Callable[..., subprocess.Popen[str]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Nearly all of them run scripts, each in a process of its own."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, StoredFile]]:
-    """What the Hub has. Not to be changed."""
+    """The Hub's repositories. Tests must not change them."""
     root = tmp_path_factory.mktemp("published")
     write_repositories(root)
     return {(one.name, one.revision): list_repository(root / one.name) for one in (PRIOR, DECODER, SAFETY)}
@@ -34,7 +41,7 @@ def hub(published: dict[tuple[str, str], dict[str, StoredFile]]) -> Iterator[Hub
 
 @pytest.fixture
 def start(hub: Hub, tmp_path: Path) -> Iterator[Script]:
-    """Starts a script with arguments; keyword arguments are variables of its environment."""
+    """Start a script with arguments. Keyword arguments are environment variables."""
     started = []
 
     def start(script: str, *arguments: str | Path, **variables: Any) -> subprocess.Popen[str]:
@@ -59,7 +66,7 @@ def start(hub: Hub, tmp_path: Path) -> Iterator[Script]:
 
 @pytest.fixture
 def succeed(start: Script) -> Callable[..., str]:
-    """Runs a script that must succeed, and gives what it wrote to stderr."""
+    """Run a script that must succeed, and return its stderr."""
 
     def succeed(script: str, *arguments: str | Path, **variables: Any) -> str:
         process = start(script, *arguments, **variables)
@@ -72,7 +79,7 @@ def succeed(start: Script) -> Callable[..., str]:
 
 @pytest.fixture
 def fail(start: Script) -> Callable[..., str]:
-    """Runs a script that must fail in the one way that is right, and gives its sentence."""
+    """Run a script that must fail with one sentence on stderr, and return the sentence."""
 
     def fail(script: str, *arguments: str | Path, **variables: Any) -> str:
         process = start(script, *arguments, **variables)

@@ -1,8 +1,8 @@
 """Stand-ins for the published repositories: their files, configurations, names and shapes, with random values.
 
-`CONFIGS` holds the configurations as published; `SMALL` the same with small dimensions. `write_repositories` writes
-whole repositories of small networks, with all that is published beside what is needed; `write_download` writes what a
-download leaves, of networks of any size.
+`CONFIGS` holds the published configurations, and `SMALL` the same with small dimensions. `write_repositories` writes
+complete repositories of small networks, including published files that are not needed. `write_download` writes the folder
+of a finished download, with networks of any size.
 """
 
 import json
@@ -154,7 +154,7 @@ CONFIGS: dict[str, Config] = {
         "torch_dtype": "bfloat16",
         "transformers_version": "4.38.0.dev0",
     },
-    # The authors' single files come without: these are what their networks are made with.
+    # The authors' single files have no configuration. These are their networks' parameters.
     "effnet": {},
     "previewer": {},
     "controlnet_canny": {"in_channels": 1, "out_channels": 2048, "bottleneck_mode": "effnet"},
@@ -207,12 +207,12 @@ _DIMENSIONS: dict[str, Config] = {
     },
     "effnet": {},
     "previewer": {},
-    # With the smallest of the backbones, for the small Stage C.
+    # With the smallest backbone, for the small Stage C.
     **{name: {"out_channels": 16, "bottleneck_mode": "simple"} for name in CONTROLNETS},
 }
 SMALL: dict[str, Config] = {name: {**config, **_DIMENSIONS[name]} for name, config in CONFIGS.items()}
 
-# Published beside what is needed, with other content than safetensors; what is in it must not matter.
+# Published files that are not needed and not safetensors. Their content must not matter.
 SURPLUS = {
     "stabilityai/stable-cascade-prior": (
         ".gitattributes",
@@ -255,16 +255,16 @@ SURPLUS = {
 def write_repositories(root: Path) -> None:
     """Write ``<root>/<owner>/<name>`` for every repository, with small networks.
 
-    The semantic encoder and the previewer are of full size: their files come without a configuration.
+    The semantic encoder and the previewer have full size, because their files have no configuration.
     """
     for name, part in PARTS.items():
         repository = root / part.repository.name
         _write_part(name, repository, SMALL)
-        # Every network is also there in float32, under the name without the variant.
+        # Every network is also published in float32, under the name without the variant.
         for path in part.files:
             if ".bf16." in path:
                 _write_network(name, repository / path.replace(".bf16.", "."), SMALL, torch.float32)
-    # The decoder's repository has a text encoder of its own.
+    # The decoder's repository has its own text encoder.
     for variant in ("model.bf16.safetensors", "model.safetensors"):
         dtype = torch.bfloat16 if ".bf16." in variant else torch.float32
         _write_network("text_encoder", root / "stabilityai/stable-cascade/text_encoder" / variant, SMALL, dtype)
@@ -278,13 +278,13 @@ def write_repositories(root: Path) -> None:
 def write_download(
     folder: Path, parts: list[str], configs: Mapping[str, Config] = CONFIGS, device: str | torch.device = "cpu"
 ) -> None:
-    """Write what a download of some parts leaves in a folder.
+    """Write the folder of a finished download of some parts.
 
     Args:
         folder: the folder of the download.
         parts: keys of ``PARTS``.
-        configs: of the networks by part; full size by default.
-        device: where random values are drawn: a GPU makes 7 GB in less than a second.
+        configs: the networks' configurations by part; full size by default.
+        device: the device that draws random values: a GPU draws 7 GB in less than a second.
     """
     for name in parts:
         _write_part(name, folder / PARTS[name].repository.folder, configs, device)
@@ -293,7 +293,7 @@ def write_download(
 
 
 def empty_network(name: str, config: Config) -> nn.Module:
-    """The network of a part, on the meta device."""
+    """A part's network, on the meta device."""
     component = PARTS[name].component
     with torch.device("meta"):
         if component in TRANSFORMERS_CONFIGS:
@@ -302,7 +302,7 @@ def empty_network(name: str, config: Config) -> nn.Module:
 
 
 def random_tensors(network: nn.Module, dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """A state dict of a network, on the CPU: values that keep activations of a sane size at any depth and width."""
+    """A network's state dict on the CPU, with random values that keep activations moderate at any depth and width."""
     generator = torch.Generator(device).manual_seed(0)
     tensors = {}
     for name, empty in network.state_dict().items():
@@ -312,9 +312,9 @@ def random_tensors(network: nn.Module, dtype: torch.dtype, device: str | torch.d
         values = torch.randn(empty.shape, generator=generator, dtype=dtype, device=device)
         if empty.ndim > 1:
             values *= empty[0].numel() ** -0.5
-            if ".mapper" in name:  # of timesteps; it scales activations anew in each of a hundred blocks
+            if ".mapper" in name:  # timestep mappers, which scale activations in each of a hundred blocks
                 values *= 0.1
-        elif name.endswith(("weight", "running_var")):  # of normalisations
+        elif name.endswith(("weight", "running_var")):  # normalisation layers
             values.mul_(0.1).add_(1)
         else:
             values *= 0.1
@@ -368,7 +368,7 @@ CLIP_PROCESSOR = {
 
 
 def make_tokenizer() -> tuple[Config, Config]:
-    """``tokenizer.json`` and ``tokenizer_config.json``: CLIP's tokenizer, of whose merges there are only two."""
+    """Make ``tokenizer.json`` and ``tokenizer_config.json``: CLIP's tokenizer with only two merges."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), "in", "th"]

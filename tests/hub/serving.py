@@ -1,8 +1,8 @@
-"""A Hub on this machine, with a CDN beside it: what huggingface_hub's client asks of the real ones to download files.
+"""A local Hub and CDN that answer huggingface_hub's requests for downloads.
 
-As on the real Hub: metadata of a gated repository is for everyone, its files are not; who may not see a repository is
-told that there is none; a large file is a redirect to a signed address on another host, which takes ranges; a small one
-is a redirect on the Hub itself, and travels compressed.
+As on the real Hub: a gated repository's metadata is public, its files are not. A repository that the user may not see does
+not exist. A large file redirects to a signed URL on another host, which supports ranges. A small file redirects to a URL
+on the Hub itself, and is sent compressed.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ SIGNATURE = "signed"
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a repository. `sha256` is that of a file in large-file storage; others have none."""
+    """A file of a repository. Only files in large-file storage have a `sha256`."""
 
     content: Path
     size: int
@@ -50,19 +50,19 @@ class StoredFile:
 
 
 def list_repository(folder: Path) -> dict[str, StoredFile]:
-    """The files of a repository by their paths in it."""
+    """The files of a repository, by path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): StoredFile.of(path) for path in files}
 
 
 @dataclass
 class Break:
-    """How a connection ends too early.
+    """How a connection breaks.
 
     Attributes:
         after: bytes of the answer that are sent.
         reset: whether the connection is reset rather than closed.
-        until: what is waited for before it ends, after these bytes.
+        until: event to wait for after these bytes, before the connection breaks.
     """
 
     after: int
@@ -82,14 +82,14 @@ class Seen:
 
 @dataclass
 class Hub:
-    """The two servers. What a test changes:
+    """The two servers. Tests change these attributes:
 
     Attributes:
         repositories: files by the repository's name and revision.
-        gated: names of the repositories whose conditions nobody has accepted.
-        sizes, contents: of files, by path, that are claimed, and that the CDN sends, instead of the right ones.
-        breaks: by path, how the next connections to the CDN end; those after them are whole.
-        answer: status, error code and message with which every request is answered.
+        gated: names of gated repositories whose conditions the user has not accepted.
+        sizes, contents: by path, wrong sizes that the Hub claims, and wrong content that the CDN sends.
+        breaks: by path, how the next connections to the CDN break. Later ones are complete.
+        answer: status, error code and message of every answer.
         seen: all requests.
     """
 
@@ -116,17 +116,17 @@ class Hub:
             server.server_close()
 
     def fetched(self) -> list[str]:
-        """The paths of the files that were asked for, as ``<owner>/<name>/<path>``, in order."""
+        """The paths of the requested files, as ``<owner>/<name>/<path>``, in order."""
         matches = (re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", seen.path) for seen in self.seen if seen.host == "hub")
         return [f"{match[1]}/{match[2]}" for match in matches if match]
 
     def ranges(self) -> list[str | None]:
-        """The ranges that the CDN was asked for, in order."""
+        """The ranges requested from the CDN, in order."""
         return [seen.range for seen in self.seen if seen.host == "cdn"]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What both servers share."""
+    """The base of both servers' handlers."""
 
     protocol_version = "HTTP/1.1"
     host: str
@@ -136,9 +136,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.hub
 
     def note(self) -> str:
-        """Keep what is asked, and return the path of the address."""
+        """Record the request, and return the URL's path."""
         path = unquote(urlsplit(self.path).path)
-        if path != "/api/agent-harnesses":  # which the client asks for once a day, whatever it is used for
+        if path != "/api/agent-harnesses":  # the client requests this once a day
             self.hub.seen.append(Seen(self.host, path, self.headers["Range"], self.headers["Authorization"]))
         return path
 
@@ -263,7 +263,7 @@ class CdnHandler(Handler):
 
     def do_GET(self) -> None:
         owner, name, revision, path = self.note()[1:].split("/", 3)
-        # A signed address is all the permission that there is; a token has no business here.
+        # A signed URL is the only permission. The client must not send a token here.
         if parse_qs(urlsplit(self.path).query) != {"Signature": [SIGNATURE]} or self.headers["Authorization"]:
             self.reply(403, {})
             return

@@ -1,4 +1,4 @@
-"""scripts/download-weights, in a process of its own, with huggingface_hub's real client, against a Hub on this machine."""
+"""scripts/download-weights in its own process, with huggingface_hub's real client, against a local Hub."""
 
 import contextlib
 import errno
@@ -70,14 +70,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def published_file(hub: Hub, path: str) -> Path:
-    """Where the Hub has ``<owner>/<name>/<path>``."""
+    """The Hub's file ``<owner>/<name>/<path>``."""
     owner, name, path = path.split("/", 2)
     (files,) = (files for (repository, _), files in hub.repositories.items() if repository == f"{owner}/{name}")
     return files[path].content
 
 
 def files_in(folder: Path) -> set[str]:
-    """All files of a download but what it notes for itself."""
+    """All files of a download except download.json and the lock."""
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return files - {"download.json", ".lock"}
 
@@ -120,7 +120,7 @@ def test_progress_is_shown_at_a_terminal(folder: Path, start: Script) -> None:
     process = start("download-weights", "--output", folder, "--only", "--with", "image-encoder", stderr=terminal)
     os.close(terminal)
     shown = b""
-    with contextlib.suppress(OSError):  # which is how the end of a terminal is told
+    with contextlib.suppress(OSError):  # the signal when a terminal is closed
         while piece := os.read(screen, 1024):
             shown += piece
     os.close(screen)
@@ -129,7 +129,7 @@ def test_progress_is_shown_at_a_terminal(folder: Path, start: Script) -> None:
 
 
 def test_the_revision_is_pinned(hub: Hub, folder: Path, succeed: Run) -> None:
-    """What main is now must not matter."""
+    """The branch main must not matter."""
     for (name, _), files in list(hub.repositories.items()):
         hub.repositories[name, "main"] = dict.fromkeys(files, next(iter(files.values())))
     succeed("download-weights", "--output", folder, "--only", "--with", "image-encoder")
@@ -175,7 +175,7 @@ def test_an_interrupted_download_goes_on(hub: Hub, folder: Path, start: Script, 
     _, err = process.communicate()
     if sent == signal.SIGINT:
         assert process.returncode == 130
-        assert err.splitlines()[-1].startswith("Interrupted. What has arrived is kept; ")
+        assert err.splitlines()[-1].startswith("Interrupted. What was downloaded is kept; ")
     assert not (folder / "download.json").exists()
 
     log = succeed(*arguments)
@@ -190,7 +190,7 @@ def test_a_connection_that_keeps_breaking(hub: Hub, folder: Path, fail: Run, suc
     hub.breaks[PREVIEWER] = [Break(0, reset=True)]
     sentence = fail(*arguments)
     assert sentence.startswith(f"The connection to {hub.url} for {DECODER.name} failed (")
-    assert sentence.endswith("). What has arrived is kept; run the same command again.")
+    assert sentence.endswith("). What was downloaded is kept; run the same command again.")
     succeed(*arguments)
     assert previewer_is_whole(hub, folder)
 
@@ -256,7 +256,7 @@ def test_the_free_disk_is_checked_first(hub: Hub, folder: Path, fail: Run) -> No
 
 
 def test_a_disk_that_fills_up(hub: Hub, folder: Path, fail: Run, succeed: Run) -> None:
-    """As a limit of the process: the system refuses to write, as it does when a disk is full."""
+    """With a limit on the process's files, the system refuses to write, like with a full disk."""
     arguments = ("download-weights", "--output", folder, "--only", "--with", "previewer")
     limit = PIECE + 1000
 
@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up(hub: Hub, folder: Path, fail: Run, succeed: Run) -
 
     sentence = fail(*arguments, preexec_fn=limited)
     assert sentence == (
-        f"{folder / 'stable-cascade' / PREVIEWER} could not be written (File too large). What has arrived is kept; make "
+        f"{folder / 'stable-cascade' / PREVIEWER} could not be written (File too large). What was downloaded is kept; make "
         "room, and run the same command again."
     )
     assert incomplete_size(folder) == limit
@@ -291,7 +291,7 @@ def test_two_downloads_into_one_folder(hub: Hub, folder: Path, start: Script, fa
         time.sleep(0.01)
     assert fail(*arguments) == f"Another download into {folder} is running: wait for it, or end it."
     ended.append(True)
-    assert first.communicate()[1].endswith("scripts/save-weights makes a model folder of it.\n")
+    assert first.communicate()[1].endswith("scripts/save-weights makes a model folder from it.\n")
     assert previewer_is_whole(hub, folder)
 
 
@@ -328,7 +328,7 @@ def nothing(hub: Hub) -> None:
 
 
 def speak_plainly(hub: Hub) -> None:
-    """As it does anyway, where TLS is spoken to it."""
+    """Do nothing: the server answers TLS with plain HTTP anyway."""
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,11 @@ def speak_plainly(hub: Hub) -> None:
             {"HF_TOKEN": "hf_bad"},
             "{hub} refuses your token: make another at {hub}/settings/tokens, and put it into HF_TOKEN.",
         ),
-        (nothing, {"HF_TOKEN": "\u0445"}, "Your token, in HF_TOKEN, is none: it must be of ASCII letters and digits."),
+        (
+            nothing,
+            {"HF_TOKEN": "\u0445"},
+            "Your token, in HF_TOKEN, is not valid: it must consist of ASCII letters and digits.",
+        ),
         (
             forbid,
             {"HF_TOKEN": TOKEN},
@@ -368,14 +372,14 @@ def speak_plainly(hub: Hub) -> None:
         (
             be_something_else,
             {},
-            "{hub} does not answer as the Hub does: something on the way may want a login.",
+            "{hub} does not answer as the Hub does: a proxy or a login page may answer in its place.",
         ),
-        (nothing, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids to ask {hub} for {prior}."),
+        (nothing, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, so {hub} cannot be asked for {prior}."),
         (
             nothing,
             {"HF_ENDPOINT": "http://127.0.0.1:9"},
             f"The connection to http://127.0.0.1:9 for {{prior}} failed ([Errno {errno.ECONNREFUSED}] Connection refused)"
-            ". What has arrived is kept; run the same command again.",
+            ". What was downloaded is kept; run the same command again.",
         ),
         (
             nothing,
@@ -385,7 +389,7 @@ def speak_plainly(hub: Hub) -> None:
         (
             nothing,
             {"ALL_PROXY": "socks5://127.0.0.1:9"},
-            "{hub} is to be asked through a SOCKS proxy, for which the package socksio is needed: "
+            "{hub} is reached through a SOCKS proxy, which needs the package socksio: "
             f"{sys.executable} -m pip install socksio",
         ),
         (
@@ -401,7 +405,7 @@ def speak_plainly(hub: Hub) -> None:
         (
             speak_plainly,
             {"HF_ENDPOINT": "https://{host}"},
-            "There is no trusted connection to https://{host} (WRONG_VERSION_NUMBER). If something on the way opens "
+            "There is no trusted connection to https://{host} (WRONG_VERSION_NUMBER). If a proxy decrypts "
             "connections, name its certificate in SSL_CERT_FILE.",
         ),
     ],
@@ -433,7 +437,7 @@ def test_a_name_that_is_unknown(folder: Path, fail: Run) -> None:
         (["--only"], "--only needs --with"),
         (
             ["--with", "safety,face"],
-            "argument --with: 'face' is none of controlnet, effnet, previewer, image-encoder, safety",
+            "argument --with: 'face' is not one of controlnet, effnet, previewer, image-encoder, safety",
         ),
         (["--prior", "small"], "argument --prior: invalid choice: 'small' (choose from 'full', 'lite')"),
     ],

@@ -1,4 +1,4 @@
-"""Repositories under other names than the published: mirrors of these, and fine-tuned networks."""
+"""Other repositories than the published: mirrors of these, and fine-tuned networks."""
 
 import json
 import re
@@ -21,7 +21,7 @@ WEIGHTS = "prior/diffusion_pytorch_model.bf16.safetensors"
 
 @pytest.fixture
 def mirrors(hub: Hub) -> tuple[str, str]:
-    """Both published repositories, under somebody else's name and at another revision."""
+    """Both published repositories, under another owner and at another revision."""
     for repository in (PRIOR, DECODER):
         files = hub.repositories.pop((repository.name, repository.revision))
         hub.repositories[f"me/{repository.folder}-mirror", "main"] = files
@@ -30,7 +30,7 @@ def mirrors(hub: Hub) -> tuple[str, str]:
 
 @pytest.fixture
 def add(hub: Hub, tmp_path: Path) -> Callable[..., None]:
-    """Puts files into a repository of the Hub, by their paths in it."""
+    """Add files to a repository of the Hub, by path."""
 
     def add(name: str, **files: Path | bytes) -> None:
         folder = tmp_path / "repositories" / name
@@ -45,7 +45,7 @@ def add(hub: Hub, tmp_path: Path) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder. Not to be changed."""
+    """A model folder. Tests must not change it."""
     folder = tmp_path_factory.mktemp("base")
     write_download(folder / "published", sorted(NEEDED), SMALL)
     assert main(["--download", str(folder / "published"), "--output", str(folder / "model")]) == 0
@@ -54,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(base: Path) -> Path:
-    """A fine-tuned Stage C of the size of the base's, in one file."""
+    """A single file with a fine-tuned Stage C of the base's size."""
     tensors = load_file(base / "prior" / "diffusion_pytorch_model.safetensors")
     tensors["clf.1.bias"] = tensors["clf.1.bias"] + 1
     save_file(tensors, base.parent / "tuned.safetensors")
@@ -63,7 +63,7 @@ def tuned(base: Path) -> Path:
 
 @pytest.fixture
 def save(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Makes a model folder of a repository that has been downloaded, in this process. Gives what it wrote to stderr."""
+    """Make a model folder from a downloaded repository, in this process. Returns its stderr."""
 
     def save(name: str, code: int = 0) -> str:
         folders = ["--download", tmp_path / "download", "--output", tmp_path / "model", "--base", base]
@@ -117,7 +117,7 @@ def test_a_fine_tuned_file(
 
 
 def test_a_branch_that_moves(hub: Hub, add: Callable[..., None], tmp_path: Path, fetch: Run, tuned: Path) -> None:
-    """The new file has the old one's size."""
+    """The new file has the same size as the old one."""
     add("me/tuned", tuned_dot_safetensors=tuned)
     fetch("me/tuned")
     hub.seen.clear()
@@ -148,7 +148,7 @@ def test_several_files(hub: Hub, add: Callable[..., None], refuse: Run, fetch: R
 def test_what_cannot_be_used(hub: Hub, add: Callable[..., None], refuse: Run) -> None:
     add("me/pickles", model_dot_ckpt=b"PK", README_dot_md=b"mine")
     assert refuse("me/pickles") == "me/pickles has no weights of Stable Cascade in safetensors files."
-    assert refuse("mine") == "'mine' is no name of a repository: it must be like owner/name."
+    assert refuse("mine") == "'mine' is not the name of a repository: it must be like owner/name."
     assert refuse("me/nothing") == (
         f"{hub.url} has no repository me/nothing, or shows it only to those with a token, in HF_TOKEN."
     )

@@ -1,4 +1,4 @@
-"""scripts/save-weights: model folders of downloads, good and bad; the good ones make pictures."""
+"""scripts/save-weights: model folders from good and bad downloads. Folders from good ones make pictures."""
 
 import errno
 import hashlib
@@ -50,7 +50,7 @@ CANNY = "stable-cascade/controlnet/canny.safetensors"
 
 @pytest.fixture(scope="session")
 def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Downloads ``full`` and ``lite``. Not to be changed."""
+    """Downloads ``full`` and ``lite``. Tests must not change them."""
     root = tmp_path_factory.mktemp("downloads")
     write_download(root / "full", FULL, SMALL)
     write_download(root / "lite", LITE, SMALL)
@@ -59,7 +59,7 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def full(downloads: Path, tmp_path: Path) -> Path:
-    """A download whose files may be replaced, though not written to."""
+    """A download whose files tests may replace, but not write to."""
     return shutil.copytree(downloads / "full", tmp_path / "full", copy_function=os.link)
 
 
@@ -75,7 +75,7 @@ def target(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fails(target: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
-    """Saves a download, which must fail and leave everything as it was, and gives the sentence."""
+    """Save a download, which must fail and change nothing. Returns the sentence."""
 
     def fails(download: Path) -> str:
         before = snapshot(target), snapshot(download)
@@ -95,13 +95,13 @@ def save_weights(download: Path, target: Path, *options: str) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Of every file below a folder which file it is, its size and when it was written."""
+    """Inode, size and modification time of every file below a folder."""
     stats = {str(path): path.stat() for path in folder.rglob("*") if path.is_file()}
     return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
 def replace(download: Path, path: str, content: bytes) -> None:
-    """Put another file into a download, as if it were what the Hub has."""
+    """Replace a file of a download, together with its checksum."""
     scratch = download / "scratch"
     scratch.write_bytes(content)
     scratch.replace(download / path)
@@ -130,7 +130,7 @@ def files_of(folder: Path) -> set[str]:
 
 
 def test_from_the_hub_to_a_picture(tmp_path: Path, hub: Hub, succeed: Run) -> None:
-    """Both scripts, as they are run; everything that there is; nothing lost on the way."""
+    """Runs both scripts with all options, from the Hub to a picture."""
     download, target = tmp_path / "download", tmp_path / "weights" / "model"
     succeed("download-weights", "--output", download, "--with", "safety,controlnet,effnet,previewer,image-encoder")
     assert "stabilityai/stable-cascade/effnet_encoder.safetensors" in hub.fetched()
@@ -185,13 +185,13 @@ def test_a_predictor_of_it(
     predictor.setup()
     assert f"Loaded Stable Cascade (lite prior and decoder) from {target}" in caplog.text
     assert predictor.service.safety is not None
-    monkeypatch.setattr(predictor, "record_metric", lambda *_: None)  # Cog's scope keeps nothing outside of its server
+    monkeypatch.setattr(predictor, "record_metric", lambda *_: None)  # outside of its server, Cog's scope keeps nothing
     (picture,) = run(predictor, **TINY)
     assert picture.is_file()
 
 
 def test_additions(lite: Path, tmp_path: Path, target: Path) -> None:
-    """They leave the other files where they are, and the name as it was. A change of the stages keeps them."""
+    """Additions keep the other files and the name. A change of the stages keeps additions."""
     save_weights(lite, target)
     (target / "README.md").write_text("mine")
     before = snapshot(target)
@@ -290,7 +290,7 @@ def cut_projection(tensors: dict[str, Tensor]) -> None:
     ("path", "change", "problem"),
     [
         (PRIOR, drop, " has no tensor clf.1.bias."),
-        (PRIOR, add, " has a tensor surplus.weight, which is none of its network's."),
+        (PRIOR, add, " has a tensor surplus.weight, which its network does not have."),
         (PRIOR, reshape, ": clf.1.bias has the shape (1, 16) instead of (16,)."),
         (PRIOR, widen, ": clf.1.bias has the dtype F32 instead of BF16."),
         (TEXT_ENCODER, forget_projection, " has no tensor text_projection.weight."),
@@ -318,11 +318,11 @@ def test_wrong_tensors(
 
 def test_controlnets_that_were_mixed_up(full: Path, fails: Callable[[Path], str]) -> None:
     replace(full, CANNY, (full / "stable-cascade/controlnet/inpainting.safetensors").read_bytes())
-    assert fails(full) == f"{full / CANNY} is no controlnet_canny: it reads 4 channels, not 1."
+    assert fails(full) == f"{full / CANNY} is not a controlnet_canny: it reads 4 channels, not 1."
 
 
 def test_harmless_differences(lite: Path, target: Path) -> None:
-    """Old checkpoints hold a buffer that is none any more, or lack counters, and statistics may be kept in float32."""
+    """Old checkpoints hold an obsolete buffer or lack counters, and statistics may be float32."""
 
     def add_position_ids(tensors: dict[str, Tensor]) -> None:
         tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
@@ -346,7 +346,7 @@ def test_harmless_differences(lite: Path, target: Path) -> None:
         (
             "stable-cascade-prior/prior/config.json",
             b'{"block_out_channels": [8]}',
-            "{file} describes no prior: num_attention_heads has 2 values; block_out_channels has 1, one a level.",
+            "{file} does not describe the prior: num_attention_heads has 2 values; block_out_channels has 1, one per level.",
         ),
         ("stable-cascade-prior/tokenizer/tokenizer.json", b"{}", "{file.parent} holds no readable tokenizer: "),
         (
@@ -365,7 +365,7 @@ def test_files_that_are_something_else(
 
 
 def test_missing_and_damaged_files(full: Path, target: Path, fails: Callable[[Path], str]) -> None:
-    """An older folder, too, is left as it was."""
+    """An older model folder is not changed, either."""
     save_weights(full, target)
     file = full / PRIOR
     content = file.read_bytes()
@@ -388,11 +388,11 @@ def test_a_damaged_list(full: Path, fails: Callable[[Path], str], content: str) 
 def test_a_folder_of_something_else(full: Path, target: Path, fails: Callable[[Path], str]) -> None:
     (target / "prior").mkdir(parents=True)
     (target / "prior" / "thesis.txt").write_text("mine")
-    assert fails(full) == f"{target} holds something other than a model: name another folder with --output."
+    assert fails(full) == f"{target} is not a model folder, and not empty: name another folder with --output."
 
 
 def test_a_disk_that_fills_up(full: Path, lite: Path, target: Path, fails: Callable[[Path], str]) -> None:
-    """As a limit of the process: the system refuses to write, as it does when a disk is full."""
+    """With a limit on the process's files, the system refuses to write, like with a full disk."""
     save_weights(lite, target)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
@@ -426,7 +426,7 @@ def test_a_place_that_cannot_be_written(full: Path, tmp_path: Path, capsys: pyte
 
 
 def test_the_download_is_removed_when_told(full: Path, target: Path) -> None:
-    """With what is left of earlier ones, but without what is somebody else's."""
+    """Including remains of earlier downloads, but no other files."""
     write_download(full, LITE, SMALL)
     (full / f"{PRIOR}.0123456789ab.incomplete").write_text("the beginning")
     (full / ".lock").touch()
@@ -462,7 +462,7 @@ def test_a_person_is_asked(
 
 
 def test_sizes_of_the_published_files() -> None:
-    """To the byte, those of the repositories: https://huggingface.co/stabilityai/stable-cascade as it was published."""
+    """Exact to the byte, as in https://huggingface.co/stabilityai/stable-cascade when it was published."""
     metadata = {"format": "pt"}
     assert len(save(StageA().to(torch.bfloat16).state_dict(), metadata)) == 36_825_828
     # Without the metadata that these got later.

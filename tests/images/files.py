@@ -1,4 +1,4 @@
-"""Files that Pillow reads and does not write: profiles, PNG and TIFF of unusual depths; and what the fixtures are."""
+"""Files that Pillow reads but cannot write: profiles, PNG and TIFF of unusual depths. Also the fixtures' descriptions."""
 
 import struct
 import zlib
@@ -28,7 +28,7 @@ def profile(space: str, tags: dict[str, bytes], connection: str = "XYZ ", kind: 
 
 
 def curve(levels: np.ndarray) -> bytes:
-    """Of a channel: the light, 0 to 1, of evenly spaced values; of one level, the exponent."""
+    """A channel's curve: linear light, 0 to 1, at evenly spaced values; a single value is a gamma."""
     values = (levels * 256).round() if len(levels) == 1 else (levels * 65535).round()
     return b"curv" + bytes(4) + struct.pack(">I", len(levels)) + values.astype(">u2").tobytes()
 
@@ -50,7 +50,7 @@ def grey_profile(gamma: float) -> bytes:
 
 
 def cmyk_profile() -> bytes:
-    """Whose inks are grey: each takes a quarter of the lightness away."""
+    """A profile whose inks are all grey: each takes away a quarter of the lightness."""
     grid = [
         (cyan, magenta, yellow, black) for cyan in (0, 1) for magenta in (0, 1) for yellow in (0, 1) for black in (0, 1)
     ]
@@ -75,7 +75,7 @@ def png(
 
 
 def png_of(width: int, height: int) -> bytes:
-    """The beginning of a PNG file, up to where its pixels would come."""
+    """The beginning of a PNG file, up to the pixels."""
     header = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 100) + b"IDAT"
 
@@ -93,6 +93,6 @@ def tiff(
 
 
 def packed_12_bits(values: np.ndarray) -> bytes:
-    """Two values in three bytes; rows of an even length."""
+    """Packs two values into three bytes; rows have an even length."""
     first, second = values.reshape(-1, 2).T.astype(int)
     return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()

@@ -1,4 +1,4 @@
-"""Large pictures, band by band: what comes of them is what Pillow makes of the whole picture."""
+"""Large pictures in bands: results are bit-identical to Pillow's for the whole picture."""
 
 from typing import Any
 from unittest import mock

@@ -32,7 +32,7 @@ def colours(image: Image.Image) -> np.ndarray:
 
 
 def srgb_of(p3: np.ndarray) -> np.ndarray:
-    """By the textbook: linear light, XYZ, the inverse of sRGB's matrix at D50, sRGB's curve."""
+    """Convert to sRGB by the standard formulas: linear light, XYZ, the inverse of sRGB's matrix at D50, sRGB's curve."""
     linear = np.linalg.inv(np.array(SRGB).T) @ np.array(DISPLAY_P3).T @ (p3.T / 255) ** 2.2
     linear = linear.clip(0, 1)
     return (np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255).T
@@ -80,7 +80,7 @@ def test_profiles_of_transparent_pictures_leave_the_transparency(tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_profiles_of_cmyk_pictures(tmp_path: Path, kind: str) -> None:
-    """The profile says that all inks are grey."""
+    """In this profile, all inks are grey."""
     Image.new("CMYK", (32, 32), (255, 0, 255, 0)).save(tmp_path / "picture", kind, icc_profile=cmyk_profile())
     red, green, blue = read_picture(tmp_path / "picture", "image").getpixel((16, 16))
     assert max(red, green, blue) - min(red, green, blue) <= 6
@@ -159,7 +159,7 @@ def test_a_transparent_colour_of_16_bits_is_transparent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("bits", "photometric"), [(16, 1), (16, 0), (12, 1)])
 def test_deep_tiff(tmp_path: Path, bits: int, photometric: int) -> None:
-    """With white as the largest value and, as scanners have it, as zero."""
+    """White is the largest value, or as from scanners, zero."""
     white = 2**bits - 1
     ramp = np.linspace(0, white, 256).round().astype(np.uint16)
     values = np.stack([ramp if photometric else white - ramp] * 16)

@@ -59,7 +59,7 @@ def test_empty_texts_are_left_out(tmp_path: Path, ending: str) -> None:
 @pytest.mark.skipif(shutil.which("exiftool") is None, reason="exiftool is not installed")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_exiftool_reads_all(tmp_path: Path, ending: str) -> None:
-    """Each script in a file of its own: exiftool guesses the byte order of a comment by what is in it."""
+    """One file per script, because exiftool guesses the byte order of a comment from its content."""
     files = {tmp_path / f"{index}.{ending}": text for index, text in enumerate(SCRIPTS.values())}
     for file, text in files.items():
         save_picture(noise(), file, [said(text)])
@@ -107,7 +107,7 @@ def test_a_shorter_version_is_written_only_where_the_format_has_no_room(tmp_path
 
 @pytest.mark.parametrize(("length", "whole"), [(65_499, True), (65_500, False)])
 def test_a_jpeg_is_filled_to_the_last_byte(tmp_path: Path, length: int, whole: bool) -> None:
-    """The rest: 6 bytes of EXIF's marker, 8 of TIFF's header, 18 of a directory with one entry, a NUL, an even length."""
+    """Other bytes: EXIF's marker 6, TIFF's header 8, a directory with one entry 18, a NUL, padding to an even length."""
     versions = [Metadata(SourceType.CREATED, "a" * length), Metadata(SourceType.CREATED, "short")]
     save_picture(noise(), tmp_path / "a.jpg", versions)
     assert read_texts(tmp_path / "a.jpg").description == versions[0 if whole else 1].description
@@ -130,7 +130,7 @@ def test_other_endings_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_is_the_same_every_time(tmp_path: Path) -> None:
-    """So that callers may compare or cache by content: nothing in it tells the time."""
+    """Files contain no time, so that callers can compare or cache them by content."""
     for ending in ENDINGS:
         contents = set()
         for name in ("a", "b"):

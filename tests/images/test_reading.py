@@ -1,4 +1,4 @@
-"""Reading pictures: every kind as a person sees it, and everything else in one sentence, before it is decoded."""
+"""Reading pictures: every kind as a viewer shows it, and errors of one sentence for everything else, before decoding."""
 
 import ctypes
 import gzip
@@ -33,7 +33,7 @@ RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
 def halves(mode: str = "RGB") -> Image.Image:
-    """Wider than high; red on the left, blue on the right."""
+    """A wide picture, red on the left and blue on the right."""
     image = Image.new("RGB", (40, 20), RED)
     image.paste(BLUE, (20, 0, 40, 20))
     return image.convert(mode)
@@ -95,7 +95,7 @@ def test_what_is_transparent_is_laid_on_white(tmp_path: Path, mode: str) -> None
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_as_exif_says(tmp_path: Path, orientation: int) -> None:
-    """Stored so that the tag brings it back, as a camera does."""
+    """Stored rotated, with a tag that undoes it, as a camera does."""
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -189,7 +189,7 @@ def test_a_damaged_file_is_a_picture_or_one_sentence(tmp_path: Path, kind: str, 
 
 @pytest.mark.parametrize("kind", ["t_100", "t_resunit_ascii", "t_xres_zero_neg"])
 def test_odd_exif_still_says_which_side_is_up(kind: str) -> None:
-    """Of tags that no EXIF has in this kind, or that cannot be: only the orientation matters."""
+    """Invalid EXIF tags are ignored. Only the orientation matters."""
     file = FIXTURES / f"exif_o6_{kind}.jpg"
     with Image.open(file) as stored:
         expected = stored.transpose(Image.Transpose.ROTATE_270)
@@ -203,7 +203,7 @@ def test_broken_exif_is_ignored() -> None:
 
 
 def test_odd_tags_in_tiff(tmp_path: Path) -> None:
-    """Turned by Pillow, which reads all tags for that; those of EXIF lie beyond the file's end."""
+    """Pillow rotates TIFF and reads all tags for it. The EXIF tags point beyond the file's end."""
     pixels = np.arange(8, dtype=np.uint8).reshape(2, 4) * 30
     (tmp_path / "picture").write_bytes(tiff((4, 2), 8, 1, pixels.tobytes(), {274: (3, 6), 34665: (4, 10**6)}))
     image = read_picture(tmp_path / "picture", "image")
@@ -240,7 +240,7 @@ def test_a_picture_is_scaled_to_the_bit_as_it_was_after_reading(tmp_path: Path, 
 
 
 def test_a_large_jpeg_is_shrunk_while_it_is_decoded(tmp_path: Path) -> None:
-    """Very near to what becomes of the whole picture."""
+    """The result is nearly that of the whole picture."""
     shape = Image.radial_gradient("L").resize((3000, 2000))
     noise = Image.effect_noise((1500, 1000), 40).resize((3000, 2000))
     image = Image.merge("RGB", (shape, noise, shape.transpose(Image.Transpose.ROTATE_180)))
@@ -266,7 +266,7 @@ def test_a_large_picture_that_is_shrunk_far_is_very_near_to_what_it_was(tmp_path
 
 
 def test_a_large_image_prompt_is_read_in_the_size_that_clip_needs(tmp_path: Path) -> None:
-    """What CLIP sees is very near to what it saw of the whole."""
+    """CLIP's input is nearly that from the whole picture."""
     assert image_prompt_size(2048, 2048) == (2048, 2048)
     assert image_prompt_size(8000, 600) == (1200, 600)
     assert image_prompt_size(3000, 4000) == (896, 1195)
@@ -298,7 +298,7 @@ def test_webp_of_64_megapixels() -> None:
 
 @pytest.mark.parametrize("flags", [0, 0x10])
 def test_webp_whose_headers_disagree_about_transparency(tmp_path: Path, flags: int) -> None:
-    """A large one, which OpenCV decodes, and of which Pillow has found the mode."""
+    """A large file: Pillow finds the mode, and OpenCV decodes it."""
     Image.new("RGBA", (4100, 4100), (255, 0, 0, 128)).save(tmp_path / "simple", "WEBP", lossless=True, method=0)
     stored = (tmp_path / "simple").read_bytes()
     still = stored[stored.index(b"VP8L") :]
@@ -310,7 +310,7 @@ def test_webp_whose_headers_disagree_about_transparency(tmp_path: Path, flags: i
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """A tile of a gigabyte for a picture of 16 pixels."""
+    """A picture of 16 pixels with a tile of a gigabyte."""
     tags = {322: (4, 32768), 323: (4, 32768), 324: (4, 8), 325: (4, 16)}
     (tmp_path / "picture").write_bytes(tiff((4, 4), 8, 1, bytes(16), {259: (3, 8), **tags}))
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -322,7 +322,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 
 def test_want_of_memory_has_its_own_sentence(tmp_path: Path) -> None:
-    """An animation of 64 megapixels, of 154 bytes: one frame takes four times that in bytes, six times over."""
+    """An animation of 64 megapixels in 154 bytes. One frame takes six times four bytes per pixel."""
     still = (FIXTURES / "64-megapixels.webp").read_bytes()[12:]
     side = (7999).to_bytes(3, "little")
     frame = bytes(6) + side * 2 + bytes(4) + still
@@ -358,7 +358,7 @@ def test_a_decoder_that_is_killed_is_replaced(tmp_path: Path) -> None:
 
 
 def scans(count: int) -> bytes:
-    """A JPEG file of 63 megapixels with so many progressive scans, of which a processor takes 0.15 s each."""
+    """A JPEG file of 63 megapixels with `count` progressive scans. Each takes 0.15 s of CPU time."""
     whole = gzip.decompress((FIXTURES / "many-scans.jpg.gz").read_bytes())
     return b"\xff\xda".join(whole.split(b"\xff\xda")[: count + 1])
 
@@ -371,7 +371,7 @@ def test_many_scans_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("cpu", "clock", "expected"), [(0.2, 9, signal.SIGPROF), (9, 0.2, signal.SIGALRM)])
 def test_time_is_bounded(tmp_path: Path, cpu: float, clock: float, expected: int) -> None:
-    """A process that is busy, in C, ends by itself; and what the process that decodes may end by has its sentence."""
+    """A process that is busy in C code is killed after its time, and each way in which the decoder may end has its error."""
     busy = f"from cascade.images.child import limit_time; limit_time({cpu}, {clock}); pow(3, 10**9)"
     assert subprocess.run([sys.executable, "-c", busy], check=False, cwd=PACKAGE.parent).returncode == -expected
     halves().save(tmp_path / "picture", "PNG")
@@ -386,7 +386,7 @@ def test_time_is_bounded(tmp_path: Path, cpu: float, clock: float, expected: int
 
 
 def test_a_cancellation_is_heard_while_a_picture_is_decoded(tmp_path: Path) -> None:
-    """As Cog does it: an exception is put into the thread."""
+    """Raises an exception in the thread, as Cog does."""
     (tmp_path / "picture").write_bytes(scans(100))
     times = []
 
@@ -428,7 +428,7 @@ def test_a_forked_process_has_a_decoder_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_decoder_imports_no_torch() -> None:
-    """It starts in a tenth of a second because of that."""
+    """This is why it starts in 0.1 s."""
     program = PROGRAM.replace("main()", "assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
     subprocess.run([sys.executable, "-P", "-c", program, str(PACKAGE)], check=True)
 
@@ -459,7 +459,7 @@ UNTURN = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
 def test_any_picture_is_upright_in_8_bits(
     tmp_path: Path, stored: tuple[str, str], size: tuple[int, int], orientation: int, profile: bool, needed: Any
 ) -> None:
-    """Light in its left upper corner, dark elsewhere, when it is upright."""
+    """Upright pictures are light in the upper left corner, and dark elsewhere."""
     kind, mode = stored
     grey = Image.new("L", size, 20)
     grey.paste(240, (0, 0, size[0] // 2, size[1] // 2))
@@ -511,7 +511,7 @@ def test_the_beginning_of_a_file_is_a_picture_or_one_sentence(
 
 
 def test_a_path_is_of_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever the process that decodes was started."""
+    """Relative paths follow the current directory, wherever the decoder was started."""
     Image.new("RGB", (5, 4), "red").save(tmp_path / "one.png")
     read_picture(tmp_path / "one.png", "image")
     monkeypatch.chdir(tmp_path)

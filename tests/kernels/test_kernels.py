@@ -1,4 +1,4 @@
-"""The choice between plain torch and the GPU's kernels, and plain torch where float16 is too narrow for the stream."""
+"""The choice between plain torch and GPU kernels, and plain torch with values that exceed float16."""
 
 import copy
 import importlib.util
@@ -81,7 +81,7 @@ def test_the_implementation_is_set_for_all_blocks() -> None:
             assert {module.kernels for module in twin.modules() if isinstance(module, kernels.UsesKernels)} == {
                 kernels.load("triton")
             }
-        # The kernels have no gradients.
+        # The kernels have no backward pass.
         assert {module.kernels for module in users} == {plain}
         assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
         network.use_kernels("plain")
@@ -94,7 +94,7 @@ def test_the_implementation_is_set_for_all_blocks() -> None:
 @pytest.mark.parametrize("config", [STAGE_C, STAGE_B], ids=["C", "B"])
 @torch.no_grad()
 def test_float16_keeps_a_stream_that_exceeds_it(config: dict) -> None:
-    """In every level: through norms, convolutions, skip connections and the convolutions between repeats."""
+    """In every level: norms, convolutions, skip connections and the convolutions between repeats."""
     exact = make(config, std=0.1)
     half = copy.deepcopy(exact).half()
     exact.load_state_dict(half.state_dict())  # rounded

@@ -24,6 +24,7 @@ from miniature.icons import (
     select_objects,
 )
 from miniature.scenes import COLOUR_NAMES, COLOURS, PLACE_NAMES, RELATIONS, SIZE_NAMES, HeldOut, Plans, sample_plans
+from tests.miniature.small import pack
 from training.errors import TrainingError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -289,29 +290,24 @@ def test_other_names_of_an_object_occur_beside_its_own() -> None:
 
 def test_drawings_are_whole_or_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Packing, killed after some drawings."""
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><circle cx="12" cy="12" r="9" fill="red"/></svg>'
     names = [f"thing {index}" for index in range(60)]
     file = tmp_path / "drawings.zip"
     part = file.with_name(f".{file.name}.part")
-    packing = f"""
-from pathlib import Path
-from miniature.icons import *
-objects = [IconObject(name, (name,) * len(STYLES)) for name in {names!r}]
-pack_drawings(objects, [dict.fromkeys({names!r}, {svg!r})] * len(STYLES), Path({str(file)!r}))
-"""
+    packing = f"from pathlib import Path; from tests.miniature.small import pack; pack({names!r}, Path({str(file)!r}))"
     with subprocess.Popen([sys.executable, "-c", packing], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while not part.exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.kill()
     assert not file.exists()
-    with pytest.raises(TrainingError, match=r"There is no file .*drawings.zip: scripts/build-mini-data makes it\.$"):
+    with pytest.raises(TrainingError, match=r"There is no file .*drawings.zip; scripts/build-mini-data makes it\.$"):
         load_drawings(file)
-    objects = [IconObject(name, (name,) * len(STYLES)) for name in names[:2]]
-    pack_drawings(objects, [dict.fromkeys(names, svg)] * len(STYLES), file)
+    pack(names[:2], file)
     assert load_drawings(file)[1] == names[:2]
     assert [path.name for path in tmp_path.iterdir()] == ["drawings.zip"]
     assert "6/6" in capsys.readouterr().err
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(TrainingError, match=r"drawings.zip is no whole file of drawings: scripts/build-mini-data"):
+    with pytest.raises(
+        TrainingError, match=r"drawings.zip is not a complete file of drawings; scripts/build-mini-data"
+    ):
         load_drawings(file)

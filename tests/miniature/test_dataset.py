@@ -8,8 +8,7 @@ import torch
 
 from cascade.weights import ModelFolder
 from miniature.dataset import Scenes
-from miniature.icons import STYLES, IconObject, pack_drawings
-from tests.miniature.small import DRAWN
+from tests.miniature.small import DRAWN, pack
 from tests.training.small import train, write_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -18,9 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 def test_scenes_say_what_they_show(tmp_path: Path) -> None:
     names = ("apple", "pear", "plum", "fig")
     tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><circle cx="12" cy="12" r="9" fill="red"/></svg>'
-    objects = [IconObject(name, (name,) * len(STYLES)) for name in names]
-    pack_drawings(objects, [dict.fromkeys(names, svg)] * len(STYLES), tmp_path / "drawings.zip")
+    pack(names, tmp_path / "drawings.zip")
     options = {"size": (64, 64), "seed": 0, "split": "train", "device": torch.device("cpu")}
     scenes = Scenes(tmp_path / "drawings.zip", 50, tokenizer, **options)
     assert sorted(scenes.names) == ["a fig", "a pear", "a plum", "an apple"]

@@ -107,6 +107,7 @@ def test_copies_score_in_full_and_other_pictures_do_not(scenes: list[Scene], jud
     assert means(column)["object first"] < 0.3
 
 
+@pytest.mark.slow
 def test_similarity_falls_where_more_is_painted_anew(scenes: list[Scene], judge: Judge) -> None:
     """Pictures that fade to gray."""
     asked = []

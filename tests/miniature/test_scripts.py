@@ -48,7 +48,7 @@ def test_a_damaged_package(icons: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path / file.name).write_bytes(file.read_bytes()[:100])
     assert build_mini_data.main(["--output", str(tmp_path / "drawings.zip"), "--icons", str(tmp_path)]) == 1
     said = capsys.readouterr().err
-    assert "iconify-json-noto-1.2.9.tgz is no whole package of @iconify-json/noto: " in said
+    assert "iconify-json-noto-1.2.9.tgz is not a complete package of @iconify-json/noto: " in said
     assert said.count("\n") == 1
     assert not (tmp_path / "drawings.zip").exists()
 
@@ -59,6 +59,7 @@ def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err.startswith("npm is not installed, and ")
 
 
+@pytest.mark.slow
 def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two sets; a third one joins them without the first two being judged again."""
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--batch", "2"]
@@ -117,7 +118,7 @@ def test_evaluation_without_drawings(tmp_path: Path, capsys: pytest.CaptureFixtu
     options = ["--drawings", str(tmp_path / "none.zip"), "--output", str(tmp_path / "out")]
     assert evaluate_mini.main(options) == 1
     missing = tmp_path / "none.zip"
-    assert capsys.readouterr().err == f"There is no file {missing}: scripts/build-mini-data makes it.\n"
+    assert capsys.readouterr().err == f"There is no file {missing}; scripts/build-mini-data makes it.\n"
 
 
 def test_training_with_a_wrong_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,8 +28,7 @@ from cascade.networks.unet import StableCascadeUNet
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.weights import ModelFolder
-from miniature.icons import STYLES, IconObject, pack_drawings
-from tests.miniature.small import DRAWN
+from tests.miniature.small import DRAWN, pack
 from tests.training.small import OWN_CLOCK, write_config
 from training import run
 from training.recipe import costs_table
@@ -38,8 +37,8 @@ from training.stages import waits_for
 
 ROOT = Path(__file__).parent.parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">
-<ellipse cx="12" cy="12" rx="{radius}" ry="9" fill="hsl({hue}, 80%, {light}%)"/></svg>"""
+
+pytestmark = pytest.mark.slow
 
 NETWORKS = {
     "vqgan": StageA,
@@ -57,13 +56,7 @@ NETWORKS = {
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with drawings and a configuration; in ``run``, all stages, two at once; in ``kept``, what they made."""
     folder = tmp_path_factory.mktemp("training")
-    names = ("apple", "pear", "plum", "fig", "lime", "melon")
-    sets = [
-        {name: SVG.format(radius=4 + index, hue=60 * index, light=30 + 20 * style) for index, name in enumerate(names)}
-        for style in range(len(STYLES))
-    ]
-    objects = [IconObject(name, (name,) * len(STYLES)) for name in names]
-    pack_drawings(objects, sets, folder / "drawings.zip")
+    pack(("apple", "pear", "plum", "fig", "lime", "melon"), folder / "drawings.zip")
     write_config(folder, DRAWN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -222,7 +215,7 @@ def test_several_processes_train_together(trained: Path, tmp_path: Path) -> None
         check=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
+        timeout=1200,
     )
     assert (tmp_path / "stage_c" / run.FINISHED).exists()
     # Each process keeps a random state of its own, and the gradients of both are in the one network that is saved.

@@ -1,4 +1,4 @@
-"""Ways in which others change a layer of a network that is loaded: LoRA as PEFT and kohya do it, hooks, parametrisations."""
+"""Ways in which other libraries change a loaded layer: LoRA by PEFT and by kohya, hooks, parametrisations."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 
 
 class Wrapper(nn.Module):
-    """A layer beside which another one runs, as in PEFT."""
+    """A layer plus a second layer with the same input, as in PEFT."""
 
     def __init__(self, base_layer: nn.Module, delta: Tensor) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ WAYS: dict[str, Callable[[nn.Module, str, Tensor], None]] = {
 
 
 def linear_layers(network: StableCascadeUNet) -> dict[str, list[tuple[str, int, int]]]:
-    """One layer of each kind, by its published name's end: the layer's name, and which of its rows that is."""
+    """{end of the published name: (layer's name, its rows)} for one layer of each kind."""
     layers: dict[str, tuple[str, int, int]] = {}
     for name, block in network.named_modules():
         if isinstance(block, AttnBlock):
@@ -104,7 +104,7 @@ def linear_layers(network: StableCascadeUNet) -> dict[str, list[tuple[str, int, 
 
 
 def small_change(network: StableCascadeUNet, name: str, first: int, last: int) -> Tensor:
-    """Zero but for some rows of a layer's weight."""
+    """A change of some rows of a layer's weight; zero elsewhere."""
     weight = network.get_submodule(name).weight
     generator = torch.Generator().manual_seed(3)
     delta = torch.zeros(weight.shape)

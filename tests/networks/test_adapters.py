@@ -12,7 +12,7 @@ from tests.networks.adapters import WAYS, Wrapper, linear_layers, small_change, 
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
 CONFIGS = {"C": STAGE_C, "B": STAGE_B}
-NETWORKS = {stage: make(config) for stage, config in CONFIGS.items()}  # not to be changed
+NETWORKS = {stage: make(config) for stage, config in CONFIGS.items()}  # tests must not change it
 LAYERS = {stage: linear_layers(network) for stage, network in NETWORKS.items()}
 CASES = [pytest.param(stage, layer, id=f"{stage}-{layer}") for stage, layers in LAYERS.items() for layer in layers]
 

@@ -1,4 +1,4 @@
-"""ControlNets: the authors' outputs, published sizes, each backbone, and what the residuals do to Stage C."""
+"""ControlNets: the authors' outputs, published sizes, each backbone, and the residuals' effect on Stage C."""
 
 import json
 
@@ -25,7 +25,7 @@ PUBLISHED = {
 
 
 def randomized(network: ControlNet) -> ControlNet:
-    """In eval mode, with projections that give something."""
+    """A ControlNet in evaluation mode, with random projections instead of zeros."""
     torch.manual_seed(0)
     for projection in network.projections:
         torch.nn.init.normal_(projection[-1].weight)
@@ -55,7 +55,7 @@ def test_against_the_authors(kind):
     ],
 )
 def test_published_sizes(kind, parameters, size):
-    """The files have their tensors, and 14 to 21 kB of metadata."""
+    """The published files hold the network's tensors, and 14 to 21 kB of metadata."""
     with torch.device("meta"):
         network = PUBLISHED[kind]()
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
@@ -71,7 +71,7 @@ def test_published_sizes(kind, parameters, size):
     ids=["super-resolution, first version", "identity"],
 )
 def test_sizes_of_files_without_metadata(config, size):
-    """Earlier uploads: to the byte."""
+    """Earlier uploads without metadata: exact to the byte."""
     with torch.device("meta"):
         assert file_size(ControlNet(**config)) == size
 
@@ -138,7 +138,7 @@ def test_saved_and_loaded(options, tmp_path):
 
 @torch.no_grad()
 def test_residuals_are_what_hooks_would_add():
-    """Seen from outside: each residual, resized, is added to what its ResBlock of Stage C is given."""
+    """With hooks: each residual, resized, is added to the input of its ResBlock in Stage C."""
     stage_c = make(STAGE_C)
     controlnet = randomized(ControlNet(4, STAGE_C["block_out_channels"][0], (0, 5), effnet=SMALL))
     residuals = {k: residual / residual.std() for k, residual in controlnet(torch.rand(2, 4, 128, 96)).items()}

@@ -1,4 +1,4 @@
-"""The semantic encoder and the previewer: shapes, sizes, members of the family other than the published ones."""
+"""The semantic encoder and the previewer: shapes, sizes, and other configurations than the published ones."""
 
 import pytest
 import torch

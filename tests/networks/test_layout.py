@@ -1,4 +1,4 @@
-"""Published tensors in state dicts and files, stacked layers in memory: both ways, partly, wrongly, and with gradients."""
+"""Published tensors in state dicts, stacked layers in memory: both directions, partial and wrong state dicts, gradients."""
 
 import copy
 from pathlib import Path
@@ -32,14 +32,14 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def test_state_dicts_are_those_of_the_published_layers(config: dict) -> None:
     network, reference = make(config), Reference(**config)
     state = network.state_dict()
-    assert list(state) == list(reference.state_dict())  # the order too
+    assert list(state) == list(reference.state_dict())  # and in the same order
     assert not {"to_qkv", "timestep_mappers"} & {part for key in state for part in key.split(".")}
     other = StableCascadeUNet(**config).eval()
     result = other.load_state_dict(reference.state_dict())
     assert not result.missing_keys
     assert not result.unexpected_keys
     assert same(other.state_dict(), reference.state_dict())
-    # Nested, as in a training task.
+    # Nested in another module, as in training.
     both = nn.ModuleDict({"first": copy.deepcopy(network), "second": nn.Linear(1, 1)})
     assert list(both.state_dict()) == [*(f"first.{key}" for key in state), "second.weight", "second.bias"]
     both["first"].load_state_dict(other.state_dict())
@@ -90,7 +90,7 @@ def test_what_is_missing_or_does_not_fit_is_named_as_published() -> None:
     assert "to_qkv" not in str(caught.value)
     with pytest.raises(RuntimeError, match=rf'Unexpected key.*"{attention}.to_x.weight"'):
         network.load_state_dict(state | {f"{attention}.to_x.weight": torch.zeros(7)})
-    # Only a part, as of an adapter's merged weights.
+    # Only some tensors, like an adapter's merged weights.
     value = f"{attention}.to_v.weight"
     result = network.load_state_dict({value: torch.ones(32, 32)}, strict=False)
     assert not result.unexpected_keys
@@ -104,7 +104,7 @@ def test_what_is_missing_or_does_not_fit_is_named_as_published() -> None:
 
 
 def test_saved_by_any_library(tmp_path: Path) -> None:
-    """Views of one tensor must not be taken for one tensor."""
+    """Views of one tensor must not be taken for duplicates."""
     network = make(STAGE_B)
     state = network.state_dict()
     save_file(state, tmp_path / "plain.safetensors")
@@ -149,7 +149,7 @@ def test_state_dicts_outlive_the_network() -> None:
 
 
 def test_gradients_of_published_tensors() -> None:
-    """With keep_vars, as of the layers that diffusers has."""
+    """With keep_vars, published tensors have the gradients of diffusers' layers."""
     network, reference = make(STAGE_C), Reference(**STAGE_C).eval()
     reference.load_state_dict(network.state_dict())
     sample, ratio, given = torch.randn(2, 16, 8, 8), torch.rand(2), inputs(STAGE_C)

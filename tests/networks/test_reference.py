@@ -1,4 +1,4 @@
-"""Every network against what the authors' own code computes, through the reader of their key names."""
+"""Every network against outputs of the authors' code, loaded from files in the authors' names."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""StableCascadeUNet: published configurations, diffusers' class as a reference, and what diffusers' class cannot do."""
+"""StableCascadeUNet: published configurations, diffusers' class as a reference, and features that diffusers' class lacks."""
 
 import copy
 import math
@@ -43,7 +43,7 @@ STAGE_B = {
 
 
 def make(config: dict, std: float = 0.15) -> StableCascadeUNet:
-    """A network in eval mode whose every weight matters."""
+    """A network in evaluation mode, with random weights so that all of them have an effect."""
     torch.manual_seed(0)
     network = StableCascadeUNet(**config).eval()
     for tensor in network.state_dict().values():  # views: in the order and the shapes of the published tensors
@@ -161,7 +161,7 @@ def test_the_bias_of_a_text_lets_gradients_pass():
 
 
 def test_controlnet_residual_goes_before_its_resblock():
-    """Runs of ResBlocks are numbered; a level that is run again goes on counting."""
+    """ResBlocks are numbered in execution order, and repeated levels count again."""
     network, sample, ratio = make(STAGE_B), torch.randn(1, 4, 16, 16), torch.rand(1)
     conditions = network.condition(**inputs(STAGE_B, 1), latent_size=(16, 16))
     seen: list[torch.Tensor] = []
@@ -193,7 +193,7 @@ def test_timestep_embedding_is_float32():
 @pytest.mark.parametrize(("config", "channels"), [(STAGE_C, 16), (STAGE_B, 4)], ids=["C", "B"])
 @torch.no_grad()
 def test_bfloat16_weights_keep_the_float32_timestep(config, channels):
-    """Latents stay float32 outside, and two timesteps that bfloat16 cannot tell apart still differ."""
+    """Latents stay float32, and two timesteps that are equal in bfloat16 give different results."""
     network = make(config)
     half = copy.deepcopy(network).to(torch.bfloat16)
     sample, conditions = torch.randn(2, channels, 8, 8), inputs(config)
@@ -208,7 +208,7 @@ def test_bfloat16_weights_keep_the_float32_timestep(config, channels):
 @pytest.mark.parametrize("config", [STAGE_C, STAGE_B], ids=["C", "B"])
 @torch.no_grad()
 def test_bfloat16_weights_keep_the_residual_stream_in_float32(config):
-    """What diffusers' network loses over many layers, at the one time whose embedding bfloat16 has exactly: 0."""
+    """Unlike diffusers' network, which loses precision over many layers. At time 0, whose embedding is exact in bfloat16."""
     layers = tuple(4 * count for count in config["down_num_layers_per_block"])
     config = config | {"down_num_layers_per_block": layers, "up_num_layers_per_block": layers[::-1]}
     exact = make(config, std=0.1).to(torch.bfloat16).float()
@@ -252,7 +252,7 @@ def test_gradients_reach_conditions_and_survive_checkpointing():
     wanted = [*network.parameters(), given["effnet"], given["clip_text_pooled"]]
 
     def gradients() -> list[torch.Tensor]:
-        torch.manual_seed(3)  # of the dropout
+        torch.manual_seed(3)  # dropout's random numbers
         return torch.autograd.grad(network(sample, ratio, **given).square().mean(), wanted)
 
     plain = gradients()
@@ -271,6 +271,7 @@ def test_dropout_only_in_training():
         assert not torch.equal(network(sample, ratio, conditions), network(sample, ratio, conditions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "channels"), [(STAGE_C, 16), (STAGE_B, 4)], ids=["C", "B"])
 @torch.no_grad()
 def test_one_graph_for_the_compiler(config, channels):
@@ -278,7 +279,7 @@ def test_one_graph_for_the_compiler(config, channels):
     conditions = network.condition(**inputs(config, 1), latent_size=(10, 8))
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(sample, ratio, conditions), network(sample, ratio, conditions))
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_initialisation():
@@ -288,7 +289,7 @@ def test_initialisation():
     for block in network.blocks():
         if isinstance(block, ResBlock):
             last = block.channelwise[-1].weight
-            bound = (6 / sum(last.shape)) ** 0.5 / 2  # four ResBlocks on the way down
+            bound = (6 / sum(last.shape)) ** 0.5 / 2  # there are four down ResBlocks
             assert 0.9 * bound < last.abs().max() <= bound
             assert not block.channelwise[2].gamma.any()
         elif isinstance(block, AttnBlock):

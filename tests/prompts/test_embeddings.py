@@ -54,8 +54,9 @@ def test_formats(content: dict[str, Tensor], expected: Tensor, tmp_path: Path) -
         ({"clip_g": rows(6)[None]}, r"a tensor of shape \(1, 6, 6\), not \(n, 6\)"),
         ({"clip_g": torch.zeros(0, WIDTH)}, r"a tensor of shape \(0, 6\), not \(n, 6\)"),
         ({"clip_g": torch.full((1, WIDTH), torch.inf)}, "numbers that are not finite"),
-        ({"bundle_emb.x.clip_g": A, "bundle_emb.y.clip_g": NARROW}, "no vectors, or vectors of different lengths"),
-        ({}, "no vectors, or vectors of different lengths"),
+        ({"bundle_emb.x.clip_g": A, "bundle_emb.y.clip_g": NARROW}, "vectors of 4 numbers"),
+        ({"clip_g": torch.tensor(1.0)}, r"a tensor of shape \(\), not \(n, 6\)"),
+        ({}, "no tensors"),
     ],
 )
 def test_what_is_refused(content: dict[str, Tensor], message: str, tmp_path: Path) -> None:
@@ -167,4 +168,4 @@ def test_the_script_converts_what_it_can(tmp_path: Path, caplog: pytest.LogCaptu
     assert messages[1] == f"{tmp_path}/fox.pt has no vectors of an embedding."
     assert "absent.pt" in messages[3]
     assert main(files[:1]) == 1  # it is there, and is kept
-    assert caplog.records[-1].getMessage() == f"{tmp_path}/cat.safetensors is already there."
+    assert caplog.records[-1].getMessage() == f"{tmp_path}/cat.safetensors exists already."

@@ -92,6 +92,19 @@ def test_weights_act_on_both_prompts(cascade: Cascade) -> None:
     assert not close(made[0], made[2])
 
 
+def test_stage_b_sees_weights_through_the_pooled_text_alone(cascade: Cascade) -> None:
+    def decoded(**options: Any) -> Tensor:
+        seen: list[Progress] = []
+        # The same semantic latents, whatever the prompt.
+        start = {"image": PHOTO, "prompt_strength": 0.0}
+        cascade.generate(Request("a (cat:2)", prompt_weighting=True, **start, **SMALL, **options), seen.append)
+        return [progress.latents for progress in seen if progress.stage == "decoder"][-1]
+
+    plain = decoded()
+    assert torch.equal(plain, decoded(weight_pooled=False))
+    assert not close(plain, decoded(weight_pooled=True))
+
+
 def test_an_embedding_is_the_word_whose_vectors_it_has(cascade: Cascade) -> None:
     for weighting in (False, True):
         made = [

@@ -1,4 +1,4 @@
-"""Which device and dtype are chosen, for machines that are described; and whose device is the current one between steps."""
+"""The choice of device and dtype for described machines, and the current device between steps."""
 
 import contextlib
 from collections.abc import Generator, Iterator

@@ -1,4 +1,4 @@
-"""What counts as a lack of memory, and what does not."""
+"""Which errors count as a lack of memory."""
 
 import pytest
 import torch

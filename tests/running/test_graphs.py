@@ -1,4 +1,4 @@
-"""Which graphs are kept, and what is done without. On a CPU, by recordings that call the function again."""
+"""Which graphs are cached, and fallbacks. On a CPU, a replay calls the function again."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from tests.gpu.full_size import random_conditions
 
 
 class Replay:
-    """Like a CUDA graph, it reads its inputs, and leaves its results, in places of its own."""
+    """Like a CUDA graph, reads inputs from fixed tensors, and writes results to fixed tensors."""
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], pool: Any) -> None:
         self.function, self.inputs = function, [tensor.clone() for tensor in inputs]
@@ -41,7 +41,7 @@ def double(x: Tensor) -> Tensor:
 
 
 def recordings_made(graphs: GraphCache, size: Any, kinds: Sequence[str]) -> int:
-    """How many of these kinds of request at a size had to be recorded."""
+    """Run these kinds of request at a size, and return the number of newly captured graphs."""
     before = len(graphs)
     with graphs.of(size):
         for kind in kinds:
@@ -139,7 +139,7 @@ def test_what_cannot_be_captured_runs_plainly_and_is_logged_once(
     assert graphs.run("add", torch.add, torch.ones(1), torch.ones(1)).tolist() == [2.0]
     assert len(graphs) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "('prior', 'step') cannot be captured as a CUDA graph and runs without, more slowly. "
+        "('prior', 'step') cannot be captured as a CUDA graph, and runs slower without one. "
         "AcceleratorError: CUDA error: operation not permitted when stream is capturing"
     ]
 
@@ -164,7 +164,7 @@ def test_a_lack_of_memory_is_the_callers_business(error: BaseException, monkeypa
 
 @pytest.mark.parametrize("make", [make_prior, make_decoder])
 def test_a_graphed_network_is_the_network(graphs: GraphCache, make: Any) -> None:
-    """With all that can be given beside the sample, in turns: what one call leaves behind changes no other."""
+    """With all optional inputs in turns: no call changes the result of another."""
     network: StableCascadeUNet = shuffle(make(), 1)
     run = GraphedUNet(network, "unet", graphs)
     width, channels = network.config.block_out_channels[0], network.config.in_channels

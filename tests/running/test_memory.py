@@ -1,4 +1,4 @@
-"""Memory modes: which is chosen, and that every network finds its weights when its turn comes."""
+"""Memory modes: which one is chosen, and that every network has its weights when it runs."""
 
 import copy
 from collections.abc import Callable
@@ -40,19 +40,20 @@ CPU = torch.device("cpu")
 
 
 class LateUploader:
-    """Copies as late as they are allowed to be, and complains about one that could come too early.
+    """Copies as late as possible, and fails for a copy that could overwrite memory in use.
 
-    Work is done when it is launched. Copies are done when work waits for them, if not before. A copy must not overwrite
-    what work reads that was launched after the last mark that it waits for.
+    Work runs when it is launched. Copies run when work waits for them. A copy must not overwrite memory that is read by
+    work launched after the last mark that the copy waits for.
     """
 
     def __init__(self, cache: Tensor) -> None:
         self.cache = cache
         self.asked: list[Callable[[], object]] = []
+        self.bytes = 0
         self.done = 0
         self.marks = 0
         self.held = 0
-        self.reads: list[tuple[int, int, int]] = []  # from and to which byte, and behind how many marks
+        self.reads: list[tuple[int, int, int]] = []  # first byte, last byte + 1, marks at launch
 
     def mark(self) -> int:
         self.marks += 1
@@ -68,6 +69,7 @@ class LateUploader:
         for first, last, _ in self.reads:
             assert last <= start or start + target.numel() <= first, "a copy may overwrite what is still read"
         self.asked.append(lambda: target.copy_(source))
+        self.bytes += target.numel()
 
     def uploaded(self) -> int:
         return len(self.asked)
@@ -77,15 +79,18 @@ class LateUploader:
             copy_one()
         self.done = max(self.done, uploaded)
 
+    def finish(self) -> None:
+        self.wait(len(self.asked))
+
     def read(self, tensor: Tensor) -> None:
-        """Work is launched that reads this."""
+        """Launch work that reads a tensor."""
         start = tensor.data_ptr() - self.cache.data_ptr()
         if 0 <= start < self.cache.numel():
             self.reads.append((start, start + tensor.nbytes, self.marks))
 
 
 def watch_reads(network: torch.nn.Module, uploader: LateUploader) -> None:
-    """Every module's own parameters are read when it is run, and those of blocks whenever they are."""
+    """Report the reads of a network: each module's own parameters when it runs."""
 
     def read(module: torch.nn.Module, _: object) -> None:
         for parameter in module.parameters(recurse=not isinstance(module, StableCascadeUNet)):
@@ -105,7 +110,7 @@ def pack(components: dict[str, Any]) -> dict[str, HostWeights]:
 
 
 def make_cached(components: dict[str, Any], choice: MemoryMode, **options: Any) -> Cascade:
-    """A Cascade whose networks take turns, with copies that are late."""
+    """A Cascade whose networks share a cache, with late copies."""
     weights = pack(components)
     cache = WeightCache(weights, CPU, choice, uploader=LateUploader)
     cascade = make_cascade(components, **options)
@@ -152,7 +157,7 @@ def test_what_is_chosen_fits(sizes: dict[str, int], available: int, itemsize: in
         assert always + largest < available
     else:
         assert choice.size == 0 or always + choice.size < available
-    # More memory is never used worse.
+    # With more memory, the mode is never a slower one.
     order = ("stream", "offload", "resident")
     assert order.index(choose_memory("auto", sizes, available + GIB, itemsize).name) >= order.index(choice.name)
     for mode in MODES[1:]:
@@ -189,7 +194,7 @@ def prior_weights() -> HostWeights:
 
 
 def make_prior() -> StableCascadeUNet:
-    """Of 8 + 8 blocks, of which some run two and three times."""
+    """A Stage C of 8 + 8 blocks, some of which run two or three times."""
     torch.manual_seed(0)
     return StableCascadeUNet(
         conditioning_dim=16,
@@ -220,7 +225,7 @@ def test_blocks_run_in_the_order_that_is_told() -> None:
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.6, 0.9])
 def test_streamed_blocks_have_their_weights(part: float) -> None:
-    """Whatever stays, in forwards and conditions that follow each other in any order, and with another network between."""
+    """For any number of staying blocks, any order of forwards and conditions, and another network in between."""
     prior = make_prior()
     plain = copy.deepcopy(prior)
     weights = {"prior": HostWeights(prior, pin=False), "other": HostWeights(torch.nn.Linear(100, 100), pin=False)}
@@ -259,7 +264,7 @@ def fail(*_: object) -> None:
 
 
 def test_copies_go_ahead_of_the_blocks() -> None:
-    """All that a step needs has been asked for before its block runs, but for the first."""
+    """Every block's upload is requested before the block runs, except the first block's."""
     prior = make_prior()
     weights = {"prior": HostWeights(prior, pin=False), "other": HostWeights(torch.nn.Linear(4, 4), pin=False)}
     cache = WeightCache(weights, CPU, MemoryMode("stream", 0), uploader=LateUploader)
@@ -315,22 +320,27 @@ def test_in_any_order_each_finds_its_weights(calls: list[tuple[str, list[str]]],
     assert {name: one.network.weight.data_ptr() for name, one in weights.items()} == addresses
 
 
-def test_what_has_room_beside_comes_early() -> None:
-    """The next request's text encoder while the decoder runs, and of the prior what neither of them takes."""
+def test_prefetch_uploads_what_does_not_overlap() -> None:
+    """While the decoder runs: the next request's text encoder, and the part of the prior that overlaps neither."""
     rows = {"text_encoder": 40, "prior": 200, "decoder": 80}
     weights = {name: HostWeights(torch.nn.Linear(64, number, bias=False), pin=False) for name, number in rows.items()}
-    weights["prior"].blocks = weights["decoder"].blocks = [torch.nn.Identity()]  # begin at the start
+    weights["prior"].blocks = weights["decoder"].blocks = [torch.nn.Identity()]  # placed at the cache's start
     cache = WeightCache(weights, CPU, MemoryMode("offload"), uploader=LateUploader)
-    cache.use("decoder")
-    asked = len(cache.uploader.asked)
-    cache.prefetch("text_encoder", "prior")
-    assert len(cache.uploader.asked) == asked + 2
-    cache.use("text_encoder")
-    assert len(cache.uploader.asked) == asked + 2
-    cache.use("prior")
-    assert len(cache.uploader.asked) == asked + 4  # where the decoder was, and where the text encoder was
+    sizes = {name: one.size for name, one in weights.items()}
+
+    def uploaded(call: Callable[..., None], *names: str) -> int:
+        before = cache.uploader.bytes
+        call(*names)
+        return cache.uploader.bytes - before
+
+    assert uploaded(cache.use, "decoder") == sizes["decoder"]
+    overlap = sizes["decoder"] + sizes["text_encoder"]
+    assert uploaded(cache.prefetch, "text_encoder", "prior") == sizes["text_encoder"] + sizes["prior"] - overlap
+    assert uploaded(cache.use, "text_encoder") == 0
+    assert uploaded(cache.use, "prior") == overlap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offload", "stream", "tight"])
 def test_every_mode_makes_the_same_pictures(components: dict[str, Any], mode: str) -> None:
     """Text, images, masks, controls, previews and batches, one request after the other."""
@@ -353,7 +363,7 @@ def test_every_mode_makes_the_same_pictures(components: dict[str, Any], mode: st
     for request in requests:
         for one, other in zip(resident.generate(request), cascade.generate(request), strict=True):
             assert difference(one, other) <= 1
-    # Whoever stops halfway, and looks at something else between the steps, disturbs nothing.
+    # A caller may stop halfway, and call other methods between the steps.
     steps, others = cascade.steps(requests[0]), resident.steps(requests[0])
     for mine, theirs in zip(steps, others, strict=True):
         if mine.image is not None:

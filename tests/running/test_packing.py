@@ -1,4 +1,4 @@
-"""Networks in one memory: nothing of them changes, wherever the bytes are taken."""
+"""Packed networks: moving their bytes changes neither values nor layout."""
 
 import copy
 from itertools import pairwise
@@ -24,7 +24,7 @@ def forward(prior: StableCascadeUNet) -> Tensor:
 
 
 def elsewhere(packed: HostWeights) -> list[Tensor]:
-    """Moves all groups into memory of their own, and clears what they were in."""
+    """Move all groups into new memory, and clear the old memory."""
     copies = [packed.bytes_of(group).clone() for group in range(len(packed.bounds) - 1)]
     for group, bytes_ in enumerate(copies):
         packed.move(group, bytes_)
@@ -51,7 +51,7 @@ def test_a_network_computes_the_same_wherever_its_tensors_are(components: dict[s
     expected = forward(prior)
     for block in prior.blocks():
         if isinstance(block, ResBlock):
-            put_channels_side_by_side(block.depthwise)  # as for the kernels
+            put_channels_side_by_side(block.depthwise)  # as the kernels need them
     strides = [parameter.stride() for parameter in prior.parameters()]
     packed = HostWeights(prior, pin=False)
     whole = sum(parameter.nbytes for parameter in prior.parameters())
@@ -67,7 +67,7 @@ def test_a_network_computes_the_same_wherever_its_tensors_are(components: dict[s
 
 
 def test_only_matrices_of_blocks_are_apart(components: dict[str, Any]) -> None:
-    """A bias is read by the block that comes next: it must not go when its own block is done."""
+    """A bias is read by the following block, so it must stay when its own block is done."""
     packed = HostWeights(copy.deepcopy(components["prior"]), pin=False)
     assert len(packed.bounds) == len(packed.blocks) + 2
     for block, (first, last) in zip(packed.blocks, pairwise(packed.bounds[1:]), strict=True):
@@ -82,7 +82,7 @@ def test_only_matrices_of_blocks_are_apart(components: dict[str, Any]) -> None:
     )
 )
 def test_any_tensors(shapes: list[tuple[int, int, torch.dtype]]) -> None:
-    """With empty ones, of several dtypes, and transposed."""
+    """Including empty and transposed tensors, of several dtypes."""
     network = nn.Module()
     for i, (rows, columns, dtype) in enumerate(shapes):
         whole = (torch.arange(rows * columns) + i).view(rows, columns).to(dtype)

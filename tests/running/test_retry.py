@@ -1,4 +1,4 @@
-"""Parts, retries, and how long what was learned holds."""
+"""Parts, retries, and how long reduced limits are kept."""
 
 from collections.abc import Iterator
 
@@ -12,8 +12,8 @@ SHORT = RuntimeError("CUDA error: out of memory")
 
 
 class Memory:
-    """In which `room` things fit at a time, `with_graphs` fewer where graphs are recorded, and `held` fewer as long as
-    graphs from before hold some."""
+    """Memory for `room` items at a time: `with_graphs` fewer while graphs are captured, and `held` fewer while older
+    graphs hold memory."""
 
     def __init__(self, room: float, with_graphs: float = 0, held: float = 0) -> None:
         self.room, self.with_graphs, self.held = room, with_graphs, held
@@ -24,7 +24,7 @@ class Memory:
         self.remedies.append((together, remedy))
 
     def run(self, count: int, at_once: int, allowance: Allowance, fails_after: int = 0) -> list[int]:
-        """The numbers of the things, as they are finished; a batch that does not fit fails after so many of its things."""
+        """Return the indices of the finished items. A batch that does not fit fails after `fails_after` items."""
 
         def make(first: int, last: int) -> Iterator[int | None]:
             yield None  # a step
@@ -61,7 +61,7 @@ def test_from_the_mildest_remedy_to_the_last() -> None:
     memory, allowance = Memory(1, with_graphs=0.5, held=1), Allowance(4)
     assert memory.run(5, 4, allowance) == list(range(5))
     assert remedies(memory) == [
-        (4, "trying again without the CUDA graphs recorded so far"),
+        (4, "trying again without the CUDA graphs captured so far"),
         (4, "going on with 2 at a time"),
         (2, "going on with 1 at a time"),
         (1, "going on without CUDA graphs"),

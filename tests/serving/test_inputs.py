@@ -307,7 +307,10 @@ def test_images_come_in_the_size_in_which_they_are_used(
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        ({"mask": "image"}, "image has 2100x80 pixels; with a mask, which leaves its size, each side must have 64 to"),
+        (
+            {"mask": "image"},
+            "image has 2100x80 pixels; with a mask, pictures have its size, so each side must have 64 to",
+        ),
         (
             {"upscale": True},
             "image has 2100x80 pixels; to be enlarged to twice its size, each side must have 64 to 1024",

@@ -139,6 +139,28 @@ def test_weights(encoder: TextEncoder, empty: torch.Tensor, weight: float) -> No
     assert torch.equal(weighted.pooled, plain.pooled)
 
 
+def test_weights_act_on_the_pooled_text_on_demand(encoder: TextEncoder) -> None:
+    def pooled(prompt: str, weight_pooled: bool = True) -> torch.Tensor:
+        (text,) = encoder.encode_each([prompt], weighting=True, weight_pooled=weight_pooled)
+        return text.pooled
+
+    whole, without_b, without_c = pooled("a b c d"), pooled("a c d"), pooled("a b d")
+    assert torch.equal(pooled("a (b:2) c d", False), whole)
+    torch.testing.assert_close(pooled("a (b:0) c d"), without_b)
+    torch.testing.assert_close(pooled("a (b:1.5) c d"), whole + 0.5 * (whole - without_b))
+    expected = whole - 0.5 * (whole - without_b) + 0.2 * (whole - without_c)
+    torch.testing.assert_close(pooled("a (b:.5) (c:1.2) d"), expected)
+    torch.testing.assert_close(pooled("a (b:0) (c:0) d"), pooled("a d"))
+    # What ComfyUI weights is as without.
+    states = [
+        encoder.encode_each(["a (b:2) c", "", "(a:0) d"], weighting=True, weight_pooled=one) for one in (False, True)
+    ]
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(states[0][1].pooled, states[1][1].pooled)
+    torch.testing.assert_close(states[1][2].pooled, pooled("d"))
+
+
 def test_weights_of_later_chunks(encoder: TextEncoder, empty: torch.Tensor) -> None:
     """The empty prompt's state at the same place of 77."""
     weighted = encoder.encode(["a" * 75 + "(bc:0)"], weighting=True).tokens[0]
@@ -163,13 +185,14 @@ def test_embeddings_stand_for_words(components: dict[str, Any]) -> None:
     expected = TextEncoder(tokenizer, text_encoder).encode(["a xy b"])
     loaded = TextEncoder(tokenizer, text_encoder, embeddings=Embeddings(32, words={"style": vectors}))
     named = TextEncoder(tokenizer, text_encoder)
+    without = named.encode(["a b"])
     for weighting in (False, True):
         prompt = "a embedding:style b"
         (by_call,) = named.encode_each([prompt], weighting=weighting, words={"style": vectors})
         for made in (loaded.encode([prompt], weighting=weighting), by_call):
             assert torch.equal(made.tokens, expected.tokens)
             assert torch.equal(made.pooled, expected.pooled)
-    assert not text_encoder.get_input_embeddings()._forward_hooks
+    assert torch.equal(named.encode(["a b"]).tokens, without.tokens)  # the vectors of a call end with it
 
 
 def test_cut_prompt_is_quoted(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Stage C: which halves are run, how often what, and what an image depends on."""
+"""Stage C: guidance's halves, the number of calls, and what an image depends on."""
 
 import copy
 from typing import Any
@@ -97,7 +97,7 @@ def test_texts_and_guidance_matter(
 def test_a_picture_does_not_depend_on_how_long_the_other_texts_are(
     prior: StableCascadeUNet, components: dict[str, Any]
 ) -> None:
-    """Each text counts at its own length, whatever it shares a batch with."""
+    """Each text counts at its own length, whatever the other texts in its batch."""
     encoder = TextEncoder(components["tokenizer"], components["text_encoder"])
     texts = encoder.encode_each(["a cat", "a dog" * 60, "fog" * 30])
     negatives = encoder.encode_each(["snow" * 40, "", "rain"])
@@ -204,7 +204,7 @@ def test_latents_that_are_not_free_are_the_start_s_at_every_step(
     ],
 )
 def test_residuals_are_added_in_their_steps(span: tuple[float, float], steps: int, active: list[int]) -> None:
-    """Keys and shapes stay the same, with zeros in other steps."""
+    """Keys and shapes are equal in all steps, with zeros in other steps."""
     blocks = {0: torch.rand(1, 2, *SIZE), 3: torch.rand(1, 2, *SIZE)}
     by_step = residuals_by_step([Residuals(blocks, 0.5, *span)], steps, SIZE, 4)
     for step, added in enumerate(by_step):
@@ -216,7 +216,7 @@ def test_residuals_are_added_in_their_steps(span: tuple[float, float], steps: in
 
 
 def test_residuals_of_several_controls_are_summed() -> None:
-    """In the latents' size, whatever size each has, and wherever only one has any."""
+    """Each is resized to the latents' size. A ResBlock may have residuals of only one control."""
     fine, coarse = torch.rand(1, 2, 6, 10), torch.rand(1, 2, 2, 2)
     controls = [Residuals({0: fine, 1: fine}, 0.5), Residuals({1: coarse, 2: coarse}, 2.0, start=0.5)]
     first, second = residuals_by_step(controls, 2, SIZE, 1)
@@ -254,7 +254,7 @@ def test_residuals_reach_both_halves_and_every_image(
     [(20, 1.0, 20), (20, 0.8, 16), (20, 0.55, 11), (100, 0.29, 29), (10, 0.79, 7), (20, 0.01, 1), (1, 0.5, 1)],
 )
 def test_steps_taken(steps: int, strength: float, taken: int) -> None:
-    """int(20 * 0.8) = 16 is the authors'; 100 * 0.29 is a little less than 29."""
+    """The authors take int(20 * 0.8) = 16 steps. In floating point, 100 * 0.29 is a little less than 29."""
     assert steps_taken(steps, strength) == taken
 
 
@@ -262,10 +262,10 @@ def test_steps_taken(steps: int, strength: float, taken: int) -> None:
     ("wrong", "message"),
     [
         ({"strength": 0.5}, "strength is 0.5, but there is no start"),
-        ({"start": torch.zeros(1, 16, *SIZE), "strength": 0.0}, "strength is 0.0; it must lie above 0"),
+        ({"start": torch.zeros(1, 16, *SIZE), "strength": 0.0}, "strength is 0.0; it must be above 0"),
         ({"start": torch.zeros(1, 16, 4, 4)}, r"start has the shape \(1, 16, 4, 4\); it must be \(1 or 1, 16, 3, 5\)"),
         ({"steps": 0}, "steps is 0"),
-        ({"free": torch.ones(1, 1, *SIZE).bool()}, "free says which latents are made anew, but there is no start"),
+        ({"free": torch.ones(1, 1, *SIZE).bool()}, "free needs start, which has the latents that are kept"),
     ],
 )
 def test_wrong_arguments_are_refused(

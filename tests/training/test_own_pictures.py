@@ -40,17 +40,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", run.ORDER)
 def test_every_stage_finishes(trained: Path, stage: str) -> None:
     assert (trained / "run" / stage / run.FINISHED).is_file()
 
 
+@pytest.mark.slow
 def test_a_model_folder_is_made_of_them(trained: Path, tmp_path: Path) -> None:
     files = [str(trained / "config.toml"), str(trained / "run" / "model"), str(tmp_path / "weights")]
     assert assemble.main(files) == 0
     ModelFolder.open(tmp_path / "weights").verify()
 
 
+@pytest.mark.slow
 def test_the_log_says_what_it_does(
     trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +80,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", run.STAGES)
 def test_a_stage_before_those_it_needs(
     tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], stage: str
@@ -88,6 +92,7 @@ def test_a_stage_before_those_it_needs(
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", run.STAGES)
 def test_the_seed_decides_what_a_stage_begins_with(tmp_path: Path, trained: Path, stage: str) -> None:
     """Whatever was drawn before its networks are built."""
@@ -105,6 +110,7 @@ def test_the_seed_decides_what_a_stage_begins_with(tmp_path: Path, trained: Path
         assert torch.equal(value, tasks[1][name]), name
 
 
+@pytest.mark.slow
 def test_assembling_before_training(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert assemble.main([str(trained / "config.toml"), str(tmp_path / "none"), str(tmp_path / "weights")]) == 1
     said = capsys.readouterr().err
@@ -148,6 +154,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_data(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
     spoil, sentence = FAULTS[fault]
@@ -161,6 +168,7 @@ def test_wrong_data(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "run" / "stage_a").exists()
 
 
+@pytest.mark.slow
 def test_pictures_are_looked_at_once_and_again_after_a_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +185,7 @@ def test_pictures_are_looked_at_once_and_again_after_a_change(
     assert "pictures/03.png is a damaged PNG file." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_damaged_components_are_named(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(trained / "run" / "model", tmp_path / "run" / "model")
     file = tmp_path / "run" / "model" / "effnet" / "diffusion_pytorch_model.safetensors"
@@ -232,6 +241,7 @@ def test_statistics_of_few_pictures_take_few_batches(components: dict[str, objec
         assert statistics_batches(task, Options(steps=1, batch_size=batch, learning_rate=1.0)) == expected
 
 
+@pytest.mark.slow
 def test_sheets_of_few_pictures_can_be_opened(trained: Path) -> None:
     for file in (trained / "run").glob("*/samples/*.png"):
         with Image.open(file) as sheet:

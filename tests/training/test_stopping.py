@@ -105,6 +105,7 @@ def in_child(
     return int(nursery.stdout.readline()), errors.read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(begun: Path, tmp_path: Path, nursery: subprocess.Popen[str]) -> None:
     """SIGKILL while it does nothing but train a step, save, evaluate and write the component, again and again."""
     output, whole = (shutil.copytree(begun / "run", tmp_path / name) for name in ("run", "whole"))
@@ -121,6 +122,7 @@ def test_killed_at_any_moment_it_goes_on(begun: Path, tmp_path: Path, nursery: s
     assert not (output / "stage_a" / "state.new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_stops(
     begun: Path, tmp_path: Path, nursery: subprocess.Popen[str], number: int, code: int
@@ -138,6 +140,7 @@ def test_a_signal_saves_and_stops(
     assert not (output / "stage_a" / run.FINISHED).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", ["all", "half", "nothing"])
 def test_killed_between_two_checkpoints(begun: Path, tmp_path: Path, removed: str) -> None:
     """The new one is complete, and the old one is there still, or half, or no more."""
@@ -156,6 +159,7 @@ def test_killed_between_two_checkpoints(begun: Path, tmp_path: Path, removed: st
     assert sorted(path.name for path in (output / "stage_a").iterdir() if "state" in path.name) == ["state"]
 
 
+@pytest.mark.slow
 def test_a_cut_component_does_not_matter_to_what_resumes(begun: Path, tmp_path: Path) -> None:
     output = shutil.copytree(begun / "whole", tmp_path / "run")
     (output / WEIGHTS).write_bytes((output / WEIGHTS).read_bytes()[:1000])
@@ -163,6 +167,7 @@ def test_a_cut_component_does_not_matter_to_what_resumes(begun: Path, tmp_path: 
     assert digest(output / WEIGHTS) == digest(begun / "whole" / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_sizes_is_named(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = shutil.copytree(begun / "whole", tmp_path / "run")
     shutil.rmtree(output / "model" / "vqgan")
@@ -175,6 +180,7 @@ def test_a_checkpoint_of_other_sizes_is_named(begun: Path, tmp_path: Path, capsy
     assert said.endswith("); move it away to start the stage again.")
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_initial_weights(begun: Path, tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         output = shutil.copytree(begun / "run", tmp_path / str(seed))
@@ -186,6 +192,7 @@ def test_the_seed_decides_the_initial_weights(begun: Path, tmp_path: Path) -> No
     assert first != other
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_named(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a disk, all that shows is that a file cannot grow: here its limit is the process's."""
     resource = pytest.importorskip("resource")

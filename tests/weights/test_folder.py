@@ -1,4 +1,4 @@
-"""Model folders: written, read back, and refused with the file's name when something is wrong with them."""
+"""Model folders: writing, loading, and errors that name the file."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def copy(model_folder: Path, tmp_path: Path) -> Path:
 
 
 def move_variant(source: Path, target: Path) -> None:
-    """Copy a component as the published repositories store it: only the bf16 variant."""
+    """Copy a component in the published repositories' form: only the bf16 variant."""
     shutil.copytree(source, target)
     for file in target.glob("*.safetensors"):
         file.rename(file.with_suffix("").with_suffix(".bf16.safetensors"))
@@ -101,7 +101,7 @@ def test_everything_comes_back(model_folder: Path, components: dict[str, Any]) -
 
 
 def test_loaded_networks_compute_the_same(model_folder: Path, components: dict[str, Any]) -> None:
-    """Buffers that no file holds, such as CLIP's position ids, must be there too."""
+    """Buffers that no file holds, such as CLIP's position ids, must have their values, too."""
     folder = ModelFolder.open(model_folder)
     with torch.no_grad():
         ids = torch.tensor([[77, 3, 4, 78]])
@@ -282,7 +282,7 @@ def test_loading_names_the_damaged_file(copy: Path, damage: Callable[[Path], Pat
 
 
 def write_shards(folder: Path, index: str, stem: str, outside: str | None = None) -> list[Path]:
-    """Divide a component's file as diffusers does above a size."""
+    """Split a component's file into shards, as diffusers does with large files."""
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     files = [folder / f"{stem}-{n:05}-of-00003.safetensors" for n in (1, 2, 3)]
@@ -336,7 +336,7 @@ def test_a_file_of_another_name(copy: Path, components: dict[str, Any]) -> None:
 
 
 def to_launch_names(config: dict[str, Any]) -> dict[str, Any]:
-    """As a UNet was described when Stable Cascade was launched, by diffusers 0.26."""
+    """A UNet's configuration in the names of diffusers 0.26, when Stable Cascade was launched."""
     blocks = {"SDCascadeResBlock": "C", "SDCascadeTimestepBlock": "T", "SDCascadeAttnBlock": "A"}
     return {
         "_class_name": "StableCascadeUnet",
@@ -377,13 +377,13 @@ def test_configurations_with_the_launch_s_names(copy: Path, components: dict[str
     assert {key: loaded.config[key] for key in ours} == ours
     file.write_text(json.dumps({**launch, "blocks": 3, "level_config": ["CXA"]}))
     write_model_json(copy, **ABOUT)
-    with pytest.raises(WeightsError, match=rf"{file} describes no {component}: "):
+    with pytest.raises(WeightsError, match=rf"{file} does not describe the {component}: "):
         ModelFolder.open(copy).load_component(component)
 
 
 @pytest.mark.parametrize("component", ["prior", "decoder", "text_encoder", "vqgan"])
 def test_the_first_shape_that_does_not_fit_is_named(copy: Path, component: str) -> None:
-    """Of a configuration with other widths, no tensor fits."""
+    """With another width in the configuration, no tensor fits."""
     file = copy / component / "config.json"
     config = json.loads(file.read_text())
     wider = {"block_out_channels": [2 * width for width in config.get("block_out_channels", [])]}
@@ -487,7 +487,7 @@ def test_missing_component(copy: Path) -> None:
 
 
 def test_the_scale_of_stage_a(tmp_path: Path, components: dict[str, Any]) -> None:
-    """Of one's own, that of its configuration, whatever it is; unless model.json says otherwise."""
+    """A model's own Stage A uses the scale of its configuration, unless model.json overrides it."""
     for scale in (None, 0.5):
         save_model_folder(tmp_path / "m", {"vqgan": components["vqgan"]}, stage_a_scale=scale, **ABOUT)
         assert ModelFolder.open(tmp_path / "m").stage_a_scale == scale
@@ -536,7 +536,9 @@ def test_a_controlnet_in_the_place_of_another(copy: Path) -> None:
     for file in (copy / "controlnet_inpainting").iterdir():
         shutil.copy(file, copy / "controlnet_canny")
     write_model_json(copy, **ABOUT)
-    with pytest.raises(WeightsError, match=r"controlnet_canny/.* is no controlnet_canny: it reads 4 channels, not 1\."):
+    with pytest.raises(
+        WeightsError, match=r"controlnet_canny/.* is not a controlnet_canny: it reads 4 channels, not 1\."
+    ):
         ModelFolder.open(copy).load_component("controlnet_canny")
 
 
@@ -584,7 +586,7 @@ def test_published_in_the_hub_cache(published: Path, tmp_path: Path) -> None:
 def test_settings_that_no_picture_could_be_made_with(
     model_folder: Path, tmp_path: Path, name: str, value: object, sentence: str
 ) -> None:
-    """They are told when the folder is opened, not by the first request."""
+    """They are refused when the folder is opened, not by the first request."""
     folder = shutil.copytree(model_folder, tmp_path / "model")
     content = json.loads((folder / "model.json").read_text())
     *path, last = name.split(".")

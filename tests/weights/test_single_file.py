@@ -1,4 +1,4 @@
-"""Readers of single-file checkpoints: names, prefixes, what a file is."""
+"""Single-file checkpoints: names, prefixes and recognition."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_built_network_is_around_the_given_tensors():
 
 
 def test_unpublished_width():
-    with pytest.raises(ValueError, match=r"it is Stage C \(prior\) of the width 64; published is 2048 or 1536\."):
+    with pytest.raises(ValueError, match=r"it is Stage C \(prior\) of width 64; published widths are 2048 or 1536\."):
         single_file.variant_of(single_file.convert(fixture_data.weights("stage_c")))
 
     with pytest.raises(ValueError, match=r"it has no tensor down_blocks\.1\.0\.depthwise\.weight, which Stage B"):
@@ -122,7 +122,7 @@ def test_controlnet_of_a_file():
     del weights["projections.7.0.weight"]
     with pytest.raises(ValueError, match=r"it does not fit ControlNet: has no tensor projections\.7\.0\.weight\."):
         single_file.build(weights, ControlNet, config)
-    with pytest.raises(ValueError, match="controlnet has no variants that its width would tell apart"):
+    with pytest.raises(ValueError, match="controlnet has no variants that its width tells apart"):
         single_file.variant_of(weights)
 
 
@@ -132,7 +132,7 @@ def test_controlnet_that_says_too_little():
     with pytest.raises(ValueError, match=r"has 64 projections, for ResBlocks \(0, 4, 8, 12, 51, 55, 59, 63\)"):
         single_file.controlnet_config(shapes)
     assert single_file.controlnet_config(shapes, range(64))["proj_blocks"] == tuple(range(64))
-    with pytest.raises(ValueError, match=r"no ControlNet's: neither backbone\.0\.0\.weight nor"):
+    with pytest.raises(ValueError, match=r"not a ControlNet's: backbone\.0\.0\.weight and"):
         single_file.controlnet_config({"projections.0.2.weight": (6, 2, 1, 1)})
     with pytest.raises(ValueError, match=r"backbone\.0\.weight has the shape \(2,\); it must have 4 dimensions"):
         single_file.controlnet_config({**shapes, "backbone.0.weight": (2,)}, range(64))

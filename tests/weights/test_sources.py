@@ -1,4 +1,4 @@
-"""``scripts/save-weights`` with files and folders of one's own: each kind becomes a model folder, or one sentence."""
+"""``scripts/save-weights`` with the user's own files and folders: each becomes a model folder, or one error sentence."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def output(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def save(model_folder: Path, tmp_path: Path, output: Path) -> Save:
-    """Runs the script, which must succeed; what is not given comes from the tiny model."""
+    """Run the script, which must succeed. The tiny model provides the other components."""
 
     def save(*arguments: str | Path, base: Path = model_folder) -> ModelFolder:
         more = ["--base", base, "--output", output, "--download", tmp_path / "no download"]
@@ -48,7 +48,7 @@ def save(model_folder: Path, tmp_path: Path, output: Path) -> Save:
 
 @pytest.fixture
 def refuse(model_folder: Path, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    """Runs the script, which must refuse with one sentence, and write nothing. Gives the sentence."""
+    """Run the script, which must fail with one sentence and write nothing. Returns the sentence."""
 
     def refuse(*arguments: str | Path, base: Path = model_folder) -> str:
         more = ["--base", base, "--output", output, "--download", tmp_path / "no download"]
@@ -64,7 +64,7 @@ def refuse(model_folder: Path, tmp_path: Path, output: Path, capsys: pytest.Capt
 
 
 def theirs(state_dict: StateDict, stage_b: bool = False) -> StateDict:
-    """Under the authors' names."""
+    """A state dict under the authors' names."""
     result: StateDict = {}
     for key, tensor in state_dict.items():
         if ".attention.to_" in key and "to_out" not in key:
@@ -93,7 +93,7 @@ def comfy_text_encoder(state_dict: StateDict) -> StateDict:
 
 
 def comfy_stage_c(components: dict[str, nn.Module]) -> StateDict:
-    """What ComfyUI saves of Stage C: all in one file."""
+    """ComfyUI's checkpoint of Stage C: all networks in one file."""
     parts = {name: components[name].state_dict() for name in ("prior", "effnet", "previewer", "image_encoder")}
     return {
         **prefixed("model.diffusion_model.", theirs(parts["prior"])),
@@ -116,7 +116,7 @@ def comfy_stage_b(components: dict[str, nn.Module]) -> StateDict:
 
 
 def changed(network: nn.Module) -> StateDict:
-    """A fine-tuned one's weights: other values, which all formats hold exactly."""
+    """Weights with other values, like a fine-tuned network's. All formats store these values exactly."""
     return {
         key: torch.full_like(tensor, 0.5) + (torch.arange(tensor.numel()) % 3).view(tensor.shape) / 4
         if tensor.is_floating_point()
@@ -126,7 +126,7 @@ def changed(network: nn.Module) -> StateDict:
 
 
 def assert_holds(opened: ModelFolder, component: str, expected: StateDict) -> None:
-    """In float32, but that large networks were stored in bfloat16."""
+    """Compare in float32. Large networks were stored in bfloat16."""
     loaded = opened.load_component(component).state_dict()
     assert loaded.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -167,7 +167,7 @@ def test_a_fine_tuned_stage_c(
 
 
 def eight_bits(dtype: torch.dtype, style: str | None) -> Callable[[StateDict], StateDict]:
-    """Matrices in 8 bits: as they are, or with scales as ComfyUI writes them, one for all or one a row."""
+    """Store matrices in 8 bits: without scales, or with ComfyUI's, one in all or one per row."""
 
     def change(state_dict: StateDict) -> StateDict:
         result: StateDict = {}
@@ -221,13 +221,13 @@ def test_small_networks_keep_float32(save: Save, tmp_path: Path, components: dic
     assert_holds(opened, "vqgan", weights)
     (file,) = opened.parts["vqgan"].glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32, torch.int64}
-    assert opened.name == "Tiny"  # no stage that the model is called by
+    assert opened.name == "Tiny"  # only Stages C and B change the model's name
 
 
 def test_a_fine_tuned_stage_a_keeps_the_scale(
     save: Save, tmp_path: Path, model_folder: Path, components: dict[str, Any]
 ) -> None:
-    """The scale is that of the one it comes from, unless its own configuration says another."""
+    """Its scale is the original network's, unless its own configuration has another."""
     about = ModelFolder.open(model_folder)
     base = shutil.copytree(model_folder, tmp_path / "base")
     more = {"license": about.license, "native_size": about.native_size, "sampler": about.sampler}
@@ -243,6 +243,7 @@ def test_a_fine_tuned_stage_a_keeps_the_scale(
     assert save("--vqgan", tmp_path / "tuned", base=base).stage_a_scale == 0.43
 
 
+@pytest.mark.slow
 def test_comfyui_s_stage_c_in_one_file(save: Save, tmp_path: Path, components: dict[str, Any]) -> None:
     weights = {name: changed(components[name]) for name in ("prior", "text_encoder")}
     tuned = {
@@ -253,7 +254,7 @@ def test_comfyui_s_stage_c_in_one_file(save: Save, tmp_path: Path, components: d
     opened = save("--prior", tmp_path / "all.safetensors")
     assert_holds(opened, "prior", weights["prior"])
     assert_holds(opened, "text_encoder", weights["text_encoder"])
-    for name in ("effnet", "previewer", "image_encoder"):  # those of the model are in better precision
+    for name in ("effnet", "previewer", "image_encoder"):  # the model's have better precision
         for key, tensor in components[name].state_dict().items():
             assert torch.equal(opened.load_component(name).state_dict()[key], tensor)
     (image,) = Cascade.load(opened.root).generate(
@@ -266,7 +267,7 @@ def test_encoders_that_the_model_lacks_are_taken_too(
     save: Save, tmp_path: Path, model_folder: Path, components: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
-    encoders = {"effnet": SemanticEncoder(), "previewer": Previewer()}  # of the published size
+    encoders = {"effnet": SemanticEncoder(), "previewer": Previewer()}  # published width
     save_file(comfy_stage_c({**components, **encoders}), tmp_path / "all.safetensors")
     base = shutil.copytree(model_folder, tmp_path / "base")
     about = ModelFolder.open(base)
@@ -336,7 +337,7 @@ def rename(folder: Path, names: dict[str, str]) -> Path:
 
 @pytest.mark.parametrize("given", ["", "config.json", "diffusion_pytorch_model.safetensors"])
 def test_a_component_s_folder(save: Save, tmp_path: Path, components: dict[str, Any], given: str) -> None:
-    """With its configuration, which need not be that of any network which is there."""
+    """Its own configuration may differ from the model's networks."""
     torch.manual_seed(0)
     config = {**components["prior"].config, "down_num_layers_per_block": (2, 1)}
     network = type(components["prior"]).from_config(config)
@@ -448,7 +449,7 @@ def test_what_is_unknown(refuse: Refuse, tmp_path: Path) -> None:
     )
     save_file({}, tmp_path / "x.safetensors")
     assert refuse("--prior", tmp_path / "x.safetensors") == (
-        "x.safetensors cannot be used: its tensors (none at all) are those of none of Stable Cascade's networks."
+        "x.safetensors cannot be used: its tensors (none at all) belong to none of Stable Cascade's networks."
     )
 
 
@@ -467,7 +468,9 @@ def test_another_network_of_cascade_s(
 ) -> None:
     save_file(components[given].state_dict(), tmp_path / "x.safetensors")
     asked = "--" + wanted.rpartition("(")[2].rstrip(")")
-    assert refuse(asked, tmp_path / "x.safetensors") == f"x.safetensors is no {wanted}: it holds {holds}; see {option}."
+    assert (
+        refuse(asked, tmp_path / "x.safetensors") == f"x.safetensors is not {wanted}: it holds {holds}; see {option}."
+    )
 
 
 PICKLE = "{} is a pickle, which can run code when it is read; only safetensors files are opened."
@@ -502,7 +505,7 @@ def test_folders_without_weights(refuse: Refuse, tmp_path: Path) -> None:
 
 
 def write_empty(file: Path, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Path:
-    """A file of zeros in bfloat16, which takes no room on the disk."""
+    """Write a sparse file of bfloat16 zeros, which takes no space on the disk."""
     header, end = {}, 0
     for key, shape in shapes:
         start, end = end, end + 2 * torch.Size(shape).numel()
@@ -535,7 +538,7 @@ def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
 def test_the_published_sizes_are_recognised(
     refuse: Refuse, tmp_path: Path, name: str, option: str, sentence: str
 ) -> None:
-    """They fit themselves, but not the tiny text encoder; nothing of 7 GB is read or written for that."""
+    """They fit, but not together with the tiny text encoder. The check reads and writes no weights of 7 GB."""
     file = write_empty(tmp_path / "x.safetensors", theirs_shapes(published_shapes(name)))
     told = refuse(option, file)
     component = name.removesuffix("_lite")
@@ -570,15 +573,16 @@ def test_a_lite_network_with_the_full_one_s_configuration(refuse: Refuse, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_a_size_that_was_never_published(refuse: Refuse, tmp_path: Path, model_folder: Path) -> None:
-    """Of a network of one's own that is not the size of the one that is there, only a configuration can tell the rest."""
+    """A network whose size is neither the model's nor a published one needs a config.json."""
     shapes = {
         key: tuple(2 * side if side == 16 else side for side in shape)
         for key, shape in published_shapes("prior").items()
     }
     shapes["down_blocks.1.0.depthwise.weight"] = (512, 1, 3, 3)
     assert refuse("--prior", write_empty(tmp_path / "x.safetensors", shapes.items())) == (
-        "x.safetensors does not fit, and has no config.json beside it: it is Stage C (prior) of the width 512; published is "
+        "x.safetensors does not fit, and has no config.json beside it: it is Stage C (prior) of width 512; published widths are "
         "2048 or 1536."
     )
 
@@ -601,7 +605,7 @@ FP8 = torch.zeros(()).to(torch.float8_e4m3fn)
         ),
         (
             {"clf.1.weight": FP8, "clf.1.scale_weight": torch.ones(3)},
-            "x.safetensors cannot be used: clf.1.weight has 3 scales; only one for all, or one a row, is understood.",
+            "x.safetensors cannot be used: clf.1.weight has 3 scales; it must have one in all, or one per row.",
         ),
     ],
 )
@@ -625,7 +629,7 @@ def test_a_projection_of_another_shape(refuse: Refuse, tmp_path: Path, component
 
 
 def test_what_is_missing_of_the_size_that_is_there(refuse: Refuse, tmp_path: Path, components: dict[str, Any]) -> None:
-    """Of a file that is like the model's own network, the tensor is named, not a size that was published."""
+    """If a file is similar to the model's own network, the error names the tensor, not a published size."""
     weights = components["prior"].state_dict()
     del weights["clf.1.bias"]
     save_file(weights, tmp_path / "x.safetensors")
@@ -634,12 +638,12 @@ def test_what_is_missing_of_the_size_that_is_there(refuse: Refuse, tmp_path: Pat
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_no_numbers(refuse: Refuse, tmp_path: Path, components: dict[str, Any], value: float) -> None:
-    """As a training that diverged leaves them: every picture would fail."""
+    """Like the weights of a diverged training: every picture would fail."""
     weights = components["prior"].state_dict()
     weights = {**weights, "clf.1.bias": torch.full_like(weights["clf.1.bias"], value)}
     save_file(weights, tmp_path / "x.safetensors")
     assert refuse("--prior", tmp_path / "x.safetensors") == (
-        "x.safetensors cannot be used: clf.1.bias holds values that are infinite or no numbers (NaN)."
+        "x.safetensors cannot be used: clf.1.bias holds infinite or NaN values."
     )
 
 
@@ -655,14 +659,14 @@ def test_double_precision_is_not_kept(save: Save, tmp_path: Path, components: di
 def test_a_network_for_a_tokenizer(refuse: Refuse, tmp_path: Path, components: dict[str, Any]) -> None:
     save_file(components["prior"].state_dict(), tmp_path / "x.safetensors")
     assert refuse("--tokenizer", tmp_path / "x.safetensors") == (
-        "x.safetensors is no tokenizer: it holds Stage C (prior); see --prior."
+        "x.safetensors is not the tokenizer: it holds Stage C (prior); see --prior."
     )
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ("[]", "it is no JSON object."),
+        ("[]", "it is not a JSON object."),
         ('{"c_hidden": [16, 16]}', "it lacks 'num_attention_heads'."),
         ('{"num_attention_heads": [0, 0]}', "num_attention_heads, 0, does not divide block_out_channels, 2048."),
         ("[" * 100_000, None),
@@ -679,7 +683,7 @@ def test_configurations_that_describe_nothing(
     if sentence is None:
         assert told.startswith("mine/config.json is not valid JSON: ")
     else:
-        assert told == f"mine/config.json describes no prior: {sentence}"
+        assert told == f"mine/config.json does not describe the prior: {sentence}"
 
 
 def test_integers_are_refused(refuse: Refuse, tmp_path: Path, components: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Checksums of pieces: every byte of a file is covered by one, and is compared when the file is loaded."""
+"""Checksums of pieces: they cover every byte of a file, and loading compares them."""
 
 import json
 import shutil
@@ -123,9 +123,7 @@ def test_folders_of_older_versions_say_that_they_cannot_be_checked(
         caplog.clear()
         opened = ModelFolder.open(copy)
         opened.require()
-        assert caplog.messages == [
-            f"The weights in {copy} come without checksums: damage to them would not be noticed."
-        ]
+        assert caplog.messages == [f"The weights in {copy} have no checksums, so damage to them is not detected."]
         opened.load_component("prior")
 
 

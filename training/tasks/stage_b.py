@@ -14,8 +14,7 @@ from transformers import CLIPTextModelWithProjection
 
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.stage_a import StageA
-from cascade.networks.unet import StableCascadeUNet
-from cascade.networks.unet import resize as enlarge
+from cascade.networks.unet import StableCascadeUNet, resize
 from cascade.sampling import diffuse
 from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
@@ -106,7 +105,7 @@ class StageBTask(Task):
         patches = [side // self.decoder.config.patch_size for side in latents.shape[-2:]]
         return {
             "latents": latents,
-            "semantic": enlarge((semantic + self.semantic_noise * noise) * kept, patches),
+            "semantic": resize((semantic + self.semantic_noise * noise) * kept, patches),
             "pooled": self.data.text.pooled[rows].float(),
             "timesteps": sample_timesteps(count, generator),
             "noise": pyramid_noise(tuple(latents.shape), generator, self.pyramid),

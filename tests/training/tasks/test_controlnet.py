@@ -134,6 +134,7 @@ def test_offset_noise_shifts_whole_channels(components: dict[str, Any]) -> None:
     assert means[0.5].std().item() == pytest.approx((1 / 9 + 1 / 4) ** 0.5, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Canny(), Inpainting(inverted=0.2)])
 def test_only_the_controlnet_learns_and_it_learns_from_its_control(
     mini: dict[str, Any], tmp_path: Path, kind: Canny | Inpainting
@@ -157,6 +158,7 @@ def test_only_the_controlnet_learns_and_it_learns_from_its_control(
     assert (tmp_path / "run" / "samples" / "000016.png").is_file()
 
 
+@pytest.mark.slow
 def test_stopping_changes_nothing(components: dict[str, Any], tmp_path: Path) -> None:
     whole, stopped, resumed = (make_task(components, Inpainting(inverted=0.2)) for _ in range(3))
     fit(whole, OPTIONS, tmp_path / "whole", tmp_path / "model")

@@ -80,6 +80,7 @@ def make_task(parts: dict[str, Any], naming: float = 1.0, names: tuple[str, ...]
     return VisionTask(image_encoder, text_encoder=parts["text_encoder"], naming=naming, **datasets)
 
 
+@pytest.mark.slow
 def test_it_learns_what_captions_do_not_say(mini: dict[str, Any], tmp_path: Path) -> None:
     task = make_task(mini)
     text = {name: value.clone() for name, value in mini["text_encoder"].state_dict().items()}

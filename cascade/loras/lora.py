@@ -1,0 +1,35 @@
+"""What a request says about an adapter. Reads nothing."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascade.limits import InputError, Limits, shown
+
+# Of one request.
+MOST = 8
+SCALE = Limits(float, 1.0, low=-2, high=3)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter, such as a LoRA, and its strength.
+
+    Attributes:
+        path: of a safetensors file, a PEFT folder, a tar or a zip; or the name of one in the model folder's `loras`, with or
+            without ".safetensors".
+        scale: -2 to 3. The weights are base + scale * (trained - base). Words that the adapter brings count whole at every
+            scale but 0.
+
+    Raises:
+        InputError: the scale is not from -2 to 3, or the path no path.
+    """
+
+    path: str | os.PathLike[str]
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike) or not os.fspath(self.path) or "\0" in os.fspath(self.path):
+            raise InputError(f"path of a Lora is {shown(self.path)}; it must be the path of a file.")
+        object.__setattr__(self, "path", Path(self.path))
+        object.__setattr__(self, "scale", SCALE.check("scale of a Lora", self.scale))

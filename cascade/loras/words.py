@@ -1,0 +1,56 @@
+"""Learned words in prompts.
+
+Where a prompt has the name of a word, the text encoder sees its vectors. Names are found in capitals and small letters alike,
+as CLIP's tokenizer makes no difference; a name that begins or ends in a letter or digit is not found inside other words.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class Words:
+    """Words by name.
+
+    Args:
+        vectors: float32 (n, D) of each.
+    """
+
+    def __init__(self, vectors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        self.names = tuple(vectors)
+        # By keys without white space, which the names of embeddings in prompts must not have.
+        self.vectors = {re.sub(r"\s", "_", name): tensor for name, tensor in vectors.items()}
+        longest_first = sorted(vectors, key=len, reverse=True)
+        self._keys = {name.lower(): re.sub(r"\s", "_", name) for name in reversed(longest_first)}
+        self._found = re.compile("|".join(_expression(name) for name in longest_first), re.IGNORECASE)
+
+    def spelled(self, prompt: str) -> str:
+        """A prompt with `embedding:NAME` in place of each word, as `cascade.prompts` reads it."""
+        if not self.names:
+            return prompt
+        return self._found.sub(lambda match: f" embedding:{self._keys[match[0].lower()]} ", prompt)
+
+
+def _expression(name: str) -> str:
+    before = r"(?<!\w)" if name[0].isalnum() or name[0] == "_" else ""
+    after = r"(?!\w)" if name[-1].isalnum() or name[-1] == "_" else ""
+    return rf"(?<!embedding:){before}{re.escape(name)}{after}"
+
+
+def distinct(named: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Words of several adapters by name. Those that share a name get numbers: [word1], [word1]2, ..."""
+    found: dict[str, Tensor] = {}
+    for name, vectors in named:
+        number, own = 1, name
+        while own.lower() in {one.lower() for one in found}:
+            number += 1
+            own = f"{name}{number}"
+        if own != name:
+            logger.warning("Two LoRAs bring the word %s; the second is called %s.", name, own)
+        found[own] = vectors
+    return found

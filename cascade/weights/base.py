@@ -1,0 +1,175 @@
+"""The weights that a model was loaded with, for whoever changes them in memory and wants them back to the bit.
+
+Keeping a copy would take as much memory as the networks. So they are read again from their files, by several threads, into
+pinned buffers, from where a GPU fetches them at its full rate.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cascade.weights.errors import WeightsError
+
+# Threads that read ahead, a tensor each.
+READERS = 8
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class BaseWeights(Protocol):
+    """Where the weights come from."""
+
+    def read(
+        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of a network, as they were before any change.
+
+        Args:
+            network: "prior", "decoder" or "text_encoder".
+            names: published names of tensors.
+            device: where they go.
+            current: what a tensor is at present, by name.
+
+        Yields:
+            Each name, in order, with its tensor in floating point, which must not be changed and holds until the next one
+            is asked for.
+
+        Raises:
+            WeightsError: they cannot be had any more.
+        """
+
+
+class KeptWeights:
+    """Copies of what is asked for, made when it is asked for first: it must not have been changed before."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Tensor] = {}
+
+    def read(
+        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See `BaseWeights`."""
+        for name in names:
+            if (network, name) not in self._kept:
+                self._kept[network, name] = current(name).detach().to("cpu", copy=True)
+            yield name, self._kept[network, name].to(device)
+
+
+class _Stored(NamedTuple):
+    """Where a tensor lies: bytes of a file."""
+
+    path: Path
+    start: int
+    size: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _State:
+    """By which a file is known to be the same."""
+
+    inode: int
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> "_State":
+        found = path.stat()
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class FileWeights:
+    """Reads them again.
+
+    Args:
+        files: the safetensors files of each network, in published names, as they were when it was loaded.
+    """
+
+    def __init__(self, files: Mapping[str, Sequence[Path]]) -> None:
+        self._files = {network: tuple(paths) for network, paths in files.items()}
+        self._states = {path: _State.of(path) for paths in self._files.values() for path in paths}
+        self._tensors: dict[str, dict[str, _Stored]] = {}
+
+    def read(
+        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See `BaseWeights`."""
+        try:
+            for path in self._files[network]:
+                if _State.of(path) != self._states[path]:
+                    raise WeightsError(f"{path} has changed since it was loaded; load the model again.")
+            if network not in self._tensors:
+                self._tensors[network] = {
+                    name: one for path in self._files[network] for name, one in _header(path).items()
+                }
+            yield from _read_ahead([(name, self._tensors[network][name]) for name in names], device)
+        except OSError as error:
+            raise WeightsError(f"{error.filename or network} cannot be read: {error.strerror or error}.") from error
+
+
+def _header(path: Path) -> dict[str, _Stored]:
+    """Where a file's tensors lie. The file was read before, so it is whole."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        content: dict[str, Any] = json.loads(file.read(length))
+    content.pop("__metadata__", None)
+    return {
+        name: _Stored(path, 8 + length + one["data_offsets"][0], _size(one), DTYPES[one["dtype"]], tuple(one["shape"]))
+        for name, one in content.items()
+        if one["dtype"] in DTYPES
+    }
+
+
+def _size(one: Mapping[str, Any]) -> int:
+    start, stop = one["data_offsets"]
+    return stop - start
+
+
+def _read(stored: _Stored, pinned: bool) -> Tensor:
+    """A tensor in memory of its own. torch keeps pinned memory, and reuses it when copies from it are done."""
+    memory = torch.empty(stored.size, dtype=torch.uint8, pin_memory=pinned)
+    target = memoryview(memory.numpy())
+    descriptor = os.open(stored.path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < stored.size:
+            count = os.preadv(descriptor, [target[done:]], stored.start + done)
+            if not count:
+                raise WeightsError(f"{stored.path} is shorter than when it was loaded; load the model again.")
+            done += count
+    finally:
+        os.close(descriptor)
+    return memory.view(stored.dtype).view(stored.shape)
+
+
+def _read_ahead(wanted: Sequence[tuple[str, _Stored]], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    pinned = device.type == "cuda"
+    pool = ThreadPoolExecutor(READERS)
+    ahead: deque[tuple[str, Future[Tensor]]] = deque()
+    try:
+        for name, stored in wanted:
+            if len(ahead) > READERS:
+                yield _next(ahead, device)
+            ahead.append((name, pool.submit(_read, stored, pinned)))
+        while ahead:
+            yield _next(ahead, device)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _next(ahead: "deque[tuple[str, Future[Tensor]]]", device: torch.device) -> tuple[str, Tensor]:
+    name, read = ahead.popleft()
+    return name, read.result().to(device, non_blocking=True)

@@ -1,0 +1,245 @@
+"""Files that adapters come in: one safetensors file, a folder as PEFT or its trainers write it, or such in a tar or a zip.
+
+Everything is read into memory. Pickles are refused, by content. Nothing of an archive is written to disk.
+"""
+
+import json
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.names import PICKLES, SUFFIX
+from cascade.weights.reading import pickle_error, unreadable
+
+# Bytes of a file, and of all that is read of an archive. The largest adapters, differences of all weights, have 7 GB in Stage
+# C, but nobody shares those.
+MOST = 4_000_000_000
+MOST_JSON = 4_000_000
+MOST_MEMBERS = 20_000
+PEFT_CONFIG = "adapter_config.json"
+# Of folders, those inside that may hold an adapter of one network.
+INNER = ("prior", "decoder", "unet", "text_encoder")
+# JSON that other programs put beside adapters, and says nothing that is needed.
+OTHER_JSON = ("lycoris_config.json", "config.json", "metadata.json")
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One safetensors file.
+
+    Attributes:
+        name: its name and folder, within what was read.
+        tensors: by key, as stored.
+        metadata: its texts by name.
+    """
+
+    name: PurePosixPath
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Package:
+    """What an adapter's file, folder or archive holds.
+
+    Attributes:
+        path: where it lies.
+        files: its safetensors files, one or several.
+        documents: the contents of its JSON files, and of those beside a single file, by name.
+    """
+
+    path: Path
+    files: tuple[Stored, ...]
+    documents: Mapping[PurePosixPath, bytes]
+
+    def config(self, file: Stored) -> Mapping[str, Any] | None:
+        """PEFT's configuration beside a file.
+
+        Raises:
+            WeightsError: it is no JSON object.
+        """
+        name = file.name.parent / PEFT_CONFIG
+        if name not in self.documents:
+            return None
+        return json_object(f"{self.path}: {shortened(name, 80)}", self.documents[name])
+
+    @property
+    def stem(self) -> str:
+        """What the adapter is called."""
+        name = self.path.name
+        for ending in (SUFFIX, ".tar.gz", ".tgz", ".tar", ".zip"):
+            name = name.removesuffix(ending)
+        return name
+
+
+def read(path: Path) -> Package:
+    """What lies at a path. A single file brings the JSON of its name that lies beside it, and PEFT's.
+
+    Raises:
+        WeightsError: there is nothing, or nothing that is read; a file is damaged or too large; or there are several adapters.
+    """
+    try:
+        if path.is_dir():
+            return _checked(path, _folder(path))
+        if not path.is_file():
+            raise WeightsError(f"There is no file or folder {path}.")
+        if tarfile.is_tarfile(path):
+            return _checked(path, _tar(path))
+        if zipfile.is_zipfile(path):
+            return _checked(path, _zip(path))
+        return _single(path)
+    except OSError as error:
+        raise WeightsError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
+
+
+def _single(path: Path) -> Package:
+    _check_size(path, path.stat().st_size)
+    name = PurePosixPath(path.name)
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copies: pages of a file that somebody changes meanwhile would change, or end the process.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
+            stored = Stored(name, tensors, file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        with path.open("rb") as file:
+            raise _refused(path, path.name, file.read(4), error) from error
+    documents = {}
+    for other in (path.with_suffix(".json"), path.with_name(PEFT_CONFIG)):
+        if other.is_file():
+            _check_json(other, other.stat().st_size)
+            documents[PurePosixPath(other.name)] = other.read_bytes()
+    return Package(path, (stored,), documents)
+
+
+def _refused(origin: Path, name: str, start: bytes, error: Exception) -> WeightsError:
+    inside = origin if origin.name == name else f"{origin}: {shortened(name, 80)}"
+    if name.lower().endswith(PICKLES) or start.startswith((b"PK", b"\x80")):
+        return pickle_error(inside)
+    if name.lower().endswith(SUFFIX):
+        return unreadable(inside, error)
+    return WeightsError(f"{inside} is no safetensors file, the only kind that is opened.")
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > MOST:
+        raise WeightsError(f"{path} has {size / 1e9:.1f} GB; an adapter may have {MOST / 1e9:.0f}.")
+
+
+def _check_json(where: object, size: int) -> None:
+    if size > MOST_JSON:
+        raise WeightsError(f"{where} has over {MOST_JSON // 1_000_000} MB, which no settings have.")
+
+
+def json_object(where: object, content: bytes) -> dict[str, Any]:
+    """The JSON object that a document is.
+
+    Raises:
+        WeightsError: it is none. The sentence begins with `where`.
+    """
+    try:
+        found = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{where} is not valid JSON: {shortened(error).rstrip('.')}.") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{where} is no JSON object.")
+    return found
+
+
+def _folder(root: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    for folder in (root, *(root / name for name in INNER)):
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if file.is_file():
+                yield PurePosixPath(file.relative_to(root).as_posix()), _wanted(root, file.name, file)
+
+
+def _wanted(root: Path, name: str, file: Path) -> bytes:
+    if not name.lower().endswith((SUFFIX, ".json")):
+        return b""
+    _check_size(file, file.stat().st_size)
+    return file.read_bytes()
+
+
+def _tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    try:
+        with tarfile.open(path) as archive:
+            left = MOST
+            for count, member in enumerate(archive):
+                _check_count(path, count)
+                if member.isfile():
+                    left -= member.size
+                    _check_left(path, left)
+                    wanted = member.name.lower().endswith((SUFFIX, ".json"))
+                    yield PurePosixPath(member.name), archive.extractfile(member).read() if wanted else b""
+    except (tarfile.TarError, EOFError, ValueError, ArithmeticError) as error:
+        raise WeightsError(f"{path} is a damaged tar file: {shortened(error).rstrip('.')}.") from error
+
+
+def _zip(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            left = MOST
+            for count, member in enumerate(archive.infolist()):
+                _check_count(path, count)
+                if not member.is_dir():
+                    left -= member.file_size
+                    _check_left(path, left)
+                    wanted = member.filename.lower().endswith((SUFFIX, ".json"))
+                    content = b""
+                    if wanted:
+                        with archive.open(member) as file:
+                            content = file.read(member.file_size)
+                    yield PurePosixPath(member.filename), content
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{path} is a damaged or encrypted zip file: {shortened(error).rstrip('.')}.") from error
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count >= MOST_MEMBERS:
+        raise WeightsError(f"{path} holds over {MOST_MEMBERS} files; it must hold one adapter.")
+
+
+def _check_left(path: Path, left: int) -> None:
+    if left < 0:
+        raise WeightsError(f"{path} holds over {MOST / 1e9:.0f} GB; an adapter may have no more.")
+
+
+def _checked(path: Path, members: Iterator[tuple[PurePosixPath, bytes]]) -> Package:
+    files, documents, pickles = [], {}, []
+    for name, content in members:
+        if any(part.startswith(("._", "__MACOSX")) for part in name.parts):
+            continue
+        ending = name.suffix.lower()
+        if ending == SUFFIX:
+            files.append(_stored(path, name, content))
+        elif ending == ".json" and name.name not in OTHER_JSON:
+            _check_json(f"{path}: {shortened(name, 80)}", len(content))
+            documents[name] = content
+        elif ending in PICKLES:
+            pickles.append(name)
+    if not files:
+        if pickles:
+            raise pickle_error(f"{path}: {shortened(pickles[0], 80)}")
+        raise WeightsError(f"{path} holds no safetensors file; it must hold one adapter.")
+    package = Package(path, tuple(files), documents)
+    if len(files) > 1 and any(package.config(file) is None for file in files):
+        names = shortened(", ".join(str(file.name) for file in files))
+        raise WeightsError(f"{path} holds {len(files)} safetensors files, {names}; it must hold one adapter.")
+    return package
+
+
+def _stored(path: Path, name: PurePosixPath, content: bytes) -> Stored:
+    try:
+        tensors = safetensors.torch.load(content)
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise _refused(path, name.as_posix(), content[:4], error) from error
+    return Stored(name, tensors, metadata)
