@@ -17,11 +17,17 @@ from cascade import sizes
 from cascade.guides.controls import Control
 from cascade.guides.ip_adapter import mask_of_latents, read_mask
 from cascade.limits import InputError
+from cascade.loras.lora import Lora
 from cascade.pipeline import Cascade
 from cascade.request import Request
+from cascade.running.graphs import GraphCache, GraphedUNet
+from cascade.running.placement import MemoryMode
 from cascade.weights import ModelFolder, WeightsError
 from scripts.save_weights import main as save_weights
 from tests.conftest import make_ip_adapter
+from tests.loras.files import lora
+from tests.running.test_graphs import Replay
+from tests.running.test_memory import make_cached
 from tests.test_pipeline import photo
 from tests.tiny import count_calls, make_cascade
 
@@ -184,6 +190,53 @@ def test_a_mask_lies_where_it_was_painted() -> None:
     assert torch.equal(wide, torch.tensor([1.0, 1, 1, 0, 0, 0]).expand(3, 6))
 
 
+# ---- in every way to run ----
+
+
+@pytest.mark.parametrize("choice", [MemoryMode("offload"), MemoryMode("stream", 0)])
+def test_memory_modes_change_no_picture(components: dict[str, Any], cascade: Cascade, choice: MemoryMode) -> None:
+    """Copies are late, and what is overwritten or missing when a network reads it is noticed."""
+    cached = make_cached(components, choice)
+    assert cached.runner.weights.streams("prior") == (choice.name == "stream")
+    two = asked(
+        ip_adapter_images=(photo(90, 70), photo(70, 90)),
+        ip_adapter_masks=(LEFT, Image.new("L", (1, 1), 200)),
+        ip_adapter_ends=(0.5, 1),
+    )
+    for request in (PLAIN, asked(), two, replace(two, controls=(Control("canny", photo(90, 70)),)), PLAIN):
+        assert made(cached, request) == made(cascade, request)
+
+
+def test_graphs_are_replayed(components: dict[str, Any], cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another image, scale, mask or span needs no new graph of Stage C; another number of images does."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    graphed = make_cascade(components)
+    graphs = graphed.runner.graphs = GraphCache(capture=Replay, devices=("cpu",))
+    graphed._prior = GraphedUNet(graphed.prior, "prior", graphs)
+    alike = [
+        asked(),
+        asked(ip_adapter_images=(photo(70, 90),), ip_adapter_scales=(0.5,)),
+        asked(ip_adapter_starts=(0.25,), ip_adapter_ends=(0.75,)),
+        asked(),
+    ]
+    masked = [asked(ip_adapter_masks=(one,)) for one in (LEFT, Image.new("L", (9, 9), 99))]
+    for group in (alike, masked, [PLAIN], alike, masked):
+        assert made(graphed, group[0]) == made(cascade, group[0])
+        before = len(graphs)
+        assert before > 0
+        for request in group:
+            assert made(graphed, request) == made(cascade, request)
+        assert len(graphs) == before
+
+
+def test_with_a_lora(components: dict[str, Any], cascade: Cascade, tmp_path: Path) -> None:
+    change = Lora(lora(components, tmp_path / "a.safetensors", 1))
+    requests = [PLAIN, asked(), replace(PLAIN, loras=(change,)), asked(loras=(change,))]
+    pictures = [made(cascade, request) for request in requests]
+    assert len(set(pictures)) == len(pictures)
+    assert made(cascade, asked()) == pictures[1]
+
+
 # ---- files ----
 
 
@@ -219,7 +272,7 @@ def test_from_a_folder_and_back(components: dict[str, Any], cascade: Cascade, fo
         ),
         (
             lambda tensors: tensors.update({"ip_adapter.2.to_k_ip.weight": torch.zeros(16, 16)}),
-            " has a tensor ip_adapter.2.to_k_ip.weight, which is none of its network's, by ",
+            " has a tensor ip_adapter.2.to_k_ip.weight, which its network does not have, by ",
         ),
     ],
 )
