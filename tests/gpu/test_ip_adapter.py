@@ -46,12 +46,10 @@ def stage_c() -> StableCascadeUNet:
 def test_bfloat16_at_the_published_size(stage_c: StableCascadeUNet) -> None:
     """By the kernels, a prediction with an adapter is as near to float32 as one without."""
     torch.manual_seed(2)
-    adapter = IPAdapter()
-    adapter.copy_keys(stage_c.cpu())
-    stage_c.cuda()
+    adapter = IPAdapter().cuda()
+    adapter.copy_keys(stage_c)
     for pair in adapter.ip_adapter.values():
         torch.nn.init.normal_(pair.to_v_ip.weight, std=0.02)
-    adapter = adapter.cuda()
     features = torch.randn(1, 257, 1024, device="cuda")
     sample, ratio = torch.randn(2, 16, 24, 24, device="cuda"), torch.tensor([0.7, 0.7], device="cuda")
     given = {name: x.cuda() for name, x in random_conditions(stage_c.config, (24, 24), 2).items()}

@@ -65,6 +65,22 @@ def check_fit(adapter: IPAdapter, prior: StableCascadeUNet, image_encoder: CLIPV
         raise TrainingError(wrong)
 
 
+def predict(
+    prior: StableCascadeUNet,
+    adapter: IPAdapter,
+    noisy: Tensor,
+    timesteps: Tensor,
+    text: Tensor,
+    pooled: Tensor,
+    features: Tensor,
+) -> Tensor:
+    """Stage C's prediction of the noise in ``noisy`` latents (B, 16, h, w), with one reference a sample."""
+    with torch.no_grad():
+        conditions = prior.condition(pooled, clip_text=text)
+    images = image_tokens(adapter(features), conditions)
+    return prior(noisy, timesteps, conditions._replace(images=images, masks=(None,)))
+
+
 class References:
     """What the adapter reads of the references of a dataset's pictures, encoded once.
 
@@ -147,12 +163,8 @@ class IPAdapterTask(Task):
         self, latents: Tensor, text: Tensor, pooled: Tensor, features: Tensor, timesteps: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
         """``latents``, ``noise`` (B, 16, h, w); ``text`` (B, 77, D), ``pooled`` (B, 1, D); ``features`` (B, S, W)."""
-        prior = self.frozen["prior"]
-        with torch.no_grad():
-            conditions = prior.condition(pooled, clip_text=text)
-        images = image_tokens(self.ip_adapter(features), conditions)
-        conditions = conditions._replace(images=images, masks=(None,))
-        epsilon = prior(diffuse(latents, noise, timesteps), timesteps, conditions)
+        noisy = diffuse(latents, noise, timesteps)
+        epsilon = predict(self.frozen["prior"], self.ip_adapter, noisy, timesteps, text, pooled, features)
         return diffusion_losses(epsilon, noise, self.weight(timesteps))
 
     def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
