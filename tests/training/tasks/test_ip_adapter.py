@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cascade.networks.ip_adapter import IPAdapter
+from cascade.networks.unet import StableCascadeUNet
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.weights import ModelFolder
+from cascade.weights.single_file import VARIANTS
 from scripts.save_weights import main as save_weights
 from tests.conftest import make_ip_adapter
 from tests.training.small import train, write_config, write_pictures
+from training.configuration import read_configuration
 from training.dataset import Dataset
 from training.errors import TrainingError
 from training.options import Options
@@ -211,6 +214,18 @@ def test_from_a_folder_of_pictures_to_a_model_that_uses_it(model_folder: Path, t
     key = "ip_adapter.0.to_k_ip.weight"
     assert 0 < (further[key].float() - one[key].float()).abs().max() < 0.1
     assert further["ip_adapter.0.to_v_ip.weight"].any()
+
+
+def test_the_recipe_for_the_published_model_fits_it() -> None:
+    config = read_configuration(Path(__file__).parents[3] / "training" / "ip_adapter.toml")
+    prior = next(variant.config for variant in VARIANTS if variant.name == "prior")
+    with torch.device("meta"):
+        adapter = IPAdapter(**config["ip_adapter_network"])
+        assert adapter.misfit(StableCascadeUNet(**prior), 1024) is None
+        shapes, expected = (
+            {key: value.shape for key, value in one.state_dict().items()} for one in (adapter, IPAdapter())
+        )
+    assert shapes == expected
 
 
 @pytest.mark.parametrize(
