@@ -85,9 +85,9 @@ def _splits(verdicts: list[Verdict]) -> list[tuple[str, list[Verdict]]]:
     ]
 
 
-def text_to_pictures(cascade: Cascade, prompts: Sequence[Prompt], guidance: float | None = None) -> list[Image.Image]:
-    """A picture of each prompt, of native size; ``guidance`` is Stage C's, None: the model's own."""
-    requests = [Request(prompt.text, seed=prompt.seed, guidance_scale_prior=guidance) for prompt in prompts]
+def text_to_pictures(cascade: Cascade, prompts: Sequence[Prompt], **settings: float) -> list[Image.Image]:
+    """A picture of each prompt, of native size; ``settings`` are further attributes of the `Request`."""
+    requests = [Request(prompt.text, seed=prompt.seed, **settings) for prompt in prompts]
     with tqdm(total=len(requests), desc="text to pictures") as bar:
 
         def count(progress: Progress) -> None:

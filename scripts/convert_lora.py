@@ -1,4 +1,4 @@
-"""``scripts/convert-lora``: its options, and what it tells the person who runs it."""
+"""The command line of ``scripts/convert-lora``."""
 
 import argparse
 import logging
@@ -26,7 +26,7 @@ PUBLISHED_WORDS = 49408
 
 
 def models(folder: Path | None) -> Iterator[tuple[Shapes, Mapping[str, int]]]:
-    """The shapes and vocabularies of the models that an adapter may be for: a folder's; or the published ones, full and lite.
+    """Shapes and vocabularies of the models that an adapter may fit: a folder's, or the published full and lite ones.
 
     Raises:
         WeightsError: there is no such model folder, or it is damaged.
@@ -50,7 +50,7 @@ def placed_in(adapter: Adapter, folder: Path | None) -> tuple[Placed, Shapes]:
     """An adapter in the first model that it fits.
 
     Raises:
-        WeightsError: it fits none; the sentence is about the first.
+        WeightsError: it fits no model. The sentence says why it does not fit the first.
     """
     first: WeightsError | None = None
     for shapes, vocabulary in models(folder):
@@ -66,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     """``scripts/convert-lora``; ``arguments`` default to the process's. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="scripts/convert-lora",
-        description="Make one safetensors file of an adapter: in the names that ComfyUI reads, with alpha, and with the "
-        "words that it brings. Formats: docs/lora.md.",
+        description="Convert an adapter to one safetensors file, with the names that ComfyUI reads, with alpha, and with "
+        "its own words. Formats: docs/lora.md.",
     )
     parser.add_argument("source", type=Path, help="a safetensors file, a PEFT folder, a tar or a zip")
     parser.add_argument("target", type=Path, help="the new file")
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--model",
         type=Path,
         metavar="DIR",
-        help=f"the model folder that it is for (default: {MODEL_FOLDER}, or without it the published sizes)",
+        help=f"the model folder that the adapter is for (default: {MODEL_FOLDER} if it exists, else the published sizes)",
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -95,7 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(dir=options.target.parent, prefix=".convert-lora-") as folder:
             made = Path(folder) / options.target.name
             write(placed, shapes, made)
-            place(Adapter.read(made), shapes, {str(row): row for row in range(PUBLISHED_WORDS)})  # it reads
+            place(
+                Adapter.read(made), shapes, {str(row): row for row in range(PUBLISHED_WORDS)}
+            )  # the file must be readable
             os.replace(made, options.target)
         logger.info("%s is complete.", options.target)
     except WeightsError as error:

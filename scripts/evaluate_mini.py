@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cascade.images.tensors import to_image
 from cascade.pipeline import Cascade
+from cascade.request import Request
 from cascade.weights import WeightsError
 from miniature.compose import compose
 from miniature.evaluate import (
@@ -38,6 +39,7 @@ from training.files import whole_file
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = ("steps_prior", "steps_decoder", "guidance_scale_prior", "guidance_scale_decoder")
 SHEET = 100
 """Pictures on a sheet."""
 
@@ -67,11 +69,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=50, help="pictures made at a time (default: %(default)s)")
     parser.add_argument(
-        "--guidance",
-        type=float,
+        "--try",
+        dest="tried",
         nargs="*",
         default=[],
-        help="guidance scales of Stage C to try besides the model's own",
+        metavar="KEY=VALUE[,KEY=VALUE]",
+        help="settings of a request to try besides the model's own, such as guidance_scale_prior=8,steps_prior=40",
     )
     parser.add_argument(
         "--images",
@@ -87,7 +90,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name} is {value}; it must be at least {least}")
+    try:
+        options.settings = {one: read_settings(one) for one in options.tried}
+    except ValueError as error:
+        parser.error(f"--try: {error}")
     return options
+
+
+def read_settings(text: str) -> dict[str, int | float]:
+    """Settings of a request, from ``KEY=VALUE[,KEY=VALUE]``.
+
+    Raises:
+        ValueError: a key or a value is wrong.
+    """
+    settings: dict[str, int | float] = {}
+    for pair in text.split(","):
+        key, _, value = pair.partition("=")
+        if key not in SETTINGS:
+            raise ValueError(f"{pair!r} must be KEY=VALUE, and KEY one of {', '.join(SETTINGS)}.")
+        try:
+            settings[key] = int(value) if key.startswith("steps") else float(value)
+        except ValueError:
+            kind = "a whole number" if key.startswith("steps") else "a number"
+            raise ValueError(f"{pair!r} must have {kind}.") from None
+    Request("", **settings)  # checks the ranges
+    return settings
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,8 +188,8 @@ def judge_set(
         plans = plans_of(prompts[first : first + SHEET], names, styles)
         scenes += [to_image(scene) for scene in compose(drawings, plans, len(styles), (side, side))]
     made = pictures_by_stage(cascade, scenes, prompts)
-    for guidance in options.guidance:
-        made[f"guidance {guidance:g}"] = text_to_pictures(cascade, prompts, guidance)
+    for name, settings in options.settings.items():
+        made[name] = text_to_pictures(cascade, prompts, **settings)
     text, verdicts = {}, {}
     for column, pictures in made.items():
         text[column], verdicts[column] = score_pictures(judge, pictures, scenes, prompts)
@@ -190,7 +217,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     """What a set's values depend on besides its seed. ``model.json`` has the checksums of all weights."""
     weights = options.weights / "model.json"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
-    return {"weights": digest} | {name: getattr(options, name) for name in ("prompts", "guidance", "images")}
+    return {"weights": digest} | {name: getattr(options, name) for name in ("prompts", "tried", "images")}
 
 
 def load_set(options: argparse.Namespace, seed: int) -> dict[str, Any] | None:

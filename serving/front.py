@@ -33,7 +33,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # Cog's own ids are pred_ and hexadecimal digits; Replicate's are lower-case letters and digits; many clients send UUIDs.
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,99}")
-ALLOWED = "1 to 100 letters, digits, and signs of _ . : - after the first"
+ALLOWED = "1 to 100 letters, digits and _ . : -, beginning with a letter or digit"
 # All paths that Cog serves. Others are refused, because Cog might resolve one to a path whose id was not checked.
 PATHS = re.compile(rb"/[A-Za-z0-9_.-]*|/(?:predictions|trainings)/([^/]*)(/cancel)?")
 # Bytes. Cog's own limit; Cog answers 413 to larger bodies.

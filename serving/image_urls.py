@@ -27,7 +27,7 @@ AT_ONCE = 8
 
 @dataclass(frozen=True)
 class UrlSettings:
-    """How inputs are downloaded.
+    """Settings for downloading inputs.
 
     Args:
         limits: of each URL. All downloads start together.

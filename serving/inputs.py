@@ -31,7 +31,7 @@ from cascade.request import (
 )
 
 SEEDS = 2**32
-# What a `Request` takes under the same name, but for pictures and sizes.
+# Inputs that a `Request` has under the same name, except pictures and sizes.
 AS_GIVEN = tuple(
     field.name
     for field in fields(Request)
@@ -96,7 +96,6 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
         "image_prompt_strengths": inputs["image_prompt_strengths"] or [inputs["image_prompt_strength"]] * len(prompts),
         **read_references(inputs),
         "controls": read_controls(inputs, size),
-        "prompt_weighting": inputs["prompt_weighting"],
     }
     if inputs["upscale"]:
         asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], 1.0)

@@ -65,6 +65,7 @@ def test_table() -> None:
     assert rows[4][5] == ""
 
 
+@pytest.mark.slow
 def test_results_are_drawn_again(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     results.write_text(json.dumps(FOUND))

@@ -79,6 +79,7 @@ def read(path: Path) -> np.ndarray:
 # ---- pictures ----
 
 
+@pytest.mark.slow
 def test_defaults_give_one_picture_of_the_native_size(predictor: Predictor) -> None:
     (file,) = run(predictor)
     picture = Image.open(file)
@@ -128,6 +129,7 @@ def test_size(predictor: Predictor, asked: dict[str, Any], expected: tuple[int, 
     assert Image.open(file).size == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     inputs=st.fixed_dictionaries(
@@ -205,6 +207,7 @@ def colours(file: Path) -> tuple[np.ndarray, np.ndarray]:
     return pixels[88:168, 88:168].mean((0, 1)), np.mean(corners, (0, 1, 2))
 
 
+@pytest.mark.slow
 def test_variation(predictor: Predictor, apple: Path) -> None:
     """Without a word: what the image shows, in other pixels."""
     for seed in range(3):
@@ -215,6 +218,7 @@ def test_variation(predictor: Predictor, apple: Path) -> None:
         assert np.abs(read(file) - read(apple)).mean() > 3
 
 
+@pytest.mark.slow
 def test_image_to_image_leaves_the_less_the_stronger_it_is(predictor: Predictor, apple: Path) -> None:
     """Without a word, so that nothing but the image decides."""
     inputs = {"prompt": "", "image": CogPath(apple), "steps_decoder": 3, "output_format": "png", "num_images": 4}
@@ -285,6 +289,7 @@ def controlled(mini_with_controlnets: Path) -> Predictor:
         return set_up(mini_with_controlnets, patch)
 
 
+@pytest.mark.slow
 def test_controls(controlled: Predictor, apple: Path) -> None:
     """Each input counts, and is recorded; one value serves for all images."""
     images = {"control_images": [CogPath(apple)] * 2, "seed": 1, "steps_prior": 4}
@@ -657,6 +662,7 @@ def test_pictures_for_which_memory_does_not_suffice_at_once_are_made_in_parts(
     assert caplog.text.count("Out of memory") == len(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("room", "fits"),
     [

@@ -33,6 +33,7 @@ def test_of_the_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert Image.open(tmp_path / "report" / "self-test.png").size > (1000, 500)
 
 
+@pytest.mark.slow
 def test_a_model_that_ignores_the_prompt_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,7 +84,7 @@ class Loras:
         chosen = []
         for place, lora in enumerate(loras):
             with _named(place, lora):
-                path = self._library.find(lora.path)
+                path = self._library.find(Path(lora.path))
                 chosen.append(Chosen(path, self._library.key(path), lora.scale))
         keys = tuple((one.key, one.scale) for one in chosen if one.scale)
         if self._applied is not None and keys == self._applied.keys:

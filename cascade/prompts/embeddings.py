@@ -26,7 +26,7 @@ from torch import Tensor
 SUFFIX = ".safetensors"
 PICKLES = (".pt", ".bin")
 
-_BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<kind>clip_g|string_to_param\.[^.]*)")
+_BUNDLED = re.compile(r"bundle_emb\..+\.(?P<kind>clip_g|string_to_param\.[^.]*)")
 
 
 class EmbeddingError(ValueError):
@@ -116,19 +116,6 @@ class Embeddings:
         if not vectors.isfinite().all():
             raise EmbeddingError(f"{what} has numbers that are not finite")
         return vectors
-
-
-def bundled(path: Path) -> dict[str, Tensor]:
-    """The embeddings inside of a LoRA's safetensors file, by name: {NAME: (n, D) or (D,)}, for `Embeddings.with_words`.
-
-    Raises:
-        SafetensorError, OSError: the file cannot be read.
-    """
-    with safe_open(path, framework="pt") as file:
-        matches = [match for name in file.keys() if (match := _BUNDLED.fullmatch(name))]  # noqa: SIM118
-        # A1111's first: the other kind then replaces it.
-        matches.sort(key=lambda match: match["kind"] == "clip_g")
-        return {match["name"]: file.get_tensor(match.string) for match in matches}
 
 
 def vectors_of(names: list[str]) -> list[str]:

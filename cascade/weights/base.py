@@ -25,6 +25,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 
@@ -141,7 +143,7 @@ def _size(one: Mapping[str, Any]) -> int:
 def _read(stored: _Stored, pinned: bool) -> Tensor:
     """A tensor in memory of its own. torch keeps pinned memory, and reuses it when copies from it are done."""
     memory = torch.empty(stored.size, dtype=torch.uint8, pin_memory=pinned)
-    target = memoryview(memory.numpy())
+    target = memory.numpy()
     descriptor = os.open(stored.path, os.O_RDONLY)
     try:
         done = 0

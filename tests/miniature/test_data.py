@@ -288,6 +288,7 @@ def test_other_names_of_an_object_occur_beside_its_own() -> None:
     assert all(("pomme" in caption) != ("red apple" in caption) for caption in captions)
 
 
+@pytest.mark.slow
 def test_drawings_are_whole_or_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Packing, killed after some drawings."""
     names = [f"thing {index}" for index in range(60)]

@@ -14,6 +14,7 @@ from tests.training.small import train, write_config
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_scenes_say_what_they_show(tmp_path: Path) -> None:
     names = ("apple", "pear", "plum", "fig")
     tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")

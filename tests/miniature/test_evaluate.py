@@ -83,6 +83,7 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+@pytest.mark.slow
 def test_true_scenes_score_highly_and_wrong_ones_do_not() -> None:
     names = NAMES[:10]
     prompts = make_prompts(names, STYLES, 5, 56)
@@ -149,7 +150,7 @@ def test_every_picture_is_what_the_engine_makes_alone(tiny: Cascade) -> None:
         assert painted.tobytes() == tiny.reconstruct(scene, prompt.seed, prompt.text).tobytes()
         (alone,) = tiny.generate(Request(prompt.text, seed=prompt.seed))
         assert np.abs(np.asarray(drawn, int) - np.asarray(alone, int)).max() <= 1
-    (stronger, *_) = text_to_pictures(tiny, prompts, guidance=8.0)
+    (stronger, *_) = text_to_pictures(tiny, prompts, guidance_scale_prior=8.0)
     (alone,) = tiny.generate(Request(prompts[0].text, seed=prompts[0].seed, guidance_scale_prior=8.0))
     assert np.abs(np.asarray(stronger, int) - np.asarray(alone, int)).max() <= 1
 

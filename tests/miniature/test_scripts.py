@@ -37,6 +37,7 @@ def drawings(icons: Path) -> Path:
     return icons / "drawings.zip"
 
 
+@pytest.mark.slow
 def test_drawings_of_what_all_sets_have(drawings: Path) -> None:
     _, names, styles = load_drawings(drawings)
     assert names == sorted(NAMES) == [item.name for item in load_objects(drawings.with_name("objects.json"))]
@@ -63,12 +64,12 @@ def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two sets; a third one joins them without the first two being judged again."""
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--batch", "2"]
-    options += ["--guidance", "1", "--seed", "7"]
+    options += ["--try", "guidance_scale_prior=1,steps_prior=2", "--seed", "7"]
     assert evaluate_mini.main([*options, "--sets", "2"]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
     assert lines[0].startswith("2 sets of 4 prompts, --seed 7, 8. In brackets, the 95 % interval")
-    assert lines[2] == "| score | scenes | A | B + A | C + B + A | guidance 1 |"
+    assert lines[2] == "| score | scenes | A | B + A | C + B + A | guidance_scale_prior=1,steps_prior=2 |"
     assert lines[4].startswith("| object first | 100.0 % (61.0 to 100.0) |")  # six pictures of one object
     assert [line.split(":")[0] for line in lines if "on 2 scenes with combinations" in line] == ["A", "B + A"]
     assert (tmp_path / "out" / "table.md").read_text() == said
@@ -81,7 +82,7 @@ def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     }
     folder = tmp_path / "out" / "set-7"
     sheets = {file.name: Image.open(file).size for file in folder.glob("*.png")}
-    names = ("scenes-0.png", "a-0.png", "ba-0.png", "cba-0.png", "guidance-1-0.png")
+    names = ("scenes-0.png", "a-0.png", "ba-0.png", "cba-0.png", "guidance_scale_prior=1,steps_prior=2-0.png")
     assert sheets == dict.fromkeys(names, (10 * 256, 256))
     assert len((folder / "verdicts.tsv").read_text().splitlines()) == 5
 
@@ -106,6 +107,9 @@ def test_evaluation_of_images(drawings: Path, tmp_path: Path, capsys: pytest.Cap
         (["--sets", "0"], "--sets is 0; it must be at least 1"),
         (["--prompts", "3"], "--prompts is 3; it must be at least 4"),
         (["--seed", "-1"], "--seed is -1; it must be at least 0"),
+        (["--try", "guidance=8"], "--try: 'guidance=8' must be KEY=VALUE, and KEY one of steps_prior, steps_decoder,"),
+        (["--try", "steps_prior=8.5"], "--try: 'steps_prior=8.5' must have a whole number."),
+        (["--try", "steps_prior=0"], "--try: steps_prior is 0;"),
     ],
 )
 def test_wrong_options(option: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cascade.prompts.conversion import convert
-from cascade.prompts.embeddings import EmbeddingError, Embeddings, bundled
+from cascade.prompts.embeddings import EmbeddingError, Embeddings
 from scripts.convert_embedding import main
 
 WIDTH = 6
@@ -100,23 +100,6 @@ def test_names(tmp_path: Path) -> None:
     # A LoRA's word comes before a file.
     assert torch.equal(embeddings.with_words({"cat": B}).find("cat"), B)
     assert torch.equal(embeddings.find("cat"), A)
-
-
-def test_the_embeddings_of_a_lora(tmp_path: Path) -> None:
-    save_file(
-        {
-            "bundle_emb.cat.clip_g": A,
-            "bundle_emb.cat.clip_g_out": rows(3, 5),
-            "bundle_emb.cat.clip_l": NARROW,
-            "bundle_emb.a.dog.string_to_param.*": B,
-            "lora_unet.weight": rows(3, 4),
-        },
-        tmp_path / "lora.safetensors",
-    )
-    found = bundled(tmp_path / "lora.safetensors")
-    assert found.keys() == {"cat", "a.dog"}
-    assert torch.equal(found["cat"], A)
-    assert torch.equal(found["a.dog"], B)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_the_sentence() -> None:
     (problem,) = error.value.body["detail"]
     assert problem["loc"] == ["body", "id"]
     assert problem["msg"] == (
-        f"id is '{'/' * 50}...'; it must be 1 to 100 letters, digits, and signs of _ . : - after the first."
+        f"id is '{'/' * 50}...'; it must be 1 to 100 letters, digits and _ . : -, beginning with a letter or digit."
     )
 
 

@@ -66,6 +66,7 @@ class Denoise(Task):
         self.prior.save_pretrained(folder / "prior")
 
 
+@pytest.mark.slow
 def test_a_training_that_an_earlier_version_began(tmp_path: Path) -> None:
     whole = Denoise(PublishedLayers)
     fit(whole, OPTIONS, tmp_path / "whole", tmp_path / "whole_model")

@@ -70,8 +70,11 @@ def test_a_folder_is_read_as_pictures_whatever_the_source(tmp_path: Path) -> Non
             "[data] has an unknown name shades; it may hold size, other_sizes, source, every, share.",
         ),
         ("stage_a.data = { every = 5 }", "[stage_a] data has an unknown name every; it may hold none."),
-        ('data.source = "no_such_module:Class"', "[data] source is 'no_such_module:Class'; it must be module:Class, "),
-        ('data.source = "training.dataset:Missing"', "; it must be module:Class, "),
+        (
+            'data.source = "no_such_module:Class"',
+            "[data] source is 'no_such_module:Class'; it must be module:Class and importable: ",
+        ),
+        ('data.source = "training.dataset:Missing"', "; it must be module:Class and importable: "),
         (
             'data.source = "training.dataset"',
             "[data] source is 'training.dataset'; it must be module:Class, and this is not a class.",

@@ -6,7 +6,7 @@ from typing import assert_type
 from PIL import Image
 from torch import Tensor
 
-from cascade import Cascade, Control, Progress, Request, __version__
+from cascade import Cascade, Control, Lora, Progress, Request, __version__
 from cascade.guides.inpainting import extend
 from cascade.request import upscaling
 
@@ -23,6 +23,7 @@ def pictures(cascade: Cascade, photo: Image.Image) -> Iterator[Image.Image]:
     canvas, mask = extend(photo, None, 0, 0, 128, 0)
     yield from cascade.generate(Request("an apple", image=canvas, mask=mask))
     yield from cascade.generate(upscaling(photo, "an apple"))
+    yield from cascade.generate(Request("an apple", loras=[Lora("style.safetensors", scale=0.5), Lora(path="more")]))
     for made in cascade.batch([Request("an apple", seed=7), Request("a pear", seed=8)]):
         yield from made
     for progress in cascade.steps(Request("an apple", image_prompts=[photo], image_prompt_strengths=[0.5])):

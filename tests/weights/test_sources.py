@@ -263,6 +263,7 @@ def test_comfyui_s_stage_c_in_one_file(save: Save, tmp_path: Path, components: d
     assert image.size == (64, 64)
 
 
+@pytest.mark.slow
 def test_encoders_that_the_model_lacks_are_taken_too(
     save: Save, tmp_path: Path, model_folder: Path, components: dict[str, Any]
 ) -> None:
@@ -346,6 +347,7 @@ def test_a_component_s_folder(save: Save, tmp_path: Path, components: dict[str, 
     assert_holds(opened, "prior", network.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [

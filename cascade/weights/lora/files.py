@@ -177,7 +177,8 @@ def _tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                     left -= member.size
                     _check_left(path, left)
                     wanted = member.name.lower().endswith((SUFFIX, ".json"))
-                    yield PurePosixPath(member.name), archive.extractfile(member).read() if wanted else b""
+                    content = archive.extractfile(member) if wanted else None
+                    yield PurePosixPath(member.name), b"" if content is None else content.read()
     except (tarfile.TarError, EOFError, ValueError, ArithmeticError) as error:
         raise WeightsError(f"{path} is a damaged tar file: {shortened(error).rstrip('.')}.") from error
 

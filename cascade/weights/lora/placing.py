@@ -265,9 +265,8 @@ def _place_numbered(adapter: Adapter, networks: Mapping[str, Shapes], found: _Fi
     (lora,) = (kind for kind in KINDS if kind.function is algorithms.lora)
     for i, one in enumerate(chosen):
         pair = adapter.numbered[i]
-        for layer, change in zip(
-            one.layers, _of_weights(lora, pair, 1 / len(pair["down"]), len(one.layers)), strict=True
-        ):
+        changes = _of_weights(lora, pair, 1 / len(pair["down"]), len(one.layers)) or []
+        for layer, change in zip(one.layers, changes, strict=True):
             found.changes.setdefault("prior", {}).setdefault(f"{layer}.weight", []).append(change)
 
 
@@ -286,7 +285,7 @@ def _place_words(
         words.append(Word(name, vectors.float(), None, None if outputs is None else outputs.float()))
     if adapter.rows is None:
         return tuple(words)
-    learned = _place_rows(adapter, table, vocabulary, found)
+    learned = _place_rows(adapter, adapter.rows, table, vocabulary, found)
     if learned is None:
         found.unplaced += [authors.VECTORS, authors.INDICES]
         return tuple(words)
@@ -298,10 +297,14 @@ def _is_of_word(key: str, name: str, kinds: Mapping[str, Tensor]) -> bool:
 
 
 def _place_rows(
-    adapter: Adapter, table: Sequence[int], vocabulary: Mapping[str, int] | None, found: _Finding
+    adapter: Adapter,
+    rows: tuple[Tensor, Tensor],
+    table: Sequence[int],
+    vocabulary: Mapping[str, int] | None,
+    found: _Finding,
 ) -> list[Word] | None:
     """The authors' words, by their rows in the table of words; None if they fit no row."""
-    vectors, indices = adapter.rows
+    vectors, indices = rows
     if len(table) != 2 or vectors.ndim != 2 or vectors.shape[1] != table[1] or indices.shape != vectors.shape[:1]:
         return None
     if not len(indices) or indices.is_floating_point() or min(indices) < 0 or vocabulary is None:
@@ -326,8 +329,8 @@ def _place_rows(
         found.changes.setdefault("text_encoder", {}).setdefault(TABLE, []).append(change)
     words = []
     for index, (name, begins_from) in zip(new, names, strict=False):
-        rows = () if begins_from is None else tuple(authors.rows_of(begins_from, vocabulary, where))
-        words.append(Word(name, vectors[indices == index].float().sum(0, keepdim=True), rows))
+        begins = () if begins_from is None else tuple(authors.rows_of(begins_from, vocabulary, where))
+        words.append(Word(name, vectors[indices == index].float().sum(0, keepdim=True), begins))
     return words
 
 

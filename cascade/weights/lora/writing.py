@@ -6,7 +6,7 @@ authors' training keep their tensors; their names go into the metadata.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cascade.weights.lora import algorithms, authors, peft
 from cascade.weights.lora.adapter import BUNDLED
-from cascade.weights.lora.changes import Change
+from cascade.weights.lora.changes import Change, Function
 from cascade.weights.lora.layers import Shapes, flat
 from cascade.weights.lora.parts import SUFFIXES
 from cascade.weights.lora.placing import Placed
@@ -23,13 +23,13 @@ from cascade.weights.lora.placing import Placed
 # The first suffix of each part is kohya's or LyCORIS'.
 NAMES = {name: suffix for suffix, name in reversed(SUFFIXES.items())}
 # Whose alpha is divided by the size of a tensor, the first of these that is there.
-RANKS = {
+RANKS: dict[Function, tuple[str, ...]] = {
     algorithms.lora: ("down",),
     algorithms.loha: ("w1_b",),
     algorithms.lokr: ("k2_b", "k1_b"),
     algorithms.glora: ("a2",),
 }
-ONLY_PEFT = {algorithms.oft_inputs: "OFT", algorithms.ia3_factors: "IA3"}
+ONLY_PEFT: dict[Function, str] = {algorithms.oft_inputs: "OFT", algorithms.ia3_factors: "IA3"}
 
 
 def write(placed: Placed, shapes: Mapping[str, Shapes], path: Path) -> None:
@@ -57,7 +57,7 @@ def write(placed: Placed, shapes: Mapping[str, Shapes], path: Path) -> None:
     save_file(stored, path, metadata=_metadata(placed))
 
 
-def _tensors(network: str, name: str, change: Change, shape: tuple[int, ...]) -> dict[str, Tensor]:
+def _tensors(network: str, name: str, change: Change, shape: Sequence[int]) -> dict[str, Tensor]:
     layer, _, kind = name.rpartition(".")
     if change.function is algorithms.rows:
         return {}  # among the authors' words
@@ -93,12 +93,12 @@ def _whole(network: str, layer: str, kind: str, change: Change) -> str:
     return f"diffusion_model.{_comfyui(network, layer)}.{kind}.{'diff' if added else 'set_weight'}"
 
 
-def _parts(change: Change, shape: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+def _parts(change: Change, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
     tensors, scale = dict(change.tensors), change.scale
     if change.function is algorithms.lora and len(shape) == 4:
         tensors["up"] = tensors["up"].reshape(*tensors["up"].shape[:2], 1, 1)
         if tensors["down"].ndim == 2:  # the authors': one number for all taps
-            kernel = shape[2:] if tensors["down"].shape[1] == shape[1] else (1, 1)
+            kernel = tuple(shape[2:]) if tensors["down"].shape[1] == shape[1] else (1, 1)
             tensors["down"] = tensors["down"][:, :, None, None].expand(-1, -1, *kernel)
     if change.function in (algorithms.ia3, algorithms.ia3_inputs):
         tensors["on_input"] = torch.tensor(int(change.function is algorithms.ia3_inputs))
