@@ -45,7 +45,7 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
-    return make_cases(drawings(), TEN, STYLES, 3, 12, SIDE)
+    return make_cases(drawings(), TEN, STYLES, 3, 6, SIDE)
 
 
 def draw(name: str, style: str, colour: str, place: int = 0) -> Image.Image:
@@ -69,7 +69,7 @@ def mean(values: list[float]) -> float:
 
 
 def test_cases_are_drawn_by_their_seed(cases: list[Case]) -> None:
-    again, other = (make_cases(drawings(), TEN, STYLES, seed, 12, SIDE) for seed in (3, 4))
+    again, other = (make_cases(drawings(), TEN, STYLES, seed, 6, SIDE) for seed in (3, 4))
     assert [replace(one, image=None) for one in again] == [replace(one, image=None) for one in cases]
     assert [one.image.tobytes() for one in again] == [one.image.tobytes() for one in cases]
     assert [one.seed for one in other] != [one.seed for one in cases]
@@ -131,6 +131,7 @@ def test_the_style_is_judged_by_itself(judge: Judge, cases: list[Case]) -> None:
     assert mean(outcomes["object"].scores["way"]["style"]) == 0
 
 
+@pytest.mark.slow
 def test_what_a_model_is_asked(judge: Judge, cases: list[Case], components: dict[str, Any], tmp_path: Path) -> None:
     """With a real, tiny model; the ablation tries each block alone, all but each, and each scale, and leaves no trace."""
     cascade = make_cascade(components, native_size=SIDE)

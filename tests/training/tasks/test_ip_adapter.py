@@ -82,6 +82,7 @@ def make_task(parts: dict[str, Any], dataset: type[Dataset] = Colours, **changes
     return IPAdapterTask(mini_adapter(parts), **arguments)
 
 
+@pytest.mark.slow
 def test_a_new_one_changes_nothing(mini: dict[str, Any]) -> None:
     task = make_task(mini)
     batch = task.batch(0, 4, step_generator(0, 0, 0, CPU))
@@ -92,6 +93,7 @@ def test_a_new_one_changes_nothing(mini: dict[str, Any]) -> None:
     assert figures["error"] == figures["error_without"]
 
 
+@pytest.mark.slow
 def test_it_learns_and_nothing_else_does(mini: dict[str, Any], tmp_path: Path) -> None:
     task = make_task(mini)
     frozen = {
@@ -178,6 +180,7 @@ def vars_of(task: IPAdapterTask) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_from_a_folder_of_pictures_to_a_model_that_uses_it(model_folder: Path, tmp_path: Path) -> None:
     """By the command line; stopped and resumed, with the same result; then it is trained further."""
     pictures = write_pictures(tmp_path / "pictures", 6)
