@@ -197,6 +197,13 @@ class Predictor(BaseRunner):
             description="true: (word:1.3) in the prompts is a weight, -4 to 4, as in ComfyUI. false: brackets are text.",
             default=False,
         ),
+        lora_weights: list[str] | None = Input(
+            description="1 to 8 LoRAs: URLs of .safetensors, .tar or .zip, owner/name[/file] on the Hub, Civitai links, or names in the model folder's loras.",
+            default=None,
+        ),
+        lora_scales: list[float] | None = Input(
+            description="Strength of a LoRA, -2 to 3. One for all lora_weights, or one each. Default: 1.", default=None
+        ),
     ) -> list[Path]:
         """Make the pictures. Their files are deleted when the next run starts, because Cog has sent them by then.
 

@@ -18,6 +18,7 @@ from cascade.networks.controlnet import KINDS
 from cascade.networks.ip_adapter import MODES
 
 MOST_IMAGES = 4
+MOST_LORAS = 8
 # Per text. The text encoder reads some 1,200 of them; 50 MB would take 300 s to tokenize.
 MOST_CHARACTERS = 10_000
 # Of a text, of 75 tokens each.
@@ -235,4 +236,6 @@ LIMITS: dict[str, Limits] = {
     "control_ends": _PARTS,
     "previews": Limits(bool, False),
     "prompt_weighting": Limits(bool, False),
+    "lora_weights": Limits(str, most=MOST_LORAS),
+    "lora_scales": Limits(float, low=-2, high=3, most=MOST_LORAS),
 }

@@ -11,8 +11,7 @@ from cascade import sizes
 from cascade.guides.controls import Control, check_span
 from cascade.guides.inpainting import check_mask, transparent
 from cascade.guides.ip_adapter import Reference, read_mask
-from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, Limits, counted, need
-from cascade.loras.lora import MOST as MOST_LORAS
+from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, MOST_LORAS, InputError, Limits, counted, need
 from cascade.loras.lora import Lora
 from cascade.prompts.parsing import check_weights
 from cascade.sampling import SAMPLERS

@@ -70,6 +70,8 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
             check_one_each(name, inputs[name], images, inputs[images])
     if inputs["prompt_weighting"]:
         check_prompt_weights(inputs["prompt"], inputs["negative_prompt"])
+    count = len(inputs["lora_weights"])
+    inputs["lora_scales"] = one_each("lora_scales", inputs["lora_scales"], 1.0, count, "lora_weights")
     return inputs | control_inputs(inputs)
 
 
@@ -158,16 +160,16 @@ def control_inputs(inputs: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     return columns
 
 
-def one_each(name: str, values: Sequence[Any], default: Any, count: int) -> tuple[Any, ...]:
-    """One value for each of `count` control_images; a single value is used for all, and `default` for none.
+def one_each(name: str, values: Sequence[Any], default: Any, count: int, of: str = "control_images") -> tuple[Any, ...]:
+    """One value for each of `count` elements of another input; a single value is used for all, and `default` for none.
 
     Raises:
         InputError: there are neither 0, 1 nor `count` values.
     """
-    need(name, values, "control_images", count)
+    need(name, values, of, count)
     if len(values) not in (0, 1, count):
         raise InputError(
-            f"{name} has {counted(len(values), 'value')}; it must have 1, or {count}, one for each of control_images."
+            f"{name} has {counted(len(values), 'value')}; it must have 1, or {count}, one for each of {of}."
         )
     return tuple(values) if len(values) == count else (values[0] if values else default,) * count
 
