@@ -15,6 +15,7 @@ from serving.service import Service
 from serving.settings import Settings
 
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
+IP_ADAPTER_MODES = ["all", "style", "composition"]
 FORMATS = ["webp", "jpg", "png"]
 # Seconds to wait before `setup` returns. Cog can lose the last log line otherwise (one start in six on a busy machine).
 LAST_LINES = 0.2
@@ -129,6 +130,23 @@ class Predictor(BaseRunner):
         image_prompt_strengths: list[float] | None = Input(
             description="One strength for each of image_prompts, 0 to 2. Default: image_prompt_strength for all.",
             default=None,
+        ),
+        ip_adapter_images: list[Path] | None = Input(
+            description="1 to 4 reference images for the IP-Adapter, which takes more from them than image_prompts. Needs an IP-Adapter.",
+            default=None,
+        ),
+        ip_adapter_scales: list[float] | None = Input(
+            description="One strength for each of ip_adapter_images, 0 (none) to 2. Default: 1 for all.",
+            default=None,
+        ),
+        ip_adapter_masks: list[Path] | None = Input(
+            description="One mask for each of ip_adapter_images; the image acts on the picture where its mask is white. Default: everywhere.",
+            default=None,
+        ),
+        ip_adapter_mode: str = Input(
+            description="What the picture takes from ip_adapter_images: all, style or composition. Ignored without ip_adapter_images.",
+            default="all",
+            choices=IP_ADAPTER_MODES,
         ),
         image: Path | None = Input(
             description="Image to start from instead of noise, for image-to-image, inpainting, outpainting and upscaling.",

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cascade import sizes
 from cascade.networks.controlnet import KINDS
+from cascade.networks.ip_adapter import MODES
 
 MOST_IMAGES = 4
 MOST_LORAS = 8
@@ -219,6 +220,10 @@ LIMITS: dict[str, Limits] = {
     "image_prompts": _PICTURES,
     "image_prompt_strength": Limits(float, 1.0, low=0, high=2),
     "image_prompt_strengths": _STRENGTHS,
+    "ip_adapter_images": _PICTURES,
+    "ip_adapter_scales": _STRENGTHS,
+    "ip_adapter_masks": _PICTURES,
+    "ip_adapter_mode": Limits(str, "all", choices=MODES),
     "image": _PICTURE,
     "prompt_strength": Limits(float, 0.8, low=0, high=1),
     "mask": Limits(Image.Image, choices=(ALPHA,)),

@@ -34,7 +34,11 @@ RESOLVED = (
 )
 SIZE = ("width", "height")
 # Inputs that are ignored without another input.
-NEEDS = {"prompt_strength": "image", "image_prompt_strength": "image_prompts"}
+NEEDS = {
+    "prompt_strength": "image",
+    "image_prompt_strength": "image_prompts",
+    "ip_adapter_mode": "ip_adapter_images",
+}
 
 
 @dataclass(frozen=True)

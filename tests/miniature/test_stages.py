@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import scripts.train_mini
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -47,6 +48,7 @@ NETWORKS = {
     "prior": StableCascadeUNet,
     "controlnet_canny": ControlNet,
     "controlnet_inpainting": ControlNet,
+    "ip_adapter": IPAdapter,
 }
 
 
