@@ -15,6 +15,7 @@ from serving.service import Service
 from serving.settings import Settings
 
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
+IP_ADAPTER_MODES = ["all", "style", "composition"]
 FORMATS = ["webp", "jpg", "png"]
 # Seconds to wait before `setup` returns. Cog can lose the last log line otherwise (one start in six on a busy machine).
 LAST_LINES = 0.2
@@ -130,6 +131,23 @@ class Predictor(BaseRunner):
             description="One strength for each of image_prompts, 0 to 2. Default: image_prompt_strength for all.",
             default=None,
         ),
+        ip_adapter_images: list[Path] | None = Input(
+            description="1 to 4 reference images for the IP-Adapter, which takes more from them than image_prompts. Needs an IP-Adapter.",
+            default=None,
+        ),
+        ip_adapter_scales: list[float] | None = Input(
+            description="One strength for each of ip_adapter_images, 0 (none) to 2. Default: 1 for all.",
+            default=None,
+        ),
+        ip_adapter_masks: list[Path] | None = Input(
+            description="One mask for each of ip_adapter_images; the image acts on the picture where its mask is white. Default: everywhere.",
+            default=None,
+        ),
+        ip_adapter_mode: str = Input(
+            description="What the picture takes from ip_adapter_images: all, style or composition. Ignored without ip_adapter_images.",
+            default="all",
+            choices=IP_ADAPTER_MODES,
+        ),
         image: Path | None = Input(
             description="Image to start from instead of noise, for image-to-image, inpainting, outpainting and upscaling.",
             default=None,
@@ -178,6 +196,13 @@ class Predictor(BaseRunner):
         prompt_weighting: bool = Input(
             description="true: (word:1.3) in the prompts is a weight, -4 to 4, as in ComfyUI. false: brackets are text.",
             default=False,
+        ),
+        lora_weights: list[str] | None = Input(
+            description="1 to 8 LoRAs: URLs of .safetensors, .tar or .zip, owner/name[/file] on the Hub, Civitai links, or names in the model folder's loras.",
+            default=None,
+        ),
+        lora_scales: list[float] | None = Input(
+            description="Strength of a LoRA, -2 to 3. One for all lora_weights, or one each. Default: 1.", default=None
         ),
     ) -> list[Path]:
         """Make the pictures. Their files are deleted when the next run starts, because Cog has sent them by then.

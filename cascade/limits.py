@@ -15,8 +15,10 @@ from PIL import Image
 
 from cascade import sizes
 from cascade.networks.controlnet import KINDS
+from cascade.networks.ip_adapter import MODES
 
 MOST_IMAGES = 4
+MOST_LORAS = 8
 # Per text. The text encoder reads some 1,200 of them; 50 MB would take 300 s to tokenize.
 MOST_CHARACTERS = 10_000
 # Of a text, of 75 tokens each.
@@ -218,6 +220,10 @@ LIMITS: dict[str, Limits] = {
     "image_prompts": _PICTURES,
     "image_prompt_strength": Limits(float, 1.0, low=0, high=2),
     "image_prompt_strengths": _STRENGTHS,
+    "ip_adapter_images": _PICTURES,
+    "ip_adapter_scales": _STRENGTHS,
+    "ip_adapter_masks": _PICTURES,
+    "ip_adapter_mode": Limits(str, "all", choices=MODES),
     "image": _PICTURE,
     "prompt_strength": Limits(float, 0.8, low=0, high=1),
     "mask": Limits(Image.Image, choices=(ALPHA,)),
@@ -230,4 +236,6 @@ LIMITS: dict[str, Limits] = {
     "control_ends": _PARTS,
     "previews": Limits(bool, False),
     "prompt_weighting": Limits(bool, False),
+    "lora_weights": Limits(str, most=MOST_LORAS),
+    "lora_scales": Limits(float, low=-2, high=3, most=MOST_LORAS),
 }

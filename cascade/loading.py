@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Networks that adapters change.
 ADAPTED = ("prior", "decoder", "text_encoder")
-OPTIONAL = ("feature_extractor", "image_encoder", "effnet", "previewer", *CONTROLNETS)
+OPTIONAL = ("feature_extractor", "image_encoder", "ip_adapter", "effnet", "previewer", *CONTROLNETS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from cascade import sampling, sizes
 from cascade.guides.controlnets import ControlNets
 from cascade.guides.image_prompts import ImagePromptEncoder
 from cascade.guides.inpainting import latents_of, set_into
+from cascade.guides.ip_adapter import IPAdapterGuide
 from cascade.images.colours import to_rgb
 from cascade.images.tensors import fitted, to_image, to_pixels
 from cascade.limits import MOST_CHUNKS, InputError
@@ -31,6 +32,7 @@ from cascade.loras.selection import Selection
 from cascade.loras.words import Words
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -46,7 +48,7 @@ from cascade.sampling import Noise, Sample, Step, finish
 from cascade.stages.decoder import decoder_steps
 from cascade.stages.encoder import encode_pixels
 from cascade.stages.pixels import decode_pixels, decoding_bytes, tile_within
-from cascade.stages.prior import Residuals, prior_steps
+from cascade.stages.prior import AdapterImage, Residuals, prior_steps
 from cascade.stages.text import TextEncoder
 from cascade.weights import CONTROLNETS, StageSettings
 from cascade.weights.base import BaseWeights
@@ -77,6 +79,7 @@ class Given:
         start: semantic latents, float32 (1, 16, h, w), of the start image.
         free: bool (1, 1, h, w), the latents that are made anew; None: all.
         residuals: what the ControlNets add.
+        adapter: what the images of the IP-Adapter add.
     """
 
     texts: list[Texts] = field(default_factory=list)
@@ -84,6 +87,7 @@ class Given:
     start: Tensor | None = None
     free: Tensor | None = None
     residuals: list[Residuals] = field(default_factory=list)
+    adapter: list[AdapterImage] = field(default_factory=list)
 
     def texts_of(self, places: Sequence[int]) -> Texts:
         """Those of the requests at these places, one row each."""
@@ -110,6 +114,7 @@ class Cascade:
         effnet: the semantic encoder; None: `encode`, and requests with an image, fail.
         previewer: makes small pictures of semantic latents; None: `preview` fails.
         controlnets: by the kind of controls that they read; requests with another kind fail.
+        ip_adapter: None: requests with images for it fail.
         defaults: the settings of the stages "prior" and "decoder" where a request leaves them open.
         native_size: pixels, the edge of the square that is made when a request names no size.
         stage_a_scale: factor on Stage A's latents; None: the one in its configuration.
@@ -135,6 +140,7 @@ class Cascade:
         effnet: SemanticEncoder | None = None,
         previewer: Previewer | None = None,
         controlnets: Mapping[str, ControlNet] = MappingProxyType({}),
+        ip_adapter: IPAdapter | None = None,
         *,
         defaults: Mapping[str, StageSettings],
         native_size: int,
@@ -155,6 +161,7 @@ class Cascade:
         self.effnet = effnet
         self.previewer = previewer
         self.controlnets = controlnets
+        self.ip_adapter = ip_adapter
         self.defaults = defaults
         self.native_size = native_size
         self.stage_a_scale = stage_a_scale
@@ -175,6 +182,7 @@ class Cascade:
         self._prior = self.runner.unet("prior", prior)
         self._decoder = self.runner.unet("decoder", decoder)
         self._controlnets = ControlNets(controlnets, self._encode_image, self.runner)
+        self._ip_adapter = IPAdapterGuide(ip_adapter, image_prompts, prior, self.runner)
         adapted = {"prior": prior, "decoder": decoder, "text_encoder": text.encoder}
         self._loras = Loras(adapted, text.tokenizer.get_vocab, self.runner, base, loras)
 
@@ -224,6 +232,7 @@ class Cascade:
                 parts.get("effnet"),
                 parts.get("previewer"),
                 {name.removeprefix("controlnet_"): parts[name] for name in CONTROLNETS if name in parts},
+                parts.get("ip_adapter"),
                 defaults=loaded.folder.sampler,
                 native_size=loaded.folder.native_size,
                 stage_a_scale=loaded.folder.stage_a_scale,
@@ -341,6 +350,8 @@ class Cascade:
         plan = self.planner.plan(requests)
         selection = self._loras.select(plan.request.loras)
         self._check_prompts(requests, selection.words)
+        if plan.references:
+            self._ip_adapter.check(plan.request.ip_adapter_mode)
         job = self.runner.job(plan.size)
         yield from job.iterate(self._with_loras(selection, self._work(plan, selection.words, job)))
 
@@ -396,6 +407,9 @@ class Cascade:
         def image_prompts() -> None:
             given.image_prompts = self._encode_image_prompts(request)
 
+        def references() -> None:
+            given.adapter = self._ip_adapter.encode(plan.references, request.ip_adapter_mode, plan.size)
+
         def start() -> None:
             given.start = self._encode_image(fitted(request.image, *plan.size))
             if plan.mask is not None:
@@ -407,6 +421,8 @@ class Cascade:
         inputs = [("text", partial(text, one)) for one in plan.requests]
         if request.image_prompts:
             inputs.append(("input_images", image_prompts))
+        if plan.references:
+            inputs.append(("input_images", references))
         if request.image is not None:
             inputs.append(("input_images", start))
         return [*inputs, *(("input_images", partial(control, index)) for index in range(len(plan.controls)))]
@@ -489,6 +505,7 @@ class Cascade:
             start_shift=self.start_shift,
             free=given.free,
             controls=given.residuals,
+            adapter=given.adapter,
             sample=self.sample,
             **vars(plan.prior),
         )

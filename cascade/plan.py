@@ -9,6 +9,7 @@ import numpy as np
 from cascade import sizes
 from cascade.guides.controls import Control
 from cascade.guides.inpainting import read_mask
+from cascade.guides.ip_adapter import Reference
 from cascade.limits import InputError, shown
 from cascade.networks.controlnet import PUBLISHED_WIDTH
 from cascade.request import Request
@@ -36,6 +37,7 @@ class Plan:
         strength: how much of the start image is changed, 0 to 1; 1 without one.
         mask: bool (height, width), the part of the start image that is made anew; None: all.
         controls: those of the request, and the one that a mask adds.
+        references: those of the request that have a scale above 0.
     """
 
     requests: tuple[Request, ...]
@@ -48,6 +50,7 @@ class Plan:
     strength: float
     mask: np.ndarray | None
     controls: tuple[Control, ...]
+    references: tuple[Reference, ...]
 
     @property
     def request(self) -> Request:
@@ -117,6 +120,7 @@ class Planner:
             strength=1.0 if request.image is None else request.prompt_strength,
             mask=None if request.mask is None else read_mask(request.mask, width, height),
             controls=controls,
+            references=tuple(one for one in request.references if one.scale > 0),
         )
 
     def picture_size(self, request: Request) -> sizes.Size:

@@ -8,15 +8,20 @@ from typing import Any, Literal
 from PIL import Image
 
 from cascade import sizes
-from cascade.guides.controls import Control
+from cascade.guides.controls import Control, check_span
 from cascade.guides.inpainting import check_mask, transparent
-from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, Limits, counted, need
-from cascade.loras.lora import MOST as MOST_LORAS
+from cascade.guides.ip_adapter import Reference, read_mask
+from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, MOST_LORAS, InputError, Limits, counted, need
 from cascade.loras.lora import Lora
 from cascade.prompts.parsing import check_weights
 from cascade.sampling import SAMPLERS
 
 LARGEST_SEED = 2**63 - 1
+# Inputs that have one value for each of another's images, or none.
+ONE_EACH = {
+    "image_prompt_strengths": "image_prompts",
+    **{f"ip_adapter_{name}": "ip_adapter_images" for name in ("scales", "masks", "starts", "ends")},
+}
 # The super-resolution ControlNet's image is scaled to half of the picture, rounded up, which must be at least SMALLEST.
 SMALLEST_ENLARGED = 2 * sizes.SMALLEST - 1
 
@@ -47,6 +52,16 @@ class Request:
         image_prompts: up to 4 images of any size and mode. They describe the pictures together with the prompt.
         image_prompt_strengths: 0 to 2, factors for the image embeddings, one per image; empty: 1. The network normalises
             its condition tokens, so half the strength is not half the effect.
+        ip_adapter_images: up to 4 reference images of any size and mode for the IP-Adapter, which takes more from them than
+            `image_prompts`. What several of them add is summed.
+        ip_adapter_scales: 0 to 2, factors for what the images add, one per image; empty: 1. At 0, an image is ignored.
+        ip_adapter_masks: where in the pictures an image acts: fully where its mask is white, half where it is grey of 128, not
+            where it is black or transparent; one per image, of any size and mode; empty: everywhere. A mask is scaled to
+            the pictures' size, and what exceeds their aspect ratio is cropped evenly.
+        ip_adapter_mode: which of the adapted blocks of Stage C are used: "all"; for "style" and "composition", those that
+            the adapter's configuration names.
+        ip_adapter_starts, ip_adapter_ends: 0 to 1, the steps of Stage C in which an image is used: step i of n, from 0, if
+            start <= i / n < end; one per image; empty: 0 and 1.
         image: the start image for image-to-image, of any size and mode. It is scaled to the pictures' size, and what exceeds
             their aspect ratio is cropped evenly.
         prompt_strength: 0 to 1, how much of `image` changes. Its latents are noised to this time, and this share of
@@ -84,6 +99,12 @@ class Request:
     repeat_prompts: bool = False
     image_prompts: Sequence[Image.Image] = ()
     image_prompt_strengths: Sequence[float] = ()
+    ip_adapter_images: Sequence[Image.Image] = ()
+    ip_adapter_scales: Sequence[float] = ()
+    ip_adapter_masks: Sequence[Image.Image] = ()
+    ip_adapter_mode: str = LIMITS["ip_adapter_mode"].default
+    ip_adapter_starts: Sequence[float] = ()
+    ip_adapter_ends: Sequence[float] = ()
     image: Image.Image | None = None
     prompt_strength: float = LIMITS["prompt_strength"].default
     mask: Image.Image | Literal["alpha"] | None = None
@@ -96,11 +117,29 @@ class Request:
             object.__setattr__(self, name, limits.check(name, getattr(self, name)))
         if self.prompt_weighting:
             check_prompt_weights(self.prompt, self.negative_prompt)
-        check_strengths(self.image_prompts, self.image_prompt_strengths)
+        for name, images in ONE_EACH.items():
+            check_one_each(name, getattr(self, name), images, getattr(self, images))
+        # As grey, so that they are read once.
+        masks = (read_mask(f"ip_adapter_masks[{i}]", mask) for i, mask in enumerate(self.ip_adapter_masks))
+        object.__setattr__(self, "ip_adapter_masks", tuple(masks))
+        for place, one in enumerate(self.references):
+            check_span(f"ip_adapter_starts[{place}]", one.start, f"ip_adapter_ends[{place}]", one.end)
         self._check_mask()
         for place, control in enumerate(self.controls):
             check_kind(f"controls[{place}].kind", control.kind, "mask", self.mask)
         self._check_enlarged()
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """The images of the IP-Adapter, each with its own of the other inputs."""
+        count = len(self.ip_adapter_images)
+        columns = (
+            self.ip_adapter_scales or (1.0,) * count,
+            self.ip_adapter_starts or (0.0,) * count,
+            self.ip_adapter_ends or (1.0,) * count,
+            self.ip_adapter_masks or (None,) * count,
+        )
+        return tuple(Reference(*column) for column in zip(self.ip_adapter_images, *columns, strict=True))
 
     def _check_mask(self) -> None:
         if self.mask is None:
@@ -137,17 +176,21 @@ def check_prompt_weights(prompt: str, negative_prompt: str) -> None:
     check_weights("negative_prompt", negative_prompt)
 
 
-def check_strengths(images: Sequence[object], strengths: Sequence[float]) -> None:
-    """Make sure that there are as many `image_prompt_strengths` as `image_prompts`, or none.
+def check_one_each(name: str, values: Sequence[object], images: str, there: Sequence[object]) -> None:
+    """Make sure that there are as many values as images, or none.
+
+    Args:
+        name: of the values, one of `ONE_EACH`.
+        images: the name of the images, which are `there`.
 
     Raises:
         InputError: the numbers differ.
     """
-    need("image_prompt_strengths", strengths, "image_prompts", images)
-    if strengths and len(strengths) != len(images):
+    need(name, values, images, there)
+    if values and len(values) != len(there):
+        noun = "image" if ALLOWED[name].kind is Image.Image else "value"
         raise InputError(
-            f"image_prompt_strengths has {counted(len(strengths), 'value')}; it must have {len(images)}, "
-            "one for each of image_prompts."
+            f"{name} has {counted(len(values), noun)}; it must have {len(there)}, one for each of {images}."
         )
 
 
@@ -238,6 +281,8 @@ ALLOWED: dict[str, Limits] = {
     "steps_decoder": replace(LIMITS["steps_decoder"], high=1000),
     "seed": Limits(int, 0, low=0, high=LARGEST_SEED),
     "sampler": Limits(str, "ddpm", choices=tuple(SAMPLERS)),
+    "ip_adapter_starts": LIMITS["control_starts"],
+    "ip_adapter_ends": LIMITS["control_ends"],
     "weight_pooled": Limits(bool, False),
     "repeat_prompts": Limits(bool, False),
     "controls": Limits(Control, most=MOST_IMAGES),

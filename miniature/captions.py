@@ -130,6 +130,11 @@ class Captioner:
         )
         return [self._caption(rng.random, *row) for row in zip(*columns, strict=True)]
 
+    def backgrounds(self, plans: Plans, rng: random.Random) -> list[str]:
+        """One caption for every plan that names its background alone, or nothing if the plan does not say it."""
+        rows = zip(plans.colours.tolist(), plans.gradient_ways.tolist(), plans.says_background.tolist(), strict=True)
+        return [article(_background(colours, way, rng.random)) if says else "" for colours, way, says in rows]
+
     def _caption(
         self,
         chance: Callable[[], float],

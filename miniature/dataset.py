@@ -18,7 +18,7 @@ from cascade.sizes import Size
 from miniature.captions import Captioner, article
 from miniature.compose import compose
 from miniature.icons import load_drawings, load_objects
-from miniature.scenes import Plans, Split, sample_plans
+from miniature.scenes import Plans, Split, elsewhere, sample_plans, with_other_objects
 from training.dataset import Dataset
 from training.errors import TrainingError
 from training.values import Count, Share
@@ -52,6 +52,8 @@ class Scenes(Dataset):
         seed: decides all scenes and captions.
         split: ``train``, or ``heldout`` for combinations that training never shows.
         unsaid: share of the scenes whose captions name neither place, size nor style, even if these are not the defaults.
+        nameless: share of the scenes whose captions name the background alone.
+        others: share of the scenes whose reference image shows another object in the same style. Their captions name the object.
     """
 
     def __init__(
@@ -65,15 +67,33 @@ class Scenes(Dataset):
         split: Split,
         device: torch.device,
         unsaid: float = 0.0,
+        nameless: float = 0.0,
+        others: float = 0.0,
     ) -> None:
         drawings, names, self.styles = load_drawings(data)
         self.drawings = drawings.to(device)
         self.plans = sample_plans(count, names, seed, split, len(self.styles))
-        captions = captioner(names, self.styles).captions(say_less(self.plans, unsaid, seed), random.Random(seed))
+        words = captioner(names, self.styles)
+        captions = words.captions(say_less(self.plans, unsaid, seed), random.Random(seed))
+        draws = np.random.default_rng((seed, 1)).random(count)
+        self.other = draws < others
+        referred = with_other_objects(self.plans, self.other, len(names), seed + 1)
+        self.reference_plans = elsewhere(referred, names, seed + 2)
+        if nameless:
+            silent = ~self.other & (draws < others + nameless)
+            backgrounds = words.backgrounds(self.plans, random.Random(seed + 1))
+            captions = [b if quiet else a for a, b, quiet in zip(captions, backgrounds, silent.tolist(), strict=True)]
         super().__init__(captions, tokenizer, size, device, [article(name) for name in names])
 
     def images(self, indices: Tensor, size: Size | None = None) -> Tensor:
         return compose(self.drawings, self.plans[indices.numpy()], len(self.styles), size or self.size)
+
+    def references(self, indices: Tensor) -> Tensor:
+        """The same objects in the same styles, or for a share of the scenes other objects, in other scenes."""
+        return compose(self.drawings, self.reference_plans[indices.numpy()], len(self.styles), self.size)
+
+    def same_subject(self, indices: Tensor) -> Tensor:
+        return torch.from_numpy(~self.other[indices.numpy()])
 
     def shown(self, indices: Tensor) -> Tensor:
         objects = torch.from_numpy(self.plans.objects[indices.numpy()]).to(self.device, torch.int64)
@@ -88,11 +108,22 @@ class Drawings:
         path: the file that ``scripts/build-mini-data`` writes.
         scenes: number of training scenes.
         unseen: number of held-out ones.
-        seed, unsaid: as `Scenes` has them.
+        seed, unsaid, nameless, others: as `Scenes` has them.
     """
 
-    def __init__(self, path: Path, *, scenes: Count, unseen: Count, seed: int, unsaid: Share = 0.0) -> None:
-        self.path, self.seed, self.unsaid = path, seed, unsaid
+    def __init__(
+        self,
+        path: Path,
+        *,
+        scenes: Count,
+        unseen: Count,
+        seed: int,
+        unsaid: Share = 0.0,
+        nameless: Share = 0.0,
+        others: Share = 0.0,
+    ) -> None:
+        self.path, self.seed = path, seed
+        self.shares = {"unsaid": unsaid, "nameless": nameless, "others": others}
         self.counts: dict[Split, int] = {"train": scenes, "heldout": unseen}
 
     def check(self, record: Path) -> None:
@@ -107,5 +138,5 @@ class Drawings:
         return captioner(names, styles).captions(plans, random.Random(self.seed))
 
     def dataset(self, split: Split, tokenizer: PreTrainedTokenizerBase, *, size: Size, device: torch.device) -> Scenes:
-        options = {"seed": self.seed, "unsaid": self.unsaid, "size": size, "device": device}
+        options = {"seed": self.seed, "size": size, "device": device, **self.shares}
         return Scenes(self.path, self.counts[split], tokenizer, split=split, **options)

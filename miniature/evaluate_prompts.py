@@ -171,8 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
     judge = Judge(drawings.to(cascade.device), names, styles)
     asked = {"steps_prior": options.steps_prior, "steps_decoder": options.steps_decoder}
     evaluation = Evaluation(cascade, judge, make_pairs(names, styles, options.count), asked)
-    for rows in (evaluation.removed(), evaluation.recoloured()):
-        sys.stdout.write("\n".join(rows) + "\n\n")
+    for measure in (evaluation.removed, evaluation.recoloured):
+        sys.stdout.write("\n".join(measure()) + "\n\n")
         sys.stdout.flush()
     if options.output is not None:
         for title, pictures in evaluation.pictures.items():

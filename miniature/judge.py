@@ -142,6 +142,14 @@ class Judge:
             style: limits the references to one style; None: the nearest of all styles counts.
             relation: of `scenes.RELATIONS`, if the picture shows two objects. They come in the order in which it names them.
         """
+        chosen = slice(None) if style is None else [self.styles.index(style)]
+        return [each[:, chosen].min(1).values for each in self.drawing_distances(picture, relation)]
+
+    def drawing_distances(self, picture: Tensor, relation: str | None = None) -> list[Tensor]:
+        """The distances of the objects in one picture (3, S, S) from every drawing: float (names, styles) for each object.
+
+        relation: as `distances` has it.
+        """
         plane = background_plane(picture[None])
         difference = picture[None] - plane
         regions: list[Tensor | None] = [None]
@@ -149,8 +157,6 @@ class Judge:
             first, second = _halves(difference, relation not in ("above", "below"))
             regions = [second, first] if relation in ("right of", "below") else [first, second]
         references = self._references
-        if style is not None:
-            references = references[:, self.styles.index(style), None]
         results = []
         for region in regions:
             where = torch.ones_like(plane[:, 0]) if region is None else region.float()
@@ -159,8 +165,7 @@ class Judge:
             # Premultiplied colour minus alpha times background: the difference of a reference on that background.
             colours = references[:, :, :3] - references[:, :, 3:] * ground[:, None, None] - seen[:3]
             silhouettes = references[:, :, 3] - seen[3]
-            distance = colours.square().sum((2, 3, 4)) + _MASK_WEIGHT * silhouettes.square().sum((2, 3))
-            results.append(distance.min(1).values)
+            results.append(colours.square().sum((2, 3, 4)) + _MASK_WEIGHT * silhouettes.square().sum((2, 3)))
         return results
 
     def ranked(self, picture: Tensor, style: str | None = None, relation: str | None = None) -> list[list[str]]:

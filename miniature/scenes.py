@@ -9,7 +9,7 @@ style varies: it is the first one with probability `DEFAULT_STYLE_SHARE`, otherw
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -221,6 +221,41 @@ def _draw(n: int, n_objects: int, n_styles: int, rng: np.random.Generator, split
         says_style=chance["style"],
         says_background=says_background,
     )
+
+
+def elsewhere(plans: Plans, names: Sequence[str], seed: int) -> Plans:
+    """The objects of `plans` in their styles, each in another scene: place, size, relation and background are drawn anew.
+
+    Backgrounds of held-out pairs (`HeldOut`) become white.
+    """
+    n, rng, two = len(plans), np.random.default_rng(seed), plans.objects[:, 1] >= 0
+    colours = rng.integers(len(COLOUR_NAMES), size=(n, 2))
+    solid = rng.random(n) >= _MENTION_SHARES["gradient"]
+    colours[solid, 1] = colours[solid, 0]
+    held_out = HeldOut.of(names).colours
+    never = held_out[plans.objects[:, :1], colours].any(1) | (two & held_out[plans.objects[:, 1:], colours].any(1))
+    colours[never] = COLOUR_NAMES.index("white")
+    size_names = np.where(two, -1, rng.integers(-1, len(SIZE_NAMES), size=n))
+    places = np.where(two, 0, rng.integers(len(PLACE_NAMES), size=n))
+    places[size_names == SIZE_NAMES.index("large")] = 0
+    return Plans.of(
+        objects=plans.objects,
+        styles=plans.styles,
+        colours=colours,
+        gradient_ways=rng.integers(len(GRADIENT_WAYS), size=n),
+        relations=np.where(two, rng.integers(len(RELATIONS), size=n), -1),
+        places=places,
+        size_names=size_names,
+        says_style=plans.says_style,
+        says_background=np.ones(n, bool),
+    )
+
+
+def with_other_objects(plans: Plans, chosen: np.ndarray, n_objects: int, seed: int) -> Plans:
+    """Plans of which those that are `chosen`, bool (n,), show any other objects, in the same style."""
+    rng = np.random.default_rng(seed)
+    others = (plans.objects + rng.integers(1, n_objects, size=plans.objects.shape)) % n_objects
+    return replace(plans, objects=np.where(chosen[:, None] & (plans.objects >= 0), others, plans.objects))
 
 
 def sample_plans(n: int, names: Sequence[str], seed: int, split: Split = "train", n_styles: int = 3) -> Plans:

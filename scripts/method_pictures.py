@@ -7,6 +7,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -219,20 +220,17 @@ def draw_channels(latents: Tensor) -> Image.Image:
 
 def draw_weights(cascade: Cascade) -> Image.Image:
     """Weight 0 for one of two objects, beside the prompt without it; and two colours with weights that add up to 2."""
-    ground = " on a turquoise background"
-    removed = [
+    objects = (
         "a banjo next to a rhinoceros",
         "(a banjo:0) next to a rhinoceros",
         "a rhinoceros",
         "a banjo next to (a rhinoceros:0)",
-        "a banjo",
-    ]
-    colours = [(f"a cat on a (red:{w:g}) (blue:{2 - w:g}) background", w) for w in (0.5, 0.75, 1.0, 1.25, 1.5)]
-    requests = [Request(prompt + ground, seed=WEIGHTS_SEED, prompt_weighting=True) for prompt in removed]
-    requests += [Request(prompt, seed=WEIGHTS_SEED, prompt_weighting=True, weight_pooled=True) for prompt, _ in colours]
-    captions = [*removed, *(f"(red:{w:g}) (blue:{2 - w:g})" for _, w in colours)]
-    pictures = [cascade.generate(request)[0] for request in requests]
-    return sheet(pictures, captions, len(removed))
+    )
+    colours = [f"(red:{weight:g}) (blue:{2 - weight:g})" for weight in (0.5, 1.0, 1.25, 1.5)]
+    requests = [Request(f"{text} on a turquoise background", seed=WEIGHTS_SEED) for text in objects]
+    requests += [Request(f"a cat on a {text} background", seed=WEIGHTS_SEED, weight_pooled=True) for text in colours]
+    pictures = [cascade.generate(replace(request, prompt_weighting=True))[0] for request in requests]
+    return sheet(pictures, [*objects, *colours], len(objects))
 
 
 DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {

@@ -50,6 +50,7 @@ OPTIONS = {
     "image_encoder": ("--image-encoder",),
     "effnet": ("--effnet",),
     "previewer": ("--previewer",),
+    "ip_adapter": ("--ip-adapter",),
 }
 
 

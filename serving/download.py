@@ -31,7 +31,7 @@ SCHEMES = ("http", "https")
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a download may take and how large it may be.
+    """Limits of a download.
 
     Args:
         seconds: total, from resolving the host name to the last byte.

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -27,7 +28,7 @@ AT_ONCE = 8
 
 @dataclass(frozen=True)
 class UrlSettings:
-    """How inputs are downloaded.
+    """Settings for downloading inputs.
 
     Args:
         limits: of each URL. All downloads start together.
@@ -108,8 +109,13 @@ def decode(label: str, url: str, target: Path) -> None:
         raise InputError(f"{label} is a data URL that cannot be decoded.") from None
 
 
-def download_all(urls: dict[str, tuple[str, Path]], settings: UrlSettings) -> None:
-    """Download URLs to files, by label. If this ends early, all downloads stop within a second."""
+def download_all(
+    urls: dict[str, tuple[str, Path]], settings: UrlSettings, headers: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Download URLs to files, by label. If this ends early, all downloads stop within a second.
+
+    headers: of each request; Authorization is not forwarded to another host.
+    """
     if not urls:
         return
     stop = threading.Event()
@@ -117,7 +123,8 @@ def download_all(urls: dict[str, tuple[str, Path]], settings: UrlSettings) -> No
     with ThreadPoolExecutor(AT_ONCE) as threads, set_at_end(stop):
         futures: dict[Future[int], tuple[str, str]] = {}
         for label, (url, target) in urls.items():
-            future = threads.submit(download, url, target, settings.limits, public_only=settings.public_only, stop=stop)
+            options = {"public_only": settings.public_only, "headers": headers, "stop": stop}
+            future = threads.submit(download, url, target, settings.limits, **options)
             futures[future] = label, url
         waiting = set(futures)
         while waiting:

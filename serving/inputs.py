@@ -20,17 +20,18 @@ from cascade.images.reading import image_prompt_size, read_picture
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, InputError, counted, need, shown
 from cascade.pipeline import Cascade
 from cascade.request import (
+    ONE_EACH,
     Request,
     check_enlarged,
     check_kind,
     check_masked,
+    check_one_each,
     check_prompt_weights,
-    check_strengths,
     upscaling,
 )
 
 SEEDS = 2**32
-# What a `Request` takes under the same name, but for pictures and sizes.
+# Inputs that a `Request` has under the same name, except pictures and sizes.
 AS_GIVEN = tuple(
     field.name
     for field in fields(Request)
@@ -64,9 +65,13 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
         need(name, inputs[name], "image", inputs["image"])
     if inputs["upscale"]:
         check_upscale(inputs)
-    check_strengths(inputs["image_prompts"], inputs["image_prompt_strengths"])
+    for name, images in ONE_EACH.items():
+        if name in inputs:
+            check_one_each(name, inputs[name], images, inputs[images])
     if inputs["prompt_weighting"]:
         check_prompt_weights(inputs["prompt"], inputs["negative_prompt"])
+    count = len(inputs["lora_weights"])
+    inputs["lora_scales"] = one_each("lora_scales", inputs["lora_scales"], 1.0, count, "lora_weights")
     return inputs | control_inputs(inputs)
 
 
@@ -91,8 +96,8 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
         "guidance_scale_decoder": either(inputs["guidance_scale_decoder"], defaults["decoder"].guidance),
         "image_prompts": prompts,
         "image_prompt_strengths": inputs["image_prompt_strengths"] or [inputs["image_prompt_strength"]] * len(prompts),
+        **read_references(inputs),
         "controls": read_controls(inputs, size),
-        "prompt_weighting": inputs["prompt_weighting"],
     }
     if inputs["upscale"]:
         asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], 1.0)
@@ -155,16 +160,16 @@ def control_inputs(inputs: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     return columns
 
 
-def one_each(name: str, values: Sequence[Any], default: Any, count: int) -> tuple[Any, ...]:
-    """One value for each of `count` control_images; a single value is used for all, and `default` for none.
+def one_each(name: str, values: Sequence[Any], default: Any, count: int, of: str = "control_images") -> tuple[Any, ...]:
+    """One value for each of `count` elements of another input; a single value is used for all, and `default` for none.
 
     Raises:
         InputError: there are neither 0, 1 nor `count` values.
     """
-    need(name, values, "control_images", count)
+    need(name, values, of, count)
     if len(values) not in (0, 1, count):
         raise InputError(
-            f"{name} has {counted(len(values), 'value')}; it must have 1, or {count}, one for each of control_images."
+            f"{name} has {counted(len(values), 'value')}; it must have 1, or {count}, one for each of {of}."
         )
     return tuple(values) if len(values) == count else (values[0] if values else default,) * count
 
@@ -263,20 +268,39 @@ def read_controls(inputs: Mapping[str, Any], size: tuple[int, int]) -> tuple[Con
     return tuple(Control(*column) for column in columns)
 
 
+def read_references(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The pictures among the IP-Adapter's inputs.
+
+    Raises:
+        InputError: one is no picture.
+    """
+    images, masks = inputs["ip_adapter_images"], inputs["ip_adapter_masks"]
+    return {
+        "ip_adapter_images": read_list("ip_adapter_images", images, image_prompt_size),
+        "ip_adapter_masks": read_list("ip_adapter_masks", masks, grid_mask_size, mask=True),
+    }
+
+
+def grid_mask_size(width: int, height: int) -> tuple[int, int]:
+    """The (width, height) in which a mask of the IP-Adapter is needed: its own, or in its shape that of the largest picture."""
+    scale = min(1.0, sizes.LARGEST / max(width, height))
+    return max(1, round(scale * width)), max(1, round(scale * height))
+
+
 def read_list(
-    name: str, values: Sequence[Path], *needed: Callable[[int, int], tuple[int, int]]
+    name: str, values: Sequence[Path], *needed: Callable[[int, int], tuple[int, int]], **options: Any
 ) -> tuple[Image.Image, ...]:
     """The pictures of an input that is a list.
 
     Args:
-        needed: see `read_picture`; one for all, or one each.
+        needed, options: see `read_picture`; `needed` is one for all, or one each.
 
     Raises:
         InputError: a file is no picture.
     """
     needed = needed * len(values) if len(needed) == 1 else needed
     return tuple(
-        read_one(f"{name}[{place}]", value, needed=one)
+        read_one(f"{name}[{place}]", value, needed=one, **options)
         for place, (value, one) in enumerate(zip(values, needed, strict=True))
     )
 

@@ -34,7 +34,11 @@ RESOLVED = (
 )
 SIZE = ("width", "height")
 # Inputs that are ignored without another input.
-NEEDS = {"prompt_strength": "image", "image_prompt_strength": "image_prompts"}
+NEEDS = {
+    "prompt_strength": "image",
+    "image_prompt_strength": "image_prompts",
+    "ip_adapter_mode": "ip_adapter_images",
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,15 @@ class Record:
     prompts_cut: int | None = None
 
     @classmethod
-    def of(cls, request: Request, given: Mapping[str, Any], origin: Origin, *, hashed: bool) -> "Record":
+    def of(
+        cls,
+        request: Request,
+        given: Mapping[str, Any],
+        origin: Origin,
+        *,
+        hashed: bool,
+        loras: Sequence[Lora] = (),
+    ) -> "Record":
         """The record of a request, for all its pictures.
 
         Args:
@@ -114,6 +126,7 @@ class Record:
             given: the predictor's inputs by name, files as paths.
             origin: the model, device and software.
             hashed: whether to read the files and record their sha256.
+            loras: the request's adapters.
         """
         return cls(
             inputs=resolved_inputs(request, given),
@@ -121,6 +134,7 @@ class Record:
             sampler=request.sampler,
             origin=origin,
             edited=is_edited(request),
+            loras=tuple(loras),
         )
 
     def of_picture(self, index: int, seed: int, width: int, height: int) -> "Record":

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.images.metadata import save_picture
+from cascade.limits import InputError
 from cascade.pipeline import Cascade
 from cascade.progress import Progress
 from cascade.request import Request, smaller_requests
@@ -25,6 +26,8 @@ from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
 from serving.image_urls import downloaded
 from serving.inputs import PICTURES, check_inputs, parts_of, request_from, seeds_of
+from serving.lora_sources import without_secrets
+from serving.loras import Loras
 from serving.metadata import Detail, metadata
 from serving.peak_memory import peak_memory, reset_peak_memory
 from serving.progress import Stopwatch, iterate_on, shown, timed, with_previews
@@ -58,6 +61,7 @@ class Service:
         self.watch = Stopwatch(cascade.device)
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         self.model_thread = ThreadPoolExecutor(1, "model")
+        self.loras = Loras(settings.weights / "loras", settings.loras, public_only=settings.urls.public_only)
 
     @classmethod
     def load(cls, settings: Settings) -> "Service":
@@ -117,12 +121,20 @@ class Service:
         """
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
-        with downloaded(check_inputs(given), PICTURES, self.settings.urls) as inputs:
-            request = request_from(inputs, self.cascade)
+        checked = check_inputs(given)
+        weights = checked["lora_weights"]
+        loras = self.loras.find(weights, checked["lora_scales"])
+        with downloaded(checked, PICTURES, self.settings.urls) as inputs:
+            request = replace(request_from(inputs, self.cascade), loras=loras)
             files = {name: inputs[name] for name in PICTURES}
+            texts = {"lora_weights": [without_secrets(text) for text in weights]}
             hashed = self.settings.metadata is Detail.FULL
-            record = Record.of(request, dict(given) | files, self.origin, hashed=hashed)
-            return self._with_care(request, lambda: self._make(request, record, inputs, record_metric))
+            recorded = self.loras.recorded(loras, hashed=hashed)
+            record = Record.of(request, dict(given) | files | texts, self.origin, hashed=hashed, loras=recorded)
+            try:
+                return self._with_care(request, lambda: self._make(request, record, inputs, record_metric))
+            except InputError as error:
+                raise self.loras.explained(error, weights, loras) from None
 
     def _with_care(self, request: Request, make: Callable[[], list[Path]]) -> list[Path]:
         """Call `make`. If it fails, delete the files, check the GPU, and explain a lack of memory."""

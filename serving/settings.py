@@ -1,10 +1,11 @@
 """A server's settings, read from environment variables."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.image_urls import UrlSettings
+from serving.loras import LoraSettings
 from serving.metadata import Detail
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -19,6 +20,7 @@ class Settings:
         device, dtype, memory: see `Cascade.load`; "auto" chooses by the machine.
         metadata: how much of a request is written into picture files and logs.
         urls: limits for image URLs.
+        loras: how LoRAs are downloaded.
     """
 
     weights: Path
@@ -27,10 +29,11 @@ class Settings:
     memory: str
     metadata: Detail
     urls: UrlSettings
+    loras: LoraSettings = field(default_factory=LoraSettings.from_environment)
 
     @classmethod
     def from_environment(cls) -> "Settings":
-        """Read CASCADE_WEIGHTS, _DEVICE, _DTYPE, _MEMORY and _METADATA, and those of `UrlSettings`.
+        """Read CASCADE_WEIGHTS, _DEVICE, _DTYPE, _MEMORY and _METADATA, and those of `UrlSettings` and `LoraSettings`.
 
         Raises:
             ValueError: a variable has a value that is not allowed. Device, dtype and memory are checked when a model loads.
@@ -40,6 +43,7 @@ class Settings:
             weights=find_weights(),
             metadata=Detail.from_environment(),
             urls=UrlSettings.from_environment(),
+            loras=LoraSettings.from_environment(),
             **{name: os.environ.get(f"CASCADE_{name.upper()}") or "auto" for name in names},
         )
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -182,6 +183,13 @@ def make_controlnet(channels: int, **options: Any) -> ControlNet:
     return ControlNet(channels, out_channels=16, proj_blocks=(0, 2, 3), effnet=SMALL_EFFNET, **options)
 
 
+def make_ip_adapter(**options: Any) -> IPAdapter:
+    """For `make_prior` and `make_image_encoder`; style in one block, composition in none."""
+    sizes = {"feature_dim": 16, "num_tokens": 3, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    blocks = {"blocks": (0, 1, 3), "block_channels": 16, "style_blocks": (3,)}
+    return IPAdapter(**{**sizes, "attention_head_dim": 4, "conditioning_dim": 16, **blocks, **options})
+
+
 def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
     """Give every parameter a random value: as initialised, many branches are closed and conditions say nothing."""
     generator = torch.Generator().manual_seed(seed)
@@ -194,10 +202,11 @@ def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
 
 @pytest.fixture(scope="session")
 def mini_with_controlnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature with ControlNets that have learned nothing, but add something. Not to be changed."""
+    """The miniature with ControlNets and an IP-Adapter that have learned nothing, but add something. Not to be changed."""
     folder = tmp_path_factory.mktemp("weights") / "mini"
     opened = ModelFolder.open(shutil.copytree(MINI, folder))
-    width = json.loads((MINI / "prior" / "config.json").read_text())["block_out_channels"][0]
+    prior = json.loads((MINI / "prior" / "config.json").read_text())
+    width = prior["block_out_channels"][0]
     controlnets = {}
     for seed, (name, channels) in enumerate(CONTROLNETS.items()):
         torch.manual_seed(seed)
@@ -206,8 +215,11 @@ def mini_with_controlnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for projection in network.projections:
             torch.nn.init.normal_(projection[-1].weight, std=3.0)
         controlnets[name] = network.eval()
+    hidden_size = json.loads((MINI / "image_encoder" / "config.json").read_text())["hidden_size"]
+    sizes = {"feature_dim": hidden_size, "conditioning_dim": prior["conditioning_dim"], "block_channels": width}
+    adapter = shuffle(make_ip_adapter(**sizes, blocks=tuple(range(8)), style_blocks=(6, 7)), 9)
     about = {"name": opened.name, "license": opened.license, "native_size": opened.native_size}
-    save_model_folder(folder, controlnets, sampler=opened.sampler, **about)
+    save_model_folder(folder, {**controlnets, "ip_adapter": adapter}, sampler=opened.sampler, **about)
     return folder
 
 
@@ -232,6 +244,7 @@ def components() -> dict[str, Any]:
         "controlnet_canny": shuffle(make_controlnet(1), 6),
         "controlnet_inpainting": shuffle(make_controlnet(4), 7),
         "controlnet_super_resolution": shuffle(make_controlnet(16, bottleneck_mode="simple"), 8),
+        "ip_adapter": shuffle(make_ip_adapter(), 9),
     }
 
 

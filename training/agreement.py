@@ -22,6 +22,8 @@ EQUAL = (
     (("text_encoder", "projection_dim"), ("prior", "clip_text_pooled_in_channels")),
     (("text_encoder", "hidden_size"), ("prior", "clip_text_in_channels")),
     (("image_encoder", "projection_dim"), ("prior", "clip_image_in_channels")),
+    (("image_encoder", "hidden_size"), ("ip_adapter", "feature_dim")),
+    (("prior", "conditioning_dim"), ("ip_adapter", "conditioning_dim")),
     (("effnet", "latent_channels"), ("decoder", "effnet_in_channels")),
     (("effnet", "latent_channels"), ("previewer", "latent_channels")),
     (("effnet", "latent_channels"), ("prior", "in_channels")),
@@ -36,7 +38,7 @@ TOWERS = (("text_encoder", "projection_dim"), ("image_encoder", "projection_dim"
 
 def table_of(component: str) -> str:
     """The configuration's table for a component."""
-    return "previewer_network" if component == "previewer" else component
+    return f"{component}_network" if component in ("previewer", "ip_adapter") else component
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,12 @@ from training.errors import TrainingError, writing
 from training.stages import advice
 from training.workshop import load_component
 
+EXTRAS = (*CONTROLNETS, "ip_adapter")
+"""Networks that a model folder need not have."""
+
 
 def assemble(config: Mapping[str, Any], trained: Path, folder: Path) -> None:
-    """Writes the model folder ``folder`` from the components in ``trained``. ControlNets may be missing.
+    """Writes the model folder ``folder`` from the components in ``trained``. ControlNets and the IP-Adapter may be missing.
 
     Raises:
         TrainingError: the configuration has no table [model], a component is missing or damaged, or the folder cannot be
@@ -28,11 +31,11 @@ def assemble(config: Mapping[str, Any], trained: Path, folder: Path) -> None:
     """
     if "model" not in config:
         raise TrainingError("The configuration has no table [model], with the model's name, license and samplers.")
-    names = ["tokenizer", *(name for name in NETWORKS if name not in CONTROLNETS)]
+    names = ["tokenizer", *(name for name in NETWORKS if name not in EXTRAS)]
     lacking = [name for name in names if not (trained / name).is_dir()]
     if lacking:
         raise TrainingError(f"{trained} has no {', '.join(lacking)}: {advice(lacking)}.")
-    names += [name for name in CONTROLNETS if (trained / name).is_dir()]
+    names += [name for name in EXTRAS if (trained / name).is_dir()]
     components = {name: load_component(trained, name) for name in names}
     size = components["image_encoder"].config.image_size
     components["feature_extractor"] = CLIPImageProcessorPil(

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -33,6 +34,7 @@ NETWORK_TABLES: dict[str, Callable[..., Any]] = {
     "previewer_network": Previewer,
     "decoder": StableCascadeUNet,
     "prior": StableCascadeUNet,
+    "ip_adapter_network": IPAdapter,
 }
 """The class whose arguments each table holds."""
 

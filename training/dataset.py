@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from cascade.sizes import Size
@@ -14,6 +15,8 @@ from cascade.sizes import Size
 Split = Literal["train", "heldout"]
 """``train`` is trained on; ``heldout`` is for evaluation."""
 
+LEAST_PART = 0.6
+"""Of a picture's sides, the least that a reference image shows."""
 FEW_TIMES = 64
 """Draws are made distinct if there are at most this many times as many pictures; otherwise repetitions are rare."""
 
@@ -63,6 +66,31 @@ class Dataset(ABC):
     @abstractmethod
     def images(self, indices: Tensor, size: Size | None = None) -> Tensor:
         """Pixels (len(indices), 3, height, width), float32 in 0..1."""
+
+    def references(self, indices: Tensor) -> Tensor:
+        """Reference images for the IP-Adapter: what the pictures show, in another form. Pixels as `images` returns them.
+
+        Here: a random part of the picture, of at least `LEAST_PART` of each side, mirrored every other time. The same for the
+        same index.
+        """
+        pixels = self.images(indices)
+        height, width = pixels.shape[-2:]
+        for picture, index in zip(pixels, indices.tolist(), strict=True):
+            draws = torch.rand(4, generator=torch.Generator().manual_seed(index)).tolist()
+            rows, columns = (
+                max(1, round(side * (LEAST_PART + share * (1 - LEAST_PART))))
+                for side, share in ((height, draws[0]), (width, draws[0]))
+            )
+            top, left = round(draws[1] * (height - rows)), round(draws[2] * (width - columns))
+            part = picture[None, :, top : top + rows, left : left + columns]
+            part = F.interpolate(part, (height, width), mode="bilinear", antialias=True)[0]
+            picture.copy_(part.flip(-1) if draws[3] < 0.5 else part)
+        return pixels
+
+    def same_subject(self, indices: Tensor) -> Tensor:
+        """Whether the references show the same thing as the pictures, and not something else in the same style: boolean
+        (len(indices),)."""
+        return torch.ones(len(indices), dtype=torch.bool)
 
     def shown(self, indices: Tensor) -> Tensor:
         """Which of ``names`` each picture shows: boolean (len(indices), len(names))."""

@@ -7,6 +7,7 @@ from training.errors import TrainingError
 from training.task import Task
 from training.tasks.clip import ClipTask
 from training.tasks.controlnet import CONTROL_KINDS, ControlNetTask
+from training.tasks.ip_adapter import IPAdapterTask
 from training.tasks.previewer import PreviewerTask
 from training.tasks.semantic import SemanticTask
 from training.tasks.stage_a import StageATask
@@ -54,6 +55,7 @@ STAGES: dict[str, Stage] = {
         )
         for kind in CONTROL_KINDS
     },
+    "ip_adapter": Stage(IPAdapterTask, ("ip_adapter",), ("prior", *_OF_STAGE_C), of_all_sizes=True),
 }
 
 ORDER = ("tokenizer", *STAGES)

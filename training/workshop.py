@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from cascade.networks.controlnet import ControlNet
+from cascade.networks.ip_adapter import IPAdapter
 from cascade.weights import NETWORKS
 from training.agreement import table_of
 from training.dataset import Dataset, Split
@@ -28,6 +29,7 @@ from training.sources import Source, make_source
 from training.stages import STAGES, advice, check_needs, maker
 from training.task import Task
 from training.tasks.controlnet import CONTROL_KINDS, new_controlnet
+from training.tasks.ip_adapter import new_ip_adapter
 
 
 def load_component(model: Path, name: str) -> Any:
@@ -127,6 +129,8 @@ class Workshop:
             control = CONTROL_KINDS[stage.control](**self.config[name].get("control", {}))
             arguments |= {"control": control, "name": name}
             trained = [self.controlnet(name, control.channels, needs, resumes)]
+        elif name == "ip_adapter":
+            trained = [self.ip_adapter(needs, resumes)]
         else:
             trained = [self.network(component, anew=stage.anew, resumes=resumes) for component in stage.trains]
         if stage.of_all_sizes:
@@ -152,6 +156,12 @@ class Workshop:
         if (self.model / name).is_dir():
             return self.network(name, resumes=resumes)
         return new_controlnet(needs["prior"], needs["effnet"], channels, **self.config["controlnet"])
+
+    def ip_adapter(self, needs: Mapping[str, Any], resumes: bool) -> IPAdapter:
+        """The IP-Adapter of the model folder, or a new one with Stage C's own keys."""
+        if (self.model / "ip_adapter").is_dir():
+            return self.network("ip_adapter", resumes=resumes)
+        return new_ip_adapter(needs["prior"], needs["image_encoder"], **self.config["ip_adapter_network"])
 
     def _empty(self, component: str) -> nn.Module:
         """A component with the model folder's sizes and random weights."""

@@ -33,9 +33,23 @@ class ImagePromptEncoder:
         Returns:
             (B, 1, D), one token an image, in the encoder's dtype and on its device. D is 768 in the published model.
         """
-        pixels = self.processor(list(images), return_tensors="pt").pixel_values
-        (embeddings,) = run(self._encode, pixels.to(self.encoder.device, self.encoder.dtype))
-        return embeddings
+        return self._run(images, run)[0]
 
-    def _encode(self, pixels: Tensor) -> tuple[Tensor]:
-        return (self.encoder(pixels).image_embeds.unsqueeze(1),)
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image], run: Run = directly) -> Tensor:
+        """What an IP-Adapter reads of images: the last hidden states but one.
+
+        Args: see `encode`.
+
+        Returns:
+            (B, S, W), in the encoder's dtype and on its device. In the published model, S is 257 and W 1024.
+        """
+        return self._run(images, run)[1]
+
+    def _run(self, images: Sequence[Image.Image], run: Run) -> tuple[Tensor, Tensor]:
+        pixels = self.processor(list(images), return_tensors="pt").pixel_values
+        return run(self._encode, pixels.to(self.encoder.device, self.encoder.dtype))
+
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.encoder(pixels, output_hidden_states=True)
+        return made.image_embeds.unsqueeze(1), made.hidden_states[-2]

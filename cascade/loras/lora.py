@@ -6,8 +6,6 @@ from pathlib import Path
 
 from cascade.limits import InputError, Limits, shown
 
-# Of one request.
-MOST = 8
 SCALE = Limits(float, 1.0, low=-2, high=3)
 
 

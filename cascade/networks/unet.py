@@ -34,6 +34,16 @@ from cascade.networks import layout
 TIMESTEP_CONDITIONS = ("sca", "crp")
 
 
+class ImageTokens(NamedTuple):
+    """What one image of an IP-Adapter gives one attention block.
+
+    key, value: (B, heads, tokens, channels per head).
+    """
+
+    key: Tensor
+    value: Tensor
+
+
 class Conditions(NamedTuple):
     """What the conditions contribute to every step.
 
@@ -41,12 +51,16 @@ class Conditions(NamedTuple):
     feature_map: Stage B's semantic and pixel maps, summed, float32 (B, h / patch, w / patch, channels); None in
         Stage C.
     bias: float32 (B, tokens), added to the logits of the keys in every attention block; None: zeros.
+    images: of an IP-Adapter, by the number of the attention block: one `ImageTokens` an image. None: there is no image.
+    masks: for each of these images, how much it counts where: float32 (1, 1, h, w); None: 1 everywhere.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     feature_map: Tensor | None
     bias: Tensor | None = None
+    images: Mapping[int, tuple[ImageTokens, ...]] | None = None
+    masks: tuple[Tensor | None, ...] = ()
 
 
 def timestep_embedding(ratio: Tensor, dim: int, max_positions: int = 10000) -> Tensor:
@@ -193,19 +207,34 @@ class Attention(UsesKernels, nn.Module):
         pair = columns(self.to_qkv, tokens, self.channels, 3 * self.channels).chunk(2, dim=-1)
         return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in pair)
 
-    def forward(self, tokens: Tensor, key: Tensor, value: Tensor, own: bool, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own: bool,
+        bias: Tensor | None = None,
+        images: Sequence[ImageTokens] = (),
+        shares: Sequence[Tensor | None] = (),
+    ) -> Tensor:
         """Attention of tokens (B, T, C), before `to_out`: (B, T, C).
 
         key, value: of the condition, as `key_value` returns them.
         own: whether the tokens attend to each other too.
         bias: float32 (B, condition tokens), added to the logits of the condition's keys.
+        images: of an IP-Adapter. Of each, the result of an attention to its tokens alone is added.
+        shares: for each image, by how much that is multiplied: (1, T, 1); None: not at all.
         """
         if own:
             query, own_key, own_value = self.to_qkv(tokens).chunk(3, dim=-1)
         else:
             query, own_key, own_value = columns(self.to_qkv, tokens, 0, self.channels), None, None
         dropout = self.dropout if self.training else 0.0
-        return self.kernels.attention(query, own_key, own_value, key, value, dropout, bias)
+        attended = self.kernels.attention(query, own_key, own_value, key, value, dropout, bias)
+        for image, share in zip(images, shares, strict=True):
+            added = self.kernels.attention(query, None, None, image.key, image.value)
+            attended = attended + added if share is None else torch.addcmul(attended, added, share.to(added.dtype))
+        return attended
 
 
 class ConditionKeyValue(nn.Module):
@@ -229,11 +258,20 @@ class AttnBlock(UsesKernels, nn.Module):
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, channels))
         self.condition = ConditionKeyValue()
 
-    def forward(self, stream: Stream, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Stream:
-        """stream: (B, H, W, C). key, value: what `condition` returned. bias: see `Conditions`."""
+    def forward(
+        self,
+        stream: Stream,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        images: Sequence[ImageTokens] = (),
+        masks: Sequence[Tensor | None] = (),
+    ) -> Stream:
+        """stream: (B, H, W, C). key, value: what `condition` returned. bias, images, masks: see `Conditions`."""
         (out,) = self.attention.to_out
         stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out)
-        attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn, bias)
+        shares = [None if one is None else resize(one, normed.shape[1:3]).view(1, -1, 1) for one in masks]
+        attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn, bias, images, shares)
         # The dtype that `norm` was told: a replaced to_qkv may return another.
         attended = attended.to(normed.dtype).view(normed.shape)
         return self.kernels.add_linear(stream, attended, out, after_norm=True)
@@ -609,13 +647,16 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         times = torch.stack(
             [timestep_embedding(torch.zeros_like(timestep_ratio) if r is None else r, dim) for r in ratios]
         )
-        per_block: dict[nn.Module, tuple[Tensor | None, ...]] = {}
+        per_block: dict[nn.Module, tuple[Any, ...]] = {}
         if self.timestep_mappers is not None:
             mapped = [block for block in self.blocks() if isinstance(block, TimestepBlock)]
             per_block |= zip(mapped, self.timestep_mappers(times, self._weight_dtype), strict=True)
         attention = [block for block in self.blocks() if isinstance(block, AttnBlock)]
+        images = conditions.images or {}
         pairs = zip(conditions.keys, conditions.values, strict=True)
-        per_block |= zip(attention, ((*pair, conditions.bias) for pair in pairs), strict=True)
+        for number, (block, pair) in enumerate(zip(attention, pairs, strict=True)):
+            adapter = (images[number], conditions.masks) if number in images else ()
+            per_block[block] = (*pair, conditions.bias, *adapter)
 
         stream = self._embed(sample, conditions.feature_map)
         residuals = controlnet_residuals or {}
@@ -656,7 +697,7 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
         repeats: nn.ModuleList,
         stream: Stream,
         skip: Tensor | None,
-        per_block: Mapping[nn.Module, tuple[Tensor | None, ...]],
+        per_block: Mapping[nn.Module, tuple[Any, ...]],
         residuals: Mapping[int, Tensor],
         executed: int,
     ) -> tuple[Stream, int]:
@@ -681,7 +722,7 @@ class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
                 stream = Stream(again.float())
         return stream, executed
 
-    def _run(self, block: nn.Module, *args: Stream | Tensor | None) -> Stream:
+    def _run(self, block: nn.Module, *args: Any) -> Stream:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cascade.networks.ip_adapter import split_heads
 from cascade.networks.protocol import UNet
-from cascade.networks.unet import resize
+from cascade.networks.unet import Conditions, ImageTokens, resize
 from cascade.prompts.text import TextEmbeddings, joined
 from cascade.sampling import Noise, Sample, Step, alpha_sigma, beside_zeros, diffuse, sample, with_guidance
 
@@ -28,6 +29,24 @@ class Residuals(NamedTuple):
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+
+
+class AdapterImage(NamedTuple):
+    """What one image of an IP-Adapter adds to Stage C.
+
+    Attributes:
+        blocks: {number of an attention block: its keys and values, (1 or B, N, C) each}, as `networks.ip_adapter.IPAdapter` makes
+            them. The images of one picture have the same blocks.
+        scale: what the values are multiplied with.
+        start, end: in step i of n, from 0, they are used if start <= i / n < end.
+        mask: how much the image counts where, float32 (1, 1, h, w) in 0..1; None: 1 everywhere.
+    """
+
+    blocks: dict[int, tuple[Tensor, Tensor]]
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: Tensor | None = None
 
 
 def prior_steps(
@@ -48,6 +67,7 @@ def prior_steps(
     start_shift: float | None = None,
     free: Tensor | None = None,
     controls: Sequence[Residuals] = (),
+    adapter: Sequence[AdapterImage] = (),
     sample: Sample = sample,
 ) -> Iterator[Step]:
     """Sample semantic latents (B, 16, h, w), step by step; `sampling.finish` takes all steps. B is the number of seeds.
@@ -68,6 +88,7 @@ def prior_steps(
         free: bool (1, 1, h, w), the latents to make anew. After every step, the others are set to those of `start`, noised to
             the step's time. None: all are made anew.
         controls: the residuals of ControlNets, added to both halves, as in the authors' code.
+        adapter: what the images of an IP-Adapter add. The unconditional half gets nothing of them.
         sample: takes the steps, see `sampling.sample`.
 
     Raises:
@@ -102,10 +123,11 @@ def prior_steps(
         )
     taken = steps_taken(steps, strength)
     added = iter(residuals_by_step(controls, taken, size, batch * len(halves)))
+    shown = iter(images_by_step(conditions, adapter, taken, len(halves)))
 
     @torch.no_grad()
     def model(x: Tensor, t: Tensor) -> Tensor:
-        return prior(x, t, conditions, controlnet_residuals=next(added))
+        return prior(x, t, next(shown), controlnet_residuals=next(added))
 
     def hold(x: Tensor, log_snr: Tensor) -> Tensor:
         alpha, sigma = alpha_sigma(log_snr)
@@ -149,4 +171,51 @@ def residuals_by_step(
                 for k, zeros in empty.items()
             }
         by_step.append(sums[active])
+    return by_step
+
+
+@torch.no_grad()
+def images_by_step(
+    conditions: Conditions, adapter: Sequence[AdapterImage], steps: int, halves: int
+) -> list[Conditions]:
+    """The conditions in each step, with what an IP-Adapter's images add: none without images.
+
+    Shapes are the same in every step, with zeros as values where an image is not used, so that steps can be replayed. Steps
+    that use the same images share their tensors.
+
+    Args:
+        conditions: of Stage C, for all halves of guidance.
+        halves: 2 with guidance, whose second half gets zeros as values, else 1.
+    """
+    if not adapter:
+        return [conditions] * steps
+
+    def split(x: Tensor, block: int) -> Tensor:
+        """Of one half, (batch / halves, heads, N, C / heads)."""
+        batch, heads = conditions.keys[block].shape[:2]
+        return split_heads(x.expand(batch // halves, -1, -1), heads)
+
+    keys = [
+        {block: torch.cat([split(key, block)] * halves) for block, (key, _) in image.blocks.items()}
+        for image in adapter
+    ]
+    values = [
+        {block: beside_zeros(split(value * image.scale, block), halves) for block, (_, value) in image.blocks.items()}
+        for image in adapter
+    ]
+    masks = tuple(image.mask for image in adapter)
+    uses: dict[tuple[bool, ...], Conditions] = {}
+    by_step = []
+    for step in range(steps):
+        active = tuple(image.start <= step / steps < image.end for image in adapter)
+        if active not in uses:
+            tokens = {
+                block: tuple(
+                    ImageTokens(key[block], value[block] if used else torch.zeros_like(value[block]))
+                    for key, value, used in zip(keys, values, active, strict=True)
+                )
+                for block in adapter[0].blocks
+            }
+            uses[active] = conditions._replace(images=tokens, masks=masks)
+        by_step.append(uses[active])
     return by_step

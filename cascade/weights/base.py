@@ -148,7 +148,7 @@ def _read(stored: _Stored, pinned: bool) -> Tensor:
     try:
         done = 0
         while done < stored.size:
-            count = os.preadv(descriptor, [target[done:]], stored.start + done)
+            count = os.preadv(descriptor, [memoryview(target[done:])], stored.start + done)
             if not count:
                 raise WeightsError(f"{stored.path} is shorter than when it was loaded; load the model again.")
             done += count

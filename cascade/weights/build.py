@@ -56,6 +56,7 @@ SHARED = (
     ("prior", "clip_text_in_channels", "text_encoder", "hidden_size"),
     ("prior", "clip_text_pooled_in_channels", "text_encoder", "projection_dim"),
     ("prior", "clip_image_in_channels", "image_encoder", "projection_dim"),
+    ("ip_adapter", "feature_dim", "image_encoder", "hidden_size"),
     ("decoder", "clip_text_pooled_in_channels", "text_encoder", "projection_dim"),
     ("decoder", "effnet_in_channels", "prior", "out_channels"),
     ("decoder", "out_channels", "vqgan", "latent_channels"),

@@ -43,6 +43,7 @@ from transformers import (
 
 from cascade.networks.controlnet import KINDS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -77,6 +78,7 @@ NETWORKS = {
     "effnet": SemanticEncoder,
     "previewer": Previewer,
     **dict.fromkeys(CONTROLNETS, ControlNet),
+    "ip_adapter": IPAdapter,
 }
 PROCESSORS = {"tokenizer": CLIPTokenizer, "feature_extractor": CLIPImageProcessorPil}
 PROCESSOR_FILES = {

@@ -30,6 +30,7 @@ COMPONENT_FOLDERS = frozenset(
         "controlnet_canny",
         "controlnet_inpainting",
         "controlnet_super_resolution",
+        "ip_adapter",
         "prior_prior",
         "prior_image_encoder",
         "prior_feature_extractor",

@@ -40,6 +40,7 @@ SIGNATURES = {
     "mapper.0.weight": "effnet",
     "blocks.24.weight": "previewer",
     "projections.0.0.weight": "controlnet",
+    "image_proj.latents": "ip_adapter",
     "text_model.final_layer_norm.weight": "text_encoder",
     "vision_model.post_layernorm.weight": "image_encoder",
 }
@@ -51,6 +52,7 @@ TITLES = {
     "effnet": "the semantic encoder (effnet)",
     "previewer": "the previewer",
     "controlnet": "a ControlNet of Stable Cascade",
+    "ip_adapter": "an IP-Adapter",
     "text_encoder": "a text encoder",
     "image_encoder": "an image encoder",
 }

@@ -51,6 +51,17 @@ def make_requests(image: Image.Image) -> list[Request]:
         Request("a blue cup", image=image, prompt_strength=0.0, **small),
         Request("a blue cup", image=image, mask=Image.new("L", image.size, "white"), **small),
         Request("a cup", controls=(Control("canny", image), Control("super_resolution", image)), **small),
+        Request("a cup", ip_adapter_images=(image,), **small),
+        Request(
+            "a cup",
+            num_images=2,
+            ip_adapter_images=(image, image.rotate(90)),
+            ip_adapter_scales=(0.5, 1),
+            ip_adapter_masks=(Image.new("L", (8, 8), 99), Image.new("L", (8, 8), 255)),
+            ip_adapter_ends=(0.5, 1),
+            controls=(Control("canny", image),),
+            **small,
+        ),
         Request("a red apple on a green background", num_images=3, **small),
         *(Request("a red apple", seed=seed, **small) for seed in range(5)),
     ]

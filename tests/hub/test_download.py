@@ -175,7 +175,7 @@ def test_an_interrupted_download_goes_on(hub: Hub, folder: Path, start: Script, 
     _, err = process.communicate()
     if sent == signal.SIGINT:
         assert process.returncode == 130
-        assert err.splitlines()[-1].startswith("Interrupted. What was downloaded is kept; ")
+        assert err.splitlines()[-1].startswith("Interrupted. What has arrived is kept; ")
     assert not (folder / "download.json").exists()
 
     log = succeed(*arguments)
@@ -245,8 +245,8 @@ def test_the_free_disk_is_checked_first(hub: Hub, folder: Path, fail: Run) -> No
     hub.sizes["prior/diffusion_pytorch_model.bf16.safetensors"] = 10**18
     sentence = fail("download-weights", "--output", folder)
     pattern = (
-        f"1000000000.0 GB are still to be fetched, but the disk of {re.escape(str(folder))} has only ([0-9.]+) GB to "
-        "spare: free some, or name a folder on another disk with --output."
+        f"1000000000.0 GB are still to be fetched, but the disk of {re.escape(str(folder))} has only ([0-9.]+) GB "
+        "free: free some, or name a folder on another disk with --output."
     )
     told = re.fullmatch(pattern, sentence)
     assert told, sentence

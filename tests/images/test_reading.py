@@ -296,6 +296,29 @@ def test_webp_of_64_megapixels() -> None:
     assert read_picture(FIXTURES / "64-megapixels.webp", "image", needed=lambda *_: (64, 64)).size == (64, 64)
 
 
+DECODE = """
+import sys
+from cascade.images.decoding import PictureFile
+with open(sys.argv[1], "rb") as file:
+    image = PictureFile(file, "image").decode(needed=(64, 48))
+assert (image.mode, image.size) == ("RGB", (64, 48))
+(line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(int(line.split()[1]) * 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say how much memory was used")
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("WEBP", "RGB")])
+def test_a_large_picture_is_in_memory_once(tmp_path: Path, kind: str, mode: str) -> None:
+    """Of 4 bytes a pixel, with 35 MB of Python and Pillow, 50 of OpenCV, which decodes WebP, and a few bands."""
+    Image.new(mode, (6000, 5000), "tan").save(tmp_path / "picture", kind)
+    done = subprocess.run(
+        [sys.executable, "-c", DECODE, tmp_path / "picture"], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1.25 * 4 * 6000 * 5000 + 85e6
+
+
 @pytest.mark.parametrize("flags", [0, 0x10])
 def test_webp_whose_headers_disagree_about_transparency(tmp_path: Path, flags: int) -> None:
     """A large file: Pillow finds the mode, and OpenCV decodes it."""

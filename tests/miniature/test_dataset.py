@@ -32,6 +32,33 @@ def test_scenes_say_what_they_show(tmp_path: Path) -> None:
             assert (name.split()[-1] in caption) == there
 
 
+@pytest.mark.slow
+def test_pairs_for_the_ip_adapter(tmp_path: Path) -> None:
+    """What references need leaves pictures as they are, and all captions but the nameless ones."""
+    names = ("apple", "pear", "plum", "fig")
+    tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")
+    pack(names, tmp_path / "drawings.zip")
+    options = {"size": (64, 64), "seed": 0, "split": "train", "device": torch.device("cpu")}
+    plain = Scenes(tmp_path / "drawings.zip", 80, tokenizer, **options)
+    paired = Scenes(tmp_path / "drawings.zip", 80, tokenizer, **options, nameless=0.4, others=0.3)
+    indices = torch.arange(80)
+    same = paired.same_subject(indices)
+    assert plain.same_subject(indices).all()
+    assert 10 < (~same).sum() < 40
+    assert torch.equal(paired.images(indices), plain.images(indices))
+    nameless = [not any(name in caption for name in names) for caption in paired.captions]
+    assert 15 < sum(nameless) < 50
+    for quiet, one, two, alike in zip(nameless, paired.captions, plain.captions, same.tolist(), strict=True):
+        assert not quiet or alike
+        assert quiet or one == two
+        assert not quiet or not one or "background" in one or "gradient" in one
+    seen = paired.references(indices)
+    assert seen.shape == (80, 3, 64, 64)
+    assert (seen - paired.images(indices)).abs().mean() > 0.05
+    drawn = torch.from_numpy(paired.reference_plans.objects == paired.plans.objects).all(dim=1)
+    assert torch.equal(drawn, same)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

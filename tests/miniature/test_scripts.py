@@ -92,6 +92,7 @@ def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
+@pytest.mark.slow
 def test_evaluation_of_images(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--sets", "1"]
     assert evaluate_mini.main([*options, "--images", "1"]) == 0

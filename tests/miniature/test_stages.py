@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import scripts.train_mini
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -47,6 +48,7 @@ NETWORKS = {
     "prior": StableCascadeUNet,
     "controlnet_canny": ControlNet,
     "controlnet_inpainting": ControlNet,
+    "ip_adapter": IPAdapter,
 }
 
 
@@ -184,7 +186,7 @@ def test_a_signal_is_passed_on_to_stages_which_save(recipe: Path, tmp_path: Path
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert "stage_a: stopped and saved at step " in said
     assert (tmp_path / "run" / "stage_a" / "state").is_dir()

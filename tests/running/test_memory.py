@@ -124,6 +124,7 @@ def make_cached(components: dict[str, Any], choice: MemoryMode, **options: Any) 
         networks["effnet"],
         cascade.previewer,
         {kind: networks[f"controlnet_{kind}"] for kind in cascade.controlnets},
+        networks["ip_adapter"],
         defaults=cascade.defaults,
         native_size=cascade.native_size,
         max_batch=cascade.max_batch,

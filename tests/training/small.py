@@ -79,6 +79,16 @@ clip_text_in_channels = 16
 clip_text_pooled_in_channels = 16
 clip_image_in_channels = 16
 switch_level = [false]
+[ip_adapter_network]
+feature_dim = 16
+num_tokens = 3
+hidden_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+attention_head_dim = 8
+conditioning_dim = 16
+blocks = [0, 3]
+block_channels = 16
 [stage_a]
 options = { steps = 2, batch_size = 2, learning_rate = 1e-3 }
 task = { crop = 64, latent_noise = 0.05 }
@@ -131,6 +141,11 @@ weight = { kind = "adaptive" }
 drop_text = 0.1
 keep_image = 0.1
 offset_noise = 0.1
+[ip_adapter]
+options = { steps = 8, batch_size = 2, learning_rate = 1e-3 }
+[ip_adapter.task]
+weight = { kind = "p2" }
+drop_text = 0.3
 """
 
 # The second process's clock runs ten times as fast: by its own, it would save and stop at other steps than the first.

@@ -76,6 +76,7 @@ NEEDS = {
     "previewer": "tokenizer, semantic",
     "controlnet_canny": "tokenizer, clip, semantic, stage_c",
     "controlnet_inpainting": "tokenizer, clip, semantic, stage_c",
+    "ip_adapter": "tokenizer, clip, semantic, stage_c",
 }
 
 

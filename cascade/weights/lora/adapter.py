@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.lora import authors, files, formats, parts, peft
 from cascade.weights.lora.changes import finite
-from cascade.weights.lora.files import Package, Stored
+from cascade.weights.lora.files import LARGE, READERS, Package, Stored
 
 # Of words that were learned with an adapter (OneTrainer): "bundle_emb.", the word, and one of these.
 BUNDLED = "bundle_emb."
@@ -164,8 +165,11 @@ def _check_numbers(where: str, tensors: Mapping[str, Tensor]) -> None:
         if tensor.dtype in KINDS_OF_NUMBERS:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise WeightsError(f"{where}: {shortened(key, 80)} is stored as {kind}, which no adapter is.")
-        if not finite(tensor):
-            raise WeightsError(f"{where}: {shortened(key, 80)} holds values that are infinite or no numbers (NaN).")
+    threads = READERS if sum(tensor.nbytes for tensor in tensors.values()) >= LARGE else 1
+    with ThreadPoolExecutor(threads) as pool:
+        for key, fine in zip(tensors, pool.map(finite, tensors.values()), strict=True):
+            if not fine:
+                raise WeightsError(f"{where}: {shortened(key, 80)} holds values that are infinite or no numbers (NaN).")
 
 
 def _words(package: Package, file: Stored) -> tuple[dict[str, tuple[str, str]], dict[str, Tensor], bool]:

@@ -107,7 +107,8 @@ class Change:
 
 
 def _beside(tensor: Tensor, weight: Tensor) -> Tensor:
-    return tensor.to(weight.device, torch.float32)
+    # Moved as it is stored: in one call, torch would convert it on the host first, and move twice the bytes.
+    return tensor.to(weight.device).to(torch.float32)
 
 
 def scale_of(kind: Kind, tensors: Mapping[str, Tensor]) -> float:

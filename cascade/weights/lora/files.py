@@ -6,7 +6,8 @@ Everything is read into memory. Pickles are refused, by content. Nothing of an a
 import json
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +25,9 @@ from cascade.weights.reading import pickle_error, unreadable
 MOST = 4_000_000_000
 MOST_JSON = 4_000_000
 MOST_MEMBERS = 20_000
+# Threads that read a file of so many bytes.
+READERS = 8
+LARGE = 16 << 20
 PEFT_CONFIG = "adapter_config.json"
 # Of folders, those inside that may hold an adapter of one network.
 INNER = ("prior", "decoder", "unet", "text_encoder")
@@ -105,9 +109,9 @@ def _single(path: Path) -> Package:
     name = PurePosixPath(path.name)
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies: pages of a file that somebody changes meanwhile would change, or end the process.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
-            stored = Stored(name, tensors, file.metadata() or {})
+            keys, metadata = list(file.keys()), file.metadata() or {}
+        threads = READERS if path.stat().st_size >= LARGE else 1
+        stored = Stored(name, _copies(path, keys, threads), metadata)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         with path.open("rb") as file:
             raise _refused(path, path.name, file.read(4), error) from error
@@ -117,6 +121,19 @@ def _single(path: Path) -> Package:
             _check_json(other, other.stat().st_size)
             documents[PurePosixPath(other.name)] = other.read_bytes()
     return Package(path, (stored,), documents)
+
+
+def _copies(path: Path, keys: Sequence[str], threads: int) -> dict[str, Tensor]:
+    """The tensors of a file, in its order. Copies: pages of a file that somebody changes meanwhile would change, or end the
+    process."""
+
+    def read(share: int) -> dict[str, Tensor]:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key).clone() for key in keys[share::threads]}
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = {key: tensor for share in pool.map(read, range(threads)) for key, tensor in share.items()}
+    return {key: found[key] for key in keys}
 
 
 def _refused(origin: Path, name: str, start: bytes, error: Exception) -> WeightsError:
