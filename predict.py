@@ -198,7 +198,7 @@ class Predictor(BaseRunner):
             default=False,
         ),
         lora_weights: list[str] | None = Input(
-            description="1 to 8 LoRAs: URLs of .safetensors, .tar or .zip, owner/name[/file] on the Hub, Civitai links, or names in the model folder's loras.",
+            description="1 to 8 LoRAs: URLs, owner/name[/file] on the Hub, Civitai links, or names in the model folder's loras.",
             default=None,
         ),
         lora_scales: list[float] | None = Input(

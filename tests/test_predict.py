@@ -884,7 +884,7 @@ def test_the_input_is_described_with_its_limits(name: str) -> None:
     assert isinstance(field, FieldInfo)
     assert 20 < len(field.description) < 120
     assert all(
-        re.search(rf"\b{bound}\b", field.description) for bound in (limits.low, limits.high) if bound is not None
+        re.search(rf"(?<!\w){bound}\b", field.description) for bound in (limits.low, limits.high) if bound is not None
     )
     if name != "aspect_ratio":
         assert all(re.search(rf"\b{choice}\b", field.description) for choice in limits.choices)
