@@ -18,7 +18,7 @@ from cascade.images.tensors import to_image
 from miniature.captions import Captioner
 from miniature.compose import compose
 from miniature.icons import IconSet, render_drawing
-from miniature.scenes import COLOUR_NAMES, Plans, sample_plans
+from miniature.scenes import COLOUR_NAMES, SIZE_NAMES, Plans, sample_plans
 from training.files import whole_file
 
 STYLE = IconSet("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "ink", "MIT", "Microsoft")
@@ -57,7 +57,11 @@ def subject_plans(count: int, seed: int, *, new: bool) -> Plans:
     plans = sample_plans(60 * count + 400, [WORD], seed, "train", 1)
     colours = np.isin(plans.colours, [COLOUR_NAMES.index(name) for name in NEW_BACKGROUNDS])
     wanted = colours.all(1) if new else ~colours.any(1)
-    plans = plans[(plans.objects[:, 1] < 0) & wanted & plans.says_background][:count]
+    plans = plans[(plans.objects[:, 1] < 0) & wanted & plans.says_background]
+    # Half of them small or at a named place: of twelve pictures with one such, the word was learned for the others alone.
+    small = (plans.places > 0) | (plans.size_names == SIZE_NAMES.index("small"))
+    half = [rows[: (count + i) // 2] for i, rows in enumerate((small.nonzero()[0], (~small).nonzero()[0]))]
+    plans = plans[np.sort(np.concatenate(half))]
     return replace(plans, says_style=np.zeros(len(plans), bool))
 
 
@@ -86,7 +90,7 @@ def write_style(path: Path, drawings: Tensor, names: list[str], count: int = 200
     write_pictures(path, drawings, plans, captions_of(plans, names, seed))
 
 
-def write_subject(path: Path, count: int = 12, seed: int = 1) -> None:
+def write_subject(path: Path, count: int = 24, seed: int = 1) -> None:
     """The subject's training pictures."""
     plans = subject_plans(count, seed, new=False)
     write_pictures(path, subject_drawing(), plans, captions_of(plans, [WORD], seed))
