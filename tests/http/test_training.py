@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import tarfile
 import time
 from collections.abc import Iterator
@@ -13,13 +14,15 @@ import pytest
 import requests
 from PIL import Image
 
-from cascade import Cascade, Lora, Request
+from predict import Predictor
 from tests.http.serving import MINI, Server, wait_for
+from tests.test_predict import DEFAULTS
 from tests.training.lora.zips import files_of, zipped
 from tests.training.small import write_pictures
 
 # A training makes two pictures of native size, too.
 ANSWER = 300
+pytestmark = pytest.mark.slow
 SMALL = {"steps": 2, "lora_rank": 1, "resolution": 128, "seed": 3}
 
 
@@ -55,7 +58,9 @@ def left(trainer: Server) -> list[str]:
     return [path.name for path in trainer.temporary.iterdir() if path.name.startswith("cascade-")]
 
 
-def test_pictures_in_and_a_lora_out(trainer: Server, pictures: str, tmp_path: Path) -> None:
+def test_pictures_in_and_a_lora_out(
+    trainer: Server, pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = ask(trainer, input_images=pictures, trigger_word="[sq]", begins_from="square", minutes=60, **SMALL)
     assert said["status"] == "succeeded", said
     content = base64.b64decode(said["output"]["weights"].partition(",")[2])
@@ -69,10 +74,16 @@ def test_pictures_in_and_a_lora_out(trainer: Server, pictures: str, tmp_path: Pa
     assert settings["prompt"] == "[sq], a red square"
     for name in ("before.webp", "after.webp"):
         assert Image.open(io.BytesIO(files[name])).size == (256, 256)
-    cascade = Cascade.load(MINI, "cpu")
-    small = {"width": 64, "height": 64, "steps_prior": 1, "steps_decoder": 1}
+    folder = shutil.copytree(MINI, tmp_path / "mini")
+    (folder / "loras").mkdir(exist_ok=True)
+    (tmp_path / "lora.tar").rename(folder / "loras" / "lora.tar")
+    monkeypatch.setenv("CASCADE_WEIGHTS", str(folder))
+    monkeypatch.setenv("CASCADE_LORA_CACHE", str(tmp_path / "cache"))
+    predictor = Predictor()
+    predictor.setup()
+    given = {**DEFAULTS, "prompt": "a [sq]", "width": 64, "height": 64, "steps_prior": 1, "steps_decoder": 1, "seed": 1}
     plain, with_lora = (
-        cascade.generate(Request("a [sq]", loras=loras, **small))[0] for loras in ((), [Lora(tmp_path / "lora.tar")])
+        Path(predictor.run(**{**given, **more})[0]).read_bytes() for more in ({}, {"lora_weights": ["lora.tar"]})
     )
     assert plain != with_lora
 

@@ -72,6 +72,7 @@ def test_what_is_judged_was_not_trained() -> None:
     assert not seen & set(NEW_BACKGROUNDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", [True, False])
 def test_true_scenes_get_full_marks(
     right: bool, inks: torch.Tensor, drawings: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -97,6 +97,7 @@ def test_names_are_those_that_comfyui_places() -> None:
     assert key_of("text_encoder", layer) == "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
 
 
+@pytest.mark.slow
 def test_everything_at_once(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
     """A LoRA of Stage C and the text encoder, a new word, and a preserved prompt; the engine takes the file."""
     lora = {
@@ -135,6 +136,7 @@ def test_everything_at_once(model_folder: Path, pictures: Path, tmp_path: Path) 
     assert said["options"]["steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_exactly(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
     lora = {"dropout": 0.2, "word": "abc", "begins_from": "a"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -150,6 +152,7 @@ def test_a_stopped_training_goes_on_exactly(model_folder: Path, pictures: Path, 
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_is_trained_alone(model_folder: Path, pictures: Path, tmp_path: Path) -> None:
     train_lora(model_folder, pictures, tmp_path / "out", recipe(options={"steps": 1}))
     state = load_file(tmp_path / "out" / STATE / "state" / "model.safetensors")
@@ -159,6 +162,7 @@ def test_a_checkpoint_holds_what_is_trained_alone(model_folder: Path, pictures: 
         train_lora(model_folder, pictures, tmp_path / "out", other)
 
 
+@pytest.mark.slow
 def test_the_command(model_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = shutil.make_archive(str(tmp_path / "zip"), "zip", pictures)
     toml = tmp_path / "recipe.toml"
