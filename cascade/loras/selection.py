@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cascade.loras.words import Words
-from cascade.weights.errors import WeightsError
+from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.lora import Adapter, Placed, place
 from cascade.weights.names import SUFFIX
 
@@ -79,14 +79,14 @@ class Library:
             WeightsError: there is none.
         """
         if path.exists():
-            return path
+            return path if path.name else path.resolve()  # "." has no name, by which settings are found
         if self.folder is not None and len(path.parts) == 1 and path.name not in (".", ".."):
             for name in (path.name, f"{path.name}{SUFFIX}"):
                 if (self.folder / name).exists():
                     return self.folder / name
         names = self.names()
         there = f"; {self.folder} has {', '.join(names[:20])}" if names else ""
-        raise WeightsError(f"There is no file or folder {path}{there}.")
+        raise WeightsError(f"There is no file or folder {shortened(path, 100)}{there}.")
 
     def names(self) -> list[str]:
         """Those in the folder, sorted."""
@@ -122,7 +122,7 @@ class Library:
 
 
 def _states(path: Path, settings: Sequence[Path]) -> Iterator[tuple[str, int, int, int]]:
-    beside = [path.with_suffix(".json"), path.parent / "adapter_config.json", *settings]
+    beside = [path.with_suffix(".json"), path.parent / "adapter_config.json", *settings] if path.name else []
     inside = [one for pattern in ("*", "*/*") for one in path.glob(pattern)] if path.is_dir() else []
     for one in {path, *beside, *inside}:
         if one == path or one.is_file():

@@ -352,3 +352,15 @@ def test_loras_name_the_engines_networks(components: dict[str, Any]) -> None:
 def test_words_are_found_in_every_spelling_of_a_letter(name: str, prompt: str) -> None:
     words = Words({"x": torch.zeros(1, 2), name: torch.zeros(1, 2)})
     assert f"embedding:{name}" in words.spelled(prompt)
+
+
+def test_a_folder_without_a_name_and_a_long_name_give_one_sentence(
+    components: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cascade = make_cascade(components)
+    for path in (".", "/", "a" * 5000):
+        with pytest.raises(InputError) as error:
+            cascade.generate(request(Lora(path)))
+        assert str(error.value).startswith("loras[0]: ")
+        assert len(str(error.value)) < 400

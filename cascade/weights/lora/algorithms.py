@@ -136,6 +136,8 @@ def oft_inputs(weight: Tensor, t: Tensors, scale: float) -> Tensor:
     if triangles.ndim != 2:
         raise ValueError("oft_R is no matrix")
     size = (1 + math.isqrt(1 + 8 * triangles.shape[1])) // 2
+    if size * (size - 1) // 2 != triangles.shape[1]:
+        raise ValueError("oft_R has no triangles")
     rows, columns = torch.triu_indices(size, size, 1, device=triangles.device)
     q = triangles.new_zeros(len(triangles), size, size)
     q[:, rows, columns] = triangles

@@ -323,6 +323,7 @@ def test_words_without_a_name_are_refused(tmp_path: Path) -> None:
     [
         {"prior.clf.1.bias.diff": torch.zeros(16), "prior.clf.1.bias.alpha": torch.zeros(2)},
         {"prior.clip_txt_mapper.oft_R.weight": torch.zeros(1, 1, 1)},
+        {"prior.clip_txt_mapper.oft_R.weight": torch.zeros(1, 2)},
     ],
 )
 def test_tensors_with_too_many_numbers_or_dimensions(tensors: dict[str, Tensor], tmp_path: Path) -> None:
