@@ -3,7 +3,6 @@
 import argparse
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from scripts.environment import ROOT
+from serving.settings import find_weights
 from training.errors import TrainingError
 from training.interruption import Stopped
 from training.lora.file import FILE
@@ -56,8 +55,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         type=Path,
-        default=Path(os.environ.get("CASCADE_WEIGHTS") or ROOT / "weights" / "stable-cascade"),
-        help="the model folder (default: CASCADE_WEIGHTS, else weights/stable-cascade)",
+        default=find_weights(),
+        help="the model folder (default: CASCADE_WEIGHTS, else weights/stable-cascade, else weights/mini)",
     )
     parser.add_argument("--lite", action="store_true", help="of the published repositories, the smaller Stage C")
     parser.add_argument(

@@ -84,6 +84,8 @@ def add_lora(
     inject_adapter_in_model(config, network, adapter_name=ADAPTER)
     trained = {}
     for name, layer in _layers(network):
+        # Autocast casts the float32 matrices; PEFT would cast inputs to float32, only for autocast to cast them back.
+        layer.cast_input_dtype_enabled = False
         for part, module in (("down", layer.lora_A[ADAPTER]), ("up", layer.lora_B[ADAPTER])):
             module.float().requires_grad_(True)
             trained[f"{name}.{part}"] = module.weight

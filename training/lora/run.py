@@ -65,6 +65,8 @@ def train_lora(
         task = _Preparation(folder, recipe, output, state).task(pictures)
     except WeightsError as error:
         raise TrainingError(str(error)) from error
+    if state.device.type == "cuda":
+        torch.cuda.empty_cache()  # of networks that are not needed any more
     if state.is_main_process:
         with writing(output), whole_file(output / SETTINGS) as part:
             part.write_text(json.dumps(recipe.as_tables(), indent=2) + "\n", encoding="utf-8")

@@ -193,7 +193,7 @@ def test_the_command(model_folder: Path, pictures: Path, tmp_path: Path, capsys:
         ({"begins_from": "dog", "word": "a b"}, "word is 'a b'; a word that is learned has no white space"),
         ({"preserve": "dog", "preserve_share": 1.0}, "preserve_share is 1.0; it must lie between 0 and 1"),
         ({"samples": ["x"] * 17}, "samples has 17 prompts; 16 are the limit"),
-        ({"size": 3}, "has an unknown value size"),
+        ({"size": 3}, "has an unknown name size"),
         ({"caption_dropout": 2}, "caption_dropout is 2; it must be from 0 to 1"),
     ],
 )
@@ -210,7 +210,35 @@ def test_recipes(tmp_path: Path) -> None:
     assert found.lora == LoraSettings(samples=("a",))
     assert (found.options.steps, found.options.warmup, found.options.learning_rate) == (100, 10, 1e-4)
     file.write_text("[lora]\nranks = 3\n")
-    with pytest.raises(TrainingError, match="unknown value ranks"):
+    with pytest.raises(TrainingError, match="unknown name ranks"):
         read_recipe(file)
     with pytest.raises(TrainingError, match="There is no recipe"):
         read_recipe(tmp_path / "b.toml")
+
+
+def test_in_bfloat16_the_gradient_is_nearly_that_of_float32(model_folder: Path) -> None:
+    """As on a GPU: base weights in bfloat16, the LoRA in float32, under autocast, with recomputation."""
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        prior = ModelFolder.open(model_folder).load_component("prior", dtype=dtype).train()
+        torch.manual_seed(3)
+        trained = add_lora(prior, linear_layers(prior, ("all",)), rank=2, alpha=2.0)
+        generator = torch.Generator().manual_seed(5)
+        for name, parameter in trained.items():
+            if name.endswith(".up"):
+                torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+        if dtype == torch.bfloat16:
+            prior.enable_gradient_checkpointing()
+        made = {
+            "clip_text": torch.randn(2, 5, prior.config.clip_text_in_channels, generator=generator),
+            "clip_text_pooled": torch.randn(2, 1, prior.config.clip_text_pooled_in_channels, generator=generator),
+        }
+        sample = torch.randn(2, 16, 6, 4, generator=generator)
+        torch.manual_seed(7)  # for dropout
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            epsilon = prior(sample, torch.tensor([0.2, 0.9]), **made)
+        epsilon.float().square().mean().backward()
+        assert all(one.grad.dtype == one.dtype == torch.float32 for one in trained.values())
+        gradients.append(torch.cat([one.grad.flatten() for one in trained.values()]))
+    exact, rounded = gradients
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.98
