@@ -15,7 +15,7 @@ from cascade.weights.names import SUFFIX
 logger = logging.getLogger(__name__)
 
 # What an adapter is known by: the paths of its files, and when each was changed.
-Key = tuple[tuple[str, int, int, int], ...]
+Key = tuple[tuple[str, int, int, int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +121,13 @@ class Library:
         return [] if self.folder is None else [self.folder / f"{path.name.removesuffix(SUFFIX)}.json"]
 
 
-def _states(path: Path, settings: Sequence[Path]) -> Iterator[tuple[str, int, int, int]]:
+def _states(path: Path, settings: Sequence[Path]) -> Iterator[tuple[str, int, int, int, int]]:
     beside = [path.with_suffix(".json"), path.parent / "adapter_config.json", *settings] if path.name else []
     inside = [one for pattern in ("*", "*/*") for one in path.glob(pattern)] if path.is_dir() else []
     for one in {path, *beside, *inside}:
         if one == path or one.is_file():
             found = one.stat()
-            yield str(one.resolve()), found.st_ino, found.st_size, found.st_mtime_ns
+            yield str(one.resolve()), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def word_vectors(placed: Placed, table: Tensor | None) -> list[tuple[str, Tensor]]:

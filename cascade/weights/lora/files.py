@@ -228,6 +228,8 @@ def _tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
             left = MOST
             for count, member in enumerate(archive):
                 _check_count(path, count)
+                if member.issparse():  # 11 kB would hold 3 GB of zeros
+                    raise tarfile.TarError(f"{shortened(member.name, 80)} is a sparse file")
                 if member.isfile():
                     left -= member.size
                     _check_left(path, left)

@@ -293,6 +293,18 @@ def test_headers_of_a_tar_have_a_limit(kind: bytes, tmp_path: Path) -> None:
         Adapter.read(tmp_path / "a.tar.gz")
 
 
+def test_sparse_files_in_a_tar_are_refused(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.safetensors")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"00000010000\0"  # the real size; no map of what is stored
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(WeightsError, match=r"damaged tar file: a\.safetensors is a sparse file"):
+        Adapter.read(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "folder"])
 def test_large_documents_are_refused_before_they_are_read(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
