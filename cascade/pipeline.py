@@ -543,7 +543,7 @@ class Cascade:
                 dtype = str(network.dtype).removeprefix("torch.")
                 raise RuntimeError(
                     f"Stage {stage} made latents that are not finite, in {dtype}: its weights are damaged, or need "
-                    "another dtype (CASCADE_DTYPE), such as float32."
+                    "another dtype (CASCADE_DTYPE), such as float32; or a LoRA's scale or values are too large."
                 )
 
 

@@ -651,7 +651,7 @@ def test_latents_that_are_not_finite_end_the_work(
         cascade.generate(Request("a cat", **SMALL))
     assert str(caught.value) == (
         f"Stage {letter} made latents that are not finite, in float32: its weights are damaged, or need another dtype "
-        "(CASCADE_DTYPE), such as float32."
+        "(CASCADE_DTYPE), such as float32; or a LoRA's scale or values are too large."
     )
     if stage == "decoder":
         with pytest.raises(RuntimeError, match="Stage B made latents that are not finite"):

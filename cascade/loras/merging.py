@@ -27,7 +27,7 @@ from cascade.loras.words import Words, distinct
 from cascade.networks.layout import published_names
 from cascade.running.runner import Runner
 from cascade.weights.base import BaseWeights, KeptWeights
-from cascade.weights.errors import WeightsError
+from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.lora import NETWORKS, Change, Placed, merged
 from cascade.weights.lora.words import TABLE
 
@@ -195,4 +195,6 @@ def _named(place: int, lora: Lora) -> Iterator[None]:
     except WeightsError as error:
         raise InputError(f"loras[{place}]: {error}") from error
     except OSError as error:
-        raise InputError(f"loras[{place}]: {lora.path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(
+            f"loras[{place}]: {shortened(lora.path, 100)} cannot be read: {error.strerror or shortened(error)}."
+        ) from error

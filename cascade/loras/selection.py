@@ -8,14 +8,14 @@ from pathlib import Path
 from torch import Tensor
 
 from cascade.loras.words import Words
-from cascade.weights.errors import WeightsError
+from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.lora import Adapter, Placed, place
 from cascade.weights.names import SUFFIX
 
 logger = logging.getLogger(__name__)
 
 # What an adapter is known by: the paths of its files, and when each was changed.
-Key = tuple[tuple[str, int, int, int], ...]
+Key = tuple[tuple[str, int, int, int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +79,14 @@ class Library:
             WeightsError: there is none.
         """
         if path.exists():
-            return path
+            return path if path.name else path.resolve()  # "." has no name, by which settings are found
         if self.folder is not None and len(path.parts) == 1 and path.name not in (".", ".."):
             for name in (path.name, f"{path.name}{SUFFIX}"):
                 if (self.folder / name).exists():
                     return self.folder / name
         names = self.names()
         there = f"; {self.folder} has {', '.join(names[:20])}" if names else ""
-        raise WeightsError(f"There is no file or folder {path}{there}.")
+        raise WeightsError(f"There is no file or folder {shortened(path, 100)}{there}.")
 
     def names(self) -> list[str]:
         """Those in the folder, sorted."""
@@ -121,13 +121,13 @@ class Library:
         return [] if self.folder is None else [self.folder / f"{path.name.removesuffix(SUFFIX)}.json"]
 
 
-def _states(path: Path, settings: Sequence[Path]) -> Iterator[tuple[str, int, int, int]]:
-    beside = [path.with_suffix(".json"), path.parent / "adapter_config.json", *settings]
+def _states(path: Path, settings: Sequence[Path]) -> Iterator[tuple[str, int, int, int, int]]:
+    beside = [path.with_suffix(".json"), path.parent / "adapter_config.json", *settings] if path.name else []
     inside = [one for pattern in ("*", "*/*") for one in path.glob(pattern)] if path.is_dir() else []
     for one in {path, *beside, *inside}:
         if one == path or one.is_file():
             found = one.stat()
-            yield str(one.resolve()), found.st_ino, found.st_size, found.st_mtime_ns
+            yield str(one.resolve()), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def word_vectors(placed: Placed, table: Tensor | None) -> list[tuple[str, Tensor]]:

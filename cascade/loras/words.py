@@ -26,14 +26,15 @@ class Words:
         # By keys without white space, which the names of embeddings in prompts must not have.
         self.vectors = {re.sub(r"\s", "_", name): tensor for name, tensor in vectors.items()}
         longest_first = sorted(vectors, key=len, reverse=True)
-        self._keys = {name.lower(): re.sub(r"\s", "_", name) for name in reversed(longest_first)}
-        self._found = re.compile("|".join(_expression(name) for name in longest_first), re.IGNORECASE)
+        # One a group of the expression. What a group finds may be spelled otherwise: \u017f is an s there, and not lower().
+        self._keys = [re.sub(r"\s", "_", name) for name in longest_first]
+        self._found = re.compile("|".join(f"({_expression(name)})" for name in longest_first), re.IGNORECASE)
 
     def spelled(self, prompt: str) -> str:
         """A prompt with `embedding:NAME` in place of each word, as `cascade.prompts` reads it."""
         if not self.names:
             return prompt
-        return self._found.sub(lambda match: f" embedding:{self._keys[match[0].lower()]} ", prompt)
+        return self._found.sub(lambda match: f" embedding:{self._keys[(match.lastindex or 1) - 1]} ", prompt)
 
 
 def _expression(name: str) -> str:

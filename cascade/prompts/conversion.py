@@ -3,13 +3,12 @@
 torch reads them without running what they hold (`weights_only`).
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cascade.prompts.embeddings import vectors_of
@@ -32,13 +31,16 @@ def convert(source: Path, target: Path, width: int = 1280) -> tuple[int, int]:
     """
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of bytes that are no pickle, the unpickler raises whatever it stumbles over
         raise ValueError(f"{source} is no file of tensors that torch.save wrote.") from error
     found = [one[None] if one.dim() == 1 else one for one in _vectors(content, width)]
     if not found or any(one.dim() != 2 for one in found):
         raise ValueError(f"{source} has no vectors of an embedding.")
     vectors = torch.cat(found).detach().float().contiguous()
-    save_file({"clip_g": vectors}, target, metadata={"format": "pt"})
+    # Not save_file: its files are readable by the owner only.
+    target.write_bytes(save({"clip_g": vectors}, metadata={"format": "pt"}))
     count, size = vectors.shape
     return count, size
 

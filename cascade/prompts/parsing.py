@@ -73,6 +73,8 @@ def check_weights(name: str, prompt: str) -> None:
         if part.text.strip() and not LOWEST <= part.weight <= HIGHEST:  # nan is not, either
             start, stop = part.source
             number = "not a number" if math.isnan(part.weight) else f"{part.weight:.4g}"
+            if number.lstrip("-") == f"{HIGHEST:g}":  # 4.000001
+                number = repr(part.weight)
             raise InputError(
                 f"{name} has the weight {number} at character {start}, in {shown(prompt[start:stop])}; a weight must lie "
                 f"between {LOWEST:g} and {HIGHEST:g}, and brackets that are text are written \\( and \\)."

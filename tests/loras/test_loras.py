@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from cascade import Lora, Request
 from cascade.limits import InputError
 from cascade.loras.merging import Loras
+from cascade.loras.words import Words
 from cascade.pipeline import Cascade
 from cascade.running.placement import MemoryMode
 from cascade.weights.base import FileWeights
@@ -342,3 +343,24 @@ def test_loras_name_the_engines_networks(components: dict[str, Any]) -> None:
     cascade = make_cascade(components)
     assert isinstance(cascade._loras, Loras)
     assert list(cascade._loras.networks) == ["prior", "decoder", "text_encoder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [("[style]", "a [\u017ftyle]"), ("K", "a \u212a"), ("\u0130", "a i\u0307 \u0130"), ("[style]", "a [STYLE]")],
+)
+def test_words_are_found_in_every_spelling_of_a_letter(name: str, prompt: str) -> None:
+    words = Words({"x": torch.zeros(1, 2), name: torch.zeros(1, 2)})
+    assert f"embedding:{name}" in words.spelled(prompt)
+
+
+def test_a_folder_without_a_name_and_a_long_name_give_one_sentence(
+    components: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cascade = make_cascade(components)
+    for path in (".", "/", "a" * 5000):
+        with pytest.raises(InputError) as error:
+            cascade.generate(request(Lora(path)))
+        assert str(error.value).startswith("loras[0]: ")
+        assert len(str(error.value)) < 400

@@ -135,6 +135,19 @@ def test_what_is_not_converted(content: object, tmp_path: Path, monkeypatch: pyt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.pt"]
 
 
+@pytest.mark.parametrize("content", [b"", b"root:x:0:0", b"r\x01\0\0\0", b"h\x07.", b"\x80\x02}q\0(K\x01"])
+def test_bytes_that_are_no_pickle_are_not_converted(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "cat.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="is no file of tensors"):
+        convert(tmp_path / "cat.pt", tmp_path / "cat.safetensors", WIDTH)
+
+
+def test_others_can_read_what_is_converted(tmp_path: Path) -> None:
+    torch.save({"clip_g": A}, tmp_path / "cat.pt")
+    convert(tmp_path / "cat.pt", tmp_path / "cat.safetensors", WIDTH)
+    assert (tmp_path / "cat.safetensors").stat().st_mode == (tmp_path / "cat.pt").stat().st_mode
+
+
 def test_the_script_converts_what_it_can(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"string_to_param": {"*": A}}, tmp_path / "cat.pt")
     torch.save([{"<l>": NARROW}, {"<g>": B}], tmp_path / "dog.bin")

@@ -135,6 +135,7 @@ def test_without_weighting_brackets_are_text() -> None:
         ("(a:nan)", "has the weight not a number at character 0, in '(a:nan)'; "),
         ("a ((b) c:inf)", "has the weight inf at character 3, in '(b)'; "),
         ("(a:-4.001)", "has the weight -4.001 at character 0, "),
+        ("(a:4.000001)", "has the weight 4.000001 at character 0, "),
         ("(" * 15 + "a" + ")" * 15, "has the weight 4.177 at character 14, in '(a)'; "),
         (r"(\(a\):5)", r"has the weight 5 at character 0, in '(\\(a\\):5)'; "),
     ],

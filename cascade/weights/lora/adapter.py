@@ -19,7 +19,20 @@ from cascade.weights.lora.files import LARGE, READERS, Package, Stored
 # Of words that were learned with an adapter (OneTrainer): "bundle_emb.", the word, and one of these.
 BUNDLED = "bundle_emb."
 VECTORS, OUTPUTS = "clip_g", "clip_g_out"
-KINDS_OF_NUMBERS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
+# Others, such as unsigned ones of 16 bits and more, float4 and bare exponents, lack operators in torch.
+KINDS_OF_NUMBERS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+)
 
 
 class Place(NamedTuple):
@@ -162,7 +175,7 @@ def _read(package: Package, file: Stored, several: bool) -> Adapter:
 
 def _check_numbers(where: str, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if tensor.dtype in KINDS_OF_NUMBERS:
+        if tensor.dtype not in KINDS_OF_NUMBERS:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise WeightsError(f"{where}: {shortened(key, 80)} is stored as {kind}, which no adapter is.")
     threads = READERS if sum(tensor.nbytes for tensor in tensors.values()) >= LARGE else 1

@@ -133,7 +133,11 @@ def oft_inputs(weight: Tensor, t: Tensors, scale: float) -> Tensor:
         (I - Q)(I + Q)^-1, exactly, as PEFT has it then.
     """
     triangles = t["oft_R"]
+    if triangles.ndim != 2:
+        raise ValueError("oft_R is no matrix")
     size = (1 + math.isqrt(1 + 8 * triangles.shape[1])) // 2
+    if size * (size - 1) // 2 != triangles.shape[1]:
+        raise ValueError("oft_R has no triangles")
     rows, columns = torch.triu_indices(size, size, 1, device=triangles.device)
     q = triangles.new_zeros(len(triangles), size, size)
     q[:, rows, columns] = triangles

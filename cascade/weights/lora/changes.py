@@ -162,5 +162,8 @@ def merged(weight: Tensor, changes: Iterable[tuple[Change, float]]) -> Tensor:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a tensor are finite."""
-    return not tensor.is_floating_point() or math.isfinite(float(tensor.float().sum())) or bool(tensor.isfinite().all())
+    """Whether all numbers of a tensor are finite in float32, in which they are used."""
+    if not tensor.is_floating_point():
+        return True
+    numbers = tensor.float()
+    return math.isfinite(float(numbers.sum())) or bool(numbers.isfinite().all())

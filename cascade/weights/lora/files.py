@@ -24,7 +24,16 @@ from cascade.weights.reading import pickle_error, unreadable
 # C, but nobody shares those.
 MOST = 4_000_000_000
 MOST_JSON = 4_000_000
+# Of a tar's headers: a long name, or PAX's records. tarfile reads each whole, and a small compressed file may hold gigabytes.
+MOST_HEADER = 1_000_000
 MOST_MEMBERS = 20_000
+HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 # Threads that read a file of so many bytes.
 READERS = 8
 LARGE = 16 << 20
@@ -84,6 +93,18 @@ class Package:
         return name
 
 
+class _Header(tarfile.TarInfo):
+    """A tar's header, refused if it announces a larger one than any archive needs."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in HEADERS and found.size > MOST_HEADER:
+            # No HeaderError: after the first member, tarfile would take that for the end of the archive.
+            raise tarfile.TarError(f"a header has over {MOST_HEADER // 1_000_000} MB")
+        return found
+
+
 def read(path: Path) -> Package:
     """What lies at a path. A single file brings the JSON of its name that lies beside it, and PEFT's.
 
@@ -95,7 +116,7 @@ def read(path: Path) -> Package:
             return _checked(path, _folder(path))
         if not path.is_file():
             raise WeightsError(f"There is no file or folder {path}.")
-        if tarfile.is_tarfile(path):
+        if _is_tar(path):
             return _checked(path, _tar(path))
         if zipfile.is_zipfile(path):
             return _checked(path, _zip(path))
@@ -174,26 +195,45 @@ def _folder(root: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     for folder in (root, *(root / name for name in INNER)):
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
             if file.is_file():
-                yield PurePosixPath(file.relative_to(root).as_posix()), _wanted(root, file.name, file)
+                name = PurePosixPath(file.relative_to(root).as_posix())
+                size = file.stat().st_size
+                wanted = _is_wanted(root, name.as_posix(), size)
+                if wanted:
+                    _check_size(file, size)
+                yield name, file.read_bytes() if wanted else b""
 
 
-def _wanted(root: Path, name: str, file: Path) -> bytes:
-    if not name.lower().endswith((SUFFIX, ".json")):
-        return b""
-    _check_size(file, file.stat().st_size)
-    return file.read_bytes()
+def _is_wanted(origin: Path, name: str, size: int) -> bool:
+    """Whether a member is to be read. Those of whole folders and archives are asked before they are."""
+    ending = PurePosixPath(name).suffix.lower()
+    if ending == ".json":
+        _check_json(f"{origin}: {shortened(name, 80)}", size)
+    return ending in (SUFFIX, ".json")
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether this is a tar, compressed or not; a damaged one is."""
+    try:
+        tarfile.open(path, tarinfo=_Header).close()
+    except (tarfile.ReadError, tarfile.CompressionError):
+        return False
+    except (tarfile.TarError, EOFError):
+        return True
+    return True
 
 
 def _tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, tarinfo=_Header) as archive:
             left = MOST
             for count, member in enumerate(archive):
                 _check_count(path, count)
+                if member.issparse():  # 11 kB would hold 3 GB of zeros
+                    raise tarfile.TarError(f"{shortened(member.name, 80)} is a sparse file")
                 if member.isfile():
                     left -= member.size
                     _check_left(path, left)
-                    wanted = member.name.lower().endswith((SUFFIX, ".json"))
+                    wanted = _is_wanted(path, member.name, member.size)
                     content = archive.extractfile(member) if wanted else None
                     yield PurePosixPath(member.name), b"" if content is None else content.read()
     except (tarfile.TarError, EOFError, ValueError, ArithmeticError) as error:
@@ -209,7 +249,7 @@ def _zip(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                 if not member.is_dir():
                     left -= member.file_size
                     _check_left(path, left)
-                    wanted = member.filename.lower().endswith((SUFFIX, ".json"))
+                    wanted = _is_wanted(path, member.filename, member.file_size)
                     content = b""
                     if wanted:
                         with archive.open(member) as file:
@@ -238,7 +278,6 @@ def _checked(path: Path, members: Iterator[tuple[PurePosixPath, bytes]]) -> Pack
         if ending == SUFFIX:
             files.append(_stored(path, name, content))
         elif ending == ".json" and name.name not in OTHER_JSON:
-            _check_json(f"{path}: {shortened(name, 80)}", len(content))
             documents[name] = content
         elif ending in PICKLES:
             pickles.append(name)

@@ -198,8 +198,8 @@ def _of_tensor(group: Group, name: str, network: Layers) -> tuple[Changes, set[s
     for kind in KINDS:
         names = kind.names(group.tensors)
         if names is not None and kind.function in (algorithms.difference, algorithms.replacement):
-            change = change_of(kind, {one: group.tensors[one] for one in names}, None)
-            return ({name: [change]}, names) if change.fits(network.shapes[name]) else None
+            changes = _of_weights(kind, {one: group.tensors[one] for one in names}, None, 1)
+            return ({name: changes}, names) if changes and changes[0].fits(network.shapes[name]) else None
     return None
 
 
@@ -279,7 +279,8 @@ def _place_words(
         vectors, outputs = kinds.get(VECTORS), kinds.get(OUTPUTS)
         vectors = vectors[None] if vectors is not None and vectors.ndim == 1 else vectors
         alike = outputs is None or (vectors is not None and outputs.shape == vectors.shape)
-        if vectors is None or len(table) != 2 or vectors.ndim != 2 or vectors.shape[1] != table[1] or not alike:
+        fits = vectors is not None and len(table) == 2 and vectors.ndim == 2 and vectors.shape[1] == table[1]
+        if not name.strip() or not fits or not alike:
             found.unplaced += [key for key in adapter.shapes if _is_of_word(key, name, kinds)]
             continue
         words.append(Word(name, vectors.float(), None, None if outputs is None else outputs.float()))

@@ -54,7 +54,10 @@ def write(placed: Placed, shapes: Mapping[str, Shapes], path: Path) -> None:
     if adapter.rows is not None:
         tensors |= zip((authors.VECTORS, authors.INDICES), adapter.rows, strict=True)
     stored = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
     save_file(stored, path, metadata=_metadata(placed))
+    path.chmod(mode)  # safetensors makes it readable by the owner only
 
 
 def _tensors(network: str, name: str, change: Change, shape: Sequence[int]) -> dict[str, Tensor]:

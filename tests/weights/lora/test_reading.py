@@ -1,11 +1,14 @@
 """Every spelling and every container of adapters; damaged files and those of other models end in one sentence."""
 
+import gzip
 import io
 import json
 import pickle
+import random
 import re
 import shutil
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -22,8 +25,9 @@ from torch import Tensor
 from cascade.networks.unet import StableCascadeUNet
 from cascade.weights import single_file
 from cascade.weights.errors import WeightsError
-from cascade.weights.lora import Adapter, Placed, algorithms, merged, patterns, place
+from cascade.weights.lora import Adapter, Placed, algorithms, files, merged, patterns, place
 from cascade.weights.lora.layers import Layers
+from cascade.weights.lora.words import TABLE
 from tests.weights.lora.networks import FOLDER, shapes, text_encoder, unet
 
 LEGACY = "onetrainer_legacy"
@@ -241,6 +245,10 @@ def _torch_file() -> bytes:
     return file.getvalue()
 
 
+_FLOAT4 = b'{"a.diff":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
+FLOAT4 = len(_FLOAT4).to_bytes(8, "little") + _FLOAT4 + b"\0"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -252,6 +260,16 @@ def _torch_file() -> bytes:
         ("nothing.zip", b"PK\x05\x06" + bytes(18), "holds no safetensors file"),
         ("bool.safetensors", save({"a.alpha": torch.tensor(True)}), "stored as bool"),
         ("nan.safetensors", save({"a.alpha": torch.tensor(torch.nan)}), "infinite or no numbers"),
+        (
+            "float8.safetensors",
+            save({"a.diff": torch.tensor([torch.nan]).to(torch.float8_e4m3fn)}),
+            "infinite or no numbers",
+        ),
+        ("float64.safetensors", save({"a.diff": torch.tensor([1e300], dtype=torch.float64)}), "infinite or no numbers"),
+        ("uint64.safetensors", save({"embeddings.indices": torch.ones(1, dtype=torch.uint64)}), "stored as uint64"),
+        ("scales.safetensors", save({"a.diff": torch.ones(2).to(torch.float8_e8m0fnu)}), "stored as float8_e8m0fnu"),
+        ("float4.safetensors", FLOAT4, "stored as float4_e2m1fn_x2"),
+        ("cut.tar.gz", gzip.compress(random.Random(0).randbytes(5000))[:300], "damaged tar file"),
     ],
 )
 def test_damaged_files(name: str, content: bytes | None, said: str, tmp_path: Path) -> None:
@@ -259,6 +277,71 @@ def test_damaged_files(name: str, content: bytes | None, said: str, tmp_path: Pa
         (tmp_path / name).write_bytes(content)
     with pytest.raises(WeightsError, match=re.escape(said)):
         Adapter.read(tmp_path / name)
+
+
+def _headers(kind: bytes, size: int) -> bytes:
+    """A tar that begins with a header of headers, such as of a long name, of many bytes."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, size
+    return gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + bytes(size), 1)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_headers_of_a_tar_have_a_limit(kind: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(_headers(kind, files.MOST_HEADER + 1))
+    with pytest.raises(WeightsError, match="damaged tar file: a header has over 1 MB"):
+        Adapter.read(tmp_path / "a.tar.gz")
+
+
+def test_sparse_files_in_a_tar_are_refused(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.safetensors")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"00000010000\0"  # the real size; no map of what is stored
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(WeightsError, match=r"damaged tar file: a\.safetensors is a sparse file"):
+        Adapter.read(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "folder"])
+def test_large_documents_are_refused_before_they_are_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "a.json").write_bytes(bytes(files.MOST_JSON + 1))
+    if kind != "folder":
+        path = archive(tmp_path, {"a.json": path / "a.json"}, kind)
+    tracemalloc.start()
+    with pytest.raises(WeightsError, match=r"a\.json has over 4 MB"):
+        Adapter.read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < files.MOST_JSON
+
+
+def test_words_without_a_name_are_refused(tmp_path: Path) -> None:
+    width = shapes(text_encoder())[TABLE][1]
+    for name, key in {".safetensors": "clip_g", "a.safetensors": "bundle_emb. .clip_g"}.items():
+        save_file({key: torch.zeros(1, width)}, tmp_path / name)
+        with pytest.raises(WeightsError, match=f"the first without is {key}"):
+            placed(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"prior.clf.1.bias.diff": torch.zeros(16), "prior.clf.1.bias.alpha": torch.zeros(2)},
+        {"prior.clip_txt_mapper.oft_R.weight": torch.zeros(1, 1, 1)},
+        {"prior.clip_txt_mapper.oft_R.weight": torch.zeros(1, 2)},
+    ],
+)
+def test_tensors_with_too_many_numbers_or_dimensions(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match="tensors have a place"):
+        placed(tmp_path / "a.safetensors")
 
 
 # What no file says

@@ -109,3 +109,10 @@ def test_script_for_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFi
     assert "is for a Stage C of the width 32; this model's has" in capsys.readouterr().err
     assert not (tmp_path / "new.safetensors").exists()
     assert FOLDER.is_dir()
+
+
+def test_others_can_read_what_is_written(tmp_path: Path) -> None:
+    known = {"prior": shapes(unet("stage_c")), "text_encoder": shapes(text_encoder())}
+    write(place(Adapter.read(FOLDER / "kohya.adapter.safetensors"), known), known, tmp_path / "one.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "one.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
