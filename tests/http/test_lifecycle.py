@@ -153,7 +153,7 @@ def test_a_server_that_is_stuck_is_replaced(start: Callable[..., Server], tmp_pa
     clone = tmp_path / "clone"
     for name in ("cascade", "scripts", "serving"):
         shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("predict.py", "cog.yaml", "requirements.txt"):
+    for name in ("predict.py", "train.py", "cog.yaml", "requirements.txt"):
         shutil.copy(ROOT / name, clone)
     (clone / ".cog").touch()  # no folder: nobody, not even root, can write into it
     server = start(root=clone)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import requests
 
-from scripts.openapi import make_schema
+from scripts.openapi import add_training, make_schema
 from tests.http.serving import ANSWER, ROOT, SMALL, Server, picture
 
 INPUTS = make_schema((ROOT / "predict.py").read_text())["components"]["schemas"]["Input"]["properties"]
@@ -31,7 +31,9 @@ def test_discovery_and_schema(server: Server) -> None:
     root = requests.get(server.url, timeout=ANSWER).json()
     assert root["cog_version"] == "0.23.1"
     document = requests.get(server.url + root["openapi_url"], timeout=ANSWER).json()
-    assert document == make_schema((ROOT / "predict.py").read_text())
+    expected = make_schema((ROOT / "predict.py").read_text())
+    add_training(expected, (ROOT / "train.py").read_text(), "train")
+    assert document == expected
 
 
 def test_a_prediction(server: Server) -> None:

@@ -18,7 +18,7 @@ def test_inputs_that_take_files_are_said_to_take_text() -> None:
     run = cog_files.takes_urls(Predictor().run)
     kinds = Predictor.run.__annotations__
     texts = {name for name, kind in run.__annotations__.items() if kind != kinds[name]}
-    assert texts == {"image", "mask", "image_prompts", "control_images"}
+    assert texts == {"image", "mask", "image_prompts", "control_images", "ip_adapter_images", "ip_adapter_masks"}
     assert {run.__annotations__[name] for name in texts} == {str}
 
 
