@@ -27,7 +27,7 @@ def fail(url: str, target: Path, limits: Limits = PATIENT, **options: Any) -> st
     start = time.monotonic()
     with pytest.raises(DownloadError) as failed:
         download(url, target, limits, **options)
-    assert time.monotonic() - start < limits.seconds + 3
+    assert time.monotonic() - start < limits.seconds + 1
     assert not target.exists()
     return str(failed.value)
 
