@@ -13,8 +13,9 @@ from cascade.images.reading import read_picture
 from cascade.pipeline import Cascade
 from cascade.request import LARGEST_SEED, Request
 from cascade.weights import ModelFolder, WeightsError
+from cascade.weights.hashing import sha256
 from serving.metadata import Detail, metadata
-from serving.record import Origin, Record, file_digest
+from serving.record import Origin, Record
 from serving.settings import find_weights
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def reconstruct(weights: Path, source: Path, target: Path, prompt: str, seed: in
     target.parent.mkdir(parents=True, exist_ok=True)
     record = Record(
         inputs={"prompt": prompt, "seed": seed},
-        files=({"input": "picture", "sha256": file_digest(source)},),
+        files=({"input": "picture", "sha256": sha256(source)},),
         sampler=Request.sampler,
         origin=Origin.of(cascade, ModelFolder.open(weights)),
         edited=True,

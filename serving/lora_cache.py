@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cascade.weights.hashing import sha256
+
 # Seconds for which what was downloaded of a source counts as what is there now.
 FRESH = 3600.0
 # Seconds after which a download that was begun is one that was killed.
@@ -66,9 +68,7 @@ class Cache:
             fetch(made)
             digest = hashlib.sha256()
             for file in sorted(path for path in made.rglob("*") if path.is_file()):
-                with file.open("rb") as opened:
-                    content = hashlib.file_digest(opened, "sha256").hexdigest()
-                digest.update(f"{content}  {file.relative_to(made).as_posix()}\n".encode())
+                digest.update(f"{sha256(file)}  {file.relative_to(made).as_posix()}\n".encode())
             folder = self.root / "files" / digest.hexdigest()
             folder.parent.mkdir(parents=True, exist_ok=True)
             if not folder.is_dir():

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from cascade.limits import InputError, shown
 from cascade.loras.lora import Lora
+from cascade.weights.hashing import sha256
 from serving.download import Limits
 from serving.image_urls import UrlSettings, download_all, positive
 from serving.lora_cache import Cache
@@ -29,7 +30,6 @@ from serving.lora_sources import (
     without_secrets,
 )
 from serving.record import Lora as Recorded
-from serving.record import file_digest
 
 LIMITS = Limits(seconds=900.0, idle_seconds=30.0, size=4_000_000_000)
 # Of what an interface answers.
@@ -216,13 +216,13 @@ def _digest(path: Path) -> str:
     """The sha256 of a file; of a folder, that of the adapter in it."""
     file = path / PEFT[1] if path.is_dir() else path
     found = file.stat() if file.is_file() else None
-    return "" if found is None else _digest_of(file, found.st_ino, found.st_size, found.st_mtime_ns)
+    return "" if found is None else _digest_of(file, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @lru_cache(64)
 def _digest_of(file: Path, *state: int) -> str:
     """Cached, because a gigabyte takes 0.7 s. state: by which the file is known to be the same."""
-    return file_digest(file)
+    return sha256(file)
 
 
 def _refused(site: Site, status: str, had_token: bool) -> str:

@@ -19,6 +19,7 @@ import cascade
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.weights import COMPONENTS, ModelFolder
+from cascade.weights.hashing import sha256
 
 TEXTS = ("prompt", "negative_prompt")
 # aspect_ratio is resolved into width and height; previews do not change the picture.
@@ -201,13 +202,7 @@ def described_files(given: Mapping[str, Any], *, hashed: bool) -> Iterator[dict[
     for name, value in given.items():
         for index, path in enumerate(paths_of(value)):
             described = {"input": name, "index": index} if isinstance(value, list | tuple) else {"input": name}
-            yield described | ({"sha256": file_digest(path)} if hashed else {})
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            yield described | ({"sha256": sha256(path)} if hashed else {})
 
 
 def is_edited(request: Request) -> bool:

@@ -12,8 +12,8 @@ from cascade.images.metadata import SourceType
 from cascade.images.reading import read_picture
 from cascade.pipeline import Cascade
 from cascade.request import Request
+from cascade.weights.hashing import sha256
 from scripts.reconstruction import main
-from serving.record import file_digest
 from tests.metadata import read_record, read_texts
 from tests.test_pipeline import photo, read
 
@@ -37,7 +37,7 @@ def test_it_does_what_the_engine_does(
             assert made.tobytes() == expected.tobytes()
     record = read_record(tmp_path / name)
     assert (record["inputs"], record["model"]["name"]) == ({"prompt": "a cat", "seed": 3}, "Tiny")
-    assert record["files"] == [{"input": "picture", "sha256": file_digest(tmp_path / "photo.png")}]
+    assert record["files"] == [{"input": "picture", "sha256": sha256(tmp_path / "photo.png")}]
     assert read_texts(tmp_path / name)[1:] == ("", SourceType.EDITED.value)
 
 

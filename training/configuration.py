@@ -3,7 +3,6 @@
 `agreement` checks whether the tables fit together.
 """
 
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from training.sources import find_source, options_of
 from training.stages import STAGES, Stage
 from training.tasks.controlnet import CONTROL_KINDS
 from training.tasks.tokenizer import SMALLEST_VOCABULARY
-from training.values import Kinds, check_values, kinds_of
+from training.values import Kinds, check_values, kinds_of, read_toml
 
 NETWORK_TABLES: dict[str, Callable[..., Any]] = {
     "vqgan": StageA,
@@ -57,12 +56,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
     Raises:
         TrainingError: the file is missing or not TOML, or a value is unknown, missing or wrong.
     """
-    try:
-        config = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise TrainingError(f"There is no configuration file {path}.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise TrainingError(f"{path} is not a TOML file: {error}.") from error
+    config = read_toml(path, "configuration file")
     check_tables(config)
     return config
 

@@ -3,7 +3,6 @@
 A stage starts when the earlier stages that write what it needs are finished. Times are measured here and in `training.record`.
 """
 
-import json
 import math
 import os
 import shutil
@@ -20,9 +19,8 @@ from typing import Any, TextIO
 import torch
 
 from training.configuration import read_configuration
-from training.errors import FILE_ERRORS, TrainingError, summary, writing
-from training.files import whole_file
-from training.record import Record, timestamp
+from training.errors import writing
+from training.record import Record, read_times, timestamp, write_times
 from training.run import FINISHED
 from training.stages import ORDER, trained_by, waits_for
 
@@ -53,15 +51,7 @@ class Ledger:
         Raises:
             TrainingError: it is damaged.
         """
-        file = output / LEDGER
-        try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return cls()
-        except FILE_ERRORS as error:
-            raise TrainingError(
-                f"{file} is damaged ({summary(error)}); remove it to go on without its times."
-            ) from error
+        return read_times(output / LEDGER, lambda content: cls(**content)) or cls()
 
     def save(self, output: Path) -> None:
         """Writes the ledger.
@@ -69,8 +59,7 @@ class Ledger:
         Raises:
             TrainingError: it cannot be written.
         """
-        with writing(output / LEDGER), whole_file(output / LEDGER) as part:
-            part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_times(output / LEDGER, asdict(self))
 
 
 @dataclass

@@ -2,14 +2,16 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from training.errors import FILE_ERRORS, TrainingError, summary, writing
 from training.files import whole_file
+
+T = TypeVar("T")
 
 FILE = "record.json"
 
@@ -70,17 +72,12 @@ class Record:
         Raises:
             TrainingError: it is damaged.
         """
-        file = folder / FILE
-        try:
-            content: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+
+        def made(content: Mapping[str, Any]) -> Record:
             sessions = [Session(**session) for session in content["sessions"]]
             return cls(content["stage"], content["options"], sessions)
-        except FileNotFoundError:
-            return None
-        except FILE_ERRORS as error:
-            raise TrainingError(
-                f"{file} is damaged ({summary(error)}); remove it to go on without its times."
-            ) from error
+
+        return read_times(folder / FILE, made)
 
     def save(self, folder: Path) -> None:
         """Writes the record to a stage's folder.
@@ -88,8 +85,31 @@ class Record:
         Raises:
             TrainingError: it cannot be written.
         """
-        with writing(folder / FILE), whole_file(folder / FILE) as part:
-            part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_times(folder / FILE, asdict(self))
+
+
+def read_times(file: Path, make: Callable[[Any], T]) -> T | None:
+    """What ``make`` makes of a JSON file's content; None if there is no file.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    try:
+        return make(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except FILE_ERRORS as error:
+        raise TrainingError(f"{file} is damaged ({summary(error)}); remove it to go on without its times.") from error
+
+
+def write_times(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file, which is complete or absent.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    with writing(file), whole_file(file) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class Clock:

@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from training.dataset import Dataset
 
 
+def frozen(**networks: nn.Module) -> dict[str, nn.Module]:
+    """Networks that a task uses and does not train: in evaluation mode, without gradients, in channels_last."""
+    return {
+        name: network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        for name, network in networks.items()
+    }
+
+
 class Task(nn.Module, ABC):
     """The networks of one stage as sub-modules, and the loss as ``forward(**batch)``.
 

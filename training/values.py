@@ -1,10 +1,12 @@
-"""Checks values of a configuration by type annotations, and words the error for a wrong one."""
+"""Reads TOML files, and checks their values by type annotations; words the error for a wrong one."""
 
 import inspect
 import math
+import tomllib
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from training.errors import TrainingError
@@ -115,3 +117,17 @@ def describe(kind: Any) -> str:
         inner = describe(arguments[0])
         return f"a list, each {inner}" if plural else f"a list of {len(arguments)} values, each {inner}"
     return words.get(kind, "a table" if isinstance(origin, type) else getattr(kind, "__name__", str(kind)))
+
+
+def read_toml(path: Path, name: str) -> dict[str, Any]:
+    """The tables of a TOML file, which an error calls ``name`` if it is missing.
+
+    Raises:
+        TrainingError: the file is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise TrainingError(f"There is no {name} {path}.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TrainingError(f"{path} is not a TOML file: {error}.") from error

@@ -1,7 +1,9 @@
 """One server for most tests of its HTTP interface: starting one takes seconds."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,14 +18,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="weights/mini is not there"))
 
 
-@pytest.fixture(scope="session")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
+@contextmanager
+def ready(folder: Path, **options: Any) -> Iterator[Server]:
+    """A server that is ready. Stopped when the block ends."""
+    server = Server(folder, **options)
     try:
         assert server.wait_until("READY", "SETUP_FAILED") == "READY", server.log.read_text()
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with ready(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def controlled(mini_with_controlnets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a miniature with every ControlNet and an IP-Adapter."""
+    with ready(tmp_path_factory.mktemp("server"), weights=mini_with_controlnets) as server:
+        yield server
 
 
 @pytest.fixture

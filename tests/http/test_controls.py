@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,10 @@ import pytest
 from PIL import Image
 
 from tests.http.serving import MINI, Receiver, Server, data_url, picture, wait_for
-from tests.http.test_images import BLUE, QUICK, RED, halves, refusal
+from tests.http.test_images import BLUE, QUICK, RED, halves, made, refusal
 
 CONTROL = data_url(halves())
 ENLARGED = {"prompt": "", "steps_prior": 2, "steps_decoder": 1, "output_format": "png"}
-
-
-@pytest.fixture(scope="module")
-def controlled(mini_with_controlnets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"), weights=mini_with_controlnets)
-    try:
-        assert server.wait_until("READY", "SETUP_FAILED") == "READY", server.log.read_text()
-        yield server
-    finally:
-        server.stop()
-
-
-def made(server: Server, **inputs: Any) -> bytes:
-    return picture(server.predict(**{**QUICK, **inputs})["output"][0]).tobytes()
 
 
 def test_controls(controlled: Server) -> None:

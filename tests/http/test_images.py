@@ -66,6 +66,11 @@ def redrawn(server: Server, url: str, **inputs: Any) -> np.ndarray:
     return np.stack([half.mean((0, 1)) for half in np.split(pixels, 2)])
 
 
+def made(server: Server, **inputs: Any) -> bytes:
+    """The pixels of a quick picture."""
+    return picture(server.predict(**{**QUICK, **inputs})["output"][0]).tobytes()
+
+
 def refusal(server: Server, **inputs: Any) -> str:
     """What the failure of a request says; the next one works. An input that is None is left out."""
     server.wait_until("READY")

@@ -1,15 +1,13 @@
 """The IP-Adapter over HTTP, on the miniature with one that has learned nothing."""
 
 import base64
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from tests.http.serving import Server, data_url, picture
-from tests.http.test_images import BLUE, QUICK, RED, halves, refusal
+from tests.http.test_images import BLUE, QUICK, RED, halves, made, refusal
 from tests.metadata import read_record
 
 REFERENCE = data_url(halves())
@@ -17,21 +15,7 @@ LEFT = Image.new("L", (64, 64))
 LEFT.paste(255, (0, 0, 32, 64))
 
 
-@pytest.fixture(scope="module")
-def adapted(mini_with_controlnets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"), weights=mini_with_controlnets)
-    try:
-        assert server.wait_until("READY", "SETUP_FAILED") == "READY", server.log.read_text()
-        yield server
-    finally:
-        server.stop()
-
-
-def made(server: Server, **inputs: Any) -> bytes:
-    return picture(server.predict(**{**QUICK, **inputs})["output"][0]).tobytes()
-
-
-def test_every_input_counts(adapted: Server) -> None:
+def test_every_input_counts(controlled: Server) -> None:
     one = {"ip_adapter_images": [REFERENCE]}
     two = {"ip_adapter_images": [REFERENCE, data_url(Image.new("RGB", (64, 64), BLUE))]}
     different = [
@@ -45,13 +29,13 @@ def test_every_input_counts(adapted: Server) -> None:
         {**two, "ip_adapter_masks": [data_url(LEFT), data_url(LEFT.transpose(Image.Transpose.ROTATE_180))]},
         {**one, "image_prompts": [REFERENCE], "control_images": [REFERENCE]},
     ]
-    assert len({made(adapted, **inputs) for inputs in different}) == len(different)
-    assert made(adapted, **one, ip_adapter_scales=[0]) == made(adapted)
+    assert len({made(controlled, **inputs) for inputs in different}) == len(different)
+    assert made(controlled, **one, ip_adapter_scales=[0]) == made(controlled)
 
 
-def test_the_record_makes_the_picture_again(adapted: Server) -> None:
+def test_the_record_makes_the_picture_again(controlled: Server) -> None:
     files = {"ip_adapter_images": [REFERENCE], "ip_adapter_masks": [data_url(LEFT)]}
-    (output,) = adapted.predict(**QUICK, **files, ip_adapter_scales=[0.75], ip_adapter_mode="style")["output"]
+    (output,) = controlled.predict(**QUICK, **files, ip_adapter_scales=[0.75], ip_adapter_mode="style")["output"]
     record = read_record(base64.b64decode(output.partition(",")[2]))
     assert record["inputs"]["ip_adapter_scales"] == [0.75]
     assert record["inputs"]["ip_adapter_mode"] == "style"
@@ -59,7 +43,7 @@ def test_the_record_makes_the_picture_again(adapted: Server) -> None:
         ("ip_adapter_images", 0),
         ("ip_adapter_masks", 0),
     ]
-    assert made(adapted, **record["inputs"], **files) == picture(output).tobytes()
+    assert made(controlled, **record["inputs"], **files) == picture(output).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -85,9 +69,9 @@ def test_the_record_makes_the_picture_again(adapted: Server) -> None:
         ),
     ],
 )
-def test_refused_in_one_sentence(adapted: Server, inputs: dict[str, Any], sentence: str) -> None:
-    assert refusal(adapted, **inputs).startswith(sentence)
-    assert made(adapted)
+def test_refused_in_one_sentence(controlled: Server, inputs: dict[str, Any], sentence: str) -> None:
+    assert refusal(controlled, **inputs).startswith(sentence)
+    assert made(controlled)
 
 
 def test_a_model_without_one(server: Server) -> None:

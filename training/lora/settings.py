@@ -1,6 +1,5 @@
 """What a LoRA's training may be told, and recipe files, which tell it."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from cascade.sizes import LARGEST
 from training.errors import TrainingError
 from training.options import Options
-from training.values import Count, Range, Share, check_values, kinds_of
+from training.values import Count, Range, Share, check_values, kinds_of, read_toml
 
 Rank = Annotated[int, Range(1, 512)]
 TextRank = Annotated[int, Range(0, 512)]
@@ -144,16 +143,11 @@ def _optional(kind: type) -> dict[str, tuple[Any, bool]]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A TOML file with the tables ``[lora]`` and ``[options]``; what it does not say is as by default.
+    """A TOML file with the tables ``[lora]`` and ``[options]``; missing values are the defaults.
 
     Raises:
         TrainingError: there is no such file, it is not TOML, or a value is unknown or wrong.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise TrainingError(f"There is no recipe {path}.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise TrainingError(f"{path} is no TOML file: {error}.") from error
+    tables = read_toml(path, "recipe")
     check_values(f"{path}", tables, {"lora": (dict, False), "options": (dict, False)})
     return Recipe().changed(tables.get("lora", {}), tables.get("options", {}))

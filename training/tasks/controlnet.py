@@ -30,7 +30,7 @@ from training.objective import diffusion_losses, loss_weight
 from training.pictures import grid
 from training.sampling import text_to_semantic
 from training.shapes import Shapes
-from training.task import Task
+from training.task import Task, frozen
 from training.tasks.stage_c import prior_batch
 from training.values import Amount, Share
 
@@ -171,11 +171,7 @@ class ControlNetTask(Task):
             lambda pixels: (*encode(pixels), control.keep(for_encoder(pixels))),
             with_tokens=True,
         )
-        networks = {"prior": prior, "effnet": effnet, "previewer": previewer, "text": text_encoder}
-        self.frozen = {
-            key: network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-            for key, network in networks.items()
-        }
+        self.frozen = frozen(prior=prior, effnet=effnet, previewer=previewer, text=text_encoder)
         self.dataset, self.unseen = dataset, unseen
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from training.latents import BATCH, Encoded
 from training.objective import diffusion_losses, keep_mask, loss_weight, sample_timesteps
 from training.pictures import grid, normalise
 from training.shapes import Shapes
-from training.task import Task
+from training.task import Task, frozen
 from training.values import Share
 
 LOOKED_AT = 64
@@ -138,11 +138,7 @@ class IPAdapterTask(Task):
         )
         self.references = References(dataset, image_encoder)
         self.same = dataset.same_subject(torch.arange(len(dataset))).to(dataset.device)
-        networks = {"prior": prior, "effnet": effnet, "previewer": previewer, "text": text_encoder}
-        self.frozen = {
-            key: network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-            for key, network in networks.items()
-        }
+        self.frozen = frozen(prior=prior, effnet=effnet, previewer=previewer, text=text_encoder)
         self.dataset, self.unseen = dataset, unseen
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
