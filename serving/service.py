@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.images.metadata import save_picture
-from cascade.limits import InputError
+from cascade.limits import InputError, counted
 from cascade.pipeline import Cascade
 from cascade.progress import Progress
 from cascade.request import Request, smaller_requests
@@ -24,15 +24,17 @@ from cascade.running.device import SettingError, choose_device
 from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
+from cascade.weights.errors import shortened
 from serving.image_urls import downloaded
 from serving.inputs import PICTURES, check_inputs, parts_of, request_from, seeds_of
 from serving.lora_sources import without_secrets
 from serving.loras import Loras
 from serving.metadata import Detail, metadata
 from serving.peak_memory import peak_memory, reset_peak_memory
-from serving.progress import Stopwatch, iterate_on, shown, timed, with_previews
+from serving.progress import Stopwatch, iterate_on, reported, shown, timed, with_previews
 from serving.record import Origin, Record
 from serving.settings import Settings
+from serving.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Service:
         self.watch = Stopwatch(cascade.device)
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         self.model_thread = ThreadPoolExecutor(1, "model")
+        self.vocabulary = Vocabulary.of(settings.weights)
         self.loras = Loras(settings.weights / "loras", settings.loras, public_only=settings.urls.public_only)
 
     @classmethod
@@ -105,12 +108,18 @@ class Service:
                 self._look_after_gpu()
         return not self.gpu_is_lost and shutil.disk_usage(tempfile.gettempdir()).free > DISK_NEEDED
 
-    def predict(self, given: Mapping[str, Any], record_metric: Callable[[str, Any], None]) -> list[Path]:
+    def predict(
+        self,
+        given: Mapping[str, Any],
+        record_metric: Callable[[str, Any], None],
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Path]:
         """Make the pictures of a request. Their files are deleted when the next prediction starts.
 
         Args:
             given: the inputs by name, see `inputs.check_inputs`.
             record_metric: called with a name and a value, see docs/http.md.
+            on_progress: called after every piece of work; an exception from it ends the prediction.
 
         Returns:
             The files, in the order of the metric "seeds".
@@ -126,13 +135,14 @@ class Service:
         loras = self.loras.find(weights, checked["lora_scales"])
         with downloaded(checked, PICTURES, self.settings.urls) as inputs:
             request = replace(request_from(inputs, self.cascade), loras=loras)
+            self._warn_of_unknown_words(request)
             files = {name: inputs[name] for name in PICTURES}
             texts = {"lora_weights": [without_secrets(text) for text in weights]}
             hashed = self.settings.metadata is Detail.FULL
             recorded = self.loras.recorded(loras, hashed=hashed)
             record = Record.of(request, dict(given) | files | texts, self.origin, hashed=hashed, loras=recorded)
             try:
-                return self._with_care(request, lambda: self._make(request, record, inputs, record_metric))
+                return self._with_care(request, lambda: self._make(request, record, inputs, record_metric, on_progress))
             except InputError as error:
                 raise self.loras.explained(error, weights, loras) from None
 
@@ -155,8 +165,24 @@ class Service:
             self._look_after_gpu()
             raise
 
+    def _warn_of_unknown_words(self, request: Request) -> None:
+        """Log the words of the prompt that the model does not know, if its folder says which it knows. LoRAs bring more."""
+        unknown = self.vocabulary.unknown(request.prompt) if self.vocabulary and not request.loras else []
+        if not unknown:
+            return
+        if self.settings.metadata is Detail.FULL:
+            said = ", ".join(unknown)
+            logger.warning("The prompt has words that the model does not know: %s.", shortened(said))
+        else:
+            logger.warning("The prompt has %s that the model does not know.", counted(len(unknown), "word"))
+
     def _make(
-        self, request: Request, record: Record, inputs: Mapping[str, Any], record_metric: Callable[[str, Any], None]
+        self,
+        request: Request,
+        record: Record,
+        inputs: Mapping[str, Any],
+        record_metric: Callable[[str, Any], None],
+        on_progress: Callable[[Progress], None] | None,
     ) -> list[Path]:
         ending, quality = inputs["output_format"], inputs["output_quality"]
         safety = None if inputs["disable_safety_checker"] else self.safety
@@ -170,6 +196,8 @@ class Service:
 
         kept: dict[int, Path] = {}
         steps = self._steps(request)
+        if on_progress is not None:
+            steps = reported(steps, on_progress)
         if inputs["previews"]:
             steps = with_previews(
                 steps, lambda latents: self._preview(latents, safety), partial(record_metric, "previews")
