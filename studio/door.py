@@ -7,8 +7,9 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +52,57 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve the page; returns the exit code."""
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        service = Service.load(Settings.from_environment())
-    except (WeightsError, ValueError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
     with tempfile.TemporaryDirectory(prefix="cascade-studio-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "gradio"))
-        session = Session(service, options.output or Path(folder, "pictures"))
         try:
             listening = socket.create_server((options.host, options.port))
         except (OSError, OverflowError) as error:
             sys.stderr.write(f"The page cannot be served at {options.host}:{options.port}: {error}.\n")
             return 1
+        try:
+            session = load(Path(folder), options.output or Path(folder, "pictures"))
+        except (WeightsError, ValueError) as error:
+            sys.stderr.write(f"{error}\n")
+            return 1
+        session.warm_up()
         address = f"http://{options.host}:{listening.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(app(Page(session)), log_level="warning", timeout_graceful_shutdown=1))
         logging.info("Open %s. Ctrl+C ends it.", address)
         if not options.no_browser:
             webbrowser.open(address)
         with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listening])
+            server_of(session).run(sockets=[listening])
     return 0
+
+
+def load(folder: Path, pictures: Path) -> Session:
+    """A session with the model that the environment names.
+
+    Args:
+        folder: for Gradio's copies of files.
+        pictures: gets the pictures.
+
+    Raises:
+        WeightsError, ValueError: as `Service.load`.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
+    return Session(Service.load(Settings.from_environment()), pictures)
+
+
+def server_of(session: Session) -> uvicorn.Server:
+    return uvicorn.Server(uvicorn.Config(app(Page(session)), log_level="warning", timeout_graceful_shutdown=1))
+
+
+@contextlib.contextmanager
+def served(session: Session) -> Iterator[str]:
+    """The page of a session at a free port of this machine, for programs; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = server_of(session)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def app(page: Page) -> Callable[..., Any]:

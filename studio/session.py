@@ -14,15 +14,17 @@ import cog
 from PIL import Image
 
 from cascade.progress import Progress
+from cascade.request import Request
 from cascade.weights.hashing import sha256
+from serving.progress import iterate_on
 from serving.service import Service
 
 # Seconds between two looks at whether a request that waits for another one was cancelled.
 PATIENCE = 0.1
 
 
-class Cancelled(Exception):
-    """The user cancelled the request."""
+class Cancelled(BaseException):
+    """The user cancelled the request. No `Exception`, like the one by which Cog cancels: it is no failure to be logged."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,13 @@ class Session:
         self._numbers = itertools.count(1)
         self._model = threading.Lock()
         (folder / "inputs").mkdir(parents=True, exist_ok=True)
+
+    def warm_up(self) -> None:
+        """Make a picture that nobody sees, so that the first request need not wait for what is compiled once."""
+        steps = self.service.cascade.steps(Request("", steps_prior=1, steps_decoder=1))
+        for progress in iterate_on(self.service.model_thread, steps):
+            if progress.stage == "prior" and self.service.cascade.previewer is not None:
+                self.service.model_thread.submit(self.service.cascade.preview, progress.latents).result()
 
     def keep(self, file: Path) -> tuple[Path, str]:
         """A copy of a file, byte for byte, which the session can find again by its sha256; and that."""

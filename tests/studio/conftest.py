@@ -1,25 +1,24 @@
 """The miniature's page, served in this process, and a browser for it."""
 
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import uvicorn
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from scripts.chromium import NAMES, OPTIONS, PROGRAM, find_chromium
-from serving.service import Service
-from serving.settings import Settings
-from studio import door, page
+from studio import door
 from studio.session import Session
 from tests.conftest import MINI
 
+# Milliseconds: a busy machine is no fault of the page.
+PATIENCE = 60_000
+expect.set_options(timeout=PATIENCE)
+
 
 @pytest.fixture(scope="package")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     if not (MINI / "model.json").is_file():
         pytest.skip("weights/mini is not there")
     with pytest.MonkeyPatch.context() as patch:
@@ -27,21 +26,15 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
         patch.setenv("CASCADE_DEVICE", "cpu")
         for name in ("CASCADE_METADATA", "CASCADE_DTYPE", "CASCADE_MEMORY"):
             patch.delenv(name, raising=False)
-        return Session(Service.load(Settings.from_environment()), tmp_path_factory.mktemp("pictures"))
+        folder = tmp_path_factory.mktemp("studio")
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))  # set anew by `load`, and so restored
+        yield door.load(folder, folder / "pictures")
 
 
 @pytest.fixture(scope="package")
-def address(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as listening:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        server = uvicorn.Server(
-            uvicorn.Config(door.app(page.Page(session)), log_level="warning", timeout_graceful_shutdown=1)
-        )
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+def address(session: Session) -> Iterator[str]:
+    with door.served(session) as address:
+        yield address
 
 
 @pytest.fixture(scope="package")
@@ -65,7 +58,7 @@ def look() -> dict[str, object]:
 def opened(browser: Browser, address: str, look: dict[str, object]) -> Iterator[Page]:
     """The page in a browser. Fails if the page asked another host for anything, or a script of it failed."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **look})
-    context.set_default_timeout(60_000)  # a busy machine is no fault of the page
+    context.set_default_timeout(PATIENCE)
     tab = context.new_page()
     hosts, complaints = set(), []
     tab.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))

@@ -40,7 +40,7 @@ def make(page: Page, session: Session, count: int = 1) -> list[Made]:
 
 
 def made_since(page: Page, session: Session, before: int, count: int = 1) -> list[Made]:
-    expect(page.locator("#gallery .grid-container button")).to_have_count(before + count)
+    expect(page.locator("#gallery button.thumbnail-lg")).to_have_count(before + count)
     expect(page.locator("#make")).to_be_visible()
     assert len(session.made) == before + count
     return session.made[before:]
@@ -209,7 +209,7 @@ def test_a_picture_is_made_into_others(opened: Page, session: Session) -> None:
         (image,) = guided.given[name]
         assert image.read_bytes() == other.path.read_bytes()
     # A picture of the gallery, not the newest.
-    opened.locator("#gallery .grid-container button").nth(len(session.made) - count).click()
+    opened.locator("#gallery button.thumbnail-lg").nth(len(session.made) - count).click()
     expect(opened.locator("#said")).to_contain_text("11")
     opened.get_by_role("button", name="Enlarge").click()
     (large,) = made_since(opened, session, count + 3)
