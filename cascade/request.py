@@ -40,7 +40,7 @@ class Request:
         steps_prior, steps_decoder: steps of Stages C and B, 1 to 1000; None: the model folder's, or what `speed` says.
         guidance_scale_prior, guidance_scale_decoder: 0 to 20; 1 or less turns guidance off, which is twice as fast;
             None: the model folder's, or what `speed` says.
-        sampler: of both stages: "ddpm", "ddim" or "lcm"; "default": the model folder's, or what `speed` says.
+        sampler: of both stages: a key of `sampling.SAMPLERS`; "default": the model folder's, or what `speed` says.
         guidance_interval: a pair, 0 to 1: Stage C is guided in step i of the n that are taken, from 0, if start <= i / n < end;
             the other steps, without guidance, are twice as fast. Empty: all steps.
         speed: "exact": the model folder's settings. "fast": fewer steps, and "turbo": the fewest, with the model folder's

@@ -119,7 +119,43 @@ def lcm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: 
     return next_alpha * x0 + next_sigma * noise
 
 
-SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "lcm": lcm_step}
+def extrapolated(x0: Tensor, before: Tensor, log_snrs: Tensor) -> Tensor:
+    """The estimate of the data in the middle of a step, from those at its start and at the start of the step before.
+
+    A first-order step with it is second-order: from `ddim_step` it makes DPM-Solver++(2M) (Lu et al., arXiv 2211.01095,
+    algorithm 2), from `ddpm_step` its SDE form, SDE-DPM-Solver++(2M) (the same, eq. 18).
+
+    Args:
+        x0, before: the estimates, (B, ...).
+        log_snrs: at the start of the step before, and at the start and the end of this step, (3,).
+    """
+    last, now = log_snrs.diff()
+    # The schedule is clamped, so the first of very many steps are of no length.
+    return x0 + (x0 - before) * (now / last / 2) if last > 0 else x0
+
+
+class Sampler(NamedTuple):
+    """How steps are taken.
+
+    Attributes:
+        step: takes a first-order step, see `ddpm_step`.
+        order: 2: `step` gets the `extrapolated` estimate, but in the first step, which has none, and in the last one, which is
+            the largest in logSNR.
+        noise: whether `step` uses noise.
+    """
+
+    step: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    order: int = 1
+    noise: bool = True
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ddpm_step),
+    "ddim": Sampler(ddim_step, noise=False),
+    "dpmpp_2m": Sampler(ddim_step, order=2, noise=False),
+    "dpmpp_2m_sde": Sampler(ddpm_step, order=2),
+    "lcm": Sampler(lcm_step),
+}
 
 
 class Step(NamedTuple):
@@ -177,7 +213,7 @@ def sample(
         shift: shift of the schedule, see `log_snr`.
         sampler: a key of `SAMPLERS`.
         t_start: in (0, 1].
-        noise: index of a step -> white noise in the shape of `x`. Called once per step, in order; not called for "ddim".
+        noise: index of a step -> white noise in the shape of `x`. Called once per step, in order, for samplers that use it.
         hold: (latents after a step, their logSNR) -> the latents to continue with. Inpainting restores known latents here.
 
     Raises:
@@ -209,12 +245,19 @@ def _sample(
     log_snrs = log_snr(times, shift)
     told = timestep(log_snrs)
     told_on_device = told.to(x.device)
+    taken = SAMPLERS[sampler]
+    before: Tensor | None = None
     for index in range(steps):
         eps = model(x, told_on_device[index].expand(x.shape[0])).float()
         alpha, sigma = alpha_sigma(log_snrs[index])
         x0 = (x - sigma * eps) / alpha
-        fresh = torch.zeros_like(x) if sampler == "ddim" else noise(index).to(x)
-        x = SAMPLERS[sampler](x, x0, eps, log_snrs[index], log_snrs[index + 1], fresh)
+        fresh = noise(index).to(x) if taken.noise else torch.zeros_like(x)
+        used = x0
+        if taken.order == 2 and before is not None and index < steps - 1:
+            used = extrapolated(x0, before, log_snrs[index - 1 : index + 2])
+            eps = (x - alpha * used) / sigma
+        before = x0
+        x = taken.step(x, used, eps, log_snrs[index], log_snrs[index + 1], fresh)
         if hold is not None:
             x = hold(x, log_snrs[index + 1])
         yield Step(index, steps, x, x0, told[index].item())

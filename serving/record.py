@@ -94,7 +94,7 @@ class Record:
     Attributes:
         inputs: the predictor's inputs by name, without files. An input that was left out has the value that was used.
         files: the files among the inputs, in order: {"input": name, "index": place in a list, "sha256": of its bytes}.
-        sampler: of Stage C, "ddpm", "ddim" or "lcm".
+        sampler: of Stage C, such as "ddpm".
         origin: the model, device and software.
         edited: whether the picture is an altered input image, not a new picture.
         more_sampling: of the stages "prior" and "decoder", what no input says and `Origin.sampling` does not either.

@@ -217,7 +217,10 @@ def test_the_same_sentence(made: Callable[..., Request], name: str, text: str, v
             {"image_prompts": ["IMAGE"] * 3, "image_prompt_strengths": [1, 1]},
             "image_prompt_strengths has 2 values; it must have 1, or 3, one for each of image_prompts.",
         ),
-        ({"sampler": "euler"}, "sampler is 'euler'; it must be one of default, ddpm, ddim, lcm."),
+        (
+            {"sampler": "euler"},
+            "sampler is 'euler'; it must be one of default, ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, lcm.",
+        ),
         ({"speed": None}, "speed is None; it must be one of exact, fast, turbo."),
         (
             {"speed": "turbo"},
