@@ -15,7 +15,7 @@ from serving.service import Service
 from serving.settings import Settings
 
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
-SAMPLERS = ["default", "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "lcm"]
+SAMPLERS = ["default", "ddpm", "ddim", "ddim_cosine", "lcm"]
 SPEEDS = ["exact", "fast", "turbo"]
 IP_ADAPTER_MODES = ["all", "style", "composition"]
 FORMATS = ["webp", "jpg", "png"]
@@ -98,7 +98,7 @@ class Predictor(BaseRunner):
             le=20,
         ),
         sampler: str = Input(
-            description="How steps are taken: ddpm and dpmpp_2m_sde add noise, ddim and dpmpp_2m add none, lcm is for distilled weights. default: the model's own.",
+            description="How steps are taken: ddpm adds noise; ddim adds none; ddim_cosine is ddim for few steps; lcm is for distilled weights. default: the model's own.",
             default="default",
             choices=SAMPLERS,
         ),

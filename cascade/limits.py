@@ -214,7 +214,7 @@ LIMITS: dict[str, Limits] = {
     "guidance_scale_prior": _GUIDANCE,
     "guidance_scale_decoder": _GUIDANCE,
     # Not None for the model's own: Cog refuses null for an input with choices.
-    "sampler": Limits(str, MODELS_OWN, choices=(MODELS_OWN, "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "lcm")),
+    "sampler": Limits(str, MODELS_OWN, choices=(MODELS_OWN, "ddpm", "ddim", "ddim_cosine", "lcm")),
     "speed": Limits(str, "exact", choices=("exact", "fast", "turbo")),
     "seed": Limits(int),
     "aspect_ratio": Limits(str, "1:1", choices=RATIOS),

@@ -119,41 +119,34 @@ def lcm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: 
     return next_alpha * x0 + next_sigma * noise
 
 
-def extrapolated(x0: Tensor, before: Tensor, log_snrs: Tensor) -> Tensor:
-    """The estimate of the data in the middle of a step, from those at its start and at the start of the step before.
+def even_times(steps: int, start: float) -> Tensor:
+    """Times of `steps` steps of equal length: float32 (steps + 1,), from `start` to 0."""
+    return torch.linspace(start, 0, steps + 1)
 
-    A first-order step with it is second-order: from `ddim_step` it makes DPM-Solver++(2M) (Lu et al., arXiv 2211.01095,
-    algorithm 2), from `ddpm_step` its SDE form, SDE-DPM-Solver++(2M) (the same, eq. 18).
 
-    Args:
-        x0, before: the estimates, (B, ...).
-        log_snrs: at the start of the step before, and at the start and the end of this step, (3,).
-    """
-    last, now = log_snrs.diff()
-    # The schedule is clamped, so the first of very many steps are of no length.
-    return x0 + (x0 - before) * (now / last / 2) if last > 0 else x0
+def cosine_times(steps: int, start: float) -> Tensor:
+    """The same, spaced as a cosine is: steps at both ends are short, where logSNR changes fastest. docs/experiments.md."""
+    return start * (1 + torch.cos(math.pi * torch.linspace(0, 1, steps + 1))) / 2
 
 
 class Sampler(NamedTuple):
     """How steps are taken.
 
     Attributes:
-        step: takes a first-order step, see `ddpm_step`.
-        order: 2: `step` gets the `extrapolated` estimate, but in the first step, which has none, and in the last one, which is
-            the largest in logSNR.
+        step: takes one, see `ddpm_step`.
+        times: number of steps, time of the first -> the times, see `even_times`.
         noise: whether `step` uses noise.
     """
 
     step: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    order: int = 1
+    times: Callable[[int, float], Tensor] = even_times
     noise: bool = True
 
 
 SAMPLERS = {
     "ddpm": Sampler(ddpm_step),
     "ddim": Sampler(ddim_step, noise=False),
-    "dpmpp_2m": Sampler(ddim_step, order=2, noise=False),
-    "dpmpp_2m_sde": Sampler(ddpm_step, order=2),
+    "ddim_cosine": Sampler(ddim_step, cosine_times, noise=False),
     "lcm": Sampler(lcm_step),
 }
 
@@ -209,7 +202,7 @@ def sample(
     Args:
         model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). For guidance, see `with_guidance`.
         x: the initial latents, (B, ...): white noise, or data noised by `diffuse` to `t_start` at the same shift.
-        steps: number of steps, at least 1, evenly spaced in time from `t_start` to 0.
+        steps: number of steps, at least 1, from `t_start` to 0.
         shift: shift of the schedule, see `log_snr`.
         sampler: a key of `SAMPLERS`.
         t_start: in (0, 1].
@@ -240,24 +233,18 @@ def _sample(
     noise: Callable[[int], Tensor],
     hold: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Iterator[Step]:
+    taken = SAMPLERS[sampler]
     # The schedule is computed on the CPU, so that it is equal on all devices. Only the model's timesteps are moved.
-    times = torch.linspace(t_start, 0, steps + 1)
+    times = taken.times(steps, t_start)
     log_snrs = log_snr(times, shift)
     told = timestep(log_snrs)
     told_on_device = told.to(x.device)
-    taken = SAMPLERS[sampler]
-    before: Tensor | None = None
     for index in range(steps):
         eps = model(x, told_on_device[index].expand(x.shape[0])).float()
         alpha, sigma = alpha_sigma(log_snrs[index])
         x0 = (x - sigma * eps) / alpha
         fresh = noise(index).to(x) if taken.noise else torch.zeros_like(x)
-        used = x0
-        if taken.order == 2 and before is not None and index < steps - 1:
-            used = extrapolated(x0, before, log_snrs[index - 1 : index + 2])
-            eps = (x - alpha * used) / sigma
-        before = x0
-        x = taken.step(x, used, eps, log_snrs[index], log_snrs[index + 1], fresh)
+        x = taken.step(x, x0, eps, log_snrs[index], log_snrs[index + 1], fresh)
         if hold is not None:
             x = hold(x, log_snrs[index + 1])
         yield Step(index, steps, x, x0, told[index].item())

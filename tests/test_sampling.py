@@ -109,61 +109,38 @@ def test_every_sampler_finds_the_only_picture_there_is(sampler: str, shift: floa
 
 
 def gaussian(x: Tensor, t: Tensor) -> Tensor:
-    """The optimal epsilon for Gaussian data of variance 0.25."""
+    """The optimal epsilon for Gaussian data of variance 0.25: linear in x."""
     alpha, sigma = (factor.view(-1, 1) for factor in sampling.alpha_sigma(sampling.log_snr(t)))
     return sigma * x / (alpha.square() * 0.25 + sigma.square())
 
 
-def variance(sampler: str, steps: int) -> float:
-    """Of samples of the data of `gaussian`."""
-    noise = sampling.Noise([0])
-    drawn = sampling.sample(gaussian, noise(20_000), steps=steps, sampler=sampler, noise=lambda _: noise(20_000))
-    return sampling.finish(drawn).var().item()
-
-
 def test_gaussian_data_keeps_its_variance() -> None:
-    """For Gaussian data of variance v, the optimal epsilon is linear in x, and DDPM's samples must have variance v."""
-    assert variance("ddpm", 200) == pytest.approx(0.25, rel=0.05)
+    """DDPM's samples must have the data's variance."""
+    noise = sampling.Noise([0])
+    *_, last = sampling.sample(gaussian, noise(20_000), steps=200, noise=lambda _: noise(20_000))
+    assert last.x.var().item() == pytest.approx(0.25, rel=0.05)
 
 
-@pytest.mark.parametrize("steps", [10, 20, 200])
-def test_second_order_with_noise_keeps_the_variance_better(steps: int) -> None:
-    assert abs(variance("dpmpp_2m_sde", steps) - 0.25) < abs(variance("ddpm", steps) - 0.25)
+def test_cosine_spacing_is_ddim_at_other_times() -> None:
+    x, times = sampling.Noise([0])(100), sampling.cosine_times(5, 1.0)
+    run = list(sampling.sample(gaussian, x, steps=5, shift=2.0, sampler="ddim_cosine", noise=None))
+    log_snrs = sampling.log_snr(times, 2.0)
+    assert [step.t for step in run] == sampling.timestep(log_snrs)[:-1].tolist()
+    for now, after, step in zip(log_snrs, log_snrs[1:], run, strict=True):
+        eps = gaussian(x, sampling.timestep(now).expand(1))
+        alpha, sigma = sampling.alpha_sigma(now)
+        x = sampling.ddim_step(x, (x - sigma * eps) / alpha, eps, now, after, x)
+        torch.testing.assert_close(step.x, x)
+    assert times.diff().abs().argmax() == 2  # the steps in the middle are the longest
 
 
-def test_second_order_comes_nearer_to_the_exact_solution() -> None:
-    """Of the same ordinary differential equation, at the same number of steps: its solution multiplies x by the ratio of the
-    deviations, sqrt(0.25 alpha**2 + sigma**2), at the end and at the start."""
-    x = sampling.Noise([0])(4000)
-    alpha, sigma = sampling.alpha_sigma(sampling.log_snr(torch.tensor([1.0, 0.0])))
-    deviations = (0.25 * alpha.square() + sigma.square()).sqrt()
-    exact = x * deviations[1] / deviations[0]
-    for steps in (8, 10, 20):
-        errors = {
-            name: relative_error(
-                sampling.finish(sampling.sample(gaussian, x, steps=steps, sampler=name, noise=None)), exact
-            )
-            for name in ("ddim", "dpmpp_2m")
-        }
-        assert errors["dpmpp_2m"] < 0.5 * errors["ddim"]
-
-
-def test_second_order_is_dpm_solver() -> None:
-    """Algorithm 2 of Lu et al. (arXiv 2211.01095), written out, with half of the logSNR as lambda."""
-    x, steps = sampling.Noise([0])(100), 6
-    *_, last = sampling.sample(gaussian, x, steps=steps, sampler="dpmpp_2m", noise=None)
-    log_snrs = sampling.log_snr(torch.linspace(1, 0, steps + 1))
-    told, lambdas = sampling.timestep(log_snrs), log_snrs / 2
-    alphas, sigmas = sampling.alpha_sigma(log_snrs)
-    estimates: list[Tensor] = []
-    for i in range(steps):
-        estimates.append((x - sigmas[i] * gaussian(x, told[i].expand(1))) / alphas[i])
-        used, h = estimates[i], lambdas[i + 1] - lambdas[i]
-        if 0 < i < steps - 1:
-            r = (lambdas[i] - lambdas[i - 1]) / h
-            used = (1 + 1 / (2 * r)) * estimates[i] - 1 / (2 * r) * estimates[i - 1]
-        x = sigmas[i + 1] / sigmas[i] * x - alphas[i + 1] * torch.expm1(-h) * used
-    torch.testing.assert_close(last.x, x, atol=1e-5, rtol=1e-4)
+@given(steps=st.integers(1, 60), start=st.floats(0.05, 1))
+def test_times_lead_from_the_start_to_the_data(steps: int, start: float) -> None:
+    for times in (sampling.even_times(steps, start), sampling.cosine_times(steps, start)):
+        assert len(times) == steps + 1
+        assert times[0].item() == pytest.approx(start)
+        assert times[-1].item() == pytest.approx(0, abs=1e-7)
+        assert (times.diff() < 0).all()
 
 
 def test_diffusers_step_is_the_ddpm_step() -> None:
@@ -239,7 +216,7 @@ def test_noise_of_an_image_depends_on_its_own_seed_only(seed: int, batch: int) -
         ({"t_start": 0.0}, "t_start is 0.0; it must be above 0"),
         ({"t_start": 1.5}, "t_start is 1.5"),
         ({"shift": 0.0}, "shift is 0.0; it must be above 0"),
-        ({"sampler": "euler"}, "sampler is 'euler'; it must be one of ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, lcm"),
+        ({"sampler": "euler"}, "sampler is 'euler'; it must be one of ddpm, ddim, ddim_cosine, lcm"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(wrong: dict[str, Any], message: str) -> None:

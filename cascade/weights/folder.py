@@ -89,7 +89,7 @@ PROCESSOR_FILES = {
 }
 COMPONENTS = (*PROCESSORS, *NETWORKS)
 # The adapter that makes few steps suffice, in an extra folder.
-DISTILLED = "turbo/lora.safetensors"
+DISTILLED = "turbo/turbo.safetensors"
 # Folders that other modules load. This module only lists and checks their files.
 EXTRAS = ("safety_checker", "turbo")
 

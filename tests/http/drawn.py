@@ -105,7 +105,7 @@ def draw(random: Random, model: Model, kind: str | None = None) -> Drawn:
         "output_quality": lambda: random.randrange(101),
         "previews": lambda: True,
         "num_images": lambda: random.randrange(1, 5),
-        "sampler": lambda: random.choice(["default", "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "lcm"]),
+        "sampler": lambda: random.choice(["default", "ddpm", "ddim", "ddim_cosine", "lcm"]),
         "speed": lambda: random.choice(["exact", "fast"]),
         "disable_safety_checker": lambda: True,
     }

@@ -219,12 +219,12 @@ def test_the_same_sentence(made: Callable[..., Request], name: str, text: str, v
         ),
         (
             {"sampler": "euler"},
-            "sampler is 'euler'; it must be one of default, ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, lcm.",
+            "sampler is 'euler'; it must be one of default, ddpm, ddim, ddim_cosine, lcm.",
         ),
         ({"speed": None}, "speed is None; it must be one of exact, fast, turbo."),
         (
             {"speed": "turbo"},
-            "speed is 'turbo', which needs distilled weights in the model folder (turbo/lora.safetensors); this model has none.",
+            "speed is 'turbo', which needs distilled weights in the model folder (turbo/turbo.safetensors); this model has none.",
         ),
         (
             {"control_images": ["IMAGE"] * 2, "control_types": ["canny", "inpainting"]},
