@@ -229,7 +229,7 @@ def mini_with_controlnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def add_loras(folder: Path) -> None:
     """Give the miniature's folder a LoRA "style", which changes every layer of Stage C, and a learned word "sks"."""
     (folder / "loras").mkdir()
-    write_lora(folder / "loras" / "style.safetensors", shapes_of(folder), 4, size=0.1)
+    write_lora(folder / "loras" / "style.safetensors", shapes_of(folder), 4, size=0.01)
     width = json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_size"]
     vector = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
     save_file({"clip_g": vector}, folder / "loras" / "sks.safetensors")
