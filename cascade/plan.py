@@ -14,6 +14,7 @@ from cascade.limits import InputError, shown
 from cascade.networks.controlnet import PUBLISHED_WIDTH
 from cascade.request import Request
 from cascade.stages.prior import steps_taken
+from cascade.stages.tiles import Tiles
 from cascade.weights import StageSettings
 
 # Attributes in which the requests of one batch may differ.
@@ -32,6 +33,7 @@ class Plan:
         requests: one, or several that differ in `OWN` alone.
         size: (height, width) of the pictures.
         semantic_size, decoder_size: (h, w) of the latents of Stages C and B.
+        tiles: in which Stage B makes the pictures, one at a time; None: it makes them as a whole.
         canvas: (height, width) that is cut out of what Stage A makes.
         prior, decoder: how the stages are sampled.
         strength: how much of the start image is changed, 0 to 1; 1 without one.
@@ -44,6 +46,7 @@ class Plan:
     size: sizes.Size
     semantic_size: sizes.Size
     decoder_size: sizes.Size
+    tiles: Tiles | None
     canvas: sizes.Size
     prior: StageSettings
     decoder: StageSettings
@@ -68,6 +71,11 @@ class Plan:
     def steps(self) -> int:
         """Of both stages, for each batch."""
         return self.decoder.steps + (steps_taken(self.prior.steps, self.strength) if self.strength else 0)
+
+    @property
+    def decoder_halves(self) -> int:
+        """How many samples Stage B gets for each picture: 2 with guidance."""
+        return 2 if self.decoder.guidance > 1 else 1
 
     @property
     def guided(self) -> bool:
@@ -108,12 +116,13 @@ class Planner:
         height, width = size = self.picture_size(request)
         controls = self._controls(request)
         self.check_networks(request, controls, size)
-        semantic_size, decoder_size, canvas = self.latent_sizes(size)
+        semantic_size, decoder_size, canvas = self.latent_sizes(size, request.compression)
         return Plan(
             requests=requests,
             size=size,
             semantic_size=semantic_size,
             decoder_size=decoder_size,
+            tiles=None if sizes.is_whole(*size) else Tiles(*decoder_size),
             canvas=canvas,
             prior=self.settings("prior", request.steps_prior, request.guidance_scale_prior),
             decoder=self.settings("decoder", request.steps_decoder, request.guidance_scale_decoder),
@@ -132,10 +141,12 @@ class Planner:
             return image.height, image.width
         return sizes.fitted_size(image.height, image.width, self.native_size, request.height, request.width)
 
-    def latent_sizes(self, size: sizes.Size) -> tuple[sizes.Size, sizes.Size, sizes.Size]:
+    def latent_sizes(
+        self, size: sizes.Size, compression: float = sizes.SEMANTIC_PIXELS
+    ) -> tuple[sizes.Size, sizes.Size, sizes.Size]:
         """Of Stage C's and Stage B's latents, and of the part that is cut out of Stage A's pixels."""
         native = sizes.native_size(*size)
-        return sizes.semantic_size(*native), sizes.decoder_size(*native), size
+        return sizes.semantic_size(*native, compression), sizes.decoder_size(*native), size
 
     def settings(self, stage: str, steps: int | None, guidance: float | None) -> StageSettings:
         """How a stage is sampled: as asked, else as the model folder says."""

@@ -6,8 +6,8 @@ Formulas are from the authors' code (Stability-AI/StableCascade, `gdf/`) unless 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -154,7 +154,7 @@ class Sample(Protocol):
         t_start: float = 1.0,
         noise: Callable[[int], Tensor],
         hold: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Iterator[Step]: ...
+    ) -> Iterator[Step | None]: ...
 
 
 def sample(
@@ -167,11 +167,12 @@ def sample(
     t_start: float = 1.0,
     noise: Callable[[int], Tensor],
     hold: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Iterator[Step]:
+) -> Iterator[Step | None]:
     """Denoise step by step. The caller may stop iterating at any time.
 
     Args:
-        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). For guidance, see `with_guidance`.
+        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). For guidance, see `with_guidance`. Or a generator
+            function that returns epsilon, and yields None wherever the caller may stop: these are passed on.
         x: the initial latents, (B, ...): white noise, or data noised by `diffuse` to `t_start` at the same shift.
         steps: number of steps, at least 1, evenly spaced in time from `t_start` to 0.
         shift: shift of the schedule, see `log_snr`.
@@ -203,14 +204,14 @@ def _sample(
     t_start: float,
     noise: Callable[[int], Tensor],
     hold: Callable[[Tensor, Tensor], Tensor] | None,
-) -> Iterator[Step]:
+) -> Iterator[Step | None]:
     # The schedule is computed on the CPU, so that it is equal on all devices. Only the model's timesteps are moved.
     times = torch.linspace(t_start, 0, steps + 1)
     log_snrs = log_snr(times, shift)
     told = timestep(log_snrs)
     told_on_device = told.to(x.device)
     for index in range(steps):
-        eps = model(x, told_on_device[index].expand(x.shape[0])).float()
+        eps = (yield from predicted(model, x, told_on_device[index].expand(x.shape[0]))).float()
         alpha, sigma = alpha_sigma(log_snrs[index])
         x0 = (x - sigma * eps) / alpha
         fresh = torch.zeros_like(x) if sampler == "ddim" else noise(index).to(x)
@@ -220,10 +221,17 @@ def _sample(
         yield Step(index, steps, x, x0, told[index].item())
 
 
-def finish(steps: Iterator[Step]) -> Tensor:
+def predicted(model: Callable[[Tensor, Tensor], Any], x: Tensor, t: Tensor) -> Generator[None, None, Tensor]:
+    """A model's epsilon. Yields what a generator function yields, see `sample`."""
+    epsilon = model(x, t)
+    return (yield from epsilon) if isinstance(epsilon, Generator) else epsilon
+
+
+def finish(steps: Iterator[Step | None]) -> Tensor:
     """Take all remaining steps, and return the latents after the last one."""
     for step in steps:
-        result = step.x
+        if step is not None:
+            result = step.x
     return result
 
 

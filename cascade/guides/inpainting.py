@@ -118,7 +118,7 @@ def check_canvas(image: tuple[int, int], *added: int) -> tuple[int, int, int, in
         `added`, as whole numbers.
 
     Raises:
-        InputError: a number is not allowed, all are 0, or a side of the canvas exceeds 2048 pixels.
+        InputError: a number is not allowed, all are 0, or a side of the canvas exceeds 4096 pixels.
     """
     left, above, right, below = added = LIMITS["outpaint"].check("outpaint", added)
     if not any(added):
@@ -140,13 +140,13 @@ def extend(
     Args:
         image: of any size and mode.
         mask: the part of the image to make anew too, as in `Request`; None: nothing.
-        left, above, right, below: pixels to add, 0 to 2048, not all 0.
+        left, above, right, below: pixels to add, 0 to 4096, not all 0.
 
     Returns:
         The canvas, RGB, where the image's border pixels are repeated, and the mask of the added area and of `mask`.
 
     Raises:
-        InputError: a number is not allowed, all are 0, a side of the canvas exceeds 2048 pixels, or the mask has another
+        InputError: a number is not allowed, all are 0, a side of the canvas exceeds 4096 pixels, or the mask has another
             aspect ratio than the image.
     """
     LIMITS["image"].check_one("image", image)
