@@ -398,13 +398,13 @@ class Cascade:
             len(inputs), encode, most=1, finished=lambda _: True, name=lambda _: "the inputs of a picture"
         )
         self.runner.prefetch("prior")
-        one = "picture" if plan.tiles is None else "tile of a picture"
+        one, rest = ("picture", "") if plan.tiles is None else ("tile", " of a picture")
         yield from job.in_parts(
             pictures,
             make,
             most=self.max_batch if plan.tiles is None else 1,
             finished=lambda progress: progress.image is not None,
-            name=lambda number: f"{number} {one}{'s' * (number > 1)} at a time",
+            name=lambda number: f"{number} {one}{'s' * (number > 1)}{rest} at a time",
             pieces=1 if plan.tiles is None else SAMPLES,
         )
 
