@@ -102,17 +102,30 @@ def scenes(judge: Judge, drawings: Tensor, prompts: Sequence[Prompt], size: size
         yield compose(drawings, plan, len(judge.styles), size)[0].to(judge.device)
 
 
+def backdrop(picture: Tensor) -> Tensor:
+    """The plane of colour behind the object of a picture (3, H, W) of any shape: see `judge.background_plane`."""
+    height, width = picture.shape[-2:]
+    side = min(height, width)
+    square = F.interpolate(picture[None], (side, side), mode="area")
+    return F.interpolate(background_plane(square), (height, width), mode="bilinear", align_corners=True)[0]
+
+
 def squared(picture: Tensor) -> Tensor:
-    """A picture (3, H, W), to whose shorter sides its border is added, for the judge: (3, S, S)."""
-    side = max(picture.shape[-2:])
-    return sizes.pad(picture[None], side, side)[0]
+    """A picture (3, H, W) for the judge: (3, S, S). If it is not square, its background becomes plain, and is continued."""
+    height, width = picture.shape[-2:]
+    if height == width:
+        return picture
+    plane = backdrop(picture)
+    plain = plane.mean((1, 2), keepdim=True)
+    made = plain.repeat(1, *(max(height, width),) * 2)
+    sizes.crop(made, height, width).copy_(picture - plane + plain)
+    return made
 
 
 def parts(picture: Tensor) -> int:
     """How many parts a picture (3, H, W) in 0..1 shows on its background; those below `PART` of the largest do not count."""
     height, width = picture.shape[-2:]
-    square = squared(picture)[None]
-    mask = sizes.crop(silhouettes(square - background_plane(square)), height, width)[None].float()
+    mask = silhouettes((picture - backdrop(picture))[None])[None].float()
     scale = COUNTED_AT / min(height, width)
     small = F.interpolate(mask, (round(height * scale), round(width * scale)), mode="area")[0, 0] >= 0.5
     _, _, found, _ = cv2.connectedComponentsWithStats(small.cpu().numpy().astype(np.uint8))

@@ -38,7 +38,7 @@ def test_parts_are_counted_whatever_the_size(size: tuple[int, int]) -> None:
 
 
 def test_a_seam_is_a_step_at_the_edge_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE", 96)
+    monkeypatch.setattr(tiles, "TILE", 112)
     divided = Tiles(160, 160)
     assert len(divided) == 4
     noise = torch.rand(3, 640, 640, generator=torch.Generator().manual_seed(0))
