@@ -56,16 +56,16 @@ class Predictor(BaseRunner):
             default="",
         ),
         width: int | None = Input(
-            description="Width in pixels, 64 to 2048. Default: from aspect_ratio, or from image if given.",
+            description="Width in pixels, 64 to 4096. Default: from aspect_ratio, or from image if given.",
             default=None,
             ge=64,
-            le=2048,
+            le=4096,
         ),
         height: int | None = Input(
-            description="Height in pixels, 64 to 2048. Default: from aspect_ratio, or from image if given.",
+            description="Height in pixels, 64 to 4096. Default: from aspect_ratio, or from image if given.",
             default=None,
             ge=64,
-            le=2048,
+            le=4096,
         ),
         num_images: int = Input(
             description="Number of pictures, 1 to 4. Each picture's seed is one more than the previous one's.",
@@ -115,6 +115,12 @@ class Predictor(BaseRunner):
             description="Ratio of width to height. Ignored with image; width and height override it.",
             default="1:1",
             choices=RATIOS,
+        ),
+        compression: float = Input(
+            description="Pixels to a side of a latent of Stage C, 32 to 64. 64 suits pictures of 2048 pixels and more, which repeat objects otherwise.",
+            default=42.67,
+            ge=32,
+            le=64,
         ),
         output_format: str = Input(
             description="File format: webp, jpg or png. png is lossless.", default="webp", choices=FORMATS
@@ -169,11 +175,11 @@ class Predictor(BaseRunner):
             default=None,
         ),
         outpaint: list[int] | None = Input(
-            description="Pixels to add to image and paint: four numbers from 0 to 2048, for left, top, right and bottom.",
+            description="Pixels to add to image and paint: four numbers from 0 to 4096, for left, top, right and bottom.",
             default=None,
         ),
         upscale: bool = Input(
-            description="true: redraw image at twice its size, at most 2048 pixels a side. Needs the super_resolution ControlNet.",
+            description="true: redraw image at twice its size, at most 4096 pixels a side. Needs the super_resolution ControlNet.",
             default=False,
         ),
         control_images: list[Path] | None = Input(

@@ -38,7 +38,7 @@ from serving.settings import Settings
 logger = logging.getLogger(__name__)
 
 # Bytes. Four PNG pictures of the largest size need less.
-DISK_NEEDED = 200_000_000
+DISK_NEEDED = 210_000_000
 
 
 class Service:

@@ -483,7 +483,7 @@ def test_cog_may_put_bare_defaults_into_the_signature(predictor: Predictor, monk
     """Its server does, before it calls ``run``, so ranges cannot be looked up there."""
     monkeypatch.setattr(Predictor.run, "__defaults__", tuple(DEFAULTS.values()))
     assert len(predictor.run(**TINY)) == 1
-    with pytest.raises(ValueError, match="whole number from 64 to 2048"):
+    with pytest.raises(ValueError, match="whole number from 64 to 4096"):
         predictor.run(width=63)
 
 
@@ -858,7 +858,7 @@ def test_the_old_container_s_inputs_keep_their_names_and_ranges() -> None:
     }
     for name, bounds in ranges.items():
         assert (INPUTS[name].default.ge, INPUTS[name].default.le) == bounds
-    assert INPUTS["width"].default.le == INPUTS["height"].default.le == 2048
+    assert INPUTS["width"].default.le == INPUTS["height"].default.le == 4096
     assert {"prompt", "negative_prompt", "width", "height", "seed", *ranges} <= set(INPUTS)
 
 

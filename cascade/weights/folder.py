@@ -49,7 +49,7 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import SAMPLERS
-from cascade.sizes import LARGEST, SMALLEST
+from cascade.sizes import SMALLEST, WHOLE
 from cascade.weights import single_file
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.fitting import current_names, misfit
@@ -411,9 +411,9 @@ def _open_own(root: Path) -> ModelFolder:
             if not isinstance(content[name], str):
                 raise WeightsError(f"{path}: {name} is {shortened(repr(content[name]))}; it must be a text.")
         size = content["native_size"]
-        if type(size) is not int or not SMALLEST <= size <= LARGEST:
+        if type(size) is not int or not SMALLEST <= size <= WHOLE:
             raise WeightsError(
-                f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {LARGEST}."
+                f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {WHOLE}."
             )
         opened = ModelFolder(
             root=root,

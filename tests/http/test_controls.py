@@ -99,12 +99,12 @@ def test_bad_controls_get_one_sentence(controlled: Server, inputs: dict[str, Any
     assert refusal(controlled, **inputs).startswith(sentence)
 
 
-@pytest.mark.parametrize("size", [(63, 80), (80, 1025)])
+@pytest.mark.parametrize("size", [(63, 80), (80, 2049)])
 def test_what_cannot_be_enlarged_gets_one_sentence(controlled: Server, size: tuple[int, int]) -> None:
     said = refusal(controlled, image=data_url(Image.new("RGB", size, BLUE)), upscale=True, width=None, height=None)
     assert (
         said
-        == f"image has {size[0]}x{size[1]} pixels; to be enlarged to twice its size, each side must have 64 to 1024."
+        == f"image has {size[0]}x{size[1]} pixels; to be enlarged to twice its size, each side must have 64 to 2048."
     )
 
 
