@@ -25,6 +25,7 @@ from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
 from cascade.weights.errors import shortened
+from serving.earlier import current
 from serving.image_urls import downloaded
 from serving.inputs import PICTURES, check_inputs, parts_of, request_from, seeds_of
 from serving.lora_sources import without_secrets
@@ -39,7 +40,7 @@ from serving.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 # Bytes. Four PNG pictures of the largest size need less.
-DISK_NEEDED = 200_000_000
+DISK_NEEDED = 210_000_000
 
 
 class Service:
@@ -117,7 +118,7 @@ class Service:
         """Make the pictures of a request. Their files are deleted when the next prediction starts.
 
         Args:
-            given: the inputs by name, see `inputs.check_inputs`.
+            given: the inputs by name, see `inputs.check_inputs` and, for names of earlier versions, `earlier`.
             record_metric: called with a name and a value, see docs/http.md.
             on_progress: called after every piece of work; an exception from it ends the prediction.
 
@@ -130,6 +131,7 @@ class Service:
         """
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
+        given = current(given)
         checked = check_inputs(given)
         weights = checked["lora_weights"]
         loras = self.loras.find(weights, checked["lora_scales"])
@@ -139,8 +141,15 @@ class Service:
             files = {name: inputs[name] for name in PICTURES}
             texts = {"lora_weights": [without_secrets(text) for text in weights]}
             hashed = self.settings.metadata is Detail.FULL
-            recorded = self.loras.recorded(loras, hashed=hashed)
-            record = Record.of(request, dict(given) | files | texts, self.origin, hashed=hashed, loras=recorded)
+            planner = self.cascade.planner
+            record = Record.of(
+                request,
+                given | files | texts,
+                self.origin,
+                planner.sampling(request),
+                hashed=hashed,
+                loras=self.loras.recorded(planner.loras(request), hashed=hashed),
+            )
             try:
                 return self._with_care(request, lambda: self._make(request, record, inputs, record_metric, on_progress))
             except InputError as error:
@@ -191,6 +200,8 @@ class Service:
         seeds = seeds_of(request)
         logger.info("Seeds: %s", ", ".join(map(str, seeds)))
         record_metric("seeds", seeds)
+        if request.speed != "exact":
+            logger.info("Speed %s: %s.", request.speed, self.cascade.planner.sampling(request))
         self.watch.restart()
         reset_peak_memory(self.cascade.device)
 

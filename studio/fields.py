@@ -68,7 +68,7 @@ class Field:
             )
             hint = {} if self.kind is str and not self.many else {"placeholder": "automatic"}
             return gr.Textbox(**{**rows, **hint, **options})
-        return gr.Slider(self.low, self.high, step=1 if self.kind is int else 0.05, **options)
+        return gr.Slider(self.low, self.high, step=1 if self.kind is int else 0.01, **options)
 
     @property
     def is_text(self) -> bool:

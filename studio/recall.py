@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.limits import LIMITS, InputError
+from serving.earlier import current
 from serving.record import read_record
 from studio.session import Session
 
@@ -51,12 +52,13 @@ def recall(session: Session, path: Path, known: Collection[str]) -> Recalled:
 
 
 def _recalled(session: Session, record: Mapping[str, Any], known: Collection[str]) -> Recalled:
-    exact = {name: value for name, value in record["inputs"].items() if name in known}
+    inputs = current(record["inputs"])
+    exact = {name: value for name, value in inputs.items() if name in known}
     for name, value in exact.items():
         LIMITS[name].check(name, value)
     found, lacking = find_images(session, record.get("files") or ())
     remarks = []
-    if gone := sorted(record["inputs"].keys() - set(known)):
+    if gone := sorted(inputs.keys() - set(known)):
         remarks.append(f"There is no input {', '.join(gone)} now.")
     if "prompts_cut" in record or "prompt" not in record["inputs"]:
         remarks.append("The file does not hold all of its prompts.")
