@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -23,6 +24,7 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.weights import CONTROLNETS, ModelFolder, StageSettings, save_model_folder
+from scripts.stand_ins import shapes_of, write_lora
 from tests.conftest import MINI
 
 SAMPLER = {
@@ -179,7 +181,7 @@ def save_components(folder: Path, components: dict[str, Any]) -> None:
 
 
 def save_mini_with_controlnets(folder: Path) -> None:
-    """The miniature with ControlNets and an IP-Adapter that have learned nothing, but add something."""
+    """The miniature with ControlNets, an IP-Adapter and LoRAs that have learned nothing, but add something."""
     opened = ModelFolder.open(shutil.copytree(MINI, folder))
     prior = json.loads((MINI / "prior" / "config.json").read_text())
     width = prior["block_out_channels"][0]
@@ -196,3 +198,13 @@ def save_mini_with_controlnets(folder: Path) -> None:
     adapter = shuffle(make_ip_adapter(**sizes, blocks=tuple(range(8)), style_blocks=(6, 7)), 9)
     about = {"name": opened.name, "license": opened.license, "native_size": opened.native_size}
     save_model_folder(folder, {**controlnets, "ip_adapter": adapter}, sampler=opened.sampler, **about)
+    add_loras(folder)
+
+
+def add_loras(folder: Path) -> None:
+    """Give the miniature's folder a LoRA "style", which changes every layer of Stage C, and a learned word "sks"."""
+    (folder / "loras").mkdir()
+    write_lora(folder / "loras" / "style.safetensors", shapes_of(folder), 4, size=0.01)
+    width = json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_size"]
+    vector = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    save_file({"clip_g": vector}, folder / "loras" / "sks.safetensors")

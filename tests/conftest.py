@@ -65,7 +65,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def mini_with_controlnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature with ControlNets and an IP-Adapter that have learned nothing, but add something. Not to be changed."""
+    """The miniature with ControlNets, an IP-Adapter and LoRAs that have learned nothing, but add something. Not to be changed."""
     from tests.components import save_mini_with_controlnets
 
     folder = tmp_path_factory.mktemp("weights") / "mini"
