@@ -52,6 +52,14 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """A textual-inversion embedding that a prompt names: the name in the prompt, and the sha256 of its file."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Origin:
     """The model, device and software that made the pictures; the same for all pictures of a process.
 
@@ -97,6 +105,7 @@ class Record:
         origin: the model, device and software.
         edited: whether the picture is an altered input image, not a new picture.
         loras: adapters, in the order in which they were added.
+        embeddings: those that the prompts name, in the order of their names.
         picture: {"index": place among the request's pictures, "seed": this picture's, "width", "height": pixels}.
         prompts_cut: characters to which longer prompts are cut in this record; None: all are whole.
     """
@@ -107,6 +116,7 @@ class Record:
     origin: Origin
     edited: bool
     loras: Sequence[Lora] = ()
+    embeddings: Sequence[Embedding] = ()
     picture: Mapping[str, int] = field(default_factory=dict)
     prompts_cut: int | None = None
 
@@ -119,6 +129,7 @@ class Record:
         *,
         hashed: bool,
         loras: Sequence[Lora] = (),
+        embeddings: Sequence[Embedding] = (),
     ) -> "Record":
         """The record of a request, for all its pictures.
 
@@ -127,7 +138,7 @@ class Record:
             given: the predictor's inputs by name, files as paths.
             origin: the model, device and software.
             hashed: whether to read the files and record their sha256.
-            loras: the request's adapters.
+            loras, embeddings: the request's.
         """
         return cls(
             inputs=resolved_inputs(request, given),
@@ -136,6 +147,7 @@ class Record:
             origin=origin,
             edited=is_edited(request),
             loras=tuple(loras),
+            embeddings=tuple(embeddings),
         )
 
     def of_picture(self, index: int, seed: int, width: int, height: int) -> "Record":
@@ -143,11 +155,11 @@ class Record:
         return replace(self, picture={"index": index, "seed": seed, "width": width, "height": height})
 
     def without_texts(self) -> "Record":
-        """A copy without prompts and without digests: anyone who has an image could recognise it by its digest."""
+        """A copy without prompts and what they name, and without digests: anyone who has an image could recognise it by its
+        digest."""
         files = [{name: value for name, value in file.items() if name != "sha256"} for file in self.files]
-        return replace(
-            self, inputs={name: value for name, value in self.inputs.items() if name not in TEXTS}, files=files
-        )
+        inputs = {name: value for name, value in self.inputs.items() if name not in TEXTS}
+        return replace(self, inputs=inputs, files=files, embeddings=())
 
     def with_prompts_cut(self, length: int) -> "Record":
         """A copy with at most `length` characters of each prompt."""
@@ -164,6 +176,7 @@ class Record:
                 "picture": self.picture,
                 "model": self.origin.model,
                 **({"loras": [asdict(lora) for lora in self.loras]} if self.loras else {}),
+                **({"embeddings": [asdict(one) for one in self.embeddings]} if self.embeddings else {}),
                 "sampling": {"sampler": self.sampler, **self.origin.sampling},
                 "device": self.origin.device,
                 "versions": self.origin.versions,
