@@ -1,6 +1,7 @@
 """A loaded model that turns inputs into files and metrics, one prediction at a time. Independent of any server."""
 
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -19,11 +20,13 @@ from cascade.images.metadata import save_picture
 from cascade.limits import InputError
 from cascade.pipeline import Cascade
 from cascade.progress import Progress
+from cascade.prompts.reading import embedding_files
 from cascade.request import Request, smaller_requests
 from cascade.running.device import SettingError, choose_device
 from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
+from serving.digests import digest
 from serving.earlier import current
 from serving.image_urls import downloaded
 from serving.inputs import PICTURES, check_inputs, parts_of, request_from, seeds_of
@@ -32,7 +35,7 @@ from serving.loras import Loras
 from serving.metadata import Detail, metadata
 from serving.peak_memory import peak_memory, reset_peak_memory
 from serving.progress import Stopwatch, iterate_on, shown, timed, with_previews
-from serving.record import Origin, Record
+from serving.record import Embedding, Origin, Record
 from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -139,11 +142,19 @@ class Service:
                 planner.sampling(request),
                 hashed=hashed,
                 loras=self.loras.recorded(planner.loras(request), hashed=hashed),
+                embeddings=self._embeddings(request) if hashed else (),
             )
             try:
                 return self._with_care(request, lambda: self._make(request, record, inputs, record_metric))
             except InputError as error:
                 raise self.loras.explained(error, weights, loras) from None
+
+    def _embeddings(self, request: Request) -> list[Embedding]:
+        """Those that the prompts name, without what cannot be read: the model says so."""
+        found: dict[str, Path] = {}
+        for prompt in (request.prompt, request.negative_prompt):
+            found |= embedding_files(prompt, self.cascade.text.embeddings, weighting=request.prompt_weighting)
+        return [Embedding(name, digest(file)) for name, file in sorted(found.items()) if os.access(file, os.R_OK)]
 
     def _with_care(self, request: Request, make: Callable[[], list[Path]]) -> list[Path]:
         """Call `make`. If it fails, delete the files, check the GPU, and explain a lack of memory."""
