@@ -54,6 +54,7 @@ def test_the_floor_is_the_counted_work_at_the_measured_rate() -> None:
     assert four == one
     assert guided - one == pytest.approx(62 / 800, rel=0.01)
     assert lite < one / 3
+    assert floor(benchmarking.case("fast", speed="fast"), 800.0) == pytest.approx(115 / 800, rel=0.01)
     assert floor(benchmarking.case("large", size=2048), 800.0) is None
     assert floor(benchmarking.case("from a picture", image="start"), 800.0) is None
 
