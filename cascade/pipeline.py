@@ -124,6 +124,7 @@ class Cascade:
         weights: where the networks' weights are; None: all stay on the device.
         base: reads the weights again that adapters change; None: copies are kept of those.
         loras: the folder of the adapters that requests may name; None: there is none.
+        distilled: the file of the adapter for the speed "turbo"; None: requests with that speed fail.
     """
 
     # A subclass may plan and sample in another way: see `compat`.
@@ -150,6 +151,7 @@ class Cascade:
         weights: ResidentWeights | None = None,
         base: BaseWeights | None = None,
         loras: Path | None = None,
+        distilled: Path | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1.")
@@ -177,6 +179,7 @@ class Cascade:
             effnet=effnet is not None,
             previewer=previewer is not None,
             controlnets={kind: network.config.out_channels for kind, network in controlnets.items()},
+            distilled=distilled,
         )
         self.runner = Runner(self.device, weights, max_batch)
         self._prior = self.runner.unet("prior", prior)
@@ -241,6 +244,7 @@ class Cascade:
                 weights=loaded.weights,
                 base=loaded.base,
                 loras=loaded.folder.root / "loras",
+                distilled=loaded.folder.distilled(),
             )
 
     # ---- what callers use ----
@@ -354,7 +358,7 @@ class Cascade:
 
     def _steps(self, requests: tuple[Request, ...]) -> Iterator[Progress]:
         plan = self.planner.plan(requests)
-        selection = self._loras.select(plan.request.loras)
+        selection = self._loras.select(plan.loras)
         self._check_prompts(requests, selection.words)
         if plan.references:
             self._ip_adapter.check(plan.request.ip_adapter_mode)
@@ -516,7 +520,7 @@ class Cascade:
             texts.negative,
             size=plan.semantic_size,
             noise=noise,
-            sampler=plan.request.sampler,
+            interval=plan.interval,
             image=given.image_prompts,
             start=given.start,
             strength=plan.strength,
@@ -541,7 +545,6 @@ class Cascade:
             texts.negative_pooled,
             size=plan.decoder_size,
             noise=noise,
-            sampler=plan.request.sampler,
             sample=self.sample,
             at_once=None if plan.tiles is None else at_once,
             **vars(plan.decoder),

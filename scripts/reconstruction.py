@@ -11,7 +11,7 @@ from pathlib import Path
 from cascade.images.metadata import save_picture
 from cascade.images.reading import read_picture
 from cascade.pipeline import Cascade
-from cascade.request import LARGEST_SEED, Request
+from cascade.request import LARGEST_SEED
 from cascade.weights import ModelFolder, WeightsError
 from cascade.weights.hashing import sha256
 from serving.metadata import Detail, metadata
@@ -44,7 +44,7 @@ def reconstruct(weights: Path, source: Path, target: Path, prompt: str, seed: in
     record = Record(
         inputs={"prompt": prompt, "seed": seed},
         files=({"input": "picture", "sha256": sha256(source)},),
-        sampler=Request.sampler,
+        sampler=cascade.defaults["decoder"].sampler,
         origin=Origin.of(cascade, ModelFolder.open(weights)),
         edited=True,
     )

@@ -24,6 +24,7 @@ from cascade.running.device import SettingError, choose_device
 from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
+from serving.earlier import current
 from serving.image_urls import downloaded
 from serving.inputs import PICTURES, check_inputs, parts_of, request_from, seeds_of
 from serving.lora_sources import without_secrets
@@ -109,7 +110,7 @@ class Service:
         """Make the pictures of a request. Their files are deleted when the next prediction starts.
 
         Args:
-            given: the inputs by name, see `inputs.check_inputs`.
+            given: the inputs by name, see `inputs.check_inputs` and, for names of earlier versions, `earlier`.
             record_metric: called with a name and a value, see docs/http.md.
 
         Returns:
@@ -121,6 +122,7 @@ class Service:
         """
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
+        given = current(given)
         checked = check_inputs(given)
         weights = checked["lora_weights"]
         loras = self.loras.find(weights, checked["lora_scales"])
@@ -129,8 +131,15 @@ class Service:
             files = {name: inputs[name] for name in PICTURES}
             texts = {"lora_weights": [without_secrets(text) for text in weights]}
             hashed = self.settings.metadata is Detail.FULL
-            recorded = self.loras.recorded(loras, hashed=hashed)
-            record = Record.of(request, dict(given) | files | texts, self.origin, hashed=hashed, loras=recorded)
+            planner = self.cascade.planner
+            record = Record.of(
+                request,
+                given | files | texts,
+                self.origin,
+                planner.sampling(request),
+                hashed=hashed,
+                loras=self.loras.recorded(planner.loras(request), hashed=hashed),
+            )
             try:
                 return self._with_care(request, lambda: self._make(request, record, inputs, record_metric))
             except InputError as error:
@@ -165,6 +174,8 @@ class Service:
         seeds = seeds_of(request)
         logger.info("Seeds: %s", ", ".join(map(str, seeds)))
         record_metric("seeds", seeds)
+        if request.speed != "exact":
+            logger.info("Speed %s: %s.", request.speed, self.cascade.planner.sampling(request))
         self.watch.restart()
         reset_peak_memory(self.cascade.device)
 

@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scripts import benchmarking
+from scripts import benchmarking, stand_ins
 from scripts.benchmarking import CASES, floor, table
 from scripts.environment import ROOT
 
 MACHINE = {"gpu": "NVIDIA H200", "torch": "2.11.0", "cuda": "13.0", "runs": 5, "matmul_rate": 800.0}
+
+
+@pytest.mark.parametrize("name", [*stand_ins.PLACES, "image_encoder"])
+def test_stand_ins_have_the_published_sizes(name: str) -> None:
+    """Without memory. Sizes in millions of parameters are those of the published files."""
+    network = stand_ins.make_network(name, "meta")
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    published = {"prior": 3600, "prior_lite": 1000, "decoder": 1560, "decoder_lite": 700, "text_encoder": 695}
+    others = {"vqgan": 18.4, "effnet": 21, "controlnet_canny": 53, "image_encoder": 304}
+    assert millions == pytest.approx({**published, **others}[name], rel=0.06)
 
 
 def result(contender: str, case: str, per_image: float) -> dict:

@@ -432,7 +432,10 @@ def test_scale_of_stage_a(
         ({"guidance_scale_decoder": float("nan")}, "guidance_scale_decoder is nan; it must be a number from 0 to 20."),
         ({"guidance_scale_decoder": float("inf")}, "guidance_scale_decoder is inf; it must be"),
         ({"guidance_scale_prior": "4"}, "guidance_scale_prior is '4'; it must be a number from 0 to 20."),
-        ({"sampler": "euler"}, "sampler is 'euler'; it must be one of ddpm, ddim, lcm."),
+        (
+            {"sampler": "euler"},
+            "sampler is 'euler'; it must be one of default, ddpm, ddim, ddim_cosine, lcm.",
+        ),
         ({"prompt_strength": -0.1}, "prompt_strength is -0.1; it must be a number from 0 to 1."),
         ({"prompt_strength": 1.1}, "prompt_strength is 1.1; it must be a number from 0 to 1."),
         ({"prompt_strength": float("nan")}, "prompt_strength is nan; it must be a number from 0 to 1."),

@@ -237,10 +237,10 @@ def test_what_a_file_says_of_images(predictor: Predictor, apple: Path) -> None:
     record = read_record(file)
     assert record["inputs"]["prompt_strength"] == 0.5
     assert [(file["input"], file.get("index")) for file in record["files"]] == [("image", None)]
-    assert not {"image_prompt_strength", "control_types"} & set(record["inputs"])
-    (file,) = run(predictor, **TINY, image_prompts=[CogPath(apple)] * 2, image_prompt_strength=1.5)
+    assert not {"image_prompt_strengths", "control_types"} & set(record["inputs"])
+    (file,) = run(predictor, **TINY, image_prompts=[CogPath(apple)] * 2, image_prompt_strengths=[1.5])
     record = read_record(file)
-    assert record["inputs"]["image_prompt_strength"] == 1.5
+    assert record["inputs"]["image_prompt_strengths"] == [1.5]
     assert [(file["input"], file.get("index")) for file in record["files"]] == [
         ("image_prompts", 0),
         ("image_prompts", 1),
@@ -255,8 +255,10 @@ def test_a_strength_for_each_image_prompt(predictor: Predictor, apple: Path) -> 
     weighed = read(both)
     (swapped,) = run(predictor, **TINY, **images, image_prompt_strengths=[0.5, 1])
     assert np.abs(read(swapped) - weighed).max() <= 1  # it is the same image, in another order
-    (one,) = run(predictor, **TINY, **images, image_prompt_strength=1)
+    (one,) = run(predictor, **TINY, **images, image_prompt_strengths=[1])
     assert (read(one) != weighed).any()
+    (default,) = run(predictor, **TINY, **images)
+    assert (read(one) == read(default)).all()
 
 
 def test_inpainting(predictor: Predictor, apple: Path, tmp_path: Path) -> None:
@@ -301,8 +303,8 @@ def test_controls(controlled: Predictor, apple: Path) -> None:
         {"control_types": ["canny", "super_resolution"]},
         {"control_scales": [0.5]},
         {"control_scales": [0.5, 1.25]},
-        {"control_starts": [0.5]},
-        {"control_ends": [0.25, 0.75]},
+        {"control_ranges": [0.5, 1]},
+        {"control_ranges": [0, 0.25, 0, 0.75]},
         {"control_scales": [0]},
     ):
         (file,) = run(controlled, **{**base, **inputs})

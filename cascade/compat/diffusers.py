@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cascade import sizes
 from cascade.guides.controls import Control
+from cascade.limits import MODELS_OWN
 from cascade.pipeline import Cascade
 from cascade.plan import Planner
 from cascade.request import Request
@@ -24,8 +25,10 @@ class DiffusersPlanner(Planner):
     """diffusers' sizes. It has text-to-image and image prompts alone."""
 
     def check_networks(self, request: Request, controls: Sequence[Control], size: sizes.Size) -> None:
-        if request.sampler != "ddpm":
-            raise ValueError(f"sampler is {request.sampler!r}; diffusers' numerics have 'ddpm' only.")
+        for name, only in (("sampler", "ddpm"), ("speed", "exact")):
+            value = getattr(request, name)
+            if value not in (MODELS_OWN, only):
+                raise ValueError(f"{name} is {value!r}; diffusers' numerics have {only!r} only.")
         if request.image is not None:
             raise ValueError("There is an image to begin with; diffusers' numerics have no image-to-image.")
         if controls:
@@ -103,6 +106,8 @@ class DiffusersCascade(Cascade):
     sample = staticmethod(sample)
 
     def __init__(self, *parts: Any, defaults: Mapping[str, StageSettings], **options: Any) -> None:
-        plain = {stage: replace(settings, shift=1.0, rescale=0.0) for stage, settings in defaults.items()}
+        plain = {
+            stage: replace(settings, shift=1.0, rescale=0.0, sampler="ddpm") for stage, settings in defaults.items()
+        }
         plain["decoder"] = replace(plain["decoder"], guidance=0.0)
         super().__init__(*parts, defaults=plain, **{**options, "stage_a_scale": None})

@@ -18,13 +18,13 @@ from cascade.limits import LIMITS, InputError, Limits
 CANNY_SIDE = 224
 CANNY_THRESHOLDS = (100, 200)
 CANNY_SIDES = Limits(int, low=1, high=sizes.LARGEST)
-# Each attribute of a control, and the input that lists its values.
+# Each attribute of a control, and the input that lists its values. Start and end are pairs there.
 INPUTS = {
     "kind": "control_types",
     "image": "control_images",
     "scale": "control_scales",
-    "start": "control_starts",
-    "end": "control_ends",
+    "start": "control_ranges",
+    "end": "control_ranges",
 }
 
 

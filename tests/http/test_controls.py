@@ -24,8 +24,8 @@ def test_controls(controlled: Server) -> None:
         {},
         {"control_images": [CONTROL]},
         {"control_images": [CONTROL], "control_scales": [0.5]},
-        {"control_images": [CONTROL], "control_starts": [0.5]},
-        {"control_images": [CONTROL], "control_ends": [0.5]},
+        {"control_images": [CONTROL], "control_ranges": [0.5, 1]},
+        {"control_images": [CONTROL], "control_ranges": [0, 0.5]},
         {"control_images": [CONTROL], "control_types": ["super_resolution"]},
         {"control_images": two, "control_types": ["canny", "super_resolution"]},
         {"control_images": two, "control_types": ["canny", "super_resolution"], "control_scales": [2, 1]},
@@ -68,12 +68,12 @@ def test_enlarging(controlled: Server) -> None:
             "control_scales[0] is 2.5; it must be a number from 0 to 2.",
         ),
         (
-            {"control_images": [CONTROL], "control_ends": [-1]},
-            "control_ends[0] is -1; it must be a number from 0 to 1.",
+            {"control_images": [CONTROL], "control_ranges": [0, -1]},
+            "control_ranges[1] is -1; it must be a number from 0 to 1.",
         ),
         (
-            {"control_images": [CONTROL], "control_starts": [0.5], "control_ends": [0.2]},
-            "control_starts[0] is 0.5; it must be less than control_ends[0], which is 0.2.",
+            {"control_images": [CONTROL], "control_ranges": [0.5, 0.2]},
+            "control_ranges[0] is 0.5; it must be less than control_ranges[1], which is 0.2.",
         ),
         (
             {"control_images": [CONTROL], "control_types": ["super_resolution"]},
@@ -109,7 +109,7 @@ def test_what_cannot_be_enlarged_gets_one_sentence(controlled: Server, size: tup
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"control_scales": 1}, {"control_types": "canny"}, {"control_ends": ["1"]}, {"upscale": 1}]
+    "wrong", [{"control_scales": 1}, {"control_types": "canny"}, {"control_ranges": ["1", 1]}, {"upscale": 1}]
 )
 def test_values_of_the_wrong_kind_are_422(controlled: Server, wrong: dict[str, Any]) -> None:
     controlled.wait_until("READY")

@@ -15,9 +15,9 @@ from tests.http.serving import ANSWER, SMALL, Server, data_url, picture
 # The schema allows 4096 x 4096 in 100 steps; these keep a case under a second.
 CAPS = {"width": 128, "height": 128, "num_images": 2, "steps_prior": 2, "steps_decoder": 2}
 # These need one another, weights, or an image of a certain size: what fits the schema may still get a sentence.
-TOGETHER = {"mask", "outpaint", "upscale", "image_prompt_strengths", "lora_weights", "lora_scales"}
+TOGETHER = {"mask", "outpaint", "upscale", "image_prompt_strengths", "lora_weights", "lora_scales", "speed"}
 TOGETHER |= {f"ip_adapter_{name}" for name in ("images", "scales", "masks", "mode")}
-TOGETHER |= {f"control_{name}" for name in ("images", "types", "scales", "starts", "ends")}
+TOGETHER |= {f"control_{name}" for name in ("images", "types", "scales", "ranges")}
 KINDS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 # Larger floats Cog's JSON reader may take for one beside them: 1801439850948199.0 for 1801439850948199.2, no integer.
 EXACT = 2**53 // 10

@@ -162,9 +162,9 @@ def test_image_prompts(server: Server) -> None:
         for inputs in (
             {},
             {"image_prompts": []},
-            {"image_prompts": [red], "image_prompt_strength": 0},
+            {"image_prompts": [red], "image_prompt_strengths": [0]},
             {"image_prompts": [red]},
-            {"image_prompts": [red], "image_prompt_strength": 2},
+            {"image_prompts": [red], "image_prompt_strengths": [2]},
             {"image_prompts": [red, blue]},
             {"image_prompts": [red, blue, red, blue]},
             {"image_prompts": [red, blue], "image_prompt_strengths": [0.5, 2]},
