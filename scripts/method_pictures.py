@@ -245,11 +245,11 @@ def draw_large(cascade: Cascade) -> Image.Image:
         for compression in (sizes.SEMANTIC_PIXELS, sizes.SPARSEST)
     ]
     (picture,) = cascade.generate(Request(prompt, seed=SEED))
-    strip = Image.new("RGB", (STRIP, SIDE))
-    for left in range(0, STRIP, SIDE):
-        strip.paste(picture, (left, 0))
     tiles = Tiles(*sizes.decoder_size(SIDE, STRIP))
     width, second = (sizes.STAGE_A_FACTOR * side for side in (tiles.edges[1], tiles.places[1][1]))
+    strip = Image.new("RGB", (STRIP, SIDE))
+    for left in range((second - SIDE // 2) % SIDE - SIDE, STRIP, SIDE):  # so that one is across the border
+        strip.paste(picture, (left, 0))
     apart = Image.new("RGB", strip.size)
     for left in (0, second):
         tile = strip.crop((left, 0, left + width, SIDE))
