@@ -134,15 +134,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="judge pictures of 512x512 and 1024x512 instead, of this many prompts (200), and Stage B in tiles",
     )
     options = parser.parse_args(arguments)
-    for name, least in (
-        ("large", 0),
-        ("sets", 1),
-        ("prompts", 4),
-        ("batch", 1),
-        ("images", 0),
-        ("seed", 0),
-        ("count", 2),
-    ):
+    least_values = (("large", 0), ("sets", 1), ("prompts", 4), ("batch", 1), ("images", 0), ("seed", 0), ("count", 2))
+    for name, least in least_values:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name} is {value}; it must be at least {least}")
@@ -183,10 +176,10 @@ def main(arguments: list[str] | None = None) -> int:
         options.seed = secrets.randbelow(10**6)
         logger.info("The first set has --seed %d.", options.seed)
     try:
-        if options.large:
-            print(judge_large(options))
-        elif options.compare:
+        if options.compare:
             print(compare_settings(options))
+        elif options.large:
+            print(judge_large(options))
         else:
             print(evaluate_loras(options) if options.loras else evaluate_model(options))
     except (TrainingError, WeightsError, InputError) as error:
