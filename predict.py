@@ -117,7 +117,7 @@ class Predictor(BaseRunner):
             choices=RATIOS,
         ),
         compression: float = Input(
-            description="Pixels to a side of a latent of Stage C, 32 to 64. 64 suits pictures of 2048 pixels and more, which repeat objects otherwise.",
+            description="Pixels to a side of Stage C's latents, 32 to 64. Use 64 from 2048 pixels on, where objects repeat otherwise.",
             default=42.67,
             ge=32,
             le=64,
