@@ -3,6 +3,7 @@
 `check_inputs` makes all checks that need no picture and no model; `request_from` reads the pictures.
 """
 
+import difflib
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -172,6 +173,12 @@ def one_each(name: str, values: Sequence[Any], default: Any, count: int, of: str
             f"{name} has {counted(len(values), 'value')}; it must have 1, or {count}, one for each of {of}."
         )
     return tuple(values) if len(values) == count else (values[0] if values else default,) * count
+
+
+def similar_inputs(name: str) -> str:
+    """A question for someone who named an input that there is not: whether one of a similar name was meant; or ""."""
+    similar = difflib.get_close_matches(name, LIMITS)
+    return f"did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def place_of(name: str, values: Sequence[Any], place: int) -> str:
