@@ -149,7 +149,7 @@ def make(
     """
     with joined(address, workers):
         needed, count, threads = resources(ray.cluster_resources(), workers)
-        tally = ray.remote(Tally).options(num_cpus=0).remote()
+        tally = ray.remote(Tally).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         quiet()
         dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
         pool = ray.data.ActorPoolStrategy(size=min(count, len(shards)), max_tasks_in_flight_per_actor=1)

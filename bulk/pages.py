@@ -90,8 +90,8 @@ def encoded(image: Image.Image, ready: Prepared, index: int, seed: int, detail: 
 
 def line_of(job: Job, keep: dict[str, str]) -> dict[str, Any]:
     """The line of a row that has no picture: see `bulk.shard.schema`. Inputs that are not allowed are left out."""
-    seed = job.given.get("seed")
-    known = {**job.given, **job.inputs, **as_given(job), "seed": seed % 2**32 if isinstance(seed, int) else None}
+    seed = {**job.given, **job.inputs}.get("seed")
+    known = {**job.given, **job.inputs, **as_given(job), "seed": seed % 2**32 if type(seed) is int else None}
     return {"key": job.key, "row": job.number, "index": 0, **written(known), **kept(job.values, keep)}
 
 

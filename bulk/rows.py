@@ -23,7 +23,7 @@ class Job:
         number: of the row in the table.
         key: of its picture; of several, what their keys begin with.
         values: of the row, by column.
-        given: its inputs by name, with the paths of pictures as `Path`, and with a seed.
+        given: all inputs by name, with the paths of pictures as `Path`, and with a seed.
         inputs: `given`, checked; empty if something is not allowed.
         error: what is not allowed; "": nothing.
     """
@@ -46,12 +46,13 @@ def job_of(run: Run, number: int, row: Row) -> Job:
     if row.error:
         return Job(number, key, row.values, {}, {}, row.error)
     # An empty cell is an input that is left out. A prompt is not left out by mistake.
-    given = {name: value for name, value in row.values.items() if name in LIMITS and value is not None}
-    if row.values.get("prompt", "") is None:
-        given["prompt"] = None
-    given.setdefault("seed", run.seed_of(number))
+    own = {name: value for name, value in row.values.items() if value is not None or name == "prompt"}
+    # All inputs, in the order of predict.py: so records are those of other requests.
+    given = {name: own.get(name, limits.default) for name, limits in LIMITS.items()}
+    if given["seed"] is None:
+        given["seed"] = run.seed_of(number)
     try:
-        given |= {name: files_of(name, given[name], Path(run.folder)) for name in PICTURES if name in given}
+        given |= {name: files_of(name, given[name], Path(run.folder)) for name in PICTURES if name in own}
         return Job(number, key, row.values, given, check_inputs(given), "")
     except InputError as error:
         return Job(number, key, row.values, given, {}, str(error))

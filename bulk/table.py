@@ -78,12 +78,14 @@ class Table:
         """All rows, in order.
 
         Raises:
-            TableError: the file cannot be read as its ending says.
+            TableError: the file is not there, or cannot be read as its ending says.
             OSError: the file cannot be read.
         """
         try:
             with fsspec.open(self.url, "rb", compression="infer") as file:
                 yield from self._reader(file)
+        except FileNotFoundError:
+            raise TableError(f"PROMPTS is {shown(self.url)}; there is no such file.") from None
         except (pyarrow.ArrowException, csv.Error, UnicodeDecodeError, EOFError) as error:
             raise TableError(f"PROMPTS, {shown(self.url)}, cannot be read: {' '.join(str(error).split())}.") from error
 

@@ -17,6 +17,7 @@ from cascade import Cascade
 from cascade.images.metadata import save_picture
 from cascade.limits import LIMITS
 from cascade.weights import ModelFolder
+from scripts import command_line
 from serving.inputs import check_inputs, request_from
 from serving.metadata import Detail, metadata
 from serving.record import Origin, Record
@@ -36,9 +37,10 @@ def _tiny(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def alone(cascade: Cascade, folder: Path, row: dict[str, Any], file: Path) -> bytes:
     """The file of a row's picture, as `Cascade.generate` and the writer of files make it."""
-    request = request_from(check_inputs(row), cascade)
+    inputs = check_inputs(row)
+    request = request_from(inputs, cascade)
     (image,) = cascade.generate(request)
-    record = Record.of(request, row, Origin.of(cascade, ModelFolder.open(folder)), hashed=True)
+    record = Record.of(request, inputs, Origin.of(cascade, ModelFolder.open(folder)), hashed=True)
     said = metadata(record.of_picture(0, request.seed, *image.size), Detail.FULL)
     save_picture(image, file, said, row.get("output_quality", 80))
     return file.read_bytes()
@@ -58,6 +60,9 @@ def test_pictures_are_those_of_the_engine(tmp_path: Path, model_folder: Path) ->
     for place, row in enumerate(rows):
         name = f"0000{place // 4}{place % 4}.{row['output_format']}"
         assert one[name] == alone(cascade, model_folder, row, tmp_path / f"alone.{row['output_format']}"), name
+    given = [f"--input={name}={value}" for name, value in rows[1].items()]
+    assert command_line.main([*given, "-o", str(tmp_path / "predict.webp")]) == 0
+    assert one["000001.webp"] == (tmp_path / "predict.webp").read_bytes()
     make_run(tmp_path / "four", rows, batch=4)
     four = members_of(tmp_path / "four" / "out")
     assert four.keys() == one.keys()

@@ -106,6 +106,11 @@ def test_tables_that_are_refused(tmp_path: Path, name: str, content: bytes, sent
         Table(str(tmp_path / name)).survey()
 
 
+def test_a_table_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match=r"^PROMPTS is '.*no\.csv'; there is no such file\.$"):
+        Table(str(tmp_path / "no.csv")).survey()
+
+
 def run_of(**others: Any) -> Run:
     usual = {"table": "0", "rows": 10, "shard": 4, "batch": 2, "seed": 0, "keep": {}, "folder": "/", "model": {}}
     return Run(**{**usual, **others})
