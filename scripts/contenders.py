@@ -44,6 +44,7 @@ def ours(folder: Path, lite: bool, memory: str) -> Make:
                 **inputs[case["image"]],
                 width=case["size"],
                 height=case["size"],
+                compression=case["compression"],
                 num_images=case["batch"],
                 steps_prior=STEPS_PRIOR,
                 steps_decoder=STEPS_DECODER,

@@ -25,6 +25,7 @@ from cascade.running.device import SettingError, choose_device
 from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
+from serving.earlier import current
 from serving.image_urls import downloaded
 from serving.inputs import PICTURES, check_inputs, parts_of, request_from, seeds_of
 from serving.lora_sources import without_secrets
@@ -38,7 +39,7 @@ from serving.settings import Settings
 logger = logging.getLogger(__name__)
 
 # Bytes. Four PNG pictures of the largest size need less.
-DISK_NEEDED = 200_000_000
+DISK_NEEDED = 210_000_000
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Service:
         """Make the pictures of a request. Their files are deleted when the next prediction starts.
 
         Args:
-            given: the inputs by name, see `inputs.check_inputs`.
+            given: the inputs by name, see `inputs.check_inputs` and, for names of earlier versions, `earlier`.
             record_metric: called with a name and a value, see docs/http.md.
 
         Returns:
@@ -158,6 +159,7 @@ class Service:
         Raises:
             InputError: an input is not allowed, or a file is no picture.
         """
+        given = current(given)
         checked = check_inputs(given)
         weights = checked["lora_weights"]
         loras = self.loras.find(weights, checked["lora_scales"])
@@ -166,8 +168,15 @@ class Service:
             files = {name: inputs[name] for name in PICTURES}
             texts = {"lora_weights": [without_secrets(text) for text in weights]}
             hashed = self.settings.metadata is Detail.FULL
-            recorded = self.loras.recorded(loras, hashed=hashed)
-            record = Record.of(request, dict(given) | files | texts, self.origin, hashed=hashed, loras=recorded)
+            planner = self.cascade.planner
+            record = Record.of(
+                request,
+                given | files | texts,
+                self.origin,
+                planner.sampling(request),
+                hashed=hashed,
+                loras=self.loras.recorded(planner.loras(request), hashed=hashed),
+            )
             yield Prepared(request, record, inputs)
 
     def _with_care(self, request: Request, make: Callable[[], list[Path]]) -> list[Path]:
@@ -198,6 +207,8 @@ class Service:
         seeds = seeds_of(request)
         logger.info("Seeds: %s", ", ".join(map(str, seeds)))
         record_metric("seeds", seeds)
+        if request.speed != "exact":
+            logger.info("Speed %s: %s.", request.speed, self.cascade.planner.sampling(request))
         self.watch.restart()
         reset_peak_memory(self.cascade.device)
 

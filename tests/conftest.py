@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from hypothesis import settings
+from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -26,6 +27,7 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.weights import CONTROLNETS, ModelFolder, StageSettings, save_model_folder
+from scripts.stand_ins import shapes_of, write_lora
 
 SAMPLER = {
     "prior": StageSettings(steps=3, guidance=4.0, shift=2.0, rescale=0.7),
@@ -202,7 +204,7 @@ def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
 
 @pytest.fixture(scope="session")
 def mini_with_controlnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature with ControlNets and an IP-Adapter that have learned nothing, but add something. Not to be changed."""
+    """The miniature with ControlNets, an IP-Adapter and LoRAs that have learned nothing, but add something. Not to be changed."""
     folder = tmp_path_factory.mktemp("weights") / "mini"
     opened = ModelFolder.open(shutil.copytree(MINI, folder))
     prior = json.loads((MINI / "prior" / "config.json").read_text())
@@ -220,7 +222,17 @@ def mini_with_controlnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = shuffle(make_ip_adapter(**sizes, blocks=tuple(range(8)), style_blocks=(6, 7)), 9)
     about = {"name": opened.name, "license": opened.license, "native_size": opened.native_size}
     save_model_folder(folder, {**controlnets, "ip_adapter": adapter}, sampler=opened.sampler, **about)
+    add_loras(folder)
     return folder
+
+
+def add_loras(folder: Path) -> None:
+    """Give the miniature's folder a LoRA "style", which changes every layer of Stage C, and a learned word "sks"."""
+    (folder / "loras").mkdir()
+    write_lora(folder / "loras" / "style.safetensors", shapes_of(folder), 4, size=0.01)
+    width = json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_size"]
+    vector = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    save_file({"clip_g": vector}, folder / "loras" / "sks.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ ALLOWED = {
     ),
     "cascade.stages": ("cascade.prompts", "cascade.networks", "cascade.sampling", "cascade.sizes"),
     "cascade.running": ("cascade.networks", "cascade.kernels"),
-    "cascade.weights": ("cascade.networks", "cascade.sizes", "cascade.safety"),
+    "cascade.weights": ("cascade.networks", "cascade.sampling", "cascade.sizes", "cascade.safety"),
     "cascade.safety": ("cascade.weights",),
     "cascade.images": (),
     "cascade.limits": ("cascade.networks", "cascade.sizes"),

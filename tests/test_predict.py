@@ -237,10 +237,10 @@ def test_what_a_file_says_of_images(predictor: Predictor, apple: Path) -> None:
     record = read_record(file)
     assert record["inputs"]["prompt_strength"] == 0.5
     assert [(file["input"], file.get("index")) for file in record["files"]] == [("image", None)]
-    assert not {"image_prompt_strength", "control_types"} & set(record["inputs"])
-    (file,) = run(predictor, **TINY, image_prompts=[CogPath(apple)] * 2, image_prompt_strength=1.5)
+    assert not {"image_prompt_strengths", "control_types"} & set(record["inputs"])
+    (file,) = run(predictor, **TINY, image_prompts=[CogPath(apple)] * 2, image_prompt_strengths=[1.5])
     record = read_record(file)
-    assert record["inputs"]["image_prompt_strength"] == 1.5
+    assert record["inputs"]["image_prompt_strengths"] == [1.5]
     assert [(file["input"], file.get("index")) for file in record["files"]] == [
         ("image_prompts", 0),
         ("image_prompts", 1),
@@ -255,8 +255,10 @@ def test_a_strength_for_each_image_prompt(predictor: Predictor, apple: Path) -> 
     weighed = read(both)
     (swapped,) = run(predictor, **TINY, **images, image_prompt_strengths=[0.5, 1])
     assert np.abs(read(swapped) - weighed).max() <= 1  # it is the same image, in another order
-    (one,) = run(predictor, **TINY, **images, image_prompt_strength=1)
+    (one,) = run(predictor, **TINY, **images, image_prompt_strengths=[1])
     assert (read(one) != weighed).any()
+    (default,) = run(predictor, **TINY, **images)
+    assert (read(one) == read(default)).all()
 
 
 def test_inpainting(predictor: Predictor, apple: Path, tmp_path: Path) -> None:
@@ -301,8 +303,8 @@ def test_controls(controlled: Predictor, apple: Path) -> None:
         {"control_types": ["canny", "super_resolution"]},
         {"control_scales": [0.5]},
         {"control_scales": [0.5, 1.25]},
-        {"control_starts": [0.5]},
-        {"control_ends": [0.25, 0.75]},
+        {"control_ranges": [0.5, 1]},
+        {"control_ranges": [0, 0.25, 0, 0.75]},
         {"control_scales": [0]},
     ):
         (file,) = run(controlled, **{**base, **inputs})
@@ -481,7 +483,7 @@ def test_cog_may_put_bare_defaults_into_the_signature(predictor: Predictor, monk
     """Its server does, before it calls ``run``, so ranges cannot be looked up there."""
     monkeypatch.setattr(Predictor.run, "__defaults__", tuple(DEFAULTS.values()))
     assert len(predictor.run(**TINY)) == 1
-    with pytest.raises(ValueError, match="whole number from 64 to 2048"):
+    with pytest.raises(ValueError, match="whole number from 64 to 4096"):
         predictor.run(width=63)
 
 
@@ -856,7 +858,7 @@ def test_the_old_container_s_inputs_keep_their_names_and_ranges() -> None:
     }
     for name, bounds in ranges.items():
         assert (INPUTS[name].default.ge, INPUTS[name].default.le) == bounds
-    assert INPUTS["width"].default.le == INPUTS["height"].default.le == 2048
+    assert INPUTS["width"].default.le == INPUTS["height"].default.le == 4096
     assert {"prompt", "negative_prompt", "width", "height", "seed", *ranges} <= set(INPUTS)
 
 

@@ -9,14 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from cascade.weights.folder import ModelFolder
-from cascade.weights.reading import read_header
 from predict import Predictor
-from tests.conftest import MINI
+from tests.conftest import MINI, add_loras
 from tests.metadata import read_record
 from tests.serving.test_loras import Site, hub
 from tests.test_predict import DEFAULTS
@@ -26,19 +22,12 @@ TINY = {"width": 64, "height": 64, "steps_prior": 2, "steps_decoder": 1, "output
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature with a LoRA of its attention and a word."""
+    """The miniature with a LoRA, a word and a file that is neither."""
     folder = shutil.copytree(MINI, tmp_path_factory.mktemp("weights") / "mini")
-    (folder / "loras").mkdir()
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, (shape, _) in read_header(ModelFolder.open(folder).standard_files(["prior"])["prior"]).items():
-        if name.endswith((".to_q.weight", ".to_v.weight", ".kv_mapper.1.weight")):
-            stem = f"prior.{name.removesuffix('.weight')}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(4, shape[1], generator=generator)
-            tensors[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(shape[0], 4, generator=generator)
-    save_file(tensors, folder / "loras" / "style.safetensors")
-    save_file({"clip_g": torch.randn(1, 160, generator=generator)}, folder / "loras" / "sks.safetensors")
+    add_loras(folder)
     (folder / "loras" / "broken.safetensors").write_bytes(b"nothing")
+    (folder / "turbo").mkdir()
+    shutil.copy(folder / "loras" / "style.safetensors", folder / "turbo" / "turbo.safetensors")
     return folder
 
 
@@ -72,6 +61,27 @@ def test_loras_are_used_and_recorded(predictor: Predictor, folder: Path) -> None
     assert len({one.tobytes() for one in (base, first, half, word, plain)}) == 5
     assert np.array_equal(again, half)
     assert np.array_equal(run(predictor)[0], base)
+
+
+def test_turbo_is_the_distilled_weights_with_their_settings(predictor: Predictor, folder: Path) -> None:
+    """Those of the fixture are random; what they do is exact. The next request has the model's own weights again."""
+    inputs = {"steps_prior": None, "steps_decoder": None}
+    exact, _ = run(predictor)
+    turbo, record = run(predictor, **inputs, speed="turbo")
+    digest = hashlib.sha256((folder / "turbo" / "turbo.safetensors").read_bytes()).hexdigest()
+    assert record["loras"] == [{"name": "turbo", "sha256": digest, "scale": 1.0}]
+    assert record["sampling"]["sampler"] == "lcm"
+    assert {name: record["inputs"][name] for name in ("steps_prior", "steps_decoder", "guidance_scale_prior")} == {
+        "steps_prior": 4,
+        "steps_decoder": 3,
+        "guidance_scale_prior": 1,
+    }
+    assert np.array_equal(run(predictor, **record["inputs"])[0], turbo)
+    spelled = {"steps_prior": 4, "steps_decoder": 3, "guidance_scale_prior": 1, "guidance_scale_decoder": 1}
+    same, _ = run(predictor, **spelled, sampler="lcm", lora_weights=["style"])
+    assert np.array_equal(same, turbo)
+    assert not np.array_equal(run(predictor, **spelled, sampler="lcm")[0], turbo)
+    assert np.array_equal(run(predictor)[0], exact)
 
 
 def test_loras_are_fetched(predictor: Predictor, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

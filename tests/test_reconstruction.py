@@ -75,7 +75,7 @@ def test_the_script_keeps_what_the_latents_say(tmp_path: Path) -> None:
     [
         (None, "There is no file {file}.\n"),
         (b"no picture", "{file} is no picture of one of the formats JPEG, PNG, "),
-        (Image.new("RGB", (63, 80)), "width is 63; it must be from 64 to 2048 pixels.\n"),
+        (Image.new("RGB", (63, 80)), "width is 63; it must be from 64 to 4096 pixels.\n"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(

@@ -277,7 +277,7 @@ def test_list_of_inputs() -> None:
     ("arguments", "message"),
     [
         (["-i", "promt=x"], "There is no input 'promt'; did you mean prompt?\n"),
-        (["-i", "width=wide"], "width is 'wide'; it must be a whole number from 64 to 2048.\n"),
+        (["-i", "width=wide"], "width is 'wide'; it must be a whole number from 64 to 4096.\n"),
         (["-i", "steps_prior=0"], "steps_prior is 0; it must be a whole number from 1 to 50.\n"),
         (["-i", "aspect_ratio=2:1"], "aspect_ratio is '2:1'; it must be one of 1:1, 16:9, "),
         (["-i", "disable_safety_checker=1"], "disable_safety_checker is '1'; it must be true or false.\n"),

@@ -37,8 +37,9 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def controlled(mini_with_controlnets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a miniature with every ControlNet and an IP-Adapter."""
-    with ready(tmp_path_factory.mktemp("server"), weights=mini_with_controlnets) as server:
+    """A server of a miniature with every ControlNet, an IP-Adapter and LoRAs."""
+    cache = str(tmp_path_factory.mktemp("loras"))
+    with ready(tmp_path_factory.mktemp("server"), weights=mini_with_controlnets, CASCADE_LORA_CACHE=cache) as server:
         yield server
 
 

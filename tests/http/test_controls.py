@@ -24,8 +24,8 @@ def test_controls(controlled: Server) -> None:
         {},
         {"control_images": [CONTROL]},
         {"control_images": [CONTROL], "control_scales": [0.5]},
-        {"control_images": [CONTROL], "control_starts": [0.5]},
-        {"control_images": [CONTROL], "control_ends": [0.5]},
+        {"control_images": [CONTROL], "control_ranges": [0.5, 1]},
+        {"control_images": [CONTROL], "control_ranges": [0, 0.5]},
         {"control_images": [CONTROL], "control_types": ["super_resolution"]},
         {"control_images": two, "control_types": ["canny", "super_resolution"]},
         {"control_images": two, "control_types": ["canny", "super_resolution"], "control_scales": [2, 1]},
@@ -68,12 +68,12 @@ def test_enlarging(controlled: Server) -> None:
             "control_scales[0] is 2.5; it must be a number from 0 to 2.",
         ),
         (
-            {"control_images": [CONTROL], "control_ends": [-1]},
-            "control_ends[0] is -1; it must be a number from 0 to 1.",
+            {"control_images": [CONTROL], "control_ranges": [0, -1]},
+            "control_ranges[1] is -1; it must be a number from 0 to 1.",
         ),
         (
-            {"control_images": [CONTROL], "control_starts": [0.5], "control_ends": [0.2]},
-            "control_starts[0] is 0.5; it must be less than control_ends[0], which is 0.2.",
+            {"control_images": [CONTROL], "control_ranges": [0.5, 0.2]},
+            "control_ranges[0] is 0.5; it must be less than control_ranges[1], which is 0.2.",
         ),
         (
             {"control_images": [CONTROL], "control_types": ["super_resolution"]},
@@ -99,17 +99,17 @@ def test_bad_controls_get_one_sentence(controlled: Server, inputs: dict[str, Any
     assert refusal(controlled, **inputs).startswith(sentence)
 
 
-@pytest.mark.parametrize("size", [(63, 80), (80, 1025)])
+@pytest.mark.parametrize("size", [(63, 80), (80, 2049)])
 def test_what_cannot_be_enlarged_gets_one_sentence(controlled: Server, size: tuple[int, int]) -> None:
     said = refusal(controlled, image=data_url(Image.new("RGB", size, BLUE)), upscale=True, width=None, height=None)
     assert (
         said
-        == f"image has {size[0]}x{size[1]} pixels; to be enlarged to twice its size, each side must have 64 to 1024."
+        == f"image has {size[0]}x{size[1]} pixels; to be enlarged to twice its size, each side must have 64 to 2048."
     )
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"control_scales": 1}, {"control_types": "canny"}, {"control_ends": ["1"]}, {"upscale": 1}]
+    "wrong", [{"control_scales": 1}, {"control_types": "canny"}, {"control_ranges": ["1", 1]}, {"upscale": 1}]
 )
 def test_values_of_the_wrong_kind_are_422(controlled: Server, wrong: dict[str, Any]) -> None:
     controlled.wait_until("READY")

@@ -68,7 +68,7 @@ def test_what_a_file_says_makes_it_again(server: Server, ending: str) -> None:
         ({"prompt_strength": 0.5}, {"image": noise(1)}),
         ({"outpaint": [16, 0, 0, 32]}, {"image": noise(1), "mask": square()}),
         ({"image_prompt_strengths": [1.5, 0.5]}, {"image_prompts": [noise(1), noise(2)]}),
-        ({"control_scales": [0.5, 1], "control_ends": [0.5]}, {"control_images": [noise(1), noise(2)]}),
+        ({"control_scales": [0.5, 1], "control_ranges": [0, 0.5]}, {"control_images": [noise(1), noise(2)]}),
         ({"prompt_strength": 1}, {"image": noise(1), "image_prompts": [noise(2)], "control_images": [noise(3)]}),
     ],
     ids=["image", "outpaint", "image_prompts", "control_images", "all"],
