@@ -1,5 +1,6 @@
 """A loaded model that turns inputs into files and metrics, one prediction at a time. Independent of any server."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -7,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,21 @@ logger = logging.getLogger(__name__)
 DISK_NEEDED = 210_000_000
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What inputs ask for.
+
+    Attributes:
+        request: what the model is asked to make.
+        record: how its pictures are made, for all of them.
+        inputs: checked, with URLs replaced by files.
+    """
+
+    request: Request
+    record: Record
+    inputs: Mapping[str, Any]
+
+
 class Service:
     """A loaded model with everything that a server needs. Use `load`.
 
@@ -68,8 +84,12 @@ class Service:
         self.loras = Loras(settings.weights / "loras", settings.loras, public_only=settings.urls.public_only)
 
     @classmethod
-    def load(cls, settings: Settings) -> "Service":
+    def load(cls, settings: Settings, max_batch: int = 4) -> "Service":
         """Load the safety checker and the model. Downloads nothing.
+
+        Args:
+            settings: of the server.
+            max_batch: how many pictures are made at a time, see `Cascade`.
 
         Raises:
             WeightsError: the weights are missing or damaged.
@@ -82,7 +102,8 @@ class Service:
             # First, so that the model's memory mode is chosen by the memory that is left.
             safety = load_safety_checker(settings.weights, device)
             start = time.perf_counter()
-            cascade = Cascade.load(settings.weights, **wanted, log_prompts=settings.metadata is Detail.FULL)
+            log_prompts = settings.metadata is Detail.FULL
+            cascade = Cascade.load(settings.weights, **wanted, max_batch=max_batch, log_prompts=log_prompts)
         except SettingError as error:
             raise ValueError(f"CASCADE_{error.name.upper()} {error.problem}") from None
         logger.info(
@@ -125,6 +146,22 @@ class Service:
         """
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
+        with self.prepared(given) as ready:
+            try:
+                return self._with_care(ready.request, lambda: self._make(ready, record_metric))
+            except InputError as error:
+                raise self.loras.explained(error, ready.inputs["lora_weights"], ready.request.loras) from None
+
+    @contextlib.contextmanager
+    def prepared(self, given: Mapping[str, Any]) -> Iterator[Prepared]:
+        """The request that inputs describe. Runs no network. What is downloaded for it is deleted at the end.
+
+        Args:
+            given: the inputs by name, see `inputs.check_inputs`.
+
+        Raises:
+            InputError: an input is not allowed, or a file is no picture.
+        """
         given = current(given)
         checked = check_inputs(given)
         weights = checked["lora_weights"]
@@ -144,10 +181,7 @@ class Service:
                 loras=self.loras.recorded(planner.loras(request), hashed=hashed),
                 embeddings=self._embeddings(request) if hashed else (),
             )
-            try:
-                return self._with_care(request, lambda: self._make(request, record, inputs, record_metric))
-            except InputError as error:
-                raise self.loras.explained(error, weights, loras) from None
+            yield Prepared(request, record, inputs)
 
     def _embeddings(self, request: Request) -> list[Embedding]:
         """Those that the prompts name, without what cannot be read: the model says so."""
@@ -175,9 +209,8 @@ class Service:
             self._look_after_gpu()
             raise
 
-    def _make(
-        self, request: Request, record: Record, inputs: Mapping[str, Any], record_metric: Callable[[str, Any], None]
-    ) -> list[Path]:
+    def _make(self, ready: Prepared, record_metric: Callable[[str, Any], None]) -> list[Path]:
+        request, inputs = ready.request, ready.inputs
         ending, quality = inputs["output_format"], inputs["output_quality"]
         safety = None if inputs["disable_safety_checker"] else self.safety
         if inputs["previews"]:
@@ -205,7 +238,7 @@ class Service:
                     logger.warning("Picture %d (seed %d) was flagged by the safety checker.", index, seeds[index])
                     continue
             kept[index] = Path(self.outputs.name) / f"out-{index}.{ending}"
-            said = metadata(record.of_picture(index, seeds[index], *image.size), self.settings.metadata)
+            said = metadata(ready.record.of_picture(index, seeds[index], *image.size), self.settings.metadata)
             save_picture(image, kept[index], said, quality)
             self.watch.lap("encoding")
 
