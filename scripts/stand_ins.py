@@ -3,6 +3,7 @@
 A network's time and memory do not depend on the values of its weights, so measurements hold for the published ones.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -46,11 +47,12 @@ def randomize(network: nn.Module) -> nn.Module:
     return network.to(torch.bfloat16)
 
 
-def write_stand_ins(folder: Path, device: str) -> None:
+def write_stand_ins(folder: Path, device: str, names: Collection[str] = tuple(PLACES)) -> None:
     """Write 18 GB in bfloat16: Stages C and B, full and lite, Stage A, the text encoder, the semantic encoder and the
-    ControlNet for edges; and the miniature's tokenizer."""
+    ControlNet for edges; and the miniature's tokenizer. `names`: the keys of `PLACES` to write."""
     variants = {variant.name: variant for variant in VARIANTS}
-    for name, place in PLACES.items():
+    for name in names:
+        place = PLACES[name]
         with torch.device(device):
             network = randomize(variants[name].network(**variants[name].config))
         save_component(folder / place, network, torch.bfloat16)
