@@ -40,6 +40,8 @@ counts: Counter[str] = Counter()
 _lock = threading.Lock()
 # An option whose value is a path.
 PATHS = "extern_libs"
+# A setting of Triton's that does not change the code.
+LINES = "TRITON_DISABLE_LINE_INFO"
 
 
 def _count(what: str) -> None:
@@ -91,7 +93,7 @@ def key_of(kernel: JITFunction, source: ASTSource, target: Any, options: Any) ->
         sorted(source.constants.items()),
         sorted(source.attrs.items()),
         sorted((name, sorted(value) if isinstance(value, set) else value) for name, value in chosen.items()),
-        sorted(get_cache_invalidating_env_vars().items()),
+        sorted(setting for setting in get_cache_invalidating_env_vars().items() if setting[0] != LINES),
     )
     return hashlib.sha256(repr(depends).encode()).hexdigest()
 

@@ -1,5 +1,6 @@
 """What the server's process imports."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 IMPORTED = """
 import sys
-import predict
+from serving import lean
+lean.import_lean()
+from scripts.command_line import main
+assert main(sys.argv[1:]) == 0
 print(*sys.modules)
 """
+SMALL = [f"-i{given}" for given in ("steps_prior=1", "steps_decoder=1", "width=64", "height=64", "seed=1")]
 USED = """
 import predict
 import torch
@@ -37,15 +42,17 @@ UNUSED = (
 )
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+def run(code: str, *arguments: str | Path) -> str:
+    environment = {**os.environ, "CASCADE_WEIGHTS": str(ROOT / "weights" / "mini")}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
-def test_setup_imports_only_what_it_uses() -> None:
-    imported = run(IMPORTED).split()
+def test_the_first_picture_imports_only_what_it_uses(tmp_path: Path) -> None:
+    imported = run(IMPORTED, *SMALL, "-o", tmp_path / "out.png").split()
     assert "transformers.models.clip.modeling_clip" in imported
     assert not set(UNUSED) & set(imported)
     assert not [name for name in imported if name.startswith("diffusers.pipelines")]
