@@ -8,11 +8,16 @@ import logging
 import time
 import types
 
-from cog import BaseRunner, Input, Path
+from serving import early, lean
 
-from serving.cog_files import takes_urls
-from serving.service import Service
-from serving.settings import Settings
+early.begin()
+lean.import_lean()
+
+from cog import BaseRunner, Input, Path  # noqa: E402
+
+from serving.cog_files import takes_urls  # noqa: E402
+from serving.service import Service  # noqa: E402
+from serving.settings import Settings  # noqa: E402
 
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
 SAMPLERS = ["default", "ddpm", "ddim", "ddim_cosine", "lcm"]
@@ -29,7 +34,7 @@ class Predictor(BaseRunner):
     service: Service | None = None
 
     def setup(self) -> None:
-        """Load the safety checker and the model, onto the GPU if there is one. Downloads nothing.
+        """Load the safety checker and the model, onto the GPU if there is one. Downloads nothing, unless CASCADE_DOWNLOAD is set.
 
         Raises:
             WeightsError: the weights are missing or damaged.

@@ -39,12 +39,15 @@ from serving.peak_memory import peak_memory, reset_peak_memory
 from serving.progress import Stopwatch, iterate_on, reported, shown, timed, with_previews
 from serving.record import Embedding, Origin, Record
 from serving.settings import Settings
+from serving.threads import finishing
 from serving.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 # Bytes. Four PNG pictures of the largest size need less.
 DISK_NEEDED = 210_000_000
+# Picture files that are written at a time.
+FILES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,12 @@ class Service:
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         self.model_thread = ThreadPoolExecutor(1, "model")
         self.vocabulary = Vocabulary.of(settings.weights)
+        self.file_threads = ThreadPoolExecutor(min(FILES_AT_ONCE, os.cpu_count() or 1), "files")
         self.loras = Loras(settings.weights / "loras", settings.loras, public_only=settings.urls.public_only)
 
     @classmethod
     def load(cls, settings: Settings, max_batch: int = 4) -> "Service":
-        """Load the safety checker and the model. Downloads nothing.
+        """Load the safety checker and the model. Downloads nothing, unless `settings.download` says so.
 
         Args:
             settings: of the server.
@@ -96,8 +100,12 @@ class Service:
 
         Raises:
             WeightsError: the weights are missing or damaged.
-            ValueError: CASCADE_DEVICE, CASCADE_DTYPE or CASCADE_MEMORY has a value that is not allowed.
+            ValueError: CASCADE_DOWNLOAD, CASCADE_DEVICE, CASCADE_DTYPE or CASCADE_MEMORY has a value that is not allowed.
         """
+        if settings.download:
+            from serving.fetching import fetch_missing  # takes a tenth of a second
+
+            fetch_missing(settings.download, settings.weights)
         opened = ModelFolder.open(settings.weights)
         wanted = {"device": settings.device, "dtype": settings.dtype, "memory": settings.memory}
         try:
@@ -258,17 +266,18 @@ class Service:
                 steps, lambda latents: self._preview(latents, safety), partial(record_metric, "previews")
             )
         images = (progress.image for progress in steps if progress.image is not None)
-        for index, image in enumerate(images):
-            if safety is not None:
-                flagged = self._flags(safety, image)
-                self.watch.lap("safety")
-                if flagged:
-                    logger.warning("Picture %d (seed %d) was flagged by the safety checker.", index, seeds[index])
-                    continue
-            kept[index] = Path(self.outputs.name) / f"out-{index}.{ending}"
-            said = metadata(ready.record.of_picture(index, seeds[index], *image.size), self.settings.metadata)
-            save_picture(image, kept[index], said, quality)
-            self.watch.lap("encoding")
+        with finishing(self.file_threads) as later:
+            for index, image in enumerate(images):
+                if safety is not None:
+                    flagged = self._flags(safety, image)
+                    self.watch.lap("safety")
+                    if flagged:
+                        logger.warning("Picture %d (seed %d) was flagged by the safety checker.", index, seeds[index])
+                        continue
+                kept[index] = Path(self.outputs.name) / f"out-{index}.{ending}"
+                said = metadata(ready.record.of_picture(index, seeds[index], *image.size), self.settings.metadata)
+                later(save_picture, image, kept[index], said, quality)
+        self.watch.lap("encoding")
 
         record_metric("flagged", request.num_images - len(kept))
         if not kept:

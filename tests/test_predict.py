@@ -938,7 +938,8 @@ def test_cog_yaml() -> None:
     assert build["python_version"] == "3.12"
     assert isinstance(build["cuda"], str), "unquoted, 13.0 would be a number"
     assert re.fullmatch(r"\d+\.\d+\.\d+", pins["torch"])
-    assert set(build) == {"gpu", "cuda", "python_version", "python_requirements", "sdk_version"}
+    assert set(build) == {"gpu", "cuda", "python_version", "python_requirements", "sdk_version", "run"}
+    assert "python -m compileall" in build["run"][0]
 
 
 def test_every_package_of_the_container_is_imported_there() -> None:
