@@ -103,7 +103,7 @@ class Predictor(BaseRunner):
             le=20,
         ),
         sampler: str = Input(
-            description="How steps are taken: ddpm adds noise; ddim adds none; ddim_cosine is ddim for few steps; lcm is for distilled weights. default: the model's own.",
+            description="ddpm adds noise at every step; ddim adds none; ddim_cosine and lcm are for few. default: the model's own.",
             default="default",
             choices=SAMPLERS,
         ),
@@ -199,7 +199,7 @@ class Predictor(BaseRunner):
             default=None,
         ),
         control_ranges: list[float] | None = Input(
-            description="Start and end of a ControlNet, fractions of Stage C's steps. One pair for all control_images, or one each. Default: 0, 1.",
+            description="Start and end of a ControlNet, 0 to 1 of Stage C's steps: one pair for all, or one each. Default: 0, 1.",
             default=None,
         ),
         previews: bool = Input(
