@@ -260,10 +260,11 @@ def test_a_strength_for_each_image_prompt(predictor: Predictor, apple: Path) -> 
     weighed = read(both)
     (swapped,) = run(predictor, **TINY, **images, image_prompt_strengths=[0.5, 1])
     assert np.abs(read(swapped) - weighed).max() <= 1  # it is the same image, in another order
-    (one,) = run(predictor, **TINY, **images, image_prompt_strengths=[1])
-    assert (read(one) != weighed).any()
+    (file,) = run(predictor, **TINY, **images, image_prompt_strengths=[1])
+    for_all = read(file)
+    assert (for_all != weighed).any()
     (default,) = run(predictor, **TINY, **images)
-    assert (read(one) == read(default)).all()
+    assert (read(default) == for_all).all()
 
 
 @pytest.mark.slow
