@@ -13,7 +13,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "requirements": (),
     "training/requirements": ("requirements",),
     "bulk/requirements": ("requirements",),
-    "requirements-dev": ("requirements", "training/requirements", "bulk/requirements"),
+    "studio/requirements": ("requirements",),
+    "requirements-dev": ("requirements", "training/requirements", "bulk/requirements", "studio/requirements"),
 }
 
 

@@ -73,6 +73,8 @@ SEMANTIC_TILES = 4  # 16 channels are shown as 4 x 4
 # GitHub shows README.md some 830 pixels wide, half as wide as the widest picture.
 SIDE, GAP, FONT_SIZE, COLUMNS = 256, 20, 21, 6
 LINE = 25
+# Of WebP: all pictures of the pages together stay below 500 kB.
+QUALITY = 66
 
 
 def sheet(pictures: list[Image.Image], captions: Iterable[str], columns: int) -> Image.Image:
@@ -287,6 +289,6 @@ def main(arguments: list[str] | None = None) -> int:
     cascade = Cascade.load(ROOT / "weights" / "mini", dtype=torch.float32)
     for name, draw in DRAWINGS.items():
         file = options.output / name
-        draw(cascade).save(file, quality=78, method=6)
+        draw(cascade).save(file, quality=QUALITY, method=6)
         sys.stdout.write(f"{file}\n")
     return 0

@@ -16,6 +16,7 @@ import transformers
 from PIL import features
 
 import cascade
+from cascade.images.metadata import read_description
 from cascade.pipeline import Cascade
 from cascade.plan import Sampling
 from cascade.request import Request
@@ -194,6 +195,19 @@ class Record:
                 "versions": self.origin.versions,
             }
         )
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a picture file, as `Record.to_json` wrote it; None if the file has none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        found = json.loads(read_description(path))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("inputs"), dict) else None
 
 
 def resolved_inputs(request: Request, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -231,8 +231,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_pictures_are_small_and_shown() -> None:
     shown = {link for page in PAGES for link in LINK.findall(page.read_text(encoding="utf-8")) if link.endswith("webp")}
     files = list(IMAGES.iterdir())
-    # The benchmark's plot needs a GPU; the others are drawn by scripts/make-method-pictures.
-    expected = {*method_pictures.DRAWINGS, "benchmark.webp"}
+    # The benchmark's plot needs a GPU, the page a browser; the others are drawn by scripts/make-method-pictures.
+    expected = {*method_pictures.DRAWINGS, "benchmark.webp", "studio.webp"}
     assert {file.name for file in files} == {Path(link).name for link in shown} == expected
     assert sum(file.stat().st_size for file in files) < 500_000
 
