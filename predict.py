@@ -8,11 +8,16 @@ import logging
 import time
 import types
 
-from cog import BaseRunner, Input, Path
+from serving import early, lean
 
-from serving.cog_files import takes_urls
-from serving.service import Service
-from serving.settings import Settings
+early.begin()
+lean.import_lean()
+
+from cog import BaseRunner, Input, Path  # noqa: E402
+
+from serving.cog_files import takes_urls  # noqa: E402
+from serving.service import Service  # noqa: E402
+from serving.settings import Settings  # noqa: E402
 
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
 SAMPLERS = ["default", "ddpm", "ddim", "ddim_cosine", "lcm"]
@@ -29,7 +34,7 @@ class Predictor(BaseRunner):
     service: Service | None = None
 
     def setup(self) -> None:
-        """Load the safety checker and the model, onto the GPU if there is one. Downloads nothing.
+        """Load the safety checker and the model, onto the GPU if there is one. Downloads nothing, unless CASCADE_DOWNLOAD is set.
 
         Raises:
             WeightsError: the weights are missing or damaged.
@@ -56,16 +61,16 @@ class Predictor(BaseRunner):
             default="",
         ),
         width: int | None = Input(
-            description="Width in pixels, 64 to 2048. Default: from aspect_ratio, or from image if given.",
+            description="Width in pixels, 64 to 4096. Default: from aspect_ratio, or from image if given.",
             default=None,
             ge=64,
-            le=2048,
+            le=4096,
         ),
         height: int | None = Input(
-            description="Height in pixels, 64 to 2048. Default: from aspect_ratio, or from image if given.",
+            description="Height in pixels, 64 to 4096. Default: from aspect_ratio, or from image if given.",
             default=None,
             ge=64,
-            le=2048,
+            le=4096,
         ),
         num_images: int = Input(
             description="Number of pictures, 1 to 4. Each picture's seed is one more than the previous one's.",
@@ -98,7 +103,7 @@ class Predictor(BaseRunner):
             le=20,
         ),
         sampler: str = Input(
-            description="How steps are taken: ddpm adds noise; ddim adds none; ddim_cosine is ddim for few steps; lcm is for distilled weights. default: the model's own.",
+            description="ddpm adds noise at every step; ddim adds none; ddim_cosine and lcm are for few. default: the model's own.",
             default="default",
             choices=SAMPLERS,
         ),
@@ -115,6 +120,12 @@ class Predictor(BaseRunner):
             description="Ratio of width to height. Ignored with image; width and height override it.",
             default="1:1",
             choices=RATIOS,
+        ),
+        compression: float = Input(
+            description="Pixels to a side of Stage C's latents, 32 to 64. Use 64 from 2048 pixels on, where objects repeat otherwise.",
+            default=42.67,
+            ge=32,
+            le=64,
         ),
         output_format: str = Input(
             description="File format: webp, jpg or png. png is lossless.", default="webp", choices=FORMATS
@@ -169,11 +180,11 @@ class Predictor(BaseRunner):
             default=None,
         ),
         outpaint: list[int] | None = Input(
-            description="Pixels to add to image and paint: four numbers from 0 to 2048, for left, top, right and bottom.",
+            description="Pixels to add to image and paint: four numbers from 0 to 4096, for left, top, right and bottom.",
             default=None,
         ),
         upscale: bool = Input(
-            description="true: redraw image at twice its size, at most 2048 pixels a side. Needs the super_resolution ControlNet.",
+            description="true: redraw image at twice its size, at most 4096 pixels a side. Needs the super_resolution ControlNet.",
             default=False,
         ),
         control_images: list[Path] | None = Input(
@@ -188,7 +199,7 @@ class Predictor(BaseRunner):
             default=None,
         ),
         control_ranges: list[float] | None = Input(
-            description="Start and end of a ControlNet, fractions of Stage C's steps. One pair for all control_images, or one each. Default: 0, 1.",
+            description="Start and end of a ControlNet, 0 to 1 of Stage C's steps: one pair for all, or one each. Default: 0, 1.",
             default=None,
         ),
         previews: bool = Input(

@@ -117,7 +117,7 @@ class Limits:
 
     @property
     def allowed(self) -> str:
-        """The allowed values, as in "a list of 4 whole numbers from 0 to 2048"."""
+        """The allowed values, as in "a list of 4 whole numbers from 0 to 4096"."""
         if self.most is None:
             return self._allowed_one
         several = f"of {', '.join(self.choices)}" if self.choices else self._words[1]
@@ -218,6 +218,7 @@ LIMITS: dict[str, Limits] = {
     "speed": Limits(str, "exact", choices=("exact", "fast", "turbo")),
     "seed": Limits(int),
     "aspect_ratio": Limits(str, "1:1", choices=RATIOS),
+    "compression": Limits(float, sizes.SEMANTIC_PIXELS, low=sizes.DENSEST, high=sizes.SPARSEST),
     "output_format": Limits(str, "webp", choices=("webp", "jpg", "png")),
     "output_quality": Limits(int, 80, low=0, high=100),
     "disable_safety_checker": Limits(bool, False),

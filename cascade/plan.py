@@ -18,6 +18,7 @@ from cascade.networks.controlnet import PUBLISHED_WIDTH
 from cascade.request import Request
 from cascade.speeds import ALL_STEPS, SPEEDS
 from cascade.stages.prior import steps_taken
+from cascade.stages.tiles import Tiles
 from cascade.weights import DISTILLED, StageSettings
 
 # Attributes in which the requests of one batch may differ.
@@ -62,6 +63,7 @@ class Plan:
         requests: one, or several that differ in `OWN` alone.
         size: (height, width) of the pictures.
         semantic_size, decoder_size: (h, w) of the latents of Stages C and B.
+        tiles: in which Stage B makes the pictures, one at a time; None: it makes them as a whole.
         canvas: (height, width) that is cut out of what Stage A makes.
         prior, decoder, interval: how the stages are sampled, see `Sampling`.
         loras: those of the request, and the distilled weights that its speed needs.
@@ -75,6 +77,7 @@ class Plan:
     size: sizes.Size
     semantic_size: sizes.Size
     decoder_size: sizes.Size
+    tiles: Tiles | None
     canvas: sizes.Size
     prior: StageSettings
     decoder: StageSettings
@@ -101,6 +104,11 @@ class Plan:
     def steps(self) -> int:
         """Of both stages, for each batch."""
         return self.decoder.steps + (steps_taken(self.prior.steps, self.strength) if self.strength else 0)
+
+    @property
+    def decoder_halves(self) -> int:
+        """How many samples Stage B gets for each picture: 2 with guidance."""
+        return 2 if self.decoder.guidance > 1 else 1
 
     @property
     def guided(self) -> bool:
@@ -143,12 +151,13 @@ class Planner:
         height, width = size = self.picture_size(request)
         controls = self._controls(request)
         self.check_networks(request, controls, size)
-        semantic_size, decoder_size, canvas = self.latent_sizes(size)
+        semantic_size, decoder_size, canvas = self.latent_sizes(size, request.compression)
         return Plan(
             requests=requests,
             size=size,
             semantic_size=semantic_size,
             decoder_size=decoder_size,
+            tiles=None if sizes.is_whole(*size) else Tiles(*decoder_size),
             canvas=canvas,
             **self.sampling(request)._asdict(),
             loras=self.loras(request),
@@ -167,10 +176,12 @@ class Planner:
             return image.height, image.width
         return sizes.fitted_size(image.height, image.width, self.native_size, request.height, request.width)
 
-    def latent_sizes(self, size: sizes.Size) -> tuple[sizes.Size, sizes.Size, sizes.Size]:
+    def latent_sizes(
+        self, size: sizes.Size, compression: float = sizes.SEMANTIC_PIXELS
+    ) -> tuple[sizes.Size, sizes.Size, sizes.Size]:
         """Of Stage C's and Stage B's latents, and of the part that is cut out of Stage A's pixels."""
         native = sizes.native_size(*size)
-        return sizes.semantic_size(*native), sizes.decoder_size(*native), size
+        return sizes.semantic_size(*native, compression), sizes.decoder_size(*native), size
 
     def sampling(self, request: Request) -> Sampling:
         """How the stages are sampled: as the request says, else as its speed says, else as the model folder says.

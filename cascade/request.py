@@ -33,8 +33,10 @@ class Request:
         prompt, negative_prompt: what the pictures show, and what not, in up to 10,000 characters and 300 tokens each; tokens
             beyond are cut, with a warning. The latter acts through guidance only. `embedding:NAME`, after a blank or at
             the beginning, stands for the vectors of the model folder's file `embeddings/NAME.safetensors`.
-        width, height: pixels, 64 to 2048; None: the model's native size, or with an `image`, its aspect ratio at the native
-            area (`sizes.fitted_size`).
+        width, height: pixels, 64 to 4096; None: the model's native size, or with an `image`, its aspect ratio at the native
+            area (`sizes.fitted_size`). If a side exceeds 2048, Stage B works in tiles.
+        compression: pixels, 32 to 64: the side of a semantic latent. At 64, Stage C composes a picture of 2048x2048 in 32x32
+            latents, close to its native 24x24, in which objects are not repeated.
         num_images: how many pictures, at least 1.
         seed: 0 to 2**63 - 1. Picture i of seed s is picture 0 of seed s + i.
         steps_prior, steps_decoder: steps of Stages C and B, 1 to 1000; None: the model folder's, or what `speed` says.
@@ -116,6 +118,7 @@ class Request:
     mask: Image.Image | Literal["alpha"] | None = None
     controls: Sequence[Control] = ()
     loras: Sequence[Lora] = ()
+    compression: float = LIMITS["compression"].default
 
     def __post_init__(self) -> None:
         for name, limits in ALLOWED.items():
@@ -244,7 +247,7 @@ def upscaling(image: Image.Image, prompt: str = "", **options: Any) -> Request:
     The super-resolution ControlNet guides Stage C. It reads the image's semantic latents, enlarged to twice their size.
 
     Args:
-        image: sides from 64 to 1024 pixels.
+        image: sides from 64 to 2048 pixels.
         prompt: what the image shows.
         options: attributes of `Request`, except mask, width and height; up to 3 controls. `guidance_scale_prior` is 1 by
             default, as in the authors' example.

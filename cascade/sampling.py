@@ -6,8 +6,8 @@ Formulas are from the authors' code (Stability-AI/StableCascade, `gdf/`) unless 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ class Sample(Protocol):
         t_start: float = 1.0,
         noise: Callable[[int], Tensor],
         hold: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Iterator[Step]: ...
+    ) -> Iterator[Step | None]: ...
 
 
 def sample(
@@ -196,11 +196,12 @@ def sample(
     t_start: float = 1.0,
     noise: Callable[[int], Tensor],
     hold: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Iterator[Step]:
+) -> Iterator[Step | None]:
     """Denoise step by step. The caller may stop iterating at any time.
 
     Args:
-        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). For guidance, see `with_guidance`.
+        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). For guidance, see `with_guidance`. Or a generator
+            function that returns epsilon, and yields None wherever the caller may stop: these are passed on.
         x: the initial latents, (B, ...): white noise, or data noised by `diffuse` to `t_start` at the same shift.
         steps: number of steps, at least 1, from `t_start` to 0.
         shift: shift of the schedule, see `log_snr`.
@@ -232,7 +233,7 @@ def _sample(
     t_start: float,
     noise: Callable[[int], Tensor],
     hold: Callable[[Tensor, Tensor], Tensor] | None,
-) -> Iterator[Step]:
+) -> Iterator[Step | None]:
     taken = SAMPLERS[sampler]
     # The schedule is computed on the CPU, so that it is equal on all devices. Only the model's timesteps are moved.
     times = taken.times(steps, t_start)
@@ -240,7 +241,7 @@ def _sample(
     told = timestep(log_snrs)
     told_on_device = told.to(x.device)
     for index in range(steps):
-        eps = model(x, told_on_device[index].expand(x.shape[0])).float()
+        eps = (yield from predicted(model, x, told_on_device[index].expand(x.shape[0]))).float()
         alpha, sigma = alpha_sigma(log_snrs[index])
         x0 = (x - sigma * eps) / alpha
         fresh = noise(index).to(x) if taken.noise else torch.zeros_like(x)
@@ -250,10 +251,17 @@ def _sample(
         yield Step(index, steps, x, x0, told[index].item())
 
 
-def finish(steps: Iterator[Step]) -> Tensor:
+def predicted(model: Callable[[Tensor, Tensor], Any], x: Tensor, t: Tensor) -> Generator[None, None, Tensor]:
+    """A model's epsilon. Yields what a generator function yields, see `sample`."""
+    epsilon = model(x, t)
+    return (yield from epsilon) if isinstance(epsilon, Generator) else epsilon
+
+
+def finish(steps: Iterator[Step | None]) -> Tensor:
     """Take all remaining steps, and return the latents after the last one."""
     for step in steps:
-        result = step.x
+        if step is not None:
+            result = step.x
     return result
 
 

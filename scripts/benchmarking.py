@@ -24,9 +24,10 @@ WORK_STAGE_A = 2.17
 
 
 def case(name: str, **others: Any) -> dict[str, Any]:
-    """What a contender makes. `image` is None, or what an input image of noise is used as: "control" or "start"; `speed` is that
-    of a `Request`."""
-    usual = {"size": 1024, "batch": 1, "decoder_guidance": 0.0, "lite": False, "image": None, "speed": "exact"}
+    """What a contender makes. `image` is None, or what an input image of noise is used as: "control" or "start"; `speed` and
+    `compression` are those of a `Request`."""
+    usual = {"size": 1024, "batch": 1, "decoder_guidance": 0.0, "lite": False, "image": None}
+    usual |= {"speed": "exact", "compression": 42.67}
     return {"name": name, **usual, **others}
 
 
@@ -40,6 +41,12 @@ GROWTH = [
     *(case(f"{size} pixels", size=size) for size in (512, 768, 1280, 1536, 2048)),
     *(case(f"batch {batch}", batch=batch) for batch in (2, 8)),
 ]
+LARGE = [
+    case(f"{size} pixels, {what}", size=size, decoder_guidance=guidance, compression=64.0)
+    for size in (2048, 4096)
+    for what, guidance in (("compression 64", 0.0), ("authors' guidance, 64", 1.1))
+]
+LARGE.append(case("4096 pixels", size=4096))
 WITH_IMAGE = [case("edges, ControlNet", image="control"), case("image-to-image, 0.5", image="start")]
 FASTER = [
     case("fast", speed="fast"),
@@ -51,11 +58,11 @@ BY_CONTENDER = {
     "diffusers, model offload": CASES[:1],
     "diffusers, torch.compile": CASES[:1],
     "diffusers, reduce-overhead": CASES[:1],
-    "ours": CASES + FASTER + WITH_IMAGE + GROWTH,
-    "ours, offload": [CASES[0], GROWTH[4]],
-    "ours, stream": [CASES[0], GROWTH[4]],
+    "ours": CASES + FASTER + WITH_IMAGE + GROWTH + LARGE,
+    "ours, offload": [CASES[0], GROWTH[4], *LARGE],
+    "ours, stream": [CASES[0], GROWTH[4], *LARGE],
 }
-ALL = CASES + FASTER + WITH_IMAGE + GROWTH
+ALL = CASES + FASTER + WITH_IMAGE + GROWTH + LARGE
 
 
 def floor(one: dict[str, Any], rate: float) -> float | None:

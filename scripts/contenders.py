@@ -45,6 +45,7 @@ def ours(folder: Path, lite: bool, memory: str) -> Make:
                 **inputs[case["image"]],
                 width=case["size"],
                 height=case["size"],
+                compression=case["compression"],
                 num_images=case["batch"],
                 speed=case["speed"],
                 **dict(zip(("steps_prior", "steps_decoder"), steps_of(case["speed"]), strict=True)),

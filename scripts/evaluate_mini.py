@@ -32,6 +32,7 @@ from miniature.evaluate import (
     text_to_pictures,
 )
 from miniature.evaluate_images import HEADINGS, evaluate_images, make_scenes
+from miniature.evaluate_large import WHOLE_SIDE, evaluate_large
 from miniature.evaluate_loras import STYLE_FILE, SUBJECT_FILE, judge_style, judge_subject
 from miniature.icons import load_drawings
 from miniature.judge import Judge
@@ -123,8 +124,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help=f"judge the LoRAs in this folder instead, {STYLE_FILE} and {SUBJECT_FILE}; needs scripts/build-mini-data --loras",
     )
+    parser.add_argument(
+        "--large",
+        type=int,
+        nargs="?",
+        const=200,
+        default=0,
+        metavar="PROMPTS",
+        help="judge pictures of 512x512 and 1024x512 instead, of this many prompts (200), and Stage B in tiles",
+    )
     options = parser.parse_args(arguments)
-    for name, least in (("sets", 1), ("prompts", 4), ("batch", 1), ("images", 0), ("seed", 0), ("count", 2)):
+    least_values = (("large", 0), ("sets", 1), ("prompts", 4), ("batch", 1), ("images", 0), ("seed", 0), ("count", 2))
+    for name, least in least_values:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name} is {value}; it must be at least {least}")
@@ -167,6 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.compare:
             print(compare_settings(options))
+        elif options.large:
+            print(judge_large(options))
         else:
             print(evaluate_loras(options) if options.loras else evaluate_model(options))
     except (TrainingError, WeightsError, InputError) as error:
@@ -221,6 +234,24 @@ def evaluate_loras(options: argparse.Namespace) -> str:
         lines += ["", table({SUBJECT_FILE: values}), "", table(others)]
     if len(lines) == 1:
         raise TrainingError(f"{options.loras} has neither {STYLE_FILE} nor {SUBJECT_FILE}.")
+    return "\n".join(lines)
+
+
+def judge_large(options: argparse.Namespace) -> str:
+    """Judges larger pictures, of one set of prompts, and returns the tables. Writes sheets of the pictures."""
+    drawings, names, styles = load_drawings(options.drawings)
+    cascade = Cascade.load(options.weights, dtype=torch.float32, memory="resident", max_batch=options.batch)
+    judge = Judge(drawings.to(cascade.device), names, styles)
+    found = evaluate_large(cascade, judge, drawings, options.seed, options.large)
+    folder = options.output / f"large-{options.seed}"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_sheets(found.pictures, folder)
+    lines = [f"{options.large} prompts of one object, --seed {options.seed}. {INTERVALS}", "", table(found.objects)]
+    lines += ["", f"Stage B in tiles beside the whole, {WHOLE_SIDE}x{WHOLE_SIDE}:"]
+    for name, values in found.tiles.items():
+        one = estimate(values)
+        lines.append(f"{name}: {one.mean:.3f} ({min(values):.3f} to {max(values):.3f}) on {one.count} scenes.")
     return "\n".join(lines)
 
 

@@ -28,7 +28,7 @@ def reconstruct(weights: Path, source: Path, target: Path, prompt: str, seed: in
 
     Raises:
         WeightsError: the weights are missing or damaged.
-        ValueError: the source is no picture; a side is outside of 64 to 2048 pixels; the model has no semantic encoder;
+        ValueError: the source is no picture; a side is outside of 64 to 4096 pixels; the model has no semantic encoder;
             or CASCADE_METADATA has another value than full, settings and none.
         OSError: a file cannot be read or written.
     """
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/reconstruct", description="Encode a picture into semantic latents, and decode it again."
     )
-    parser.add_argument("picture", type=Path, help="the picture's file, 64 to 2048 pixels a side")
+    parser.add_argument("picture", type=Path, help="the picture's file, 64 to 4096 pixels a side")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("reconstruction.png"), metavar="PATH", help="default: %(default)s"
     )

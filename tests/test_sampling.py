@@ -126,7 +126,7 @@ def test_cosine_spacing_is_ddim_at_other_times() -> None:
     run = list(sampling.sample(gaussian, x, steps=5, shift=2.0, sampler="ddim_cosine", noise=None))
     log_snrs = sampling.log_snr(times, 2.0)
     assert [step.t for step in run] == sampling.timestep(log_snrs)[:-1].tolist()
-    for now, after, step in zip(log_snrs, log_snrs[1:], run, strict=True):
+    for now, after, step in zip(log_snrs[:-1], log_snrs[1:], run, strict=True):
         eps = gaussian(x, sampling.timestep(now).expand(1))
         alpha, sigma = sampling.alpha_sigma(now)
         x = sampling.ddim_step(x, (x - sigma * eps) / alpha, eps, now, after, x)

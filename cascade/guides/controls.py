@@ -40,7 +40,7 @@ class Control:
         scale: 0 to 2, factor for the ControlNet's residuals.
         start, end: the part of Stage C's steps that it guides: step i of n, from 0, if start <= i / n < end, where
             0 <= start < end <= 1.
-        canny_side: pixels, 1 to 2048, see `canny`; None: full size, where edges are finer than those that the published
+        canny_side: pixels, 1 to 4096, see `canny`; None: full size, where edges are finer than those that the published
             network was trained on.
 
     Raises:

@@ -41,6 +41,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+from transformers.initialization import no_init_weights
 
 from cascade.networks.controlnet import KINDS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
@@ -49,7 +50,7 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import SAMPLERS
-from cascade.sizes import LARGEST, SMALLEST
+from cascade.sizes import SMALLEST, WHOLE
 from cascade.weights import single_file
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.fitting import current_names, misfit
@@ -384,8 +385,9 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise WeightsError(f"{config_path} does not describe the {component}: it is not a JSON object.")
-    # Buffers get their values, because no file holds some of them, such as CLIP's position ids.
-    with init_empty_weights(include_buffers=False):
+    # Buffers get their values, because no file holds some of them, such as CLIP's position ids. Parameters get none: for the
+    # meta device, torch computes initial values by code that imports its compiler, in 1.5 s.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         try:
             if component in TRANSFORMERS_CONFIGS:
                 return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
@@ -411,9 +413,9 @@ def _open_own(root: Path) -> ModelFolder:
             if not isinstance(content[name], str):
                 raise WeightsError(f"{path}: {name} is {shortened(repr(content[name]))}; it must be a text.")
         size = content["native_size"]
-        if type(size) is not int or not SMALLEST <= size <= LARGEST:
+        if type(size) is not int or not SMALLEST <= size <= WHOLE:
             raise WeightsError(
-                f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {LARGEST}."
+                f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {WHOLE}."
             )
         opened = ModelFolder(
             root=root,

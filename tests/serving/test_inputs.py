@@ -150,9 +150,9 @@ def test_what_was_checked_is_checked_to_the_same(files: dict[str, CogPath]) -> N
 @pytest.mark.parametrize(
     ("name", "text", "value", "sentence"),
     [
-        ("width", "63", 63, "width is 63; it must be a whole number from 64 to 2048."),
-        ("width", "wide", "wide", "width is 'wide'; it must be a whole number from 64 to 2048."),
-        ("height", "64.5", 64.5, "height is 64.5; it must be a whole number from 64 to 2048."),
+        ("width", "63", 63, "width is 63; it must be a whole number from 64 to 4096."),
+        ("width", "wide", "wide", "width is 'wide'; it must be a whole number from 64 to 4096."),
+        ("height", "64.5", 64.5, "height is 64.5; it must be a whole number from 64 to 4096."),
         ("guidance_scale_prior", "21", 21, "guidance_scale_prior is 21; it must be a number from 0 to 20."),
         (
             "guidance_scale_decoder",
@@ -190,7 +190,7 @@ def test_the_same_sentence(made: Callable[..., Request], name: str, text: str, v
         ({"upscale": True}, "upscale needs image, which is left out."),
         ({"outpaint": [8, 8, 8, 8]}, "outpaint needs image, which is left out."),
         ({"outpaint": [8]}, "outpaint has 1 value; it must have 4."),
-        ({"image": "IMAGE", "outpaint": [8, 8, 8, -8]}, "outpaint[3] is -8; it must be a whole number from 0 to 2048."),
+        ({"image": "IMAGE", "outpaint": [8, 8, 8, -8]}, "outpaint[3] is -8; it must be a whole number from 0 to 4096."),
         ({"control_scales": [1]}, "control_scales needs control_images, which is left out."),
         ({"control_images": ["IMAGE"] * 5}, "control_images has 5 images; it may have at most 4."),
         (
@@ -335,22 +335,22 @@ def test_images_come_in_the_size_in_which_they_are_used(
     [
         (
             {"mask": "image"},
-            "image has 2100x80 pixels; with a mask, pictures have its size, so each side must have 64 to",
+            "image has 4104x80 pixels; with a mask, pictures have its size, so each side must have 64 to",
         ),
         (
             {"upscale": True},
-            "image has 2100x80 pixels; to be enlarged to twice its size, each side must have 64 to 1024",
+            "image has 4104x80 pixels; to be enlarged to twice its size, each side must have 64 to 2048",
         ),
         (
             {"outpaint": [0, 0, 8, 0]},
-            "outpaint is 0, 0, 8, 0, which makes 2108x80 pixels of image's 2100x80; each side",
+            "outpaint is 0, 0, 8, 0, which makes 4112x80 pixels of image's 4104x80; each side",
         ),
     ],
 )
 def test_an_image_that_is_too_large_is_refused_before_it_is_decoded(
     made: Callable[..., Request], tmp_path: Path, inputs: dict[str, Any], sentence: str
 ) -> None:
-    Image.new("L", (2100, 80)).save(tmp_path / "image.bmp")
+    Image.new("L", (4104, 80)).save(tmp_path / "image.bmp")
     (tmp_path / "image.bmp").write_bytes((tmp_path / "image.bmp").read_bytes()[:2000])  # to decode it would fail
     place = CogPath(tmp_path / "image.bmp")
     inputs = {name: place if value == "image" else value for name, value in inputs.items()}
