@@ -107,3 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{python}: no launchers, so the first start compiles them, which needs gcc there. {error}")
     files = [file for file in version_folder().rglob("*") if file.is_file()]
     print(f"{version_folder()}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB.")
+
+
+if __name__ == "__main__":
+    main()
