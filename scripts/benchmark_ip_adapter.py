@@ -10,16 +10,12 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
+from transformers import CLIPImageProcessorPil
 
 from cascade import kernels
 from cascade.guides.image_prompts import ImagePromptEncoder
@@ -30,38 +26,25 @@ from cascade.request import Request
 from cascade.sizes import semantic_size
 from cascade.stages.text import TextEncoder
 from cascade.weights import PUBLISHED_SAMPLER, ModelFolder
-from cascade.weights.single_file import VARIANTS
 from scripts.contenders import PROMPT
 from scripts.environment import ROOT
-from scripts.stand_ins import TEXT_ENCODER, randomize
+from scripts.stand_ins import IMAGE_ENCODER, make_network, randomize
+from scripts.timing import in_turn, percent_more
 from training.tasks.ip_adapter import predict
 
 CUDA = torch.device("cuda")
 ADAPTERS = {"every fourth block": tuple(range(0, 64, 4)), "every block": tuple(range(64))}
-# openai/clip-vit-large-patch14
-IMAGE_ENCODER = CLIPVisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    patch_size=14,
-    projection_dim=768,
-)
 SIDES = (512, 1024)
 BATCH = 8
 WARM_UP = 3
+NETWORKS = ("text_encoder", "image_encoder", "prior", "decoder", "vqgan")
 
 
 def make_networks() -> dict[str, Any]:
-    """Text encoder, image encoder, Stages A, B and C in bfloat16 on the GPU."""
-    networks = {}
-    configs = {variant.name: variant for variant in VARIANTS}
-    with torch.device(CUDA):
-        for name in ("prior", "decoder", "vqgan"):
-            networks[name] = randomize(configs[name].network(**configs[name].config)).eval()
-            networks[name].use_kernels(kernels.choose(CUDA, torch.bfloat16).name)
-        networks["text_encoder"] = randomize(CLIPTextModelWithProjection(TEXT_ENCODER)).eval()
-        networks["image_encoder"] = randomize(CLIPVisionModelWithProjection(IMAGE_ENCODER)).eval()
+    """Text encoder, image encoder, Stages A, B and C on the GPU."""
+    networks = {name: make_network(name, CUDA) for name in NETWORKS}
+    for name in ("prior", "decoder", "vqgan"):
+        networks[name].use_kernels(kernels.choose(CUDA, torch.bfloat16).name)
     return networks
 
 
@@ -93,27 +76,17 @@ def time_pictures(cascade: Cascade, runs: int, references: int) -> dict[str, lis
         "native image prompt": Request(PROMPT, image_prompts=(noise,) * references, **plain),
         "with": Request(PROMPT, ip_adapter_images=(noise,) * references, **plain),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in requests}
-    for run, (name, request) in itertools.product(range(runs + WARM_UP), requests.items()):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        cascade.generate(request)
-        torch.cuda.synchronize()
-        if run >= WARM_UP:
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return in_turn({name: partial(cascade.generate, request) for name, request in requests.items()}, runs, WARM_UP)
 
 
 def compare(name: str, seconds: dict[str, list[float]], references: int) -> dict[str, Any]:
     """Medians, and how much longer a picture takes with references: the median over runs, and its quartiles, in percent."""
-    more = [100 * (two / one - 1) for one, two in zip(seconds["without"], seconds["with"], strict=True)]
-    quartiles = statistics.quantiles(more, n=4) if len(more) > 1 else [more[0]] * 3
     return {
         "adapter": name,
         "references": references,
-        "runs": len(more),
+        "runs": len(seconds["with"]),
         "seconds": {way: round(statistics.median(each), 4) for way, each in seconds.items()},
-        "percent more": [round(one, 2) for one in quartiles],
+        "percent more": [round(one, 2) for one in percent_more(seconds["with"], seconds["without"])],
     }
 
 

@@ -1,19 +1,25 @@
-"""The published networks with random weights, in a folder that loads like the published repositories.
+"""The published networks with random weights, in memory or in a folder that loads like the published repositories; LoRAs of them.
 
 A network's time and memory do not depend on the values of its weights, so measurements hold for the published ones.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.weights import ModelFolder, save_component
+from cascade.weights.reading import read_header
 from cascade.weights.single_file import VARIANTS
 from scripts.environment import ROOT
 
@@ -29,13 +35,27 @@ TEXT_ENCODER = CLIPTextConfig(
     bos_token_id=49406,
     eos_token_id=49407,
 )
+# openai/clip-vit-large-patch14
+IMAGE_ENCODER = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    patch_size=14,
+    projection_dim=768,
+)
 PLACES = {
     "prior": "stable-cascade-prior/prior",
     "prior_lite": "stable-cascade-prior/prior_lite",
     "decoder": "stable-cascade/decoder",
     "decoder_lite": "stable-cascade/decoder_lite",
     "vqgan": "stable-cascade/vqgan",
+    "text_encoder": "stable-cascade-prior/text_encoder",
+    "effnet": "stable-cascade/effnet_encoder.safetensors",
+    "controlnet_canny": "stable-cascade/controlnet/canny.safetensors",
 }
+# Without which no picture is made, besides the tokenizer.
+NEEDED = ("text_encoder", "prior", "decoder", "vqgan")
 DEVIATION = 0.02
 
 
@@ -47,24 +67,73 @@ def randomize(network: nn.Module) -> nn.Module:
     return network.to(torch.bfloat16)
 
 
-def write_stand_ins(folder: Path, device: str, names: Collection[str] = tuple(PLACES)) -> None:
-    """Write 18 GB in bfloat16: Stages C and B, full and lite, Stage A, the text encoder, the semantic encoder and the
-    ControlNet for edges; and the miniature's tokenizer. `names`: the keys of `PLACES` to write."""
-    variants = {variant.name: variant for variant in VARIANTS}
-    for name in names:
-        place = PLACES[name]
-        with torch.device(device):
-            network = randomize(variants[name].network(**variants[name].config))
-        save_component(folder / place, network, torch.bfloat16)
-        del network
+def make_network(name: str, device: str | torch.device) -> nn.Module:
+    """A network of the published size, in bfloat16 and eval mode.
+
+    Args:
+        name: of `PLACES`, or "image_encoder".
+        device: where it is made.
+    """
+    makers = {
+        **{variant.name: lambda variant=variant: variant.network(**variant.config) for variant in VARIANTS},
+        # These classes are made from a configuration.
+        "text_encoder": lambda: CLIPTextModelWithProjection(TEXT_ENCODER),
+        "image_encoder": lambda: CLIPVisionModelWithProjection(IMAGE_ENCODER),
+        "effnet": SemanticEncoder,
+        "controlnet_canny": ControlNet,
+    }
     with torch.device(device):
-        text_encoder = randomize(CLIPTextModelWithProjection(TEXT_ENCODER))
-    save_component(folder / "stable-cascade-prior/text_encoder", text_encoder, torch.bfloat16)
-    for path, network in (("effnet_encoder", SemanticEncoder), ("controlnet/canny", ControlNet)):
-        with torch.device(device):
-            tensors = randomize(network()).state_dict()
-        file = folder / "stable-cascade" / f"{path}.safetensors"
-        file.parent.mkdir(exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
+        return randomize(makers[name]()).eval()
+
+
+def write_stand_ins(folder: Path, device: str, names: Collection[str] = tuple(PLACES)) -> None:
+    """Write networks in bfloat16, and the miniature's tokenizer. All of `PLACES` have 18 GB, those `NEEDED` 12 GB."""
+    for name in names:
+        network, place = make_network(name, device), folder / PLACES[name]
+        if place.suffix:  # a single file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.cpu().contiguous() for key, tensor in network.state_dict().items()}, place)
+        else:
+            save_component(place, network, torch.bfloat16)
+        del network
     tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")
     save_component(folder / "stable-cascade-prior/tokenizer", tokenizer, torch.bfloat16)
+
+
+def shapes_of(folder: Path, networks: Sequence[str] = ("prior",)) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of the tensors of a model folder's networks, by network and name."""
+    files = ModelFolder.open(folder).standard_files(networks)
+    return {
+        network: {name: shape for name, (shape, _) in read_header(paths).items()} for network, paths in files.items()
+    }
+
+
+def write_lora(
+    path: Path,
+    shapes: Mapping[str, Mapping[str, Sequence[int]]],
+    rank: int,
+    seed: int = 0,
+    size: float = 0.02,
+) -> Path:
+    """Write a LoRA of all matrices and 1x1 convolutions of some networks, in bfloat16 and diffusers' names.
+
+    Args:
+        path: of the file, which is returned.
+        shapes: see `shapes_of`.
+        rank, seed: of the LoRA.
+        size: deviation of what it adds to an output, over that of the layer's input and the square root of the rank.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for network, named in shapes.items():
+        for name, shape in named.items():
+            if not name.endswith(".weight") or len(shape) < 2 or "depthwise" in name or "_embedding" in name:
+                continue
+            stem, (rows, columns, *kernel) = f"{network}.{name.removesuffix('.weight')}", shape
+            if any(side != 1 for side in kernel):
+                continue
+            down = torch.randn(rank, columns, *kernel, generator=generator) / columns**0.5
+            up = size * torch.randn(rows, rank, *kernel, generator=generator)
+            tensors |= {f"{stem}.lora_A.weight": down.bfloat16(), f"{stem}.lora_B.weight": up.bfloat16()}
+    save_file(tensors, path)
+    return path

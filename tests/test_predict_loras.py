@@ -1,4 +1,4 @@
-"""LoRAs through the Predictor: used, recorded, and refused in one sentence."""
+"""LoRAs and embeddings through the Predictor: used, recorded, and refused in one sentence."""
 
 import contextlib
 import hashlib
@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from cascade.weights.folder import ModelFolder
-from cascade.weights.reading import read_header
 from predict import Predictor
+from tests.components import add_loras
 from tests.conftest import MINI
 from tests.metadata import read_record
 from tests.serving.test_loras import Site, hub
@@ -26,19 +24,12 @@ TINY = {"width": 64, "height": 64, "steps_prior": 2, "steps_decoder": 1, "output
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature with a LoRA of its attention and a word."""
+    """The miniature with a LoRA, a word and a file that is neither."""
     folder = shutil.copytree(MINI, tmp_path_factory.mktemp("weights") / "mini")
-    (folder / "loras").mkdir()
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, (shape, _) in read_header(ModelFolder.open(folder).standard_files(["prior"])["prior"]).items():
-        if name.endswith((".to_q.weight", ".to_v.weight", ".kv_mapper.1.weight")):
-            stem = f"prior.{name.removesuffix('.weight')}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(4, shape[1], generator=generator)
-            tensors[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(shape[0], 4, generator=generator)
-    save_file(tensors, folder / "loras" / "style.safetensors")
-    save_file({"clip_g": torch.randn(1, 160, generator=generator)}, folder / "loras" / "sks.safetensors")
+    add_loras(folder)
     (folder / "loras" / "broken.safetensors").write_bytes(b"nothing")
+    (folder / "turbo").mkdir()
+    shutil.copy(folder / "loras" / "style.safetensors", folder / "turbo" / "turbo.safetensors")
     return folder
 
 
@@ -72,6 +63,48 @@ def test_loras_are_used_and_recorded(predictor: Predictor, folder: Path) -> None
     assert len({one.tobytes() for one in (base, first, half, word, plain)}) == 5
     assert np.array_equal(again, half)
     assert np.array_equal(run(predictor)[0], base)
+
+
+def test_turbo_is_the_distilled_weights_with_their_settings(predictor: Predictor, folder: Path) -> None:
+    """Those of the fixture are random; what they do is exact. The next request has the model's own weights again."""
+    inputs = {"steps_prior": None, "steps_decoder": None}
+    exact, _ = run(predictor)
+    turbo, record = run(predictor, **inputs, speed="turbo")
+    digest = hashlib.sha256((folder / "turbo" / "turbo.safetensors").read_bytes()).hexdigest()
+    assert record["loras"] == [{"name": "turbo", "sha256": digest, "scale": 1.0}]
+    assert record["sampling"]["sampler"] == "lcm"
+    assert {name: record["inputs"][name] for name in ("steps_prior", "steps_decoder", "guidance_scale_prior")} == {
+        "steps_prior": 4,
+        "steps_decoder": 3,
+        "guidance_scale_prior": 1,
+    }
+    assert np.array_equal(run(predictor, **record["inputs"])[0], turbo)
+    spelled = {"steps_prior": 4, "steps_decoder": 3, "guidance_scale_prior": 1, "guidance_scale_decoder": 1}
+    same, _ = run(predictor, **spelled, sampler="lcm", lora_weights=["style"])
+    assert np.array_equal(same, turbo)
+    assert not np.array_equal(run(predictor, **spelled, sampler="lcm")[0], turbo)
+    assert np.array_equal(run(predictor)[0], exact)
+
+
+def test_embeddings_are_recorded(predictor: Predictor, folder: Path) -> None:
+    """Those that a prompt names, by the bytes of the files that are there then."""
+    file = folder / "embeddings" / "styles" / "ink.safetensors"
+    file.parent.mkdir(parents=True)
+    shutil.copy(folder / "loras" / "sks.safetensors", file)
+    prompts = {"prompt": "a cup, embedding:ink, embedding:none", "negative_prompt": "embedding:styles/ink.safetensors"}
+    first, record = run(predictor, **prompts)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest()]
+    assert record["embeddings"] == [
+        {"name": "ink", "sha256": digests[0]},
+        {"name": "styles/ink.safetensors", "sha256": digests[0]},
+    ]
+    vectors = load_file(file)["clip_g"]
+    save_file({"clip_g": -vectors}, file)
+    second, record = run(predictor, **prompts)
+    digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    assert {one["sha256"] for one in record["embeddings"]} == {digests[1]} != {digests[0]}
+    assert not np.array_equal(first, second)
+    assert "embeddings" not in run(predictor, prompt="an ink")[1]
 
 
 def test_loras_are_fetched(predictor: Predictor, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

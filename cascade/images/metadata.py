@@ -1,4 +1,4 @@
-"""Writes picture files with metadata, in the fields that viewers read. Knows formats, not the content of the texts.
+"""Writes and reads picture files with metadata, in the fields that viewers read. Knows formats, not the texts' content.
 
 ==================  ===========================  =============================
                     PNG                          JPEG and WebP
@@ -93,6 +93,23 @@ def save_picture(image: Image.Image, path: Path, metadata: Iterable[Metadata], q
         image.save(path, "JPEG", quality=quality, exif=exif, xmp=_xmp(chosen))
     else:
         raise ValueError(f"{path.name} must end in .webp, .jpg or .png.")
+
+
+def read_description(path: Path) -> str:
+    """The description in a PNG, JPEG or WebP file; "" if it has none, or is no such file. Decodes no pixels.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
+            # `save_picture` writes a PNG's texts before its pixels, so they are there without decoding.
+            texts = picture.info if picture.format == "PNG" else {}
+            return str(texts.get("Description") or picture.getexif().get(ExifTags.Base.ImageDescription, ""))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
 
 
 def _png_texts(metadata: Metadata) -> PngInfo:

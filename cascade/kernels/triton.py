@@ -359,8 +359,9 @@ def _attend(
         place = n[:, None] * row + d[None, :]
         score = tl.dot(q, tl.load(key_ptr + place, mask=inside, other=0.0).T)
         if BIASED:
-            # Finite: from a first block of keys that are all at -inf, inf - inf would follow.
-            bias = tl.maximum(tl.load(bias_ptr + n, mask=n < tokens, other=0.0), -1e30)
+            # Finite: from a first block of keys that are all at -inf, inf - inf would follow. Small: a fused multiply-add rounds
+            # score * factor otherwise than the product alone, and the exponent below would be the error of that, 1e22 for -1e30.
+            bias = tl.maximum(tl.load(bias_ptr + n, mask=n < tokens, other=0.0), -3e4)
             score += bias[None, :] * root
         if TAIL:
             score = tl.where((n < tokens)[None, :], score, float("-inf"))

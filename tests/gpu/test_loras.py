@@ -1,24 +1,32 @@
 """Adapters on a GPU: in every memory mode, and after any others, the pictures of a fresh model with them, to the bit."""
 
+import copy
 import gc
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cascade import Cascade, Lora, Request
+from cascade import Cascade, Lora, Request, kernels, sizes
+from cascade.loras.merging import Loras
+from cascade.networks.unet import StableCascadeUNet
 from cascade.running.placement import GIB
+from cascade.running.runner import Runner
 from cascade.weights.folder import ModelFolder
 from cascade.weights.lora import merged
-from cascade.weights.reading import read_header, read_tensors
+from cascade.weights.reading import read_tensors
+from scripts.benchmark_loras import own_memory
+from scripts.stand_ins import shapes_of, write_lora
+from tests.components import make_decoder, make_text_encoder, make_tokenizer
 from tests.conftest import MINI
+from tests.gpu.full_size import make_unet, published_config, random_conditions
 from tests.gpu.test_memory import load
+from tests.gpu.test_precision import error
 from tests.hub.repositories import write_download
 
 MODES = ("resident", "offload", "stream", "tight")
@@ -26,33 +34,12 @@ SMALL = {"width": 256, "height": 256, "steps_prior": 4, "steps_decoder": 2}
 REQUEST = Request("a red apple on a green background", num_images=2, **SMALL)
 
 
-def write_lora(
-    folder: Path, path: Path, rank: int, seed: int, networks: Sequence[str] = ("prior",), size: float = 0.02
-) -> Path:
-    """A LoRA of all matrices and 1x1 convolutions of a model folder's networks, in bfloat16."""
-    files = ModelFolder.open(folder).standard_files(networks)
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for network, paths in files.items():
-        for name, (shape, _) in read_header(paths).items():
-            if not name.endswith(".weight") or len(shape) < 2 or "depthwise" in name or "_embedding" in name:
-                continue
-            stem, (rows, columns, *kernel) = f"{network}.{name.removesuffix('.weight')}", shape
-            if any(side != 1 for side in kernel):
-                continue
-            down = torch.randn(rank, columns, *kernel, generator=generator) / columns**0.5
-            up = size * torch.randn(rows, rank, *kernel, generator=generator)
-            tensors |= {f"{stem}.lora_A.weight": down.bfloat16(), f"{stem}.lora_B.weight": up.bfloat16()}
-    save_file(tensors, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, networks = tmp_path_factory.mktemp("loras"), ("prior", "text_encoder")
     return {
-        "a": write_lora(MINI, folder / "a.safetensors", 4, 1, networks),
-        "b": write_lora(MINI, folder / "b.safetensors", 8, 2, (*networks, "decoder")),
+        "a": write_lora(folder / "a.safetensors", shapes_of(MINI, networks), 4, seed=1),
+        "b": write_lora(folder / "b.safetensors", shapes_of(MINI, (*networks, "decoder")), 8, seed=2),
     }
 
 
@@ -136,8 +123,9 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mode", ["resident", "offload", "stream"])
 def test_changes_at_full_size(full_size: Path, tmp_path: Path, mode: str) -> None:
-    """Rank 64 on all Linears of Stage C. Prints seconds; bounds the memory beside the weights."""
-    paths = [write_lora(full_size, tmp_path / f"{seed}.safetensors", 64, seed, size=0.002) for seed in (1, 2)]
+    """Rank 64 on all Linears of Stage C: pictures of the same weights are the same, and memory is bounded."""
+    shapes = shapes_of(full_size)
+    paths = [write_lora(tmp_path / f"{seed}.safetensors", shapes, 64, seed, size=0.002) for seed in (1, 2)]
     request = {"width": 1024, "height": 1024, "steps_prior": 4, "steps_decoder": 2}
     gc.collect()
     torch.cuda.empty_cache()
@@ -145,28 +133,85 @@ def test_changes_at_full_size(full_size: Path, tmp_path: Path, mode: str) -> Non
     base = loaded.generate(Request("a cat", **request))
     torch.cuda.reset_peak_memory_stats()
     loaded.generate(Request("a cat", **request))
-    peak, host = torch.cuda.max_memory_allocated(), _resident()
+    peak, host = torch.cuda.max_memory_allocated(), own_memory()
     seen: dict[str, list[Image.Image]] = {}
     for which in ("0", "1", "01", "1", "0", ""):
-        loras = [Lora(paths[int(one)]) for one in which]
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        selection = loaded._loras.select(loras)
-        read = time.perf_counter() - start
-        loaded._loras.apply(selection)
-        torch.cuda.synchronize()
-        print(f"{mode} {which or 'base'}: read {read:.2f} s, changed in all {time.perf_counter() - start:.2f} s")
-        made = loaded.generate(Request("a cat", loras=loras, **request))
+        made = loaded.generate(Request("a cat", loras=[Lora(paths[int(one)]) for one in which], **request))
         assert same(made, seen.setdefault(which, made))
     assert same(made, base)
-    more = torch.cuda.max_memory_allocated() - peak, _resident() - host
-    print(f"{mode}: GPU peak + {more[0] / GIB:.2f} GiB, host + {more[1] / GIB:.2f} GiB")
-    assert more[0] <= 0.5 * GIB
-    assert more[1] <= GIB
+    assert torch.cuda.max_memory_allocated() - peak <= 0.5 * GIB
+    assert own_memory() - host <= GIB
 
 
-def _resident() -> int:
-    """Bytes of this process that are in memory and its own: not pages of files."""
-    gc.collect()
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
+@pytest.mark.usefixtures("exact_float32")
+def test_a_merged_prediction_is_as_exact_as_the_base(tmp_path: Path) -> None:
+    """In bfloat16, each against its float32: of a file in float32, and of one that has been rounded already."""
+    errors = merging_errors(
+        tmp_path, published_config("prior"), sizes.semantic_size(1024, 1024), rank=64, device="cuda"
+    )
+    print(", ".join(f"{name} {value:.3%}" for name, value in errors.items()))
+    assert errors["change"] > 0.05
+    assert errors["merged"] <= 1.1 * errors["base"]
+
+
+class Stored(NamedTuple):
+    """Base weights that a network of another dtype has."""
+
+    network: StableCascadeUNet
+
+    def read(
+        self, network: str, names: Sequence[str], device: torch.device, current: object
+    ) -> Iterator[tuple[str, Tensor]]:
+        state = self.network.state_dict()
+        return ((name, state[name].to(device)) for name in names)
+
+
+def merging_errors(
+    folder: Path, config: dict[str, Any], size: tuple[int, int], *, rank: int, device: str
+) -> dict[str, float]:
+    """Relative errors of bfloat16 predictions: "base" and "merged" of float32 weights, rounded once; "rounded base" and
+    "rounded merged" of weights that bfloat16 has exactly, where only what is merged is rounded. "change": what the LoRA does.
+    """
+    rounded = make_unet(config, latent_size=size, semantic_size=size, seed=1, device=device)
+    exact = copy.deepcopy(rounded)
+    generator = torch.Generator(device).manual_seed(7)
+    with torch.no_grad():
+        for tensor in exact.parameters():  # by up to a quarter of the last place that bfloat16 has
+            tensor.mul_(1 + 2**-9 * (2 * torch.rand(tensor.shape, generator=generator, device=device) - 1))
+    shapes = {name: tuple(tensor.shape) for name, tensor in exact.state_dict().items()}
+    lora = write_lora(folder / "lora.safetensors", {"prior": shapes}, rank, size=0.005)
+    found = {}
+    for kind, stored in (("", exact), ("rounded ", rounded)):
+        base = predictions(stored, size)
+        found[f"{kind}base"] = error(predictions(halved(stored), size), base)
+        merged = [predictions(with_lora(stored, half, lora), size) for half in (False, True)]
+        found[f"{kind}merged"] = error(merged[1], merged[0])
+        found["change"] = error(merged[0], base)
+    return found
+
+
+def halved(network: StableCascadeUNet) -> StableCascadeUNet:
+    half = copy.deepcopy(network).bfloat16()
+    half.use_kernels(kernels.choose(half.device, half.dtype).name)
+    return half
+
+
+def with_lora(stored: StableCascadeUNet, half: bool, lora: Path) -> StableCascadeUNet:
+    """The network with a LoRA in its weights, as a loaded model has it, in bfloat16 or in float32."""
+    network = halved(stored) if half else copy.deepcopy(stored)
+    tokenizer = make_tokenizer()
+    others = {"decoder": make_decoder(), "text_encoder": make_text_encoder(tokenizer)}
+    loras = Loras({"prior": network, **others}, tokenizer.get_vocab, Runner(network.device), Stored(stored))
+    loras.apply(loras.select([Lora(lora)]))
+    return network
+
+
+@torch.no_grad()
+def predictions(network: StableCascadeUNet, size: tuple[int, int]) -> Tensor:
+    """Float32, of the same four noises and conditions, which bfloat16 has exactly, at three times each."""
+    torch.manual_seed(5)
+    sample = torch.randn(4, network.config.in_channels, *size).bfloat16().float().to(network.device)
+    given = random_conditions(network.config, size, len(sample))
+    conditions = {name: x.to(network.device, network.dtype) for name, x in given.items()}
+    times = [torch.full((len(sample),), time, device=network.device) for time in (0.99, 0.5, 0.1)]
+    return torch.cat([network(sample, time, **conditions) for time in times])

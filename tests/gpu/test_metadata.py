@@ -1,5 +1,4 @@
-"""Files that the GPU makes, made again import inspect
-from what they say."""
+"""Files that the GPU makes, made again from what they say."""
 
 import inspect
 from pathlib import Path

@@ -3,7 +3,7 @@
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -15,13 +15,15 @@ import torch
 
 from cascade.weights.build import save_model
 from cascade.weights.published import PARTS
+from scripts.stand_ins import shapes_of, write_lora
 from tests.http.drawn import KINDS, Drawn, Model, bad_inputs, check, draw
 from tests.http.serving import Server, wait_for
 from tests.hub.repositories import write_download
 
 SEED = 20_261_126
-MINI = Model(controls=("canny", "inpainting", "super_resolution"), largest=512)
-FULL = Model(native_size=1024, controls=MINI.controls, smallest=512, largest=1280, steps=2)
+MINI = Model(controls=("canny", "inpainting", "super_resolution"), largest=512, loras=("style", "sks"))
+FULL = Model(native_size=1024, controls=MINI.controls, smallest=512, largest=1280, steps=2, loras=("style",))
+PLAIN = Drawn("text", {"prompt": "a red apple", "seed": 1, "output_format": "png"}, 1, None, "PNG")
 PACKAGES = (
     "torch",
     "triton",
@@ -53,6 +55,8 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_download(folder / "download", [name for name in PARTS if "lite" not in name], device="cuda")
     torch.cuda.empty_cache()
     save_model(folder / "download", folder / "model")
+    (folder / "model" / "loras").mkdir()
+    write_lora(folder / "model" / "loras" / "style.safetensors", shapes_of(folder / "model"), 16, size=0.002)
     return folder / "model"
 
 
@@ -75,6 +79,11 @@ def serving(folder: Path, weights: Path, memory: str) -> Iterator[Server]:
         server.stop()
 
 
+def check_same(made: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
+    for one, two in zip(made, expected, strict=True):
+        assert np.abs(one.astype(int) - two).mean() <= NOISE
+
+
 def ask(server: Server, drawn: Drawn, model: Model) -> list[np.ndarray]:
     server.wait_until("READY")
     answer = server.post(drawn.inputs)
@@ -86,18 +95,19 @@ def ask(server: Server, drawn: Drawn, model: Model) -> list[np.ndarray]:
 def test_drawn_requests_succeed(
     tmp_path: Path, mini_with_controlnets: Path, pytestconfig: pytest.Config, memory: str, count: int
 ) -> None:
-    """With bad ones and cancelled ones in between; every twentieth is made again, with the same pictures."""
+    """With bad and cancelled ones in between. Every twentieth is made again, and so is the same one without LoRAs."""
     random = Random(f"{SEED} {memory}")
     kinds: Counter[str] = Counter()
     start = time.monotonic()
     with serving(tmp_path, mini_with_controlnets, memory) as server:
+        plain = ask(server, PLAIN, MINI)
         for i in range(count):
             drawn = draw(random, MINI, KINDS[i] if i < len(KINDS) else None)
             made = ask(server, drawn, MINI)
             kinds[drawn.kind] += 1
             if i % 20 == 10:
-                for one, two in zip(made, ask(server, drawn, MINI), strict=True):
-                    assert np.abs(one.astype(int) - two).mean() <= NOISE
+                check_same(ask(server, drawn, MINI), made)
+                check_same(ask(server, PLAIN, MINI), plain)
             if i % 10 == 5:
                 server.wait_until("READY")
                 failed = server.post(bad_inputs(random)).json()
@@ -123,8 +133,7 @@ def test_all_kinds_at_full_size(tmp_path: Path, full_size: Path, pytestconfig: p
             drawn = draw(random, FULL, kind)
             start = time.monotonic()
             first = ask(server, drawn, FULL)
-            for one, two in zip(first, ask(server, drawn, FULL), strict=True):
-                assert np.abs(one.astype(int) - two).mean() <= NOISE
+            check_same(ask(server, drawn, FULL), first)
             spent.append(f"{kind} {time.monotonic() - start:.1f}")
         assert "Traceback" not in server.log.read_text()
     report(pytestconfig, f"{memory}, full size, seconds for two: {', '.join(spent)}")

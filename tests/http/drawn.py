@@ -16,7 +16,18 @@ FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 PROMPTS = ["", "a red apple on a green background", "two cups, one blue", "ein gelber Hund 🐕", "a house " * 60]
 MODES = {"RGB": "PNG", "RGBA": "PNG", "L": "PNG", "P": "PNG", "I;16": "PNG", "YCbCr": "JPEG", "CMYK": "JPEG"}
 # What a test of one request after the other calls a kind.
-KINDS = ("text", "image", "mask", "outpaint", "image_prompts", "controls", "controlled_mask", "upscale", "everything")
+KINDS = (
+    "text",
+    "image",
+    "mask",
+    "outpaint",
+    "image_prompts",
+    "controls",
+    "controlled_mask",
+    "upscale",
+    "loras",
+    "everything",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Model:
         controls: the kinds of its ControlNets.
         smallest, largest: pixels, the sides that are asked for.
         steps: the most steps of a stage.
+        loras: the names of those in its folder.
     """
 
     native_size: int = 256
@@ -35,6 +47,7 @@ class Model:
     smallest: int = 64
     largest: int = 384
     steps: int = 3
+    loras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,8 @@ def draw(random: Random, model: Model, kind: str | None = None) -> Drawn:
         model: what it may use.
         kind: of `KINDS`; None: any that the model can make.
     """
-    possible = [one for one in KINDS if one != "upscale" or "super_resolution" in model.controls]
+    needed = {"upscale": "super_resolution" in model.controls, "loras": bool(model.loras)}
+    possible = [one for one in KINDS if needed.get(one, True)]
     kind = kind or random.choice(possible)
 
     def side() -> int:
@@ -105,7 +119,10 @@ def draw(random: Random, model: Model, kind: str | None = None) -> Drawn:
         "output_quality": lambda: random.randrange(101),
         "previews": lambda: True,
         "num_images": lambda: random.randrange(1, 5),
+        "sampler": lambda: random.choice(["default", "ddpm", "ddim", "ddim_cosine", "lcm"]),
+        "speed": lambda: random.choice(["exact", "fast"]),
         "disable_safety_checker": lambda: True,
+        "compression": lambda: random.choice([32, 42.67, 64]),
     }
     inputs |= {name: make() for name, make in optional.items() if random.random() < 0.3}
     inputs["steps_prior"], inputs["steps_decoder"] = (random.randrange(1, model.steps + 1) for _ in range(2))
@@ -146,13 +163,17 @@ def draw(random: Random, model: Model, kind: str | None = None) -> Drawn:
         inputs["control_types"] = [random.choice(kinds) for _ in range(count)]
         if random.random() < 0.5:
             inputs["control_scales"] = [random.choice([0.0, 0.5, 1.0])] * count
-            inputs["control_ends"] = [random.choice([0.5, 1.0])]
+            inputs["control_ranges"] = [0.0, random.choice([0.5, 1.0])]
         if "super_resolution" in inputs["control_types"] and not masked:
             size = max(2 * model.smallest, side()), max(2 * model.smallest, side())
+    if model.loras and (kind in ("loras", "everything") or random.random() < 0.3):
+        names = [random.choice(model.loras) for _ in range(random.randrange(1, 4))]
+        inputs |= {"lora_weights": names, "lora_scales": [random.choice([-0.5, 0, 0.5, 1, 1.5]) for _ in names]}
+        inputs["prompt"] += f" {random.choice(names)}"
     if size is None:
         if random.random() < 0.6:
             size = side(), side()
-        elif kind in ("text", "image_prompts", "controls"):
+        elif kind in ("text", "image_prompts", "controls", "loras"):
             inputs["aspect_ratio"] = random.choice(RATIOS)
     if size is not None and not {"mask", "outpaint", "upscale"} & set(inputs):
         inputs |= dict(zip(("width", "height"), size, strict=True))

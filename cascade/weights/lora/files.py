@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.lora.whole import clause, whole_networks
 from cascade.weights.names import PICKLES, SUFFIX
-from cascade.weights.reading import pickle_error, unreadable
+from cascade.weights.reading import pickle_error, read_header, unreadable
 
 # Bytes of a file, and of all that is read of an archive. The largest adapters, differences of all weights, have 7 GB in Stage
 # C, but nobody shares those.
@@ -126,6 +127,8 @@ def read(path: Path) -> Package:
 
 
 def _single(path: Path) -> Package:
+    if path.stat().st_size > MOST and (whole := _whole_networks(path)):
+        raise WeightsError(f"{path} {clause(whole)}.")
     _check_size(path, path.stat().st_size)
     name = PurePosixPath(path.name)
     try:
@@ -142,6 +145,14 @@ def _single(path: Path) -> Package:
             _check_json(other, other.stat().st_size)
             documents[PurePosixPath(other.name)] = other.read_bytes()
     return Package(path, (stored,), documents)
+
+
+def _whole_networks(path: Path) -> list[str]:
+    """The networks that a file holds whole, by its header."""
+    try:
+        return whole_networks(read_header([path]))
+    except WeightsError:
+        return []
 
 
 def _copies(path: Path, keys: Sequence[str], threads: int) -> dict[str, Tensor]:

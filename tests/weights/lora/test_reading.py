@@ -476,6 +476,34 @@ def test_other_models_adapters_are_called_what_they_are(tensors: dict[str, Tenso
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("prefixes", "said"),
+    [
+        ({"prior": ""}, "Stage C (prior) whole; scripts/save-weights --prior FILE makes"),
+        ({"decoder": "model.diffusion_model."}, "Stage B (decoder) whole; scripts/save-weights --decoder FILE makes"),
+        ({"vqgan": ""}, "Stage A (vqgan) whole; scripts/save-weights --vqgan FILE makes"),
+        (
+            {"prior": "model.diffusion_model.", "text_encoder": "text_encoders.clip_g.transformer."},
+            "Stage C (prior) and a text encoder whole; scripts/save-weights --prior FILE --text-encoder FILE makes",
+        ),
+    ],
+)
+def test_a_whole_network_is_called_what_it_is(
+    components: dict[str, Any], prefixes: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small and as large as the published ones, which are larger than an adapter may be."""
+    tensors = {
+        f"{prefix}{key}": tensor.clone()
+        for name, prefix in prefixes.items()
+        for key, tensor in components[name].state_dict().items()
+    }
+    save_file(tensors, tmp_path / "one.safetensors")
+    for most in (files.MOST, 10_000):
+        monkeypatch.setattr(files, "MOST", most)
+        with pytest.raises(WeightsError, match=re.escape(f"is no adapter but holds {said}")):
+            placed(tmp_path / "one.safetensors")
+
+
 @cache
 def published(name: str) -> dict[str, tuple[int, ...]]:
     (variant,) = (one for one in single_file.VARIANTS if one.name == name)
