@@ -19,8 +19,8 @@ from PIL import ExifTags, Image, TiffTags
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-# How hard WebP tries, 0 to 6. Of eight kinds of pictures of 1024x1024, method 2 took 39 to 113 ms; Pillow's own, 4, took 86 to 274
-# ms for files of 92 to 103 % of that size, and 0 took 28 to 103 ms for files of up to 157 %. PNG with zlib's strategy for
+# How hard WebP tries, 0 to 6. Of eight kinds of pictures of 1024x1024, method 2 took 39 to 113 ms; 4, Pillow's own, took 86 to
+# 274 ms for files of 92 to 103 % of that size, and 0 took 28 to 103 ms for files of up to 157 %. PNG with zlib's strategy for
 # runs took 22 to 178 ms, and with its default 20 to 743 ms for files of 98 to 103 %: behind PNG's filters there is little to
 # find (docs/experiments.md).
 WEBP_METHOD = 2
