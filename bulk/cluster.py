@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ATTEMPTS = 3
 # Bytes of Ray's own store, which holds shards' numbers only.
 STORE = 100_000_000
+# How often Ray's start is tried.
+STARTS = 3
 # Seconds between looks at what the workers tell.
 LOOK = 1.0
 
@@ -120,11 +122,29 @@ def joined(address: str | None, workers: int | None) -> Iterator[None]:
         # A cluster's processes were not started by this one, and have other variables.
         variables = {name: value for name, value in os.environ.items() if name.startswith("CASCADE_")}
         options = {"runtime_env": {"env_vars": {**variables, "PYTHONPATH": str(ROOT)}}}
-    ray.init(address=address or "local", logging_level=logging.ERROR, **options)
+    start(address=address or "local", logging_level=logging.ERROR, **options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def start(**options: Any) -> None:
+    """Start or join Ray. It gives its processes 30 s to start, which a busy machine may exceed: then it is tried again.
+
+    options: of `ray.init`.
+
+    Raises:
+        RunError: Ray does not start, or there is no cluster.
+    """
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # of no class of Ray's
+            ray.shutdown()
+            if not left or "timed out during startup" not in str(error):
+                raise RunError(f"Ray did not start: {error}") from error
 
 
 def make(
@@ -145,7 +165,7 @@ def make(
         on_progress: called about every second.
 
     Raises:
-        RunError: there are not as many GPUs or cores as workers, or a worker raised an exception.
+        RunError: Ray does not start, there are not as many GPUs or cores as workers, or a worker raised an exception.
     """
     with joined(address, workers):
         needed, count, threads = resources(ray.cluster_resources(), workers)

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import queue
-import shutil
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from bulk.run import Run
 from bulk.storage import Folder
 from bulk.table import Table
 from scripts.benchmarking import matmul_rate
+from scripts.stand_ins import NEEDED, write_stand_ins
 
 OBJECTS = ("a lighthouse", "a ship", "an old house", "a forest", "a horse", "a market")
 PLACES = ("on a cliff above the sea", "in the evening", "in the rain", "in the mountains", "under a full moon")
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=(20, 10), help="of Stages C and B (default: 20 10)")
     parser.add_argument("--weights", type=Path, help="a model folder (default: random weights of the published sizes)")
     parser.add_argument(
-        "--folder", type=Path, help="for 18 GB of stand-ins and the pictures (default: a temporary one)"
+        "--folder", type=Path, help="for 12 GB of stand-ins and the pictures (default: a temporary one)"
     )
     options = parser.parse_args()
     if options.gpus > torch.cuda.device_count():
@@ -176,10 +176,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         weights = options.weights
         if weights is None:
-            from scripts.stand_ins import write_stand_ins
-
             weights = Path(folder) / "weights"
-            write_stand_ins(weights, "cuda" if options.gpus else "cpu")
+            write_stand_ins(weights, "cuda" if options.gpus else "cpu", NEEDED)
             # The processes do not need it; it would take memory of the first GPU.
             torch.cuda.empty_cache()
         sys.stderr.write(f"Weights are there after {time.perf_counter() - begun:.0f} s.\n")
@@ -189,7 +187,6 @@ def main() -> None:
         sys.stderr.write(f"{processes} processes are ready after {time.perf_counter() - begun:.0f} s.\n")
         found = {**measure(pool, work, processes, name), "size": options.size, "matmul_tflops": rate}
         pool.close()
-        shutil.rmtree(Path(folder) / "out")
     print(json.dumps(found))
     print(
         f"{name}, {options.size}x{options.size}, batches of {work.batch}: one alone {found['alone']:.3f} pictures/s, "

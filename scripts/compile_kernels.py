@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers.initialization import no_init_weights
 
 from cascade.kernels.compiled import version_folder
 from cascade.kernels.compiling import ARCHITECTURES, compile_kernels, compile_launchers
@@ -32,12 +33,14 @@ PYTHON = "python3.12"
 UNETS = ("prior", "prior_lite", "decoder", "decoder_lite")
 
 
-def jobs(models: list[Path], dtype: torch.dtype) -> list[Callable[[], object]]:
-    """Functions that run all kernels of the published networks, and of those in the model folders, on the meta device."""
-    variants = {variant.name: variant for variant in VARIANTS}
-    with torch.device("meta"):
-        found = {name: variants[name].network(**variants[name].config) for name in (*UNETS, "vqgan")}
-    sets = [([found[name] for name in UNETS], found["vqgan"])]
+def jobs(models: list[Path], dtype: torch.dtype, *, published: bool = True) -> list[Callable[[], object]]:
+    """Functions that run all kernels of the networks in the model folders, and of the published ones, on the meta device."""
+    sets = []
+    if published:
+        variants = {variant.name: variant for variant in VARIANTS}
+        with torch.device("meta"), no_init_weights():
+            found = {name: variants[name].network(**variants[name].config) for name in (*UNETS, "vqgan")}
+        sets.append(([found[name] for name in UNETS], found["vqgan"]))
     for folder in models:
         opened = ModelFolder.open(folder)
         prior, decoder, vqgan = (
@@ -104,3 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{python}: no launchers, so the first start compiles them, which needs gcc there. {error}")
     files = [file for file in version_folder().rglob("*") if file.is_file()]
     print(f"{version_folder()}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB.")
+
+
+if __name__ == "__main__":
+    main()

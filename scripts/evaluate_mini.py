@@ -28,7 +28,6 @@ from miniature.evaluate import (
     fidelity,
     pictures_by_stage,
     score_pictures,
-    sheet,
     text_to_pictures,
 )
 from miniature.evaluate_images import HEADINGS, evaluate_images, make_scenes
@@ -38,6 +37,7 @@ from miniature.icons import load_drawings
 from miniature.judge import Judge
 from miniature.prompts import make_prompts, plans_of
 from miniature.scores import estimate, pooled, table
+from miniature.sheets import sheet
 from scripts.environment import ROOT
 from training.errors import TrainingError, writing
 from training.files import whole_file

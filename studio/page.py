@@ -86,19 +86,15 @@ class Page:
 
     def _lay_out_pictures(self) -> None:
         self.view = gr.HTML(views.EMPTY, elem_id="view")
-        self.slider = gr.ImageSlider(
-            visible=False, show_label=False, interactive=False, buttons=[], elem_id="slider", max_height=900
-        )
+        plain = {"show_label": False, "buttons": [], "interactive": False, "visible": False}
+        self.slider = gr.ImageSlider(max_height=900, elem_id="slider", **plain)
         self.status = gr.HTML(visible=False, elem_id="status")
         with gr.Row(visible=False, elem_id="actions") as self.actions:
             names = ("Again", "Another seed", "As image", "As image prompt", "As control", "Inpaint", "Enlarge")
             self.does = {name: gr.Button(name, size="sm", min_width=60) for name in names if self._can(name)}
             self.download = gr.DownloadButton("Download", size="sm", min_width=60, elem_id="download")
         self.compare = gr.Checkbox(True, label="Before and after", visible=False, elem_id="compare")
-        self.gallery = gr.Gallery(
-            show_label=False, columns=6, fit_columns=False, height="auto", allow_preview=False, buttons=[], visible=False,
-            interactive=False, elem_id="gallery",
-        )  # fmt: skip
+        self.gallery = gr.Gallery(columns=6, fit_columns=False, allow_preview=False, elem_id="gallery", **plain)
         with gr.Accordion("Settings of this picture", open=False, visible=False) as self.said_fold:
             self.said = gr.HTML(elem_id="said")
 
@@ -115,9 +111,8 @@ class Page:
                     self.fold_of[name] = fold
         with gr.Accordion("Settings from a picture", open=True, elem_classes="fold"):
             self.drop = gr.File(
-                show_label=False,
-                label="Drop a picture that was made here", file_types=[".png", ".jpg", ".jpeg", ".webp"], height=110,
-                elem_id="drop",
+                label="A picture that was made here", show_label=False, height=110, elem_id="drop",
+                file_types=[".png", ".jpg", ".jpeg", ".webp"],
             )  # fmt: skip
             self.drop_note = gr.HTML(visible=False, elem_id="drop-note")
             self.lacking = gr.File(
@@ -223,7 +218,7 @@ class Page:
                     yield {self.view: gr.update(value=views.running(given["prompt"], state))}
             yield idle | self._shown(len(self.session.made) - len(state.made))
         except Cancelled:
-            yield idle | self._shown(last) | {self.status: noted("Cancelled.")}
+            yield idle | self._shown(last) | {self.status: views.beside("Cancelled.")}
         except (ValueError, RuntimeError, OSError) as error:
             yield clean | idle | self._shown(last) | self._wrong(str(error))
         finally:
@@ -250,15 +245,15 @@ class Page:
         known = self.session.service.vocabulary
         unknown = known.unknown(prompt) if known else []
         text = f"{self.title} does not know: {', '.join(unknown)}."
-        return {self.notes["prompt"]: noted(text)} if unknown else {}
+        return {self.notes["prompt"]: views.beside(text)} if unknown else {}
 
     def _wrong(self, error: str) -> Updates:
         """An error, beside the input that it names."""
         name = named_in(self.fields, error)
         if name is None:
-            return {self.status: noted(error, "error")}
+            return {self.status: views.beside(error, "error")}
         opened = {self.fold_of[name]: gr.update(open=True)} if name in self.fold_of else {}
-        return {self.notes[name]: noted(error, "error")} | opened
+        return {self.notes[name]: views.beside(error, "error")} | opened
 
     def _shown(self, at: int) -> Updates:
         """The gallery, and one of its pictures in full; none at -1."""
@@ -367,13 +362,13 @@ class Page:
         try:
             found = recall(self.session, Path(file), self.fields)
         except InputError as error:
-            return {self.drop_note: noted(str(error), "error"), self.lacking: gr.update(visible=False)}
+            return {self.drop_note: views.beside(str(error), "error"), self.lacking: gr.update(visible=False)}
         lacking = [f"{name} (sha256 {digest[:12] or 'not recorded'})" for name, digest in found.lacking]
         asked = f"It was made from images that are not here: {', '.join(lacking)}. Drop them below." if lacking else ""
         text = " ".join(("The settings are back.", *found.remarks, asked)).strip()
         return self._filled(found.inputs, found.exact) | {
             self.dropped: file,
-            self.drop_note: noted(text),
+            self.drop_note: views.beside(text),
             self.lacking: gr.update(visible=bool(lacking), value=None),
         }
 
@@ -383,7 +378,9 @@ class Page:
         others = [Path(file).name for file in files if self.session.keep(Path(file))[1] not in wanted]
         updates = self._drop(dropped)
         if others:
-            updates[self.drop_note] = noted(f"{', '.join(others)}: not what that picture was made from.", "error")
+            updates[self.drop_note] = views.beside(
+                f"{', '.join(others)}: not what that picture was made from.", "error"
+            )
         return updates
 
 
@@ -391,10 +388,6 @@ def fold_for(name: str) -> str:
     """The title of the fold that an input is in: that of the longest beginning of its name, else the first."""
     beginnings = {beginning: title for title, each in FOLDS.items() for beginning in each if name.startswith(beginning)}
     return beginnings[max(beginnings, key=len)] if beginnings else next(iter(FOLDS))
-
-
-def noted(text: str, kind: str = "note") -> dict[str, Any]:
-    return gr.update(value=views.message(text, kind), visible=True)
 
 
 def under(image: str | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 from PIL import Image
 
 from studio.session import Made, State
@@ -43,10 +44,10 @@ def settings(made: Made, defaults: Mapping[str, Any]) -> str:
     return f"<dl>{rows}{own}</dl>"
 
 
-def message(text: str, kind: str = "note") -> str:
-    """A sentence beside an input; the kind "error" is read aloud at once."""
+def beside(text: str, kind: str = "note") -> dict[str, Any]:
+    """A sentence beside an input, as an update of the `gr.HTML` there; the kind "error" is read aloud at once."""
     role = "alert" if kind == "error" else "status"
-    return f'<p class="{kind}" role="{role}">{html.escape(text)}</p>'
+    return gr.update(value=f'<p class="{kind}" role="{role}">{html.escape(text)}</p>', visible=True)
 
 
 def _text(value: Any) -> str:

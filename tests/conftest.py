@@ -15,7 +15,14 @@ from hypothesis import settings
 MINI = Path(__file__).parent.parent / "weights" / "mini"
 
 # Groups of tests that take long; they are begun first.
-LONGEST = ("tests/http", "tests/miniature/test_stages.py")
+LONGEST = (
+    "tests/http",
+    "tests/miniature/test_stages.py",
+    "tests/test_readme.py",
+    "tests/test_predict.py",
+    "tests/training/test_stopping.py",
+    "tests/training/test_own_pictures.py",
+)
 
 # A busy machine is no fault of what is tested: no deadlines.
 settings.register_profile("short", deadline=None, max_examples=100)

@@ -55,13 +55,14 @@ def test_it_tells_as_little_as_it_is_asked_to(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (MINI / "model.json").is_file(), reason="weights/mini is not there")
-def test_what_the_latents_say_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_latents_say_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """On the miniature: the same apple, in other pixels."""
     (apple,) = Cascade.load(MINI).generate(Request("a red apple on a green background"))
     apple.save(tmp_path / "apple.png")
     asked = [tmp_path / "apple.png", "-o", tmp_path / "again.png", "--weights", MINI]
-    assert main([str(one) for one in asked]) == 0
-    assert "256x256 pixels become 16 x 6 x 6 semantic latents.\n" in capsys.readouterr().err
+    with caplog.at_level("INFO", "scripts.reconstruction"):
+        assert main([str(one) for one in asked]) == 0
+    assert "256x256 pixels become 16 x 6 x 6 semantic latents.\n" in caplog.text
     again = read_picture(tmp_path / "again.png", "again")
     # 2.9 of 255; a parrot on this ground differs by 27.
     assert 0 < np.abs(read(again) - read(apple)).mean() < 6

@@ -1,4 +1,4 @@
-"""Textual-inversion embeddings: vectors that stand in a prompt for words, by the name of their file.
+"""Textual-inversion embeddings: vectors in place of words. A prompt names them by their file.
 
 A file holds the vectors under any of the names that trainers use:
 
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# In the order in which files with the same stem are found.
+# The first of these suffixes is preferred, if files have the same stem.
 SUFFIX = ".safetensors"
 PICKLES = (".pt", ".bin")
 
@@ -37,10 +37,10 @@ class Embeddings:
     """The embeddings that prompts may name.
 
     Args:
-        width: D, of the text encoder's word embeddings: 1280 in the published model.
+        width: D of the text encoder's word embeddings: 1280 in the published model.
         folder: holds the files, in sub-folders too; it need not exist. None: there is none. It is read when an embedding is
             asked for, so files may come and go while the model is loaded.
-        words: vectors (n, D) or (D,) of any dtype by name, which are found before files.
+        words: vectors (n, D) or (D,) of any dtype, by name. They are preferred to files.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Embeddings:
         self.words = words
 
     def with_words(self, words: Mapping[str, Tensor]) -> "Embeddings":
-        """These, and vectors by name, as in the class."""
+        """These embeddings and further `words`, see the class."""
         return Embeddings(self.width, self.folder, {**self.words, **words})
 
     def find(self, name: str) -> Tensor | None:
@@ -79,7 +79,7 @@ class Embeddings:
         return next((self.folder / path for path in candidates if path in files), None)
 
     def names(self) -> list[str]:
-        """All that `find` finds, pickles excepted, sorted."""
+        """All names that `find` finds, except pickles, sorted."""
         return sorted({*self.words, *(path.removesuffix(SUFFIX) for path in self._files() if path.endswith(SUFFIX))})
 
     def _files(self) -> set[str]:
@@ -124,7 +124,7 @@ class Embeddings:
 
 
 def vectors_of(names: list[str]) -> list[str]:
-    """Which tensors of a file with tensors of these names are the vectors, in the order in which they are joined."""
+    """The names of the tensors that are the vectors, in the order in which they are joined."""
     converted = [name for name in names if name.startswith("string_to_param.")]
     if converted:
         return converted[:1]

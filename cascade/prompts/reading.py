@@ -1,4 +1,4 @@
-"""A prompt -> its chunks: all of this room that needs no text encoder."""
+"""A prompt -> its chunks: all steps before the text encoder."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from cascade.prompts.pieces import files, pieces
 
 
 def special_of(tokenizer: CLIPTokenizer) -> Special:
-    """The ids that a tokenizer has for begin and end of text and padding, and the length of its chunks."""
+    """A tokenizer's ids for begin and end of text and for padding, and the length of its chunks."""
     return Special(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.model_max_length)
 
 

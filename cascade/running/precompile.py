@@ -63,7 +63,7 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
             channels = block.attention.channels
             for pending in (False, True):
                 jobs[AttnBlock, channels, pending] = _attention_block(block, channels, pending, unet)
-            if unet.config.clip_text_in_channels is not None:  # texts of unlike lengths share its batches
+            if unet.config.clip_text_in_channels is not None:  # its batches may have texts of different lengths
                 jobs[AttnBlock, channels, "biased"] = _attention_block(block, channels, False, unet, biased=True)
     for channels in unet.config.block_out_channels:
         for pending in (False, True):

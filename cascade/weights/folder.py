@@ -70,7 +70,7 @@ from cascade.weights.sums import ALGORITHM, sums_of
 
 logger = logging.getLogger(__name__)
 
-# The channels that each ControlNet reads.
+# The number of channels that each ControlNet reads.
 CONTROLNETS = {f"controlnet_{kind}": channels for kind, channels in KINDS.items()}
 NETWORKS = {
     "text_encoder": CLIPTextModelWithProjection,

@@ -70,6 +70,14 @@ def titled(process: psutil.Process, word: str) -> bool:
         return False
 
 
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; nobody may have asked how it ended."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @contextmanager
 def started(folder: Path) -> Iterator[Driver]:
     """A driver; at the end, none of its processes is left."""
@@ -79,7 +87,9 @@ def started(folder: Path) -> Iterator[Driver]:
     finally:
         driver.process.kill()
         driver.process.wait()
-        _, left = psutil.wait_procs(driver.family, timeout=60)
+        end = time.monotonic() + 120
+        while (left := [one for one in driver.family if runs(one)]) and time.monotonic() < end:
+            time.sleep(0.2)
         for one in left:
             one.kill()
     assert left == [], "Ray's processes end with the driver"

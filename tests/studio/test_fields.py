@@ -70,7 +70,7 @@ def test_files_are_passed_as_paths() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "error"),
     [
-        ("width", "wide", "width is 'wide'; it must be a whole number from 64 to 2048."),
+        ("width", "wide", "width is 'wide'; it must be a whole number from 64 to 4096."),
         ("steps_prior", "2.5", "steps_prior is 2.5; it must be a whole number from 1 to 50."),
         ("outpaint", "1, 2", "outpaint has 2 values; it must have 4."),
         ("control_scales", "1, x", "control_scales[1] is 'x'; it must be a number from 0 to 2."),

@@ -11,6 +11,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from serving.record import read_record
 from studio.fields import read_fields
+from studio.page import fold_for
 from studio.session import Made, Session
 
 pytestmark = pytest.mark.slow
@@ -22,7 +23,8 @@ def field(page: Page, name: str) -> Locator:
     """Where an input is written, in an open fold."""
     found = page.locator(f"#{name}").locator("textarea, input").first
     if not found.is_visible():
-        page.locator(".fold", has=page.locator(f"#{name}")).locator("button.label-wrap").click()
+        # A fold's content is made when it is opened.
+        page.locator(".fold button.label-wrap").filter(has=page.get_by_text(fold_for(name), exact=True)).click()
         found.wait_for()
     return found
 
@@ -44,6 +46,24 @@ def made_since(page: Page, session: Session, before: int, count: int = 1) -> lis
     expect(page.locator("#make")).to_be_visible()
     assert len(session.made) == before + count
     return session.made[before:]
+
+
+def paint(page: Page) -> None:
+    """A stroke through the middle of the image. Gradio's editor does not tell when it can be painted on: it is tried."""
+    canvas, undo = page.locator("#brush canvas").first, page.locator("#brush").get_by_role("button", name="Undo")
+    for _ in range(40):
+        page.wait_for_timeout(500)
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x - 40, y)
+        page.mouse.down()
+        page.mouse.move(x + 40, y, steps=8)
+        page.mouse.up()
+        page.wait_for_timeout(500)
+        if undo.is_enabled():
+            return
+    raise AssertionError("the brush does not paint")
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -86,17 +106,8 @@ def test_a_mask_is_painted_and_all_else_stays(opened: Page, session: Session) ->
     opened.locator("#output_format").get_by_text("png").click()
     (apple,) = make(opened, session)
     opened.get_by_role("button", name="Inpaint").click()
-    canvas = opened.locator("#brush canvas").first
-    canvas.scroll_into_view_if_needed()
     expect(opened.locator("#image img")).to_be_visible()
-    opened.wait_for_timeout(1500)  # Gradio's editor fits the image without telling when it has
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    opened.mouse.move(x - 40, y)
-    opened.mouse.down()
-    opened.mouse.move(x + 40, y, steps=8)
-    opened.mouse.up()
-    opened.wait_for_timeout(1000)
+    paint(opened)
     fill(opened, prompt="a full moon on a green background")
     (made,) = make(opened, session)
     assert made.given["image"].read_bytes() == apple.path.read_bytes()
@@ -171,7 +182,7 @@ def test_an_error_stands_beside_its_input(opened: Page, session: Session) -> Non
     fill(opened, height="5000")
     opened.locator("#make").click()
     error = opened.locator("#height-note .error")
-    expect(error).to_have_text("height is 5000; it must be a whole number from 64 to 2048.")
+    expect(error).to_have_text("height is 5000; it must be a whole number from 64 to 4096.")
     expect(opened.get_by_role("alert")).to_have_count(1)
     below = error.bounding_box()["y"] - opened.locator("#height").bounding_box()["y"]
     assert 0 < below < 200

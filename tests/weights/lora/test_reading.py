@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import tarfile
+import tempfile
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Mapping
@@ -320,6 +321,26 @@ def test_large_documents_are_refused_before_they_are_read(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < files.MOST_JSON
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "folder"])
+def test_archives_are_not_read_into_memory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the tensors, of which there is one copy. Nothing of them is left on the disk."""
+    path, temporary = tmp_path / "folder", tmp_path / "temporary"
+    path.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    size = 20_000_000
+    save_file({"lora_unet_a.diff": torch.ones(size // 4)}, path / "a.safetensors")
+    if kind != "folder":
+        path = archive(tmp_path, {"a.safetensors": path / "a.safetensors"}, kind)
+    tracemalloc.start()
+    (stored,) = files.read(path).files
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert stored.tensors["lora_unet_a.diff"].sum() == size // 4
+    assert peak < size / 2
+    assert list(temporary.iterdir()) == []
 
 
 def test_words_without_a_name_are_refused(tmp_path: Path) -> None:
