@@ -1,9 +1,9 @@
 """What steers Stage C besides the text.
 
-- ``image_prompts``: images as embeddings beside the text's (CLIP ViT-L/14).
+- ``image_prompts``: images as embeddings, in addition to the text's (CLIP ViT-L/14).
 - ``inpainting``: masks and larger canvases: which part of an image is made anew.
 - ``controls``: images as edges, masked images or small images, which ControlNets read.
-- ``controlnets``: the ControlNets, and what they add to Stage C.
+- ``controlnets``: the ControlNets, and their residuals for Stage C.
 
-`request` uses ``inpainting`` and ``controls`` to check what is asked for; these two know no network.
+`request` uses ``inpainting`` and ``controls`` to check its inputs; these two know no network.
 """

@@ -1,4 +1,4 @@
-"""ControlNets: controls become what is added to Stage C's residual blocks."""
+"""ControlNets: turn controls into residuals for Stage C's residual blocks."""
 
 from collections.abc import Callable, Mapping
 
@@ -40,7 +40,7 @@ class ControlNets:
         mask: np.ndarray | None,
         compression: float = sizes.SEMANTIC_PIXELS,
     ) -> Residuals:
-        """What a control adds to Stage C: one forward of its ControlNet.
+        """A control's residuals for Stage C: one forward of its ControlNet.
 
         Args:
             control: of one of the kinds of `networks`.

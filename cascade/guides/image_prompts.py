@@ -1,4 +1,4 @@
-"""Image prompts: images become embeddings that Stage C sees beside those of the text."""
+"""Image prompts: turns images into embeddings that Stage C gets in addition to those of the text."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ class ImagePromptEncoder:
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image], run: Run = directly) -> Tensor:
-        """What an IP-Adapter reads of images: the last hidden states but one.
+        """The input of an IP-Adapter: the last hidden states but one.
 
         Args: see `encode`.
 

@@ -1,4 +1,4 @@
-"""The IP-Adapter: reference images become keys and values that Stage C's attention blocks see beside the prompt's."""
+"""The IP-Adapter: turns reference images into keys and values for Stage C's attention blocks, in addition to the prompt's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from cascade.stages.prior import AdapterImage
 
 @dataclass(frozen=True)
 class Reference:
-    """An image for the IP-Adapter; `Request` says what the attributes are.
+    """An image for the IP-Adapter; `Request` documents the attributes.
 
     Attributes:
         image: of any size and mode.
@@ -56,7 +56,8 @@ class IPAdapterGuide:
         """Make sure that this model can use reference images in this mode, one of `networks.ip_adapter.MODES`.
 
         Raises:
-            ValueError: it has no IP-Adapter or no image encoder, they do not fit, or no block is known for the mode.
+            ValueError: it has no IP-Adapter or no image encoder, they do not fit each other, or the adapter names no block
+                for the mode.
         """
         if self._network is None:
             raise ValueError(
@@ -76,11 +77,11 @@ class IPAdapterGuide:
     def encode(
         self, references: Sequence[Reference], mode: str, size: sizes.Size, compression: float = sizes.SEMANTIC_PIXELS
     ) -> list[AdapterImage]:
-        """What references add to Stage C: one forward of the image encoder, and one of the adapter.
+        """The references' keys and values for Stage C: one forward of the image encoder, and one of the adapter.
 
         Args:
             references: those with a scale above 0.
-            mode: one that `check` has nothing against.
+            mode: one that `check` accepts.
             size: (height, width) of the pictures.
             compression: pixels to a semantic latent, see `sizes.semantic_size`.
         """
@@ -101,10 +102,10 @@ class IPAdapterGuide:
 
 
 def read_mask(name: str, mask: Image.Image) -> Image.Image:
-    """A mask of any size and mode as grey, "L": white where the image speaks for the picture. Transparent counts as black.
+    """A mask of any size and mode as grey, "L": white where the image acts on the picture. Transparent counts as black.
 
     Args:
-        name: what the sentence calls it.
+        name: the mask's name in errors.
 
     Raises:
         InputError: it is black all over.
@@ -118,7 +119,7 @@ def read_mask(name: str, mask: Image.Image) -> Image.Image:
 
 
 def mask_of_latents(mask: Image.Image, size: sizes.Size, compression: float = sizes.SEMANTIC_PIXELS) -> Tensor:
-    """How much an image counts for each semantic latent: the mean of the mask's pixels there, float32 (1, 1, h, w) in 0..1.
+    """An image's weight at each semantic latent: the mean of the mask's pixels there, float32 (1, 1, h, w) in 0..1.
 
     Args:
         mask: of mode "L". It is scaled to the pictures' size, and what exceeds their shape is cut off evenly.

@@ -1,9 +1,9 @@
-"""Adapters in a loaded model: which ones a request wants, and the networks' weights with them.
+"""Adapters in a loaded model: finds those of a request, and writes them into the networks' weights.
 
-- `lora`: what a request says, `Lora`.
-- `selection`: the files of a request, read and placed in this model's networks.
-- `merging`: weights become those of a selection, in place; the base comes back to the bit.
+- `lora`: `Lora`, an adapter as a request names it.
+- `selection`: reads the files of a request, and assigns their tensors to this model's networks.
+- `merging`: changes the weights in place, and restores the base weights to the bit.
 - `words`: learned words in prompts.
 
-What the files hold, and what they do to one weight, is in `cascade.weights.lora`.
+`cascade.weights.lora` reads the files, and computes the change of one weight.
 """

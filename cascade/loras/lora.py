@@ -1,4 +1,4 @@
-"""What a request says about an adapter. Reads nothing."""
+"""`Lora`, an adapter as a request names it. Reads no file."""
 
 import os
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Lora:
     Attributes:
         path: of a safetensors file, a PEFT folder, a tar or a zip; or the name of one in the model folder's `loras`, with or
             without ".safetensors".
-        scale: -2 to 3. The weights are base + scale * (trained - base). Words that the adapter brings count whole at every
-            scale but 0.
+        scale: -2 to 3. The weights are base + scale * (trained - base). It does not scale the words that the adapter brings:
+            they are used in full, or at 0 not at all.
 
     Raises:
-        InputError: the scale is not from -2 to 3, or the path no path.
+        InputError: the scale is not from -2 to 3, or the path is not a path.
     """
 
     path: str | os.PathLike[str]

@@ -1,12 +1,12 @@
-"""Adapters in the weights of a loaded model.
+"""Merges adapters into the weights of a loaded model.
 
-Weights become base + the sum of strength * (trained - base), computed in float32 and rounded once, and are written in place,
-where CUDA graphs and fused layers read them; of networks that wait on the host, into their host memory. Only tensors whose
-adapters change are written. Each begins from the base weight, read again, so nothing adds up, and without adapters the
-base is back to the bit.
+Weights become base + the sum of strength * (trained - base), computed in float32 and rounded once. They are written in
+place, where CUDA graphs and fused layers read them; for networks that are on the host, into host memory. Only tensors whose
+adapters change are written. Each is computed from the base weight, which is read again. So errors do not add up, and without
+adapters the weights equal the base to the bit.
 
-Each tensor's state is noted as it is written. A request that ends in the middle of a change leaves some tensors with the old
-adapters and some with the new; the next request changes whatever is not as it wants it.
+The adapters of each tensor are recorded when it is written. If a request ends in the middle of a change, some tensors have
+the old adapters and some the new ones; the next request changes every tensor that does not have its own adapters.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ from cascade.weights.lora.words import TABLE
 
 logger = logging.getLogger(__name__)
 
-# The adapters in a tensor, each with its strength. A tensor that is being written has none that any selection could want.
+# The adapters in a tensor, each with its strength. While a tensor is being written, its record equals that of no selection.
 Recipe = tuple[tuple[Key, float], ...]
 BEING_WRITTEN: Recipe = (((), float("nan")),)
 
 
 class _Place(NamedTuple):
-    """Where a published tensor lies: in a parameter, and there in which rows."""
+    """The parameter that holds a published tensor, and its rows there."""
 
     parameter: str
     rows: slice
@@ -52,8 +52,8 @@ class Loras:
         networks: "prior", "decoder" and "text_encoder".
         vocabulary: returns the tokenizer's words and their rows.
         runner: runs the networks.
-        base: where their weights come from; None: copies are kept of those that change.
-        folder: in which the adapters are that are called by their name; None: there is none.
+        base: reads the base weights; None: copies of the weights that change are kept.
+        folder: has the adapters that requests call by name; None: there is none.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Loras:
         self.base = KeptWeights() if base is None else base
         self.folder = folder
         self._recipes: dict[str, dict[str, Recipe]] = {name: {} for name in self.networks}
-        # None: a change was begun, and has not ended.
+        # None: a change has begun and not ended.
         self._applied: Selection | None = Selection()
 
     def select(self, loras: Sequence[Lora]) -> Selection:
-        """Read what a request wants, unless it is in the weights already. Changes nothing.
+        """Read the adapters of a request, unless they are in the weights already. Changes no weight.
 
         Raises:
             InputError: an adapter is missing, damaged or does not fit this model.
@@ -92,7 +92,7 @@ class Loras:
         selection, words, placed = Selection(tuple(one for one in chosen if one.scale)), [], []
         for place, one in enumerate(chosen):
             with _named(place, loras[place]):
-                found = self._library.read(one.path)  # at scale 0 too: what is wrong with it is said
+                found = self._library.read(one.path)  # at scale 0 too, so that errors in it are reported
                 if one.scale:
                     placed.append(found)
                     words += self._words_of(found)
@@ -102,10 +102,10 @@ class Loras:
         return selection
 
     def apply(self, selection: Selection) -> None:
-        """Make the weights those of a selection. Returns at once if they are.
+        """Write a selection into the weights. Returns at once if it is there already.
 
         Raises:
-            WeightsError: the base weights, or adapters that another request has replaced, cannot be read any more.
+            WeightsError: the base weights, or adapters that another request has replaced, can no longer be read.
         """
         if selection is self._applied:
             return
@@ -156,7 +156,7 @@ class Loras:
             for key, base in self.base.read(name, stale, self.runner.device, current):
                 noted[key] = BEING_WRITTEN
                 weight, target = merged(base, changes[key]) if key in changes else base, current(key)
-                # Of others, torch makes a copy on the host, which must have come before it is read.
+                # For other tensors, torch first makes a copy on the host. It must be complete before it is read.
                 target.copy_(weight.to(target.dtype), non_blocking=target.is_contiguous())
                 noted[key] = recipes.get(key, ())
         for key in stale:
@@ -176,7 +176,7 @@ class Loras:
 
 
 def _places(network: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, _Place]:
-    """Where each published tensor lies."""
+    """The place of each published tensor."""
     places: dict[str, _Place] = {}
     for parameter, names in published_names(network).items():
         first = 0
@@ -189,7 +189,7 @@ def _places(network: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str
 
 @contextlib.contextmanager
 def _named(place: int, lora: Lora) -> Iterator[None]:
-    """What is wrong with an adapter, as the sentence of the request that wants it."""
+    """The error of an adapter, as an error about the request's input."""
     try:
         yield
     except WeightsError as error:

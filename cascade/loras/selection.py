@@ -1,4 +1,4 @@
-"""The adapters of a request: found, read, and placed in this model's networks."""
+"""Finds the adapters of a request, reads them, and assigns their tensors to this model's networks."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from cascade.weights.names import SUFFIX
 
 logger = logging.getLogger(__name__)
 
-# What an adapter is known by: the paths of its files, and when each was changed.
+# Identifies an adapter: the paths of its files, and when each was changed.
 Key = tuple[tuple[str, int, int, int, int], ...]
 
 
@@ -23,7 +23,7 @@ class Chosen:
     """One adapter of a request.
 
     Attributes:
-        path: where it is.
+        path: its file or folder.
         key: the same for the same files.
         scale: its strength.
     """
@@ -40,7 +40,7 @@ class Selection:
     Attributes:
         chosen: in the request's order, without those at scale 0.
         words: that prompts may use.
-        placed: what they change, in the same order; None: that is in the weights, and not needed any more.
+        placed: their changes, in the same order; None: the weights have them already.
     """
 
     chosen: tuple[Chosen, ...] = ()
@@ -49,7 +49,7 @@ class Selection:
 
     @property
     def keys(self) -> tuple[tuple[Key, float], ...]:
-        """By which two selections are known to mean the same weights."""
+        """Equal for two selections that give the same weights."""
         return tuple((one.key, one.scale) for one in self.chosen)
 
 
@@ -57,7 +57,7 @@ class Library:
     """Finds adapters and reads them.
 
     Args:
-        folder: in which those are that are called by their name; None: there is none.
+        folder: has the adapters that requests call by name; None: there is none.
         shapes: of this model's networks, see `cascade.weights.lora.place`.
         vocabulary: returns the tokenizer's words and their rows.
     """
@@ -73,13 +73,13 @@ class Library:
         self.vocabulary = vocabulary
 
     def find(self, path: Path) -> Path:
-        """Where an adapter is: a path as it is, or a name in the folder.
+        """The path of an adapter, which is given as a path, or as a name in the folder.
 
         Raises:
             WeightsError: there is none.
         """
         if path.exists():
-            return path if path.name else path.resolve()  # "." has no name, by which settings are found
+            return path if path.name else path.resolve()  # settings are found by the name, and "." has none
         if self.folder is not None and len(path.parts) == 1 and path.name not in (".", ".."):
             for name in (path.name, f"{path.name}{SUFFIX}"):
                 if (self.folder / name).exists():
@@ -89,7 +89,7 @@ class Library:
         raise WeightsError(f"There is no file or folder {shortened(path, 100)}{there}.")
 
     def names(self) -> list[str]:
-        """Those in the folder, sorted."""
+        """The names of the adapters in the folder, sorted."""
         if self.folder is None or not self.folder.is_dir():
             return []
         return sorted(
@@ -99,11 +99,11 @@ class Library:
         )
 
     def key(self, path: Path) -> Key:
-        """What changes when an adapter's files do."""
+        """Identifies the adapter; changes when its files change."""
         return tuple(sorted(_states(path, self._settings(path))))
 
     def read(self, path: Path) -> Placed:
-        """An adapter in this model's networks. Logs what it is.
+        """Read an adapter for this model's networks. Logs what it is.
 
         Raises:
             WeightsError: it cannot be read, or does not fit.
@@ -117,7 +117,7 @@ class Library:
         return placed
 
     def _settings(self, path: Path) -> list[Path]:
-        """What may say of the authors' files what they do not."""
+        """The files that may have the settings that the authors' files lack."""
         return [] if self.folder is None else [self.folder / f"{path.name.removesuffix(SUFFIX)}.json"]
 
 
@@ -133,6 +133,6 @@ def _states(path: Path, settings: Sequence[Path]) -> Iterator[tuple[str, int, in
 def word_vectors(placed: Placed, table: Tensor | None) -> list[tuple[str, Tensor]]:
     """The words of an adapter, float32 (n, D) on the CPU.
 
-    table: the text encoder's words, on the CPU; needed by those that begin from some.
+    table: the text encoder's words, on the CPU; needed by words that begin from known ones.
     """
     return [(word.name, word.vectors if table is None else word.rows(table)) for word in placed.words]

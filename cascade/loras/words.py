@@ -1,7 +1,7 @@
 """Learned words in prompts.
 
-Where a prompt has the name of a word, the text encoder sees its vectors. Names are found in capitals and small letters alike,
-as CLIP's tokenizer makes no difference; a name that begins or ends in a letter or digit is not found inside other words.
+Where a prompt has the name of a word, the text encoder gets its vectors. Upper and lower case do not matter, as in CLIP's
+tokenizer. A name that begins or ends in a letter or digit is not found inside other words.
 """
 
 import logging
@@ -23,10 +23,11 @@ class Words:
 
     def __init__(self, vectors: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         self.names = tuple(vectors)
-        # By keys without white space, which the names of embeddings in prompts must not have.
+        # By keys without white space, because the names of embeddings in prompts must not contain any.
         self.vectors = {re.sub(r"\s", "_", name): tensor for name, tensor in vectors.items()}
         longest_first = sorted(vectors, key=len, reverse=True)
-        # One a group of the expression. What a group finds may be spelled otherwise: \u017f is an s there, and not lower().
+        # One key per group of the expression. What a group finds may be spelled otherwise: \u017f is an s there, and not
+        # lower().
         self._keys = [re.sub(r"\s", "_", name) for name in longest_first]
         self._found = re.compile("|".join(f"({_expression(name)})" for name in longest_first), re.IGNORECASE)
 

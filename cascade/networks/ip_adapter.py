@@ -1,12 +1,13 @@
-"""An IP-Adapter of Stage C: images become keys and values of their own for some of Stage C's attention blocks.
+"""An IP-Adapter of Stage C: turns images into additional keys and values for some of Stage C's attention blocks.
 
 The design is that of IP-Adapter Plus (Ye et al., arXiv 2308.06721): a resampler reads the image encoder's last hidden states
 but one, and each adapted block has a second softmax, over the image's tokens alone, whose result is added to the block's own
 before the output projection. Tensors have the names of that project's files (`image_proj.*`, `ip_adapter.N.to_k_ip.weight`);
-N counts Stage C's attention blocks in execution order, down then up. What differs follows from Stage C:
+N counts Stage C's attention blocks in execution order, down then up. The differences follow from Stage C:
 
-- A token passes SiLU, as Stage C's own condition tokens do, and then one matrix that gives the key. Before training, that is
-  the product of the block's own two (`copy_keys`), without their biases, which a softmax over these keys alone ignores.
+- A token passes SiLU, as Stage C's own condition tokens do, and then one matrix that gives the key. Before training, this
+  matrix is the product of the block's own two (`copy_keys`), without their biases, which do not change a softmax over these
+  keys alone.
 - The value matrices begin as zeros, so an untrained adapter changes nothing.
 
 Keys and values depend on neither the latents nor the step: one forward serves all steps of a picture.
@@ -16,13 +17,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from cascade.networks.base import Network
 from cascade.networks.unet import AttnBlock, Conditions, ImageTokens, StableCascadeUNet
 
-# Which of the adapted blocks are used.
+# Each mode uses some of the adapted blocks.
 MODES = ("all", "style", "composition")
 # Every fourth of the published Stage C's 64 attention blocks.
 PUBLISHED_BLOCKS = tuple(range(0, 64, 4))
@@ -51,7 +52,7 @@ class ResamplerAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """A perceiver: learned queries read any number of features, and become so many tokens.
+    """A perceiver: learned queries attend to any number of features. Each query becomes one token.
 
     Args:
         feature_dim: length of a feature.
@@ -107,23 +108,23 @@ class ImageKeyValue(nn.Module):
         return self.to_k_ip(tokens), self.to_v_ip(tokens)
 
 
-class IPAdapter(ModelMixin, ConfigMixin):
+class IPAdapter(Network):
     """A resampler, and for each adapted attention block of Stage C the matrices of its keys and values.
 
     Parameters (defaults: for the published Stage C and image encoder):
         feature_dim (`int`, 1024): width of the image encoder's hidden states.
-        num_tokens (`int`, 16): tokens made of an image.
+        num_tokens (`int`, 16): tokens per image.
         hidden_size (`int`, 1280): width of the resampler.
         num_hidden_layers (`int`, 4), num_attention_heads (`int`, 20), attention_head_dim (`int`, 64): of the resampler.
         conditioning_dim (`int`, 2048): length of a token.
         blocks (`tuple[int]`): the adapted attention blocks of Stage C, by their number in execution order, down then up.
         block_channels (`int | tuple[int]`, 2048): width of these blocks; one for all, or one each.
-        style_blocks, composition_blocks (`tuple[int]`, ()): those of `blocks` that carry what modes "style" and "composition"
-            ask for; empty: not known, and the mode cannot be used.
+        style_blocks, composition_blocks (`tuple[int]`, ()): those of `blocks` that the modes "style" and "composition" use;
+            empty: not known, and the mode cannot be used.
 
     Untrained, it changes nothing: all values are zero.
-    Raises ValueError for a block named twice, numbers of widths and blocks that differ, and a style or composition block that
-    is not adapted.
+    Raises ValueError if a block is named twice, if the numbers of widths and blocks differ, or if a style or composition
+    block is not adapted.
     """
 
     @register_to_config
@@ -170,7 +171,7 @@ class IPAdapter(ModelMixin, ConfigMixin):
         return dict(zip(self.config.blocks, channels, strict=True))
 
     def blocks_of(self, mode: str) -> tuple[int, ...]:
-        """The blocks that a mode, one of `MODES`, uses; none if the configuration does not know them."""
+        """The blocks that a mode, one of `MODES`, uses; none if the configuration does not name them."""
         return tuple(self.config.blocks if mode == "all" else self.config[f"{mode}_blocks"])
 
     def forward(self, features: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
@@ -183,9 +184,9 @@ class IPAdapter(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def copy_keys(self, prior: StableCascadeUNet) -> None:
-        """Begin with the keys that Stage C's own blocks make of condition tokens, but for a constant.
+        """Start with the keys that Stage C's own blocks make from condition tokens, except for a constant.
 
-        prior: of ordinary layers, and one that `misfit` has nothing against.
+        prior: a Stage C with ordinary layers that fits, see `misfit`.
         """
         blocks = attention_blocks(prior)
         for number, pair in self.ip_adapter.items():
@@ -195,7 +196,7 @@ class IPAdapter(ModelMixin, ConfigMixin):
             pair.to_k_ip.weight.copy_(block.attention.to_qkv.weight[channels : 2 * channels] @ mapper.weight)
 
     def misfit(self, prior: StableCascadeUNet, feature_dim: int) -> str | None:
-        """The first thing in which this adapter does not fit a Stage C and an image encoder, as a sentence; None if it fits.
+        """A sentence with the first reason why this adapter does not fit a Stage C and an image encoder; None if it fits.
 
         feature_dim: width of the image encoder's hidden states.
         """
@@ -224,7 +225,7 @@ def attention_blocks(prior: StableCascadeUNet) -> Sequence[AttnBlock]:
 def image_tokens(
     pairs: Mapping[int, tuple[Tensor, Tensor]], conditions: Conditions
 ) -> dict[int, tuple[ImageTokens, ...]]:
-    """Keys and values of one image a sample, as `IPAdapter` makes them, in the form of `Conditions.images`.
+    """Keys and values of one image per sample, as `IPAdapter` makes them, in the form of `Conditions.images`.
 
     conditions: of Stage C, whose blocks have the same number of heads.
     """

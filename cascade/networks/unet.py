@@ -8,8 +8,8 @@ weights' dtype. With a bfloat16 stream, which is rounded after each of its hundr
 1.7 to 4.7 times as large (Stages B and C at full depth and reduced width, random weights, on a CPU).
 
 `StableCascadeUNet.condition` does the work that does not depend on the step. Its result, `Conditions`, serves all steps.
-Activations are (batch, height, width, channels), so that LayerNorm and Linear read contiguous memory. The blocks' other
-operations than matrix products are in `cascade.kernels`, in plain torch and as GPU kernels.
+Activations are (batch, height, width, channels), so that LayerNorm and Linear read contiguous memory. The blocks' operations,
+except matrix products, are in `cascade.kernels`, in plain torch and as GPU kernels.
 
 Layers with the same input are stacked into one layer: q, k and v of an attention block, and the mappers of one timestep
 condition in all blocks. `layout` splits them into the published tensors in state dicts, and stacks those on loading.
@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels
@@ -30,12 +29,13 @@ from cascade.kernels.layers import columns, put_channels_side_by_side
 from cascade.kernels.plain import EPS, layer_norm
 from cascade.kernels.stream import Stream
 from cascade.networks import layout
+from cascade.networks.base import Network
 
 TIMESTEP_CONDITIONS = ("sca", "crp")
 
 
 class ImageTokens(NamedTuple):
-    """What one image of an IP-Adapter gives one attention block.
+    """Keys and values of one IP-Adapter image for one attention block.
 
     key, value: (B, heads, tokens, channels per head).
     """
@@ -45,14 +45,14 @@ class ImageTokens(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """What the conditions contribute to every step.
+    """The conditions' part of every step, which is computed once.
 
-    keys, values: one tensor an attention block (order: down then up), (B, heads, tokens, channels per head).
+    keys, values: one tensor per attention block (order: down then up), (B, heads, tokens, channels per head).
     feature_map: Stage B's semantic and pixel maps, summed, float32 (B, h / patch, w / patch, channels); None in
         Stage C.
     bias: float32 (B, tokens), added to the logits of the keys in every attention block; None: zeros.
-    images: of an IP-Adapter, by the number of the attention block: one `ImageTokens` an image. None: there is no image.
-    masks: for each of these images, how much it counts where: float32 (1, 1, h, w); None: 1 everywhere.
+    images: of an IP-Adapter, by the number of the attention block: one `ImageTokens` per image. None: there is no image.
+    masks: for each of these images, its weight at each latent: float32 (1, 1, h, w); None: 1 everywhere.
     """
 
     keys: tuple[Tensor, ...]
@@ -222,8 +222,8 @@ class Attention(UsesKernels, nn.Module):
         key, value: of the condition, as `key_value` returns them.
         own: whether the tokens attend to each other too.
         bias: float32 (B, condition tokens), added to the logits of the condition's keys.
-        images: of an IP-Adapter. Of each, the result of an attention to its tokens alone is added.
-        shares: for each image, by how much that is multiplied: (1, T, 1); None: not at all.
+        images: of an IP-Adapter. For each image, attention to its tokens alone is computed and added.
+        shares: for each image, the factor on this result, (1, T, 1); None: 1.
         """
         if own:
             query, own_key, own_value = self.to_qkv(tokens).chunk(3, dim=-1)
@@ -238,7 +238,7 @@ class Attention(UsesKernels, nn.Module):
 
 
 class ConditionKeyValue(nn.Module):
-    """The part of an AttnBlock that runs once an image. A module without weights of its own, so that it can have hooks."""
+    """The part of an AttnBlock that runs once per picture. A module without weights of its own, so that it can have hooks."""
 
     def forward(self, tokens: Tensor, kv_mapper: nn.Module, attention: Attention) -> tuple[Tensor, Tensor]:
         """Condition tokens (B, T, condition_dim) -> keys and values, each (B, heads, T, channels / heads)."""
@@ -306,7 +306,7 @@ def map_mapper(in_channels: int, channels: int) -> nn.Sequential:
     )
 
 
-class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
+class StableCascadeUNet(UsesKernels, Network):
     """Stage B or Stage C.
 
     Parameters (defaults: the published Stage C 3.6B; tuples have one value per level, finest first):

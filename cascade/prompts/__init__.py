@@ -9,5 +9,5 @@
     encoding      chunks -> hidden states, weighted
     text          TextEmbeddings, and how texts of unlike lengths share a batch
 
-Text and tensors only: nothing here knows the networks, but for the text encoder that `encoding` calls.
+This folder knows only texts and tensors. The only network that it uses is the text encoder, which `encoding` calls.
 """

@@ -1,7 +1,7 @@
 """Pieces of a prompt -> chunks of 77 tokens, begin and end of text included: what CLIP's text encoder takes at once.
 
 The chunks are ComfyUI's (comfy/sd1_clip.py, `tokenize_with_weights`): a piece of fewer than 8 tokens that does not fit into
-what is left of a chunk begins the next one; longer pieces are cut where the chunk ends.
+the rest of a chunk begins the next chunk; longer pieces are cut at the end of the chunk.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cascade.prompts.pieces import Piece, Token
 
-# Pieces of as many tokens and more are cut.
+# Pieces of at least this many tokens are cut.
 LARGE = 8
 
 
@@ -31,20 +31,20 @@ class Chunk:
     weights: tuple[float, ...]
 
     def ids(self, special: Special) -> list[int]:
-        """All 77, with 0 in the place of each vector."""
+        """All 77 ids, with 0 in the place of each vector."""
         padding = special.length - len(self.tokens) - 2
         return [special.begin, *(token.id for token in self.tokens), special.end, *[special.padding] * padding]
 
     def all_weights(self, special: Special) -> list[float]:
-        """Of all 77. Begin and end of text and the padding have 1."""
+        """The weights of all 77. Begin and end of text and the padding have 1."""
         return [1.0, *self.weights, *[1.0] * (special.length - len(self.weights) - 1)]
 
     def mask(self, special: Special, *, ends_early: bool) -> list[int]:
         """What the text encoder attends to: 1 up to the end of text, 0 for the padding.
 
         Args:
-            ends_early: whether an end of text that the prompt itself spells out, `<|endoftext|>`, is the end: ComfyUI masks
-                what follows it, but for vectors. transformers' tokenizer, which the authors use, does not.
+            ends_early: whether an end of text that the prompt itself spells out, `<|endoftext|>`, is the end. ComfyUI masks
+                everything after it except vectors. transformers' tokenizer, which the authors use, does not.
         """
         mask = [1] * (len(self.tokens) + 2) + [0] * (special.length - len(self.tokens) - 2)
         spelled = [place for place, token in enumerate(self.tokens) if token.id == special.end and token.vector is None]

@@ -1,6 +1,6 @@
 """Embedding files that are pickles -> safetensors files, which `cascade.prompts.embeddings` reads.
 
-torch reads them without running what they hold (`weights_only`).
+torch reads them without running code in them (`weights_only`).
 """
 
 from collections.abc import Mapping
@@ -20,20 +20,20 @@ def convert(source: Path, target: Path, width: int = 1280) -> tuple[int, int]:
     Args:
         source: written by `torch.save`: A1111's `string_to_param`, a list of dicts, or a dict of tensors.
         target: the new file.
-        width: D, of the model's text encoder, by which those vectors of a list are found that are meant for it.
+        width: D of the model's text encoder. Of a list of vectors, those of this width are taken.
 
     Returns:
-        The shape of what was written, (n, D).
+        The shape of the written vectors, (n, D).
 
     Raises:
-        ValueError: the file is none that torch reads, or has no vectors.
+        ValueError: torch cannot read the file, or it has no vectors.
         OSError: a file cannot be read or written.
     """
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # of bytes that are no pickle, the unpickler raises whatever it stumbles over
+    except Exception as error:  # for bytes that are not a pickle, the unpickler may raise any error
         raise ValueError(f"{source} is no file of tensors that torch.save wrote.") from error
     found = [one[None] if one.dim() == 1 else one for one in _vectors(content, width)]
     if not found or any(one.dim() != 2 for one in found):
@@ -46,7 +46,7 @@ def convert(source: Path, target: Path, width: int = 1280) -> tuple[int, int]:
 
 
 def _vectors(content: Any, width: int) -> list[Tensor]:
-    """Those that ComfyUI takes (comfy/sd1_clip.py, `load_embed`)."""
+    """The vectors that ComfyUI takes (comfy/sd1_clip.py, `load_embed`)."""
     if isinstance(content, list):
         tensors = [one for part in content if isinstance(part, Mapping) for one in part.values()]
         return [one for one in tensors if isinstance(one, Tensor) and one.shape[-1:] == (width,)]

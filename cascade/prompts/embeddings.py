@@ -1,4 +1,4 @@
-"""Textual-inversion embeddings: vectors that stand in a prompt for words, by the name of their file.
+"""Textual-inversion embeddings: vectors in place of words. A prompt names them by their file.
 
 A file holds the vectors under any of the names that trainers use:
 
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# In the order in which files with the same stem are found.
+# The first of these suffixes is preferred, if files have the same stem.
 SUFFIX = ".safetensors"
 PICKLES = (".pt", ".bin")
 
@@ -37,10 +37,10 @@ class Embeddings:
     """The embeddings that prompts may name.
 
     Args:
-        width: D, of the text encoder's word embeddings: 1280 in the published model.
+        width: D of the text encoder's word embeddings: 1280 in the published model.
         folder: holds the files, in sub-folders too; it need not exist. None: there is none. It is read when an embedding is
             asked for, so files may come and go while the model is loaded.
-        words: vectors (n, D) or (D,) of any dtype by name, which are found before files.
+        words: vectors (n, D) or (D,) of any dtype, by name. They are preferred to files.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Embeddings:
         self.words = words
 
     def with_words(self, words: Mapping[str, Tensor]) -> "Embeddings":
-        """These, and vectors by name, as in the class."""
+        """These embeddings and further `words`, see the class."""
         return Embeddings(self.width, self.folder, {**self.words, **words})
 
     def find(self, name: str) -> Tensor | None:
@@ -66,16 +66,20 @@ class Embeddings:
         """
         if name in self.words:
             return self._checked(name, self.words[name])
+        path = self.file(name)
+        return None if path is None else self._read(path)
+
+    def file(self, name: str) -> Path | None:
+        """The file that `find` reads, or None if it reads none."""
+        if self.folder is None or not name or name in self.words:
+            return None
         files = self._files()
         folders = sorted({""} | {f"{Path(path).parent.as_posix()}/" for path in files if "/" in path})
         candidates = (f"{folder}{name}{suffix}" for folder in folders for suffix in ("", SUFFIX, *PICKLES))
-        for path in candidates if name else ():
-            if self.folder is not None and path in files:
-                return self._read(self.folder, path)
-        return None
+        return next((self.folder / path for path in candidates if path in files), None)
 
     def names(self) -> list[str]:
-        """All that `find` finds, pickles excepted, sorted."""
+        """All names that `find` finds, except pickles, sorted."""
         return sorted({*self.words, *(path.removesuffix(SUFFIX) for path in self._files() if path.endswith(SUFFIX))})
 
     def _files(self) -> set[str]:
@@ -89,14 +93,15 @@ class Embeddings:
             if file.endswith((SUFFIX, *PICKLES))
         }
 
-    def _read(self, folder: Path, path: str) -> Tensor:
+    def _read(self, file: Path) -> Tensor:
+        path = file.relative_to(self.folder).as_posix() if self.folder else file.name
         if not path.endswith(SUFFIX):
             raise EmbeddingError(
                 f"{path} is a pickle, which can run code when it is read; convert it with scripts/convert-embedding"
             )
         try:
-            with safe_open(folder / path, framework="pt") as file:
-                tensors = [self._checked(path, file.get_tensor(name)) for name in vectors_of(list(file.keys()))]
+            with safe_open(file, framework="pt") as opened:
+                tensors = [self._checked(path, opened.get_tensor(name)) for name in vectors_of(list(opened.keys()))]
         except (SafetensorError, OSError) as error:
             raise EmbeddingError(f"{path} is damaged or no safetensors file: {' '.join(str(error).split())}") from error
         if not tensors:
@@ -119,7 +124,7 @@ class Embeddings:
 
 
 def vectors_of(names: list[str]) -> list[str]:
-    """Which tensors of a file with tensors of these names are the vectors, in the order in which they are joined."""
+    """The names of the tensors that are the vectors, in the order in which they are joined."""
     converted = [name for name in names if name.startswith("string_to_param.")]
     if converted:
         return converted[:1]

@@ -1,9 +1,9 @@
 """Chunks -> hidden states: the text encoder, the vectors of embeddings in place of words, and the weights.
 
-A weight w moves a token's hidden state z along the line from that of the empty prompt at the same place, e, to e + w (z - e)
-(ComfyUI, comfy/sd1_clip.py, `encode_token_weights`). It acts on the states that the text encoder returns. So the tokens that
-follow, end of text and padding among them, have seen the word whatever its weight, and so has the pooled embedding. See
-`weighted_pooled` for the latter.
+A weight w changes a token's hidden state z to e + w (z - e), where e is the hidden state of the empty prompt at the same
+place (ComfyUI, comfy/sd1_clip.py, `encode_token_weights`). It changes only states that the text encoder returns. So the
+states of the following tokens, end of text and padding included, and the pooled embedding are computed from the word at its
+full weight. See `weighted_pooled` for the latter.
 """
 
 import itertools
@@ -22,7 +22,7 @@ Encoder = Callable[..., tuple[Tensor, Tensor]]
 def encoder_of(network: CLIPTextModelWithProjection) -> Encoder:
     """A function of tensors, which a graph can replay.
 
-    It takes ids and mask, int64 (B, 77); and, for embeddings, vectors (B, 77, D) and where they stand, bool (B, 77, 1). It
+    It takes ids and mask, int64 (B, 77); and, for embeddings, vectors (B, 77, D) and their places, bool (B, 77, 1). It
     returns the last layer's hidden states before the final layer norm, (B, 77, D), and the projection of the first end-of-text
     token, (B, 1, P).
     """
@@ -32,7 +32,7 @@ def encoder_of(network: CLIPTextModelWithProjection) -> Encoder:
             vectors, places = embeddings
             return torch.where(places, vectors, words)
 
-        # transformers' CLIP takes ids only: no embeddings of the caller's.
+        # transformers' CLIP takes only ids, not the caller's embeddings.
         hook = network.get_input_embeddings().register_forward_hook(placed) if embeddings else None
         try:
             output = network(ids, attention_mask=mask, output_hidden_states=True)
@@ -58,13 +58,13 @@ def encode(
 
     Args:
         prompts: the chunks of each.
-        run: `encoder_of`, or what calls it.
+        run: the result of `encoder_of`, or a function that calls it.
         device, dtype: the text encoder's.
         ends_early: see `Chunk.mask`.
         weight_pooled: whether weights act on the pooled embeddings too, see `weighted_pooled`. ComfyUI's do not.
 
     Returns:
-        One for each prompt, of batch 1, at the prompt's own length.
+        One per prompt, each with batch 1 and the prompt's own length.
     """
     rows = list(itertools.chain.from_iterable(prompts))
     states, pooled = run(*_inputs(rows, special, device, dtype, ends_early))
@@ -72,7 +72,7 @@ def encode(
     firsts = [0, *itertools.accumulate(len(prompt) for prompt in prompts)]
     pooled = pooled[firsts[:-1]]
     if (weights != 1).any():
-        # In forwards of their own: more rows would change how products are rounded, and so words of weight 1.
+        # In separate forwards: more rows would change the rounding of products, and so the states of words of weight 1.
         empty, _ = run(*_inputs([Chunk((), ())], special, device, dtype, ends_early))
         states = weighted(states, empty, weights.to(device))
         without = [(i, *one) for i, prompt in enumerate(prompts) for one in prompt[0].without_each_weight()]
@@ -102,14 +102,14 @@ def weighted_pooled(pooled: Tensor, others: Tensor, places: Sequence[int], weigh
     """p plus the sum of (w - 1) (p - p_w), in float32: p_w is the pooled embedding of the prompt without its words of weight w.
 
     To first order in the words, each counts w times. If all weighted words have weight 0, it is the pooled embedding of the
-    prompt without them. A formula of this project's: ComfyUI's weights leave the pooled embedding, all that Stage B sees of a
-    text, as it is.
+    prompt without them. This formula is our own: ComfyUI's weights do not change the pooled embedding, which is all that
+    Stage B gets of a text.
 
     Args:
         pooled: p, (B, 1, P).
         others: p_w, (N, 1, P).
-        places: for each of them, its prompt among the B.
-        weights: for each of them, w.
+        places: for each of `others`, the index of its prompt among the B.
+        weights: for each of `others`, w.
     """
     original = pooled.float()
     result = original.clone()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from cascade.limits import InputError, shown
 
 MULTIPLIER = 1.1
-# ComfyUI has no limits. The formula extrapolates: at weights beyond 2, hidden states lie outside of what Stage C has seen.
+# ComfyUI has no limits. The formula extrapolates: at weights above 2, hidden states are unlike those of Stage C's training.
 LOWEST, HIGHEST = -4.0, 4.0
 
 _BRACKET = re.compile(r"(?<!\\)[()]")
@@ -27,9 +27,9 @@ class Part(NamedTuple):
 
     Attributes:
         text: without the brackets that gave the weight; escaped brackets without their backslashes.
-        weight: any float, nan and infinity included. `check_weights` refuses those that make no sense.
+        weight: any float, nan and infinity included. `check_weights` refuses those that are not allowed.
         places: for each character of `text`, its index in the prompt.
-        source: (start, stop), where the innermost brackets around the part, or else the part, stand in the prompt.
+        source: (start, stop) in the prompt of the innermost brackets around the part, or of the part if it has none.
     """
 
     text: str
@@ -39,12 +39,14 @@ class Part(NamedTuple):
 
 
 def whole(prompt: str) -> list[Part]:
-    """The prompt as it is: one part of weight 1."""
+    """The unchanged prompt as one part of weight 1."""
     return [Part(prompt, 1.0, range(len(prompt)), (0, len(prompt)))]
 
 
 def parse(prompt: str) -> list[Part]:
-    """The parts of a prompt, in their order. Takes time in proportion to its length, however deep brackets are nested."""
+    """The parts of a prompt, in their order. Takes time in proportion to the prompt's length, however deep its brackets are
+    nested.
+    """
     brackets = {match.start(): match.group() for match in _BRACKET.finditer(prompt)}
     pairs = _pairs(brackets)
     parts = []
@@ -67,10 +69,10 @@ def check_weights(name: str, prompt: str) -> None:
         name: of the input, for the error.
 
     Raises:
-        InputError: quotes the first one that does not.
+        InputError: a weight does not. The error quotes the first one.
     """
     for part in parse(prompt):
-        if part.text.strip() and not LOWEST <= part.weight <= HIGHEST:  # nan is not, either
+        if part.text.strip() and not LOWEST <= part.weight <= HIGHEST:  # nan is refused, too
             start, stop = part.source
             number = "not a number" if math.isnan(part.weight) else f"{part.weight:.4g}"
             if number.lstrip("-") == f"{HIGHEST:g}":  # 4.000001
@@ -93,7 +95,7 @@ def _pairs(brackets: Mapping[int, str]) -> dict[int, int]:
 
 
 def _cut(brackets: Mapping[int, str], pairs: Mapping[int, int], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Cut a stretch of the prompt at its outermost brackets: groups with their brackets, and what stands between them."""
+    """Cut a stretch of the prompt at its outermost brackets: into groups with their brackets, and the texts between them."""
     surplus = 0  # closing brackets without an opening one
     text = index = start
     while index < stop:
@@ -117,7 +119,7 @@ def _cut(brackets: Mapping[int, str], pairs: Mapping[int, int], start: int, stop
 
 
 def _weighted(prompt: str, start: int, stop: int, weight: float) -> tuple[int, int, float]:
-    """What stands inside of a group's brackets, from `start` to before `stop`: the stretch without its number; the weight."""
+    """The content of a group's brackets, from `start` to before `stop`: the stretch without its number, and the weight."""
     colon = prompt.rfind(":", start, stop)
     if colon > start:
         try:

@@ -1,13 +1,15 @@
 """Parts of a prompt -> tokens, and the vectors of the embeddings that they name as `embedding:NAME`.
 
-A name begins after a blank, a line break or nothing, and ends at white space (ComfyUI, comfy/sd1_clip.py,
-`tokenize_with_weights`). Commas at its end are text, if the name without them is one.
+`embedding:` is recognised at the beginning and after a space or a line break, and the name ends at white space
+(ComfyUI, comfy/sd1_clip.py, `tokenize_with_weights`). Commas at its end are text if there is an embedding of the name
+without them.
 """
 
 import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,7 +19,7 @@ from cascade.limits import InputError, shown
 from cascade.prompts.embeddings import EmbeddingError, Embeddings
 from cascade.prompts.parsing import Part
 
-# Names that an error lists.
+# Maximum number of names in an error.
 MOST_NAMES = 20
 
 Find = Callable[[str], Tensor | None]
@@ -29,7 +31,7 @@ class Token(NamedTuple):
     """A token, or a vector in its place.
 
     Attributes:
-        id: in the vocabulary; of a vector, 0.
+        id: in the vocabulary; 0 for a vector.
         vector: float32 (D,) or None.
         place: the index in the prompt at which it begins.
     """
@@ -40,14 +42,23 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Tokens that were made together, of one weight: what stands inside of a pair of brackets, or an embedding."""
+    """Tokens of one weight that were made together: of the text in a pair of brackets, or of an embedding."""
 
     tokens: list[Token]
     weight: float
 
 
+class _Mark(NamedTuple):
+    """Where a part names an embedding: from `start`, the white space before it included; the name is `word`, at `at`."""
+
+    start: int
+    place: int
+    at: int
+    word: str
+
+
 class _Stretch(NamedTuple):
-    """Some of a part: text, or an embedding's vectors."""
+    """A stretch of a part: text, or an embedding's vectors."""
 
     part: Part
     start: int
@@ -58,7 +69,7 @@ class _Stretch(NamedTuple):
 def pieces(
     parts: Sequence[Part], tokenizer: CLIPTokenizer, embeddings: Embeddings, *, strict: bool, name: str = "prompt"
 ) -> list[Piece]:
-    """The pieces of a prompt, each tokenized by itself, without begin and end of text.
+    """The pieces of a prompt, each tokenized separately, without begin and end of text.
 
     Args:
         strict: whether a name that no embedding has is an error; otherwise it stays text.
@@ -70,7 +81,7 @@ def pieces(
     find = functools.cache(embeddings.find)  # a prompt may name one often
     stretches = [stretch for part in parts for stretch in _stretches(part, find, embeddings, strict, name)]
     texts = [one.part.text[one.start : one.stop] for one in stretches if one.vectors is None]
-    # verbose=False: the tokenizer would warn of more than 77 tokens, which are no fault.
+    # verbose=False: the tokenizer would warn of more than 77 tokens, which are allowed here.
     options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     made = tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
     tokenized = iter(zip(made["input_ids"], made["offset_mapping"], strict=True))
@@ -87,27 +98,43 @@ def pieces(
     return found
 
 
+def files(parts: Sequence[Part], embeddings: Embeddings) -> dict[str, Path]:
+    """The files of the embeddings that a prompt names, by name. Reads none."""
+    found: dict[str, Path] = {}
+    for mark in (mark for part in parts for mark in _marks(part.text)):
+        for word in (mark.word, mark.word.strip(",")):
+            if (file := embeddings.file(word)) is not None:
+                found[word] = file
+                break
+    return found
+
+
+def _marks(text: str) -> Iterator[_Mark]:
+    matches = list(_MARK.finditer(text))
+    for match, following in itertools.zip_longest(matches, matches[1:]):
+        rest = text[match.end() : following.start() if following else None]
+        word = "".join(rest.split(maxsplit=1)[:1])
+        yield _Mark(match.start(), match.start(1), match.end() + rest.index(word), word)
+
+
 def _stretches(part: Part, find: Find, embeddings: Embeddings, strict: bool, name: str) -> Iterator[_Stretch]:
     """Cut a part at the embeddings that it names."""
-    marks = list(_MARK.finditer(part.text))
     text = 0
-    for mark, following in itertools.zip_longest(marks, marks[1:]):
-        rest = part.text[mark.end() : following.start() if following else None]
-        word = "".join(rest.split(maxsplit=1)[:1])
-        vectors, used = _find(word, find, name)
+    for mark in _marks(part.text):
+        vectors, used = _find(mark.word, find, name)
         if vectors is not None:
-            if text < mark.start():
-                yield _Stretch(part, text, mark.start())
-            text = mark.end() + rest.index(word) + used
-            yield _Stretch(part, mark.start(1), text, vectors)
+            if text < mark.start:
+                yield _Stretch(part, text, mark.start)
+            text = mark.at + used
+            yield _Stretch(part, mark.place, text, vectors)
         elif strict:
-            raise _missing(name, word, embeddings.names())
+            raise _missing(name, mark.word, embeddings.names())
     if text < len(part.text):
         yield _Stretch(part, text, len(part.text))
 
 
 def _find(word: str, find: Find, name: str) -> tuple[Tensor | None, int]:
-    """The vectors of an embedding, and how many characters of the word name it: commas at the end may be text."""
+    """The vectors of an embedding, and how many characters of the word are its name: commas at the end may be text."""
     try:
         vectors = find(word)
         if vectors is not None or word == (bare := word.strip(",")):

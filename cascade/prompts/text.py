@@ -1,9 +1,9 @@
-"""Encoded texts, and how texts of unlike lengths share a batch.
+"""Encoded texts, and batches of texts of different lengths.
 
-Stage C attends to its own latents, the text, the pooled text and the image prompts in one softmax. So the share of the text
-grows with its length, padding included, and a text must be neither repeated nor filled up to change nothing. Texts of one
-length need nothing. Otherwise the shorter ones are filled up, and `TextEmbeddings.bias`, added to the logits of their keys, is
--inf where they end: a picture then depends on its own two texts only, each at its own length.
+Stage C attends to its own latents, the text, the pooled text and the image prompts in one softmax. So the text's share of
+attention grows with its length, padding included: repeating or padding a text would change the picture. In a batch of
+different lengths, the shorter texts are padded, and `TextEmbeddings.bias`, which is added to the logits of the keys, is -inf
+for this padding. So a picture depends only on its own two texts, each at its own length.
 """
 
 import math
@@ -19,12 +19,12 @@ MOST_REPEATED = 4
 
 
 class TextEmbeddings(NamedTuple):
-    """What the text encoder says about B prompts, in its own dtype and on its device.
+    """The text encoder's results for B prompts, in its own dtype and on its device.
 
     Attributes:
         tokens: (B, 77 N, D) of N chunks: the last layer's hidden states, before the final layer norm, weighted.
         pooled: (B, 1, D), the projection of the first chunk's end-of-text token.
-        bias: float32 (B, 77 N), what is added to the logits of the tokens in Stage C's attention: -inf where a shorter text has
+        bias: float32 (B, 77 N), added to the logits of the tokens in Stage C's attention: -inf where a shorter text has
             ended, ln k where the text counts k times. None: zeros.
     """
 
@@ -33,13 +33,13 @@ class TextEmbeddings(NamedTuple):
     bias: Tensor | None = None
 
     def expand(self, batch: int) -> "TextEmbeddings":
-        """Of one prompt: the same for each of a batch, in the same memory."""
+        """Repeat one prompt's embeddings for a batch, without a copy."""
         bias = None if self.bias is None else self.bias.expand(batch, -1)
         return TextEmbeddings(self.tokens.expand(batch, -1, -1), self.pooled.expand(batch, -1, -1), bias)
 
 
 def joined(texts: Sequence[TextEmbeddings]) -> TextEmbeddings:
-    """One batch of several. Shorter texts are filled up with zeros, to which nothing attends."""
+    """Join several into one batch. Shorter texts are padded with zeros, which attention masks out."""
     length = max(text.tokens.shape[1] for text in texts)
     pooled = torch.cat([text.pooled for text in texts])
     if all(text.tokens.shape[1] == length and text.bias is None for text in texts):

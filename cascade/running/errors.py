@@ -1,4 +1,4 @@
-"""Recognises two kinds of errors: a lack of memory, and a lost GPU."""
+"""Recognises two kinds of errors: the device is out of memory, or the GPU is lost."""
 
 import torch
 

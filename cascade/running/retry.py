@@ -82,7 +82,7 @@ def in_parts(
     """Make items in parts. When memory is short, make the missing items again with less.
 
     After an error, retries once without the graphs captured so far, if there are any; then with half as many items at a time;
-    then one item at a time without graphs. What is said of items holds for the pieces of a single item, too.
+    then one item at a time without graphs. The same holds for the pieces of a single item.
 
     Args:
         count: how many items.

@@ -128,7 +128,7 @@ class Runner:
             torch.cuda.empty_cache()
 
     def job(self, size: tuple[int, int]) -> "Job":
-        """Work on pictures of (height, width)."""
+        """A `Job` for pictures of this (height, width)."""
         with current(self.device):
             return Job(self, size)
 

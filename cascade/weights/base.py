@@ -1,7 +1,7 @@
-"""The weights that a model was loaded with, for whoever changes them in memory and wants them back to the bit.
+"""Reads the weights that a model was loaded with again, so that changed weights can be restored to the bit.
 
-Keeping a copy would take as much memory as the networks. So they are read again from their files, by several threads, into
-pinned buffers, from where a GPU fetches them at its full rate.
+A copy would take as much memory as the networks. So several threads read the files again, into pinned buffers, from which
+a GPU copies at its full rate.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cascade.weights.errors import WeightsError
 
-# Threads that read ahead, a tensor each.
+# Threads that read ahead, one tensor each.
 READERS = 8
 DTYPES = {
     "F64": torch.float64,
@@ -31,7 +31,7 @@ DTYPES = {
 
 
 class BaseWeights(Protocol):
-    """Where the weights come from."""
+    """Reads base weights."""
 
     def read(
         self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Tensor]
@@ -41,20 +41,20 @@ class BaseWeights(Protocol):
         Args:
             network: "prior", "decoder" or "text_encoder".
             names: published names of tensors.
-            device: where they go.
-            current: what a tensor is at present, by name.
+            device: the device of the tensors.
+            current: returns a tensor's present value, by name.
 
         Yields:
-            Each name, in order, with its tensor in floating point, which must not be changed and holds until the next one
-            is asked for.
+            Each name, in order, with its tensor in floating point. The caller must not change it, and may use it only
+            until the next one is yielded.
 
         Raises:
-            WeightsError: they cannot be had any more.
+            WeightsError: they can no longer be read.
         """
 
 
 class KeptWeights:
-    """Copies of what is asked for, made when it is asked for first: it must not have been changed before."""
+    """Copies tensors when they are first read; they must not have been changed before."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Tensor] = {}
@@ -70,7 +70,7 @@ class KeptWeights:
 
 
 class _Stored(NamedTuple):
-    """Where a tensor lies: bytes of a file."""
+    """A tensor's place: bytes of a file."""
 
     path: Path
     start: int
@@ -81,7 +81,7 @@ class _Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class _State:
-    """By which a file is known to be the same."""
+    """Tells whether a file is still the same."""
 
     inode: int
     size: int
@@ -94,10 +94,10 @@ class _State:
 
 
 class FileWeights:
-    """Reads them again.
+    """Reads the weights again from their files.
 
     Args:
-        files: the safetensors files of each network, in published names, as they were when it was loaded.
+        files: the safetensors files of each network, with published names, as they were when the network was loaded.
     """
 
     def __init__(self, files: Mapping[str, Sequence[Path]]) -> None:
@@ -123,7 +123,7 @@ class FileWeights:
 
 
 def _header(path: Path) -> dict[str, _Stored]:
-    """Where a file's tensors lie. The file was read before, so it is whole."""
+    """The places of a file's tensors. The file was read before, so it is complete."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         content: dict[str, Any] = json.loads(file.read(length))
@@ -141,7 +141,7 @@ def _size(one: Mapping[str, Any]) -> int:
 
 
 def _read(stored: _Stored, pinned: bool) -> Tensor:
-    """A tensor in memory of its own. torch keeps pinned memory, and reuses it when copies from it are done."""
+    """Read a tensor into new memory. torch's allocator keeps pinned memory, and reuses it when copies from it are done."""
     memory = torch.empty(stored.size, dtype=torch.uint8, pin_memory=pinned)
     target = memory.numpy()
     descriptor = os.open(stored.path, os.O_RDONLY)

@@ -2,7 +2,7 @@
 
 
 class WeightsError(Exception):
-    """A file of weights is missing, damaged, of the wrong kind or not the published one.
+    """A weights file is missing, damaged, of the wrong kind or not the published one.
 
     The message is one sentence under 400 characters. It names the file and the first problem.
     """
