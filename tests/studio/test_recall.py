@@ -75,7 +75,7 @@ def test_settings_come_back_with_what_may_differ(session: Session, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"inputs": {"width": "wide"}}, "width is 'wide'; it must be a whole number from 64 to 2048."),
+        ({"inputs": {"width": "wide"}}, "width is 'wide'; it must be a whole number from 64 to 4096."),
         ({"files": [3]}, "The settings in a.png are damaged."),
         ({"picture": None}, "The settings in a.png are damaged."),
         ({"model": 3}, "The settings in a.png are damaged."),
