@@ -52,7 +52,7 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
     file, and passes them on unchanged. Without a schema, it accepts everything.
 
     Args:
-        given: values by name. A missing input gets its default; a name that is no input is ignored.
+        given: values by name. A missing input gets its default; a name that is not an input is ignored.
 
     Returns:
         All inputs by name. Lists are tuples; those that may have one value for all have one for each.
@@ -86,7 +86,7 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
         cascade: the model, which has the defaults for inputs that are left out.
 
     Raises:
-        InputError: a file is no picture, or a picture does not fit the other inputs.
+        InputError: a file is not a picture, or a picture does not fit the other inputs.
     """
     image, mask = read_image_and_mask(inputs, cascade.native_size)
     size = size_of_pictures(inputs, image, cascade.native_size)
