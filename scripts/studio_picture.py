@@ -21,7 +21,7 @@ PROMPTS = (
     "an octopus in cartoon style on a turquoise background",
     "a parrot on a dark green background",
 )
-HEIGHT = 860
+HEIGHT = 940
 
 
 def draw(address: str, chromium: str, width: int, *, dark: bool) -> Image.Image:
