@@ -250,10 +250,10 @@ def judge_large(options: argparse.Namespace) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         write_sheets(found.pictures, folder)
     lines = [f"{options.large} prompts of one object, --seed {options.seed}. {INTERVALS}", "", table(found.objects)]
-    lines += ["", f"Stage B in tiles beside the whole, {WHOLE_SIDE}x{WHOLE_SIDE}:"]
-    for name, values in found.tiles.items():
-        one = estimate(values)
-        lines.append(f"{name}: {one.mean:.3f} ({min(values):.3f} to {max(values):.3f}) on {one.count} scenes.")
+    beside = ", ".join(f"{value:.2f}" for value in found.psnr)
+    lines += ["", f"Stage B in tiles beside the whole, {WHOLE_SIDE}x{WHOLE_SIDE}: {beside} dB PSNR."]
+    steps = ", ".join(f"{value:.3f} {how}" for how, value in found.seams.items())
+    lines.append(f"The mean step across tiles' edges, over that nearby: {steps}.")
     return "\n".join(lines)
 
 

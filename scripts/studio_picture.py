@@ -44,7 +44,7 @@ def draw(address: str, chromium: str, width: int, *, dark: bool) -> Image.Image:
 def make(page: Page, prompt: str, number: int) -> None:
     """Type a prompt, and wait until the gallery has `number` pictures."""
     page.locator("#prompt textarea").fill(prompt)
-    page.locator("#seed textarea").fill("0")
+    page.locator("#seed input").fill("0")
     page.locator("#make").click()
     expect(page.locator("#gallery button.thumbnail-lg")).to_have_count(number, timeout=300_000)
     expect(page.locator("#make")).to_be_visible()

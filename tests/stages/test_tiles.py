@@ -162,7 +162,7 @@ def test_the_miniature_s_tiles_have_no_seams(monkeypatch: pytest.MonkeyPatch) ->
     def found() -> float:
         options = {"size": (128, 128), "noise": Noise([3]), "guidance": 1.0, "at_once": 4}
         (pixels,) = decode_pixels(cascade.vqgan, finish(decoder_steps(cascade.decoder, semantic, pooled, **options)))
-        return seam(pixels, Tiles(128, 128))
+        return seam([pixels], Tiles(128, 128))
 
     assert found() <= 1.05
 

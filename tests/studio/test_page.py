@@ -103,7 +103,7 @@ def test_a_request_is_cancelled(opened: Page, session: Session) -> None:
 
 def test_a_mask_is_painted_and_all_else_stays(opened: Page, session: Session) -> None:
     fill(opened, **FEW)
-    opened.locator("#output_format").get_by_text("png").click()
+    opened.locator("#output_format").get_by_test_id("png-radio-label").click()
     (apple,) = make(opened, session)
     opened.get_by_role("button", name="Inpaint").click()
     expect(opened.locator("#image img")).to_be_visible()
@@ -221,6 +221,7 @@ def test_a_picture_is_made_into_others(opened: Page, session: Session) -> None:
         assert image.read_bytes() == other.path.read_bytes()
     # A picture of the gallery, not the newest.
     opened.locator("#gallery button.thumbnail-lg").nth(len(session.made) - count).click()
+    opened.get_by_text("Settings of this picture").click()
     expect(opened.locator("#said")).to_contain_text("11")
     opened.get_by_role("button", name="Enlarge").click()
     (large,) = made_since(opened, session, count + 3)
@@ -247,14 +248,14 @@ def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
     keys.press("Escape")
     expect(opened.locator("#status")).to_contain_text("Cancelled.")
     assert len(session.made) == before
-    tab_to("#seed textarea")
+    tab_to("#seed input")
     keys.type("21")
     for title, name, value in (("Settings", "steps_prior", "2"), ("Settings", "steps_decoder", "1")):
         if not opened.locator(f"#{name}").is_visible():
             tab_to(".fold button.label-wrap")
             assert title in opened.evaluate("document.activeElement.textContent")
             keys.press("Enter")
-        tab_to(f"#{name} textarea")
+        tab_to(f"#{name} input")
         keys.type(value)
     tab_to("#make")
     keys.press("Enter")
@@ -266,7 +267,7 @@ def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
         keys.press("Tab")
     keys.press("Enter")
     expect(opened.locator("#image img")).to_be_visible()
-    tab_to("#rectangle textarea")
+    tab_to("#rectangle :is(textarea, input)")
     keys.type("0, 0, 128, 256")
     tab_to("#make")
     keys.press("Enter")
