@@ -8,11 +8,16 @@ import logging
 import time
 import types
 
-from cog import BaseRunner, Input, Path
+from serving import early, lean
 
-from serving.cog_files import takes_urls
-from serving.service import Service
-from serving.settings import Settings
+early.begin()
+lean.import_lean()
+
+from cog import BaseRunner, Input, Path  # noqa: E402
+
+from serving.cog_files import takes_urls  # noqa: E402
+from serving.service import Service  # noqa: E402
+from serving.settings import Settings  # noqa: E402
 
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
 SAMPLERS = ["default", "ddpm", "ddim", "ddim_cosine", "lcm"]
@@ -29,7 +34,7 @@ class Predictor(BaseRunner):
     service: Service | None = None
 
     def setup(self) -> None:
-        """Load the safety checker and the model, onto the GPU if there is one. Downloads nothing.
+        """Load the safety checker and the model, onto the GPU if there is one. Downloads nothing, unless CASCADE_DOWNLOAD is set.
 
         Raises:
             WeightsError: the weights are missing or damaged.
@@ -98,7 +103,7 @@ class Predictor(BaseRunner):
             le=20,
         ),
         sampler: str = Input(
-            description="How steps are taken: ddpm adds noise; ddim adds none; ddim_cosine is ddim for few steps; lcm is for distilled weights. default: the model's own.",
+            description="ddpm adds noise at every step; ddim adds none; ddim_cosine and lcm are for few. default: the model's own.",
             default="default",
             choices=SAMPLERS,
         ),
@@ -117,7 +122,7 @@ class Predictor(BaseRunner):
             choices=RATIOS,
         ),
         compression: float = Input(
-            description="Pixels to a side of a latent of Stage C, 32 to 64. 64 suits pictures of 2048 pixels and more, which repeat objects otherwise.",
+            description="Pixels to a side of Stage C's latents, 32 to 64. Use 64 from 2048 pixels on, where objects repeat otherwise.",
             default=42.67,
             ge=32,
             le=64,
@@ -194,7 +199,7 @@ class Predictor(BaseRunner):
             default=None,
         ),
         control_ranges: list[float] | None = Input(
-            description="Start and end of a ControlNet, fractions of Stage C's steps. One pair for all control_images, or one each. Default: 0, 1.",
+            description="Start and end of a ControlNet, 0 to 1 of Stage C's steps: one pair for all, or one each. Default: 0, 1.",
             default=None,
         ),
         previews: bool = Input(

@@ -25,7 +25,7 @@ from cascade.guides.inpainting import latents_of, set_into
 from cascade.guides.ip_adapter import IPAdapterGuide
 from cascade.images.colours import to_rgb
 from cascade.images.tensors import fitted, to_image, to_pixels
-from cascade.limits import MOST_CHUNKS, InputError
+from cascade.limits import LIMITS, MOST_CHUNKS, InputError
 from cascade.loading import load_parts
 from cascade.loras.merging import Loras
 from cascade.loras.selection import Selection
@@ -305,9 +305,11 @@ class Cascade:
         compression: pixels, 32 to 64: the side of a latent.
 
         Raises:
-            ValueError: the picture is too small or too large, or this model has no semantic encoder.
+            ValueError: the picture is too small or too large, the compression is not allowed, or this model has no semantic
+                encoder.
         """
         self.planner.check_encoder()
+        compression = LIMITS["compression"].check("compression", compression)
         with self.runner.at((image.height, image.width)):
             return self.runner.with_room(lambda: self._encode_image(image, compression))
 
@@ -325,9 +327,9 @@ class Cascade:
         Raises:
             ValueError: as `encode`.
         """
+        semantic = self.encode(image, compression)
         size = {"width": image.width, "height": image.height}
         plan = self.planner.plan((Request(prompt, seed=seed, compression=compression, **size),))
-        semantic = self.encode(image, compression)
         self._loras.apply(self._loras.select(()))
 
         def pixels() -> Tensor:

@@ -141,12 +141,3 @@ def fidelity(made: Pictures, prompts: Sequence[Prompt]) -> Values:
         stage: [psnr(to_pixels(made[stage][index]), to_pixels(made["scenes"][index])) for index in unseen]
         for stage in ("A", "B + A")
     }
-
-
-def sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """One picture of many, equally large, row by row."""
-    width, height = pictures[0].size
-    page = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
-    for i, picture in enumerate(pictures):
-        page.paste(picture, (i % columns * width, i // columns * height))
-    return page

@@ -31,11 +31,11 @@ from cascade.request import Request
 from cascade.weights import ModelFolder, WeightsError
 from miniature.captions import article
 from miniature.compose import compose
-from miniature.evaluate import sheet
 from miniature.icons import load_drawings
 from miniature.judge import Judge, background_colours
 from miniature.scenes import COLOUR_NAMES, sample_plans
 from miniature.scores import Values, estimate, table
+from miniature.sheets import sheet
 from training.errors import TrainingError, writing
 from training.pictures import ssim
 

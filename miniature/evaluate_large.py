@@ -7,6 +7,7 @@ as a whole.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import cv2
 import numpy as np
@@ -48,12 +49,14 @@ class Large:
 
     Attributes:
         objects: {size and compression: {"object first", "one object": a value a picture}}; of each size the true scenes, too.
-        tiles: {"PSNR, dB": of tiles beside the whole; "seams": the step across the edges of tiles over that of their neighbours}.
+        psnr: in dB, of pictures in tiles beside the same ones made as a whole.
+        seams: of these pictures, {"in tiles", "as a whole": see `seam`}.
         pictures: by what made them; those of one column have one size.
     """
 
     objects: dict[str, Values]
-    tiles: Values
+    psnr: list[float]
+    seams: dict[str, float]
     pictures: Pictures
 
 
@@ -82,7 +85,7 @@ def evaluate_large(
         objects.setdefault(f"scenes of {width}x{height}", judged(judge, true, true, prompts))
         pixels = [to_pixels(picture, judge.device)[0] for picture in made[name]]
         objects[name] = judged(judge, pixels, true, prompts)
-    return Large(objects, tiles_beside_whole(cascade, judge, drawings, prompts[:tiled]), made)
+    return Large(objects, *tiles_beside_whole(cascade, judge, drawings, prompts[:tiled]), made)
 
 
 def judged(judge: Judge, pictures: Sequence[Tensor], true: Sequence[Tensor], prompts: Sequence[Prompt]) -> Values:
@@ -135,39 +138,43 @@ def parts(picture: Tensor) -> int:
 
 
 @torch.no_grad()
-def tiles_beside_whole(cascade: Cascade, judge: Judge, drawings: Tensor, prompts: Sequence[Prompt]) -> Values:
-    """Scenes of `WHOLE_SIDE`, repainted from their semantic latents by Stages B and A: as a whole, and Stage B in tiles."""
+def tiles_beside_whole(
+    cascade: Cascade, judge: Judge, drawings: Tensor, prompts: Sequence[Prompt]
+) -> tuple[list[float], dict[str, float]]:
+    """Scenes of `WHOLE_SIDE`, repainted from their semantic latents by Stages B and A: as a whole, and Stage B in tiles.
+
+    Returns:
+        `Large.psnr` and `Large.seams`.
+    """
     size = sizes.decoder_size(WHOLE_SIDE, WHOLE_SIDE)
-    values: Values = {"PSNR, dB": [], "seams": []}
+    made: dict[str, list[Tensor]] = {"in tiles": [], "as a whole": []}
     for prompt, scene in zip(prompts, scenes(judge, drawings, prompts, (WHOLE_SIDE, WHOLE_SIDE)), strict=True):
         semantic, pooled = cascade.encode(to_image(scene)), cascade.text.encode([prompt.text]).pooled
-        made = []
-        for at_once in (None, SAMPLES):
+        for how, at_once in (("in tiles", SAMPLES), ("as a whole", None)):
             noise = Noise([prompt.seed], cascade.device)
             options = {"size": size, "noise": noise, "guidance": 1.0, "at_once": at_once}
             latents = finish(decoder_steps(cascade.decoder, semantic, pooled, **options))
-            made += decode_pixels(cascade.vqgan, latents, cascade.stage_a_scale, tile=256)
-        whole, tiled = made
-        values["PSNR, dB"].append(psnr(tiled[None], whole[None]))
-        values["seams"].append(seam(tiled, Tiles(*size)))
-    return values
+            made[how] += (one.cpu() for one in decode_pixels(cascade.vqgan, latents, cascade.stage_a_scale, tile=256))
+    pairs = zip(*made.values(), strict=True)
+    decibels = [psnr(tiled[None], whole[None]) for tiled, whole in pairs]
+    return decibels, {how: seam(pictures, Tiles(*size)) for how, pictures in made.items()}
 
 
-def seam(picture: Tensor, tiles: Tiles) -> float:
-    """The mean step between neighbouring pixels across the edges of tiles, over that at other places nearby.
+def seam(pictures: Sequence[Tensor], tiles: Tiles) -> float:
+    """The mean step between neighbouring pixels across the edges of tiles, over that at other places nearby, of all pictures.
 
-    Compared with places that are one or two times `GRID` latents away: there, a picture made as a whole has larger steps, too.
+    These places are one or two times `GRID` latents away: there, a picture made as a whole has larger steps, too. Where edges
+    of tiles meet edges of objects, the whole shows it.
     """
     factor = sizes.STAGE_A_FACTOR
     across, beside = [], []
-    for axis in (1, 2):
+    for picture, axis in product(pictures, (1, 2)):
         steps = picture.diff(dim=axis).abs().mean(dim=[other for other in (0, 1, 2) if other != axis])
         edge, side = tiles.edges[axis - 1], picture.shape[axis]
         begins = {place[axis - 1] for place in tiles.places}
-        for edge_of_tile in {*begins, *(begin + edge for begin in begins)}:
-            at = factor * edge_of_tile
+        for at in (factor * one for one in {*begins, *(begin + edge for begin in begins)}):
             if 0 < at < side:
+                near = [one for times in (-2, -1, 1, 2) if 0 < (one := at + factor * GRID * times) < side]
                 across.append(steps[at - 1].item())
-                near = (at + factor * GRID * times for times in (-2, -1, 1, 2))
-                beside += [steps[one - 1].item() for one in near if 0 < one < side]
-    return (sum(across) / len(across)) / (sum(beside) / len(beside))
+                beside.append(sum(steps[one - 1].item() for one in near) / len(near))
+    return sum(across) / sum(beside)

@@ -28,7 +28,6 @@ from miniature.evaluate import (
     fidelity,
     pictures_by_stage,
     score_pictures,
-    sheet,
     text_to_pictures,
 )
 from miniature.evaluate_images import HEADINGS, evaluate_images, make_scenes
@@ -38,6 +37,7 @@ from miniature.icons import load_drawings
 from miniature.judge import Judge
 from miniature.prompts import make_prompts, plans_of
 from miniature.scores import estimate, pooled, table
+from miniature.sheets import sheet
 from scripts.environment import ROOT
 from training.errors import TrainingError, writing
 from training.files import whole_file
@@ -248,10 +248,10 @@ def judge_large(options: argparse.Namespace) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         write_sheets(found.pictures, folder)
     lines = [f"{options.large} prompts of one object, --seed {options.seed}. {INTERVALS}", "", table(found.objects)]
-    lines += ["", f"Stage B in tiles beside the whole, {WHOLE_SIDE}x{WHOLE_SIDE}:"]
-    for name, values in found.tiles.items():
-        one = estimate(values)
-        lines.append(f"{name}: {one.mean:.3f} ({min(values):.3f} to {max(values):.3f}) on {one.count} scenes.")
+    beside = ", ".join(f"{value:.2f}" for value in found.psnr)
+    lines += ["", f"Stage B in tiles beside the whole, {WHOLE_SIDE}x{WHOLE_SIDE}: {beside} dB PSNR."]
+    steps = ", ".join(f"{value:.3f} {how}" for how, value in found.seams.items())
+    lines.append(f"The mean step across tiles' edges, over that nearby: {steps}.")
     return "\n".join(lines)
 
 

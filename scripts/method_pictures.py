@@ -5,20 +5,22 @@ It uses only the public functions of ``cascade``; prompts and seeds are constant
 
 import argparse
 import sys
-import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
+from cascade import sizes
 from cascade.guides.controls import Control, canny
 from cascade.guides.inpainting import extend
 from cascade.images.tensors import to_image, to_pixels
 from cascade.pipeline import Cascade
 from cascade.request import Request
+from cascade.stages.tiles import Tiles
+from miniature.sheets import SIDE, sheet
 from miniature.stage_a import decode, encode_and_decode
 from scripts.environment import ROOT
 
@@ -65,33 +67,17 @@ EDGES = {
 }
 EDGES_SEED = 3
 WEIGHTS_SEED = 5
+STRIP = 2304  # pixels: the width of a picture in tiles, as high as the miniature's own
 SEMANTIC_TILES = 4  # 16 channels are shown as 4 x 4
 
-# GitHub shows README.md some 830 pixels wide, half as wide as the widest picture.
-SIDE, GAP, FONT_SIZE, COLUMNS = 256, 20, 21, 6
-LINE = 25
-
-
-def sheet(pictures: list[Image.Image], captions: Iterable[str], columns: int) -> Image.Image:
-    """Pictures in rows on white, each resized to 256x256 pixels, with its caption below."""
-    font = ImageFont.load_default(size=FONT_SIZE)
-    wrapped = [textwrap.wrap(caption, width=24) for caption in captions]
-    below = LINE * max(map(len, wrapped)) + GAP // 2
-    rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * (SIDE + GAP) - GAP, rows * (SIDE + below + GAP) - GAP), "white")
-    pen = ImageDraw.Draw(page)
-    for index, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
-        row, column = divmod(index, columns)
-        left, top = column * (SIDE + GAP), row * (SIDE + below + GAP)
-        page.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
-        for number, line in enumerate(lines):
-            pen.text((left + SIDE / 2, top + SIDE + 6 + LINE * number), line, "black", font, anchor="ma")
-    return page
+COLUMNS = 6
+# Of WebP: all pictures of the pages together stay below 500 kB.
+QUALITY = 66
 
 
 def draw_examples(cascade: Cascade) -> Image.Image:
     """A picture of every prompt."""
-    return sheet([cascade.generate(Request(prompt, seed=SEED))[0] for prompt in PROMPTS], PROMPTS, COLUMNS)
+    return sheet([cascade.generate(Request(prompt, seed=SEED))[0] for prompt in PROMPTS], COLUMNS, PROMPTS)
 
 
 def draw_prior(cascade: Cascade) -> Image.Image:
@@ -107,7 +93,7 @@ def draw_prior(cascade: Cascade) -> Image.Image:
             if progress.image is not None:
                 pictures.append(progress.image)
                 captions.append("after Stages B and A")
-    return sheet(pictures, captions, len(PRIOR_SHOWN) + 1)
+    return sheet(pictures, len(PRIOR_SHOWN) + 1, captions)
 
 
 def draw_decoder(cascade: Cascade) -> Image.Image:
@@ -121,7 +107,7 @@ def draw_decoder(cascade: Cascade) -> Image.Image:
             if progress.stage == "decoder" and step in DECODER_SHOWN:
                 pictures += decode(cascade, progress.latents)
                 captions.append(f"step {step} of {STEPS_DECODER}")
-    return sheet(pictures, captions, len(DECODER_SHOWN))
+    return sheet(pictures, len(DECODER_SHOWN), captions)
 
 
 def draw_compression(cascade: Cascade) -> Image.Image:
@@ -134,7 +120,7 @@ def draw_compression(cascade: Cascade) -> Image.Image:
         for seed in (1, 2):
             pictures.append(cascade.reconstruct(original, seed=seed, prompt=prompt))
             captions.append(f"Stages B and A, from those, seed {seed}")
-    return sheet(pictures, captions, 5)
+    return sheet(pictures, 5, captions)
 
 
 def draw_guidance(cascade: Cascade) -> Image.Image:
@@ -147,7 +133,7 @@ def draw_guidance(cascade: Cascade) -> Image.Image:
     for negative in NEGATIVE:
         pictures += cascade.generate(Request(CHOSEN_AGAINST, negative_prompt=negative, num_images=3, seed=SEED))
         captions += [f"{CHOSEN_AGAINST}, but not: {negative}" if negative else CHOSEN_AGAINST] * 3
-    return sheet(pictures, captions, COLUMNS)
+    return sheet(pictures, COLUMNS, captions)
 
 
 def draw_variation(cascade: Cascade) -> Image.Image:
@@ -157,7 +143,7 @@ def draw_variation(cascade: Cascade) -> Image.Image:
         (source,) = cascade.generate(Request(prompt, seed=SEED))
         pictures += [source, *cascade.generate(Request("", image_prompts=(source,), num_images=2, seed=1))]
         captions += ["an image", *["from its embedding"] * 2]
-    return sheet(pictures, captions, COLUMNS)
+    return sheet(pictures, COLUMNS, captions)
 
 
 def draw_image_to_image(cascade: Cascade) -> Image.Image:
@@ -169,7 +155,7 @@ def draw_image_to_image(cascade: Cascade) -> Image.Image:
         request = Request(REPLACED, image=source, prompt_strength=strength, guidance_scale_prior=1, seed=SEED)
         pictures += cascade.generate(request)
         captions.append(f"strength {strength:g}")
-    return sheet(pictures, captions, COLUMNS)
+    return sheet(pictures, COLUMNS, captions)
 
 
 def draw_inpainting(cascade: Cascade) -> Image.Image:
@@ -190,7 +176,7 @@ def draw_inpainting(cascade: Cascade) -> Image.Image:
             Request(prompt, image=canvas, mask=new, prompt_strength=1, num_images=2, seed=SEED)
         )
         captions += ["half an image", *[prompt] * 2]
-    return sheet(pictures, captions, COLUMNS)
+    return sheet(pictures, COLUMNS, captions)
 
 
 def draw_canny(cascade: Cascade) -> Image.Image:
@@ -204,7 +190,7 @@ def draw_canny(cascade: Cascade) -> Image.Image:
             for controls, how in (((), "without"), ((Control("canny", image),), "with edges")):
                 pictures += cascade.generate(Request(prompt, seed=EDGES_SEED, controls=controls))
                 captions.append(f"{how}: {prompt}")
-    return sheet(pictures, captions, COLUMNS)
+    return sheet(pictures, COLUMNS, captions)
 
 
 def draw_channels(latents: Tensor) -> Image.Image:
@@ -230,7 +216,31 @@ def draw_weights(cascade: Cascade) -> Image.Image:
     requests = [Request(f"{text} on a turquoise background", seed=WEIGHTS_SEED) for text in objects]
     requests += [Request(f"a cat on a {text} background", seed=WEIGHTS_SEED, weight_pooled=True) for text in colours]
     pictures = [cascade.generate(replace(request, prompt_weighting=True))[0] for request in requests]
-    return sheet(pictures, [*objects, *colours], len(objects))
+    return sheet(pictures, len(objects), [*objects, *colours])
+
+
+def draw_large(cascade: Cascade) -> Image.Image:
+    """A picture of twice the miniature's size, as usual and at compression 64; and a place between tiles, which were made apart,
+    and as Stage B makes them."""
+    prompt = PROMPTS[0]
+    large = [
+        cascade.generate(Request(prompt, seed=SEED, width=512, height=512, compression=compression))[0]
+        for compression in (sizes.SEMANTIC_PIXELS, sizes.SPARSEST)
+    ]
+    (picture,) = cascade.generate(Request(prompt, seed=SEED))
+    tiles = Tiles(*sizes.decoder_size(SIDE, STRIP))
+    width, second = (sizes.STAGE_A_FACTOR * side for side in (tiles.edges[1], tiles.places[1][1]))
+    strip = Image.new("RGB", (STRIP, SIDE))
+    for left in range((second - SIDE // 2) % SIDE - SIDE, STRIP, SIDE):  # so that one is across the border
+        strip.paste(picture, (left, 0))
+    apart = Image.new("RGB", strip.size)
+    for left in (0, second):
+        tile = strip.crop((left, 0, left + width, SIDE))
+        apart.paste(cascade.reconstruct(tile, SEED + left, prompt), (left, 0))
+    around = (second - SIDE // 2, 0, second + SIDE // 2, SIDE)
+    shown = [one.crop(around) for one in (apart, cascade.reconstruct(strip, SEED, prompt))]
+    captions = ["512x512", "512x512, compression 64", "pictures side by side", "tiles of one picture"]
+    return sheet([*large, *shown], 4, captions)
 
 
 DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
@@ -244,6 +254,7 @@ DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
     "inpainting.webp": draw_inpainting,
     "canny.webp": draw_canny,
     "weights.webp": draw_weights,
+    "large.webp": draw_large,
 }
 
 
@@ -259,6 +270,6 @@ def main(arguments: list[str] | None = None) -> int:
     cascade = Cascade.load(ROOT / "weights" / "mini", dtype=torch.float32)
     for name, draw in DRAWINGS.items():
         file = options.output / name
-        draw(cascade).save(file, quality=78, method=6)
+        draw(cascade).save(file, quality=QUALITY, method=6)
         sys.stdout.write(f"{file}\n")
     return 0

@@ -20,7 +20,7 @@ from cascade.running.errors import is_out_of_memory
 from cascade.running.placement import MODES
 from cascade.sampling import SAMPLERS
 from cascade.weights import WeightsError
-from scripts.method_pictures import sheet
+from miniature.sheets import sheet
 from serving.peak_memory import peak_memory, reset_peak_memory
 from serving.record import versions
 from serving.settings import find_weights
@@ -181,8 +181,6 @@ def main(arguments: list[str] | None = None) -> int:
     text = "\n".join([*lines, *verdict])
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "self-test.txt").write_text(f"{text}\n", encoding="utf-8")
-    sheet([trial.image for trial in trials], [trial.name for trial in trials], columns=4).save(
-        options.output / "self-test.png"
-    )
+    sheet([trial.image for trial in trials], 4, [trial.name for trial in trials]).save(options.output / "self-test.png")
     sys.stdout.write(f"{text}\nWritten: {options.output / 'self-test.txt'}, {options.output / 'self-test.png'}\n")
     return 1 if problems else 0

@@ -3,6 +3,7 @@
 `check_inputs` makes all checks that need no picture and no model; `request_from` reads the pictures.
 """
 
+import difflib
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -182,6 +183,12 @@ def one_each(
 def pairs(values: Sequence[float]) -> list[tuple[float, float]]:
     """Numbers as pairs: the first with the second, the third with the fourth."""
     return list(zip(values[::2], values[1::2], strict=True))
+
+
+def similar_inputs(name: str) -> str:
+    """A question for someone who named an input that there is not: whether one of a similar name was meant; or ""."""
+    similar = difflib.get_close_matches(name, LIMITS)
+    return f"did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def place_of(name: str, values: Sequence[Any], place: int) -> str:

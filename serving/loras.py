@@ -6,14 +6,14 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from cascade.limits import InputError, shown
 from cascade.loras.lora import Lora
-from cascade.weights.hashing import sha256
+from serving.digests import digest
 from serving.download import Limits
 from serving.image_urls import UrlSettings, download_all, positive
 from serving.lora_cache import Cache
@@ -215,14 +215,7 @@ class Loras:
 def _digest(path: Path) -> str:
     """The sha256 of a file; of a folder, that of the adapter in it."""
     file = path / PEFT[1] if path.is_dir() else path
-    found = file.stat() if file.is_file() else None
-    return "" if found is None else _digest_of(file, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-@lru_cache(64)
-def _digest_of(file: Path, *state: int) -> str:
-    """Cached, because a gigabyte takes 0.7 s. state: tells whether the file is still the same."""
-    return sha256(file)
+    return digest(file) if file.is_file() else ""
 
 
 def _refused(site: Site, status: str, had_token: bool) -> str:

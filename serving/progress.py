@@ -81,6 +81,13 @@ def timed(steps: Iterable[Progress], watch: Stopwatch) -> Iterator[Progress]:
         yield progress
 
 
+def reported(steps: Iterable[Progress], report: Callable[[Progress], None]) -> Iterator[Progress]:
+    """Pass on the progress, and call `report` after each piece of work. An exception from it ends the work."""
+    for progress in steps:
+        report(progress)
+        yield progress
+
+
 class ProgressLines(tqdm):
     """tqdm for a log: writes a new line for every state instead of overwriting one line."""
 

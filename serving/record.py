@@ -16,6 +16,7 @@ import transformers
 from PIL import features
 
 import cascade
+from cascade.images.metadata import read_description
 from cascade.pipeline import Cascade
 from cascade.plan import Sampling
 from cascade.request import Request
@@ -50,6 +51,14 @@ class Lora:
     name: str
     sha256: str
     scale: float
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A textual-inversion embedding that a prompt names: the name in the prompt, and the sha256 of its file."""
+
+    name: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Record:
         edited: whether the picture is an altered input image, not a new picture.
         more_sampling: settings of the stages "prior" and "decoder" that are neither inputs nor in `Origin.sampling`.
         loras: adapters, in the order in which they were added.
+        embeddings: those that the prompts name, in the order of their names.
         picture: {"index": place among the request's pictures, "seed": this picture's, "width", "height": pixels}.
         prompts_cut: characters to which longer prompts are cut in this record; None: all are whole.
     """
@@ -110,6 +120,7 @@ class Record:
     edited: bool
     more_sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     loras: Sequence[Lora] = ()
+    embeddings: Sequence[Embedding] = ()
     picture: Mapping[str, int] = field(default_factory=dict)
     prompts_cut: int | None = None
 
@@ -123,6 +134,7 @@ class Record:
         *,
         hashed: bool,
         loras: Sequence[Lora] = (),
+        embeddings: Sequence[Embedding] = (),
     ) -> "Record":
         """The record of a request, for all its pictures.
 
@@ -132,7 +144,7 @@ class Record:
             origin: the model, device and software.
             sampling: how its stages are sampled.
             hashed: whether to read the files and record their sha256.
-            loras: the request's adapters.
+            loras, embeddings: the request's.
         """
         return cls(
             inputs=resolved_inputs(request, given),
@@ -142,6 +154,7 @@ class Record:
             edited=is_edited(request),
             more_sampling=more_sampling(sampling),
             loras=tuple(loras),
+            embeddings=tuple(embeddings),
         )
 
     def of_picture(self, index: int, seed: int, width: int, height: int) -> "Record":
@@ -149,11 +162,11 @@ class Record:
         return replace(self, picture={"index": index, "seed": seed, "width": width, "height": height})
 
     def without_texts(self) -> "Record":
-        """A copy without prompts and without digests: anyone who has an image could recognise it by its digest."""
+        """A copy without prompts and what they name, and without digests: anyone who has an image could recognise it by its
+        digest."""
         files = [{name: value for name, value in file.items() if name != "sha256"} for file in self.files]
-        return replace(
-            self, inputs={name: value for name, value in self.inputs.items() if name not in TEXTS}, files=files
-        )
+        inputs = {name: value for name, value in self.inputs.items() if name not in TEXTS}
+        return replace(self, inputs=inputs, files=files, embeddings=())
 
     def with_prompts_cut(self, length: int) -> "Record":
         """A copy with at most `length` characters of each prompt."""
@@ -170,6 +183,7 @@ class Record:
                 "picture": self.picture,
                 "model": self.origin.model,
                 **({"loras": [asdict(lora) for lora in self.loras]} if self.loras else {}),
+                **({"embeddings": [asdict(one) for one in self.embeddings]} if self.embeddings else {}),
                 "sampling": {
                     "sampler": self.sampler,
                     **{
@@ -181,6 +195,19 @@ class Record:
                 "versions": self.origin.versions,
             }
         )
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a picture file, as `Record.to_json` wrote it; None if the file has none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        found = json.loads(read_description(path))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("inputs"), dict) else None
 
 
 def resolved_inputs(request: Request, given: Mapping[str, Any]) -> dict[str, Any]:

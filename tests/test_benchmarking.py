@@ -1,7 +1,6 @@
 """The benchmark's arithmetic, table and plot; what it times needs a GPU."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from PIL import Image
 
 from scripts import benchmark_cards, benchmarking, stand_ins
 from scripts.benchmarking import CASES, floor, table
-from scripts.environment import ROOT
 
 MACHINE = {"gpu": "NVIDIA H200", "torch": "2.11.0", "cuda": "13.0", "runs": 5, "matmul_rate": 800.0}
 
@@ -56,6 +54,7 @@ def test_the_floor_is_the_counted_work_at_the_measured_rate() -> None:
     assert four == one
     assert guided - one == pytest.approx(62 / 800, rel=0.01)
     assert lite < one / 3
+    assert floor(benchmarking.case("fast", speed="fast"), 800.0) == pytest.approx(115 / 800, rel=0.01)
     assert floor(benchmarking.case("large", size=2048), 800.0) is None
     assert floor(benchmarking.case("from a picture", image="start"), 800.0) is None
 
@@ -76,13 +75,14 @@ def test_table() -> None:
 
 
 @pytest.mark.slow
-def test_results_are_drawn_again(tmp_path: Path) -> None:
+def test_results_are_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = tmp_path / "results.json"
     results.write_text(json.dumps(FOUND))
-    command = [sys.executable, "-m", "scripts.benchmarking", "--results", str(results), "--output", str(tmp_path)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.strip() == (tmp_path / "table.md").read_text().strip() == table(FOUND)
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmark", "--results", str(results), "--output", str(tmp_path)])
+    benchmarking.main()
+    assert capsys.readouterr().out.strip() == (tmp_path / "table.md").read_text().strip() == table(FOUND)
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > 500
         assert len(set(image.convert("RGB").resize((60, 30)).getdata())) > 10

@@ -161,8 +161,10 @@ def test_compression_decides_how_many_latents_stage_c_has(
     assert mask_of_latents(mask, (128, 192), compression).shape == (1, 1, *size)
 
 
-def test_compression_is_kept_to_its_limits() -> None:
+def test_compression_is_kept_to_its_limits(cascade: Cascade) -> None:
     assert Request("a cat").compression == sizes.SEMANTIC_PIXELS
     for wrong in (31.9, 64.1, "64"):
         with pytest.raises(ValueError, match=r"^compression is .*; it must be a number from 32 to 64\.$"):
             Request("a cat", compression=wrong)
+        with pytest.raises(ValueError, match=r"^compression is "):
+            cascade.encode(photo(64, 64), wrong)

@@ -1,4 +1,4 @@
-"""LoRAs through the Predictor: used, recorded, and refused in one sentence."""
+"""LoRAs and embeddings through the Predictor: used, recorded, and refused in one sentence."""
 
 import contextlib
 import hashlib
@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from predict import Predictor
-from tests.conftest import MINI, add_loras
+from tests.components import add_loras
+from tests.conftest import MINI
 from tests.metadata import read_record
 from tests.serving.test_loras import Site, hub
 from tests.test_predict import DEFAULTS
@@ -82,6 +84,27 @@ def test_turbo_is_the_distilled_weights_with_their_settings(predictor: Predictor
     assert np.array_equal(same, turbo)
     assert not np.array_equal(run(predictor, **spelled, sampler="lcm")[0], turbo)
     assert np.array_equal(run(predictor)[0], exact)
+
+
+def test_embeddings_are_recorded(predictor: Predictor, folder: Path) -> None:
+    """Those that a prompt names, by the bytes of the files that are there then."""
+    file = folder / "embeddings" / "styles" / "ink.safetensors"
+    file.parent.mkdir(parents=True)
+    shutil.copy(folder / "loras" / "sks.safetensors", file)
+    prompts = {"prompt": "a cup, embedding:ink, embedding:none", "negative_prompt": "embedding:styles/ink.safetensors"}
+    first, record = run(predictor, **prompts)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest()]
+    assert record["embeddings"] == [
+        {"name": "ink", "sha256": digests[0]},
+        {"name": "styles/ink.safetensors", "sha256": digests[0]},
+    ]
+    vectors = load_file(file)["clip_g"]
+    save_file({"clip_g": -vectors}, file)
+    second, record = run(predictor, **prompts)
+    digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    assert {one["sha256"] for one in record["embeddings"]} == {digests[1]} != {digests[0]}
+    assert not np.array_equal(first, second)
+    assert "embeddings" not in run(predictor, prompt="an ink")[1]
 
 
 def test_loras_are_fetched(predictor: Predictor, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,13 +66,17 @@ class Embeddings:
         """
         if name in self.words:
             return self._checked(name, self.words[name])
+        path = self.file(name)
+        return None if path is None else self._read(path)
+
+    def file(self, name: str) -> Path | None:
+        """The file that `find` reads, or None if it reads none."""
+        if self.folder is None or not name or name in self.words:
+            return None
         files = self._files()
         folders = sorted({""} | {f"{Path(path).parent.as_posix()}/" for path in files if "/" in path})
         candidates = (f"{folder}{name}{suffix}" for folder in folders for suffix in ("", SUFFIX, *PICKLES))
-        for path in candidates if name else ():
-            if self.folder is not None and path in files:
-                return self._read(self.folder, path)
-        return None
+        return next((self.folder / path for path in candidates if path in files), None)
 
     def names(self) -> list[str]:
         """All names that `find` finds, except pickles, sorted."""
@@ -89,14 +93,15 @@ class Embeddings:
             if file.endswith((SUFFIX, *PICKLES))
         }
 
-    def _read(self, folder: Path, path: str) -> Tensor:
+    def _read(self, file: Path) -> Tensor:
+        path = file.relative_to(self.folder).as_posix() if self.folder else file.name
         if not path.endswith(SUFFIX):
             raise EmbeddingError(
                 f"{path} is a pickle, which can run code when it is read; convert it with scripts/convert-embedding"
             )
         try:
-            with safe_open(folder / path, framework="pt") as file:
-                tensors = [self._checked(path, file.get_tensor(name)) for name in vectors_of(list(file.keys()))]
+            with safe_open(file, framework="pt") as opened:
+                tensors = [self._checked(path, opened.get_tensor(name)) for name in vectors_of(list(opened.keys()))]
         except (SafetensorError, OSError) as error:
             raise EmbeddingError(f"{path} is damaged or no safetensors file: {' '.join(str(error).split())}") from error
         if not tensors:

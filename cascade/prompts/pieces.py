@@ -9,6 +9,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -45,6 +46,15 @@ class Piece(NamedTuple):
 
     tokens: list[Token]
     weight: float
+
+
+class _Mark(NamedTuple):
+    """Where a part names an embedding: from `start`, the white space before it included; the name is `word`, at `at`."""
+
+    start: int
+    place: int
+    at: int
+    word: str
 
 
 class _Stretch(NamedTuple):
@@ -88,21 +98,37 @@ def pieces(
     return found
 
 
+def files(parts: Sequence[Part], embeddings: Embeddings) -> dict[str, Path]:
+    """The files of the embeddings that a prompt names, by name. Reads none."""
+    found: dict[str, Path] = {}
+    for mark in (mark for part in parts for mark in _marks(part.text)):
+        for word in (mark.word, mark.word.strip(",")):
+            if (file := embeddings.file(word)) is not None:
+                found[word] = file
+                break
+    return found
+
+
+def _marks(text: str) -> Iterator[_Mark]:
+    matches = list(_MARK.finditer(text))
+    for match, following in itertools.zip_longest(matches, matches[1:]):
+        rest = text[match.end() : following.start() if following else None]
+        word = "".join(rest.split(maxsplit=1)[:1])
+        yield _Mark(match.start(), match.start(1), match.end() + rest.index(word), word)
+
+
 def _stretches(part: Part, find: Find, embeddings: Embeddings, strict: bool, name: str) -> Iterator[_Stretch]:
     """Cut a part at the embeddings that it names."""
-    marks = list(_MARK.finditer(part.text))
     text = 0
-    for mark, following in itertools.zip_longest(marks, marks[1:]):
-        rest = part.text[mark.end() : following.start() if following else None]
-        word = "".join(rest.split(maxsplit=1)[:1])
-        vectors, used = _find(word, find, name)
+    for mark in _marks(part.text):
+        vectors, used = _find(mark.word, find, name)
         if vectors is not None:
-            if text < mark.start():
-                yield _Stretch(part, text, mark.start())
-            text = mark.end() + rest.index(word) + used
-            yield _Stretch(part, mark.start(1), text, vectors)
+            if text < mark.start:
+                yield _Stretch(part, text, mark.start)
+            text = mark.at + used
+            yield _Stretch(part, mark.place, text, vectors)
         elif strict:
-            raise _missing(name, word, embeddings.names())
+            raise _missing(name, mark.word, embeddings.names())
     if text < len(part.text):
         yield _Stretch(part, text, len(part.text))
 

@@ -1,11 +1,13 @@
 """A prompt -> its chunks: all steps before the text encoder."""
 
+from pathlib import Path
+
 from transformers import CLIPTokenizer
 
 from cascade.prompts.chunks import Chunk, Special, chunks
 from cascade.prompts.embeddings import Embeddings
 from cascade.prompts.parsing import check_weights, parse, whole
-from cascade.prompts.pieces import pieces
+from cascade.prompts.pieces import files, pieces
 
 
 def special_of(tokenizer: CLIPTokenizer) -> Special:
@@ -31,3 +33,8 @@ def read(
     parts = parse(prompt) if weighting else whole(prompt)
     found = pieces(parts, tokenizer, embeddings, strict=weighting, name=name)
     return chunks(found, tokenizer.model_max_length - 2)
+
+
+def embedding_files(prompt: str, embeddings: Embeddings, *, weighting: bool) -> dict[str, Path]:
+    """The files of the embeddings that a prompt names, by the names that it has for them. Reads none."""
+    return files(parse(prompt) if weighting else whole(prompt), embeddings)

@@ -2,7 +2,8 @@
 
 All tiles have one size, so that one CUDA graph serves them. Noise and condition map are those of the whole picture. The
 predictions of the tiles are blended in every step (MultiDiffusion, arXiv 2302.08113). Attention and response norms see one
-tile: with norms over the whole map, pictures are as near to those that are made as a whole, within 0.2 dB.
+tile. Norms over all tiles would need all of them in every block at once, and bring a picture hardly nearer to the same one made
+as a whole: from 39.4 to 39.8 dB at 2048x2048, from 32.7 to 32.9 dB at 1024x1024 in tiles of 512 pixels (the miniature).
 """
 
 import math
@@ -106,11 +107,17 @@ def condition_in_bands(decoder: UNet, pooled: Tensor, semantic: Tensor, tiles: T
     patch = decoder.config.patch_size
     # Enlarged as a whole, because the scale depends on the size. The network leaves a map that has its size as it is.
     enlarged = resize(semantic.float(), [tiles.height // patch, tiles.width // patch])
-    bands = []
+    whole, top = None, 0
     for band in enlarged.split(TILE // patch, dim=-2):
-        size = band.shape[-2] * patch, tiles.width
-        bands.append(decoder.condition(pooled, effnet=band.contiguous(), latent_size=size))
-    return bands[-1]._replace(feature_map=torch.cat([band.feature_map for band in bands], dim=1))
+        rows, columns = band.shape[-2:]
+        size = rows * patch, columns * patch
+        conditions = decoder.condition(pooled, effnet=band.contiguous(), latent_size=size)
+        if whole is None:
+            batch, _, _, channels = conditions.feature_map.shape
+            whole = conditions.feature_map.new_empty(batch, enlarged.shape[-2], columns, channels)
+        whole[:, top : top + rows] = conditions.feature_map
+        top += rows
+    return conditions._replace(feature_map=whole)
 
 
 def predict_tiles(decoder: UNet, conditions: Conditions, tiles: Tiles, at_once: int) -> Predict:

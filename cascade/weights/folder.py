@@ -41,6 +41,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+from transformers.initialization import no_init_weights
 
 from cascade.networks.controlnet import KINDS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
@@ -384,8 +385,9 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise WeightsError(f"{config_path} does not describe the {component}: it is not a JSON object.")
-    # Buffers get their values, because no file holds some of them, such as CLIP's position ids.
-    with init_empty_weights(include_buffers=False):
+    # Buffers get their values, because no file holds some of them, such as CLIP's position ids. Parameters get none: for the
+    # meta device, torch computes initial values by code that imports its compiler, in 1.5 s.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         try:
             if component in TRANSFORMERS_CONFIGS:
                 return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))

@@ -122,6 +122,7 @@ def draw(random: Random, model: Model, kind: str | None = None) -> Drawn:
         "sampler": lambda: random.choice(["default", "ddpm", "ddim", "ddim_cosine", "lcm"]),
         "speed": lambda: random.choice(["exact", "fast"]),
         "disable_safety_checker": lambda: True,
+        "compression": lambda: random.choice([32, 42.67, 64]),
     }
     inputs |= {name: make() for name, make in optional.items() if random.random() < 0.3}
     inputs["steps_prior"], inputs["steps_decoder"] = (random.randrange(1, model.steps + 1) for _ in range(2))

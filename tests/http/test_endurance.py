@@ -103,7 +103,8 @@ def check_pictures(inputs: dict[str, Any], prediction: dict[str, Any]) -> None:
         assert prediction["metrics"]["seeds"] in possible
 
 
-@settings(suppress_health_check=list(HealthCheck))
+# Half as many examples as elsewhere: each is a prediction.
+@settings(max_examples=settings.default.max_examples // 2, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_every_request_that_fits_the_schema_makes_pictures(shared_server: Server, data: st.DataObject) -> None:
     """Or, of the inputs that need others, gets one sentence that names what is wrong."""

@@ -165,7 +165,9 @@ def test_half_a_file_is_damaged(tmp_path: Path, kind: str) -> None:
     noise.save(tmp_path / "picture", kind)
     content = (tmp_path / "picture").read_bytes()
     (tmp_path / "picture").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"^image is (a damaged {kind} file|not a picture in one of the formats .*)\.$"):
+    with pytest.raises(
+        ValueError, match=rf"^image is (a damaged {kind} file|not a picture in one of the formats .*)\.$"
+    ):
         read_picture(tmp_path / "picture", "image")
 
 

@@ -17,13 +17,13 @@ from miniature.evaluate import (
     pictures_by_stage,
     score_pictures,
     score_verdicts,
-    sheet,
     text_to_pictures,
 )
 from miniature.icons import STYLES, load_objects
 from miniature.judge import Judge
 from miniature.prompts import Prompt, make_prompts, plans_of
 from miniature.scenes import COLOUR_NAMES, HeldOut
+from miniature.sheets import sheet
 from miniature.stage_a import decode
 from tests.tiny import make_cascade
 from training.pictures import psnr
@@ -175,3 +175,9 @@ def test_latents_of_stage_b_become_pictures(tiny: Cascade) -> None:
 def test_sheet() -> None:
     gray = Image.new("RGB", (8, 8), (128, 128, 128))
     assert sheet([gray] * 5, 3).size == (24, 16)
+    captioned = sheet([gray] * 5, 3, ["a cat", *["a very long caption of two lines"] * 4])
+    assert captioned.size == (3 * 256 + 2 * 20, 2 * (256 + 60) + 20)
+    assert captioned.getpixel((0, 0)) == captioned.getpixel((255, 255)) == (128, 128, 128)
+    below = [np.asarray(captioned.crop((left, 256, left + 256, 316))) for left in (0, 276)]
+    assert below[0].min() < 128 < 255 == below[0][35:].min()
+    assert below[1][35:].min() < 128

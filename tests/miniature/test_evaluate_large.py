@@ -42,10 +42,11 @@ def test_a_seam_is_a_step_at_the_edge_of_a_tile(monkeypatch: pytest.MonkeyPatch)
     divided = Tiles(160, 160)
     assert len(divided) == 4
     noise = torch.rand(3, 640, 640, generator=torch.Generator().manual_seed(0))
-    assert seam(noise, divided) == pytest.approx(1, abs=0.03)
+    assert seam([noise], divided) == pytest.approx(1, abs=0.03)
     at = 4 * divided.places[1][1]
-    noise[:, :, at:] += 0.5
-    assert seam(noise, divided) > 1.1
+    stepped = noise.clone()
+    stepped[:, :, at:] += 0.5
+    assert seam([stepped], divided) > seam([noise, stepped], divided) > 1.02
 
 
 def test_every_size_is_asked_for_and_judged(components: Mapping[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +65,8 @@ def test_every_size_is_asked_for_and_judged(components: Mapping[str, object], mo
         if name.startswith("scenes"):
             assert scores == {"object first": [1, 1], "one object": [1, 1]}
     assert [each.size for each in found.pictures["128x64 at 64"]] == [(128, 64)] * 2
-    assert [len(values) for values in found.tiles.values()] == [1, 1]
+    assert len(found.psnr) == 1
+    assert list(found.seams) == ["in tiles", "as a whole"]
 
 
 def test_the_cases_are_twice_the_miniature_s_size() -> None:

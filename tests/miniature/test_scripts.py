@@ -61,10 +61,10 @@ def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 @pytest.mark.slow
-def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two sets; a third one joins them without the first two being judged again."""
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--batch", "2"]
-    options += ["--try", "guidance_scale_prior=1,steps_prior=2", "--seed", "7"]
+    options += ["--try", "guidance_scale_prior=1,steps_prior=2", "--seed", "7", "--weights", str(quick_mini)]
     assert evaluate_mini.main([*options, "--sets", "2"]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
@@ -93,9 +93,9 @@ def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_comparison(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--seed", "7", "--count", "2"]
-    options += ["--compare", "fast", "steps_prior=2,sampler=ddim,guidance_interval=0:0.5"]
+    options += ["--weights", str(quick_mini), "--compare", "fast", "steps_prior=2,sampler=ddim,guidance_interval=0:0.5"]
     assert evaluate_mini.main(options) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
@@ -112,9 +112,11 @@ def test_comparison(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_evaluation_of_images(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_of_images(
+    drawings: Path, quick_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--sets", "1"]
-    assert evaluate_mini.main([*options, "--images", "1"]) == 0
+    assert evaluate_mini.main([*options, "--images", "1", "--weights", str(quick_mini)]) == 0
     output = capsys.readouterr()
     assert output.out.startswith("4 prompts, --seed ")
     assert "Image-to-image: scenes at each prompt_strength" in output.out

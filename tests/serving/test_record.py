@@ -20,7 +20,7 @@ from cascade.request import Request, upscaling
 from cascade.weights import PUBLISHED_SAMPLER, ModelFolder
 from scripts import command_line
 from serving.metadata import LENGTHS, Detail, metadata
-from serving.record import Lora, Origin, Record, is_edited, weights_digest
+from serving.record import Embedding, Lora, Origin, Record, is_edited, weights_digest
 from tests.metadata import read_record, read_texts
 
 GREY = Image.new("RGB", (64, 64), "grey")
@@ -106,6 +106,12 @@ def test_what_a_speed_changes_besides_inputs() -> None:
 def test_loras_have_a_place() -> None:
     adapted = Record({}, (), "ddpm", ORIGIN, edited=False, loras=(Lora("ink", "ab", 0.5),))
     assert json.loads(adapted.to_json())["loras"] == [{"name": "ink", "sha256": "ab", "scale": 0.5}]
+
+
+def test_embeddings_are_part_of_the_prompts() -> None:
+    named = Record({}, (), "ddpm", ORIGIN, edited=False, embeddings=(Embedding("ink", "ab"),))
+    assert json.loads(named.to_json())["embeddings"] == [{"name": "ink", "sha256": "ab"}]
+    assert "ink" not in named.without_texts().to_json()
 
 
 @pytest.mark.parametrize(

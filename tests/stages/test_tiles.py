@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cascade import sizes
+from cascade import Cascade, Request, sizes
 from cascade.networks.unet import StableCascadeUNet
 from cascade.sampling import Noise, Step, finish
 from cascade.stages import tiles
 from cascade.stages.decoder import decoder_steps, tiles_together
+from cascade.stages.pixels import decode_pixels
 from cascade.stages.tiles import GRID, OVERLAP, TILE, Tiles, condition_in_bands, ramps, starts
+from miniature.evaluate_large import seam
+from tests.conftest import MINI
 from tests.tiny import count_calls
 
 POOLED = torch.randn(2, 1, 1, 24, generator=torch.Generator().manual_seed(0))
@@ -145,3 +148,28 @@ def test_a_network_that_sees_one_place_alone_makes_the_same_in_tiles(decoder: St
     torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-4)
     wrong = finish(iter(steps(decoder, 2, guidance=1.5, noise=Noise([1]))))
     assert not torch.allclose(wrong, whole, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.slow
+def test_the_miniature_s_tiles_have_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 320 pixels; larger ones are tested on a GPU. Predictions side by side, without a blend, have seams."""
+    monkeypatch.setattr(tiles, "TILE", 80)
+    monkeypatch.setattr(tiles, "OVERLAP", 24)
+    cascade = Cascade.load(MINI, "cpu", torch.float32)
+    (picture,) = cascade.generate(Request("a red apple on a green background", seed=3))
+    semantic, pooled = cascade.encode(picture.resize((512, 512))), cascade.text.encode(["a red apple"]).pooled
+
+    def found() -> float:
+        options = {"size": (128, 128), "noise": Noise([3]), "guidance": 1.0, "at_once": 4}
+        (pixels,) = decode_pixels(cascade.vqgan, finish(decoder_steps(cascade.decoder, semantic, pooled, **options)))
+        return seam([pixels], Tiles(128, 128))
+
+    assert found() <= 1.05
+
+    def cut(side: int) -> list[Tensor]:
+        begins = starts(side)
+        bounds = [*begins[1:], side]
+        return [(torch.arange(begin, begin + 80) < end).float() for begin, end in zip(begins, bounds, strict=True)]
+
+    monkeypatch.setattr(tiles, "ramps", cut)
+    assert found() > 1.2

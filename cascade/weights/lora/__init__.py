@@ -7,7 +7,8 @@
 - `files`: safetensors files, PEFT's folders, archives; `parts`: what keys consist of; `layers`: how programs spell the
   networks' layers; `peft`, `authors`: what stands beside the tensors; `formats`: which program's a file is.
 - `algorithms`: what each kind of adapter adds to a weight; `changes`: that, bound to a file's tensors.
-- `placing`: all of it comes together; `foreign`: which other model a file is for; `words`: learned words.
+- `placing`: all of it comes together; `words`: learned words. `foreign` and `whole`: which other model a file is for, and
+  which networks it holds whole, where it is refused.
 
 Knows no network: names and shapes of tensors are enough.
 """

@@ -1,24 +1,26 @@
 """Reads adapters' files: a safetensors file, a folder in PEFT's form, or either of these in a tar or a zip.
 
-Everything is read into memory. Pickles are refused, by content. No part of an archive is written to disk.
+Tensors are read into memory, once. Pickles are refused, by content. A safetensors file of an archive is unpacked into a
+temporary file of its size, and removed when it is read.
 """
 
 import json
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.lora.whole import clause, whole_networks
 from cascade.weights.names import PICKLES, SUFFIX
-from cascade.weights.reading import pickle_error, unreadable
+from cascade.weights.reading import pickle_error, read_header, unreadable
 
 # Maximum bytes of a file, and of all files in an archive. The largest adapters, differences of all weights, have 7 GB for
 # Stage C, but nobody shares those.
@@ -37,6 +39,8 @@ HEADERS = (
 # Threads that read a file of so many bytes.
 READERS = 8
 LARGE = 16 << 20
+# Bytes of a member that are unpacked at a time.
+BLOCK = 1 << 20
 PEFT_CONFIG = "adapter_config.json"
 # Sub-folders that may hold an adapter of one network.
 INNER = ("prior", "decoder", "unet", "text_encoder")
@@ -126,23 +130,29 @@ def read(path: Path) -> Package:
         raise WeightsError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
 
 
+# A member of a folder or an archive: its name; the file of a safetensors file, or the content of a document, or nothing.
+Member = tuple[PurePosixPath, Path | bytes]
+
+
 def _single(path: Path) -> Package:
+    if path.stat().st_size > MOST and (whole := _whole_networks(path)):
+        raise WeightsError(f"{path} {clause(whole)}.")
     _check_size(path, path.stat().st_size)
-    name = PurePosixPath(path.name)
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys, metadata = list(file.keys()), file.metadata() or {}
-        threads = READERS if path.stat().st_size >= LARGE else 1
-        stored = Stored(name, _copies(path, keys, threads), metadata)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        with path.open("rb") as file:
-            raise _refused(path, path.name, file.read(4), error) from error
+    stored = _stored(path, PurePosixPath(path.name), path)
     documents = {}
     for other in (path.with_suffix(".json"), path.with_name(PEFT_CONFIG)):
         if other.is_file():
             _check_json(other, other.stat().st_size)
             documents[PurePosixPath(other.name)] = other.read_bytes()
     return Package(path, (stored,), documents)
+
+
+def _whole_networks(path: Path) -> list[str]:
+    """The networks that a file holds whole, by its header."""
+    try:
+        return whole_networks(read_header([path]))
+    except WeightsError:
+        return []
 
 
 def _copies(path: Path, keys: Sequence[str], threads: int) -> dict[str, Tensor]:
@@ -193,16 +203,17 @@ def json_object(where: object, content: bytes) -> dict[str, Any]:
     return found
 
 
-def _folder(root: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+def _folder(root: Path) -> Iterator[Member]:
     for folder in (root, *(root / name for name in INNER)):
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
             if file.is_file():
                 name = PurePosixPath(file.relative_to(root).as_posix())
                 size = file.stat().st_size
-                wanted = _is_wanted(root, name.as_posix(), size)
-                if wanted:
-                    _check_size(file, size)
-                yield name, file.read_bytes() if wanted else b""
+                if not _is_wanted(root, name.as_posix(), size):
+                    yield name, b""
+                    continue
+                _check_size(file, size)
+                yield name, file if name.suffix.lower() == SUFFIX else file.read_bytes()
 
 
 def _is_wanted(origin: Path, name: str, size: int) -> bool:
@@ -224,7 +235,7 @@ def _is_tar(path: Path) -> bool:
     return True
 
 
-def _tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+def _tar(path: Path) -> Iterator[Member]:
     try:
         with tarfile.open(path, tarinfo=_Header) as archive:
             left = MOST
@@ -237,12 +248,12 @@ def _tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                     _check_left(path, left)
                     wanted = _is_wanted(path, member.name, member.size)
                     content = archive.extractfile(member) if wanted else None
-                    yield PurePosixPath(member.name), b"" if content is None else content.read()
+                    yield from _unpacked(PurePosixPath(member.name), content, member.size)
     except (tarfile.TarError, EOFError, ValueError, ArithmeticError) as error:
         raise WeightsError(f"{path} is a damaged tar file: {shortened(error).rstrip('.')}.") from error
 
 
-def _zip(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+def _zip(path: Path) -> Iterator[Member]:
     try:
         with zipfile.ZipFile(path) as archive:
             left = MOST
@@ -252,13 +263,27 @@ def _zip(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                     left -= member.file_size
                     _check_left(path, left)
                     wanted = _is_wanted(path, member.filename, member.file_size)
-                    content = b""
-                    if wanted:
-                        with archive.open(member) as file:
-                            content = file.read(member.file_size)
-                    yield PurePosixPath(member.filename), content
+                    content = archive.open(member) if wanted else None
+                    yield from _unpacked(PurePosixPath(member.filename), content, member.file_size)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{path} is a damaged or encrypted zip file: {shortened(error).rstrip('.')}.") from error
+
+
+def _unpacked(name: PurePosixPath, content: IO[bytes] | None, size: int) -> Iterator[Member]:
+    """A member of an archive, which announces `size` bytes; None: it is not wanted."""
+    if content is None:
+        yield name, b""
+        return
+    with content:
+        if name.suffix.lower() != SUFFIX:
+            yield name, content.read(size)
+            return
+        with tempfile.NamedTemporaryFile(prefix="cascade-lora-", suffix=SUFFIX) as file:
+            left = size
+            while left and (block := content.read(min(BLOCK, left))):
+                left -= file.write(block)
+            file.flush()
+            yield name, Path(file.name)
 
 
 def _check_count(path: Path, count: int) -> None:
@@ -271,13 +296,15 @@ def _check_left(path: Path, left: int) -> None:
         raise WeightsError(f"{path} holds over {MOST / 1e9:.0f} GB; an adapter may have no more.")
 
 
-def _checked(path: Path, members: Iterator[tuple[PurePosixPath, bytes]]) -> Package:
-    files, documents, pickles = [], {}, []
+def _checked(path: Path, members: Iterator[Member]) -> Package:
+    files: list[Stored] = []
+    documents: dict[PurePosixPath, bytes] = {}
+    pickles: list[PurePosixPath] = []
     for name, content in members:
         if any(part.startswith(("._", "__MACOSX")) for part in name.parts):
             continue
         ending = name.suffix.lower()
-        if ending == SUFFIX:
+        if isinstance(content, Path):
             files.append(_stored(path, name, content))
         elif ending == ".json" and name.name not in OTHER_JSON:
             documents[name] = content
@@ -294,11 +321,13 @@ def _checked(path: Path, members: Iterator[tuple[PurePosixPath, bytes]]) -> Pack
     return package
 
 
-def _stored(path: Path, name: PurePosixPath, content: bytes) -> Stored:
+def _stored(origin: Path, name: PurePosixPath, file: Path) -> Stored:
+    """A safetensors file. origin: what it is part of."""
     try:
-        tensors = safetensors.torch.load(content)
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise _refused(path, name.as_posix(), content[:4], error) from error
-    return Stored(name, tensors, metadata)
+        with safe_open(file, framework="pt") as opened:
+            keys, metadata = list(opened.keys()), opened.metadata() or {}
+        threads = READERS if file.stat().st_size >= LARGE else 1
+        return Stored(name, _copies(file, keys, threads), metadata)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        with file.open("rb") as opened:
+            raise _refused(origin, name.as_posix(), opened.read(4), error) from error

@@ -11,6 +11,7 @@ from cascade.weights.lora import algorithms, authors, foreign
 from cascade.weights.lora.adapter import OUTPUTS, VECTORS, Adapter, Group
 from cascade.weights.lora.changes import KINDS, Change, Kind, change_of
 from cascade.weights.lora.layers import Layers, Shapes
+from cascade.weights.lora.whole import clause, whole_networks
 from cascade.weights.lora.words import TABLE, Word, listed
 
 logger = logging.getLogger(__name__)
@@ -338,6 +339,8 @@ def _place_rows(
 def _misfit(found: _Finding, networks: Mapping[str, Shapes]) -> WeightsError:
     """The error for an adapter that does not fit."""
     adapter = found.adapter
+    if foreign.model(adapter.shapes) is None and (whole := whole_networks(adapter.shapes)):
+        return WeightsError(f"{_shown(adapter)} {clause(whole)}.")
     total = len(adapter.shapes)
     ignored = sum(len(keys) for keys in found.ignored.values())
     first = shortened(found.unplaced[0], 100) if found.unplaced else None

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import tarfile
+import tempfile
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Mapping
@@ -322,6 +323,26 @@ def test_large_documents_are_refused_before_they_are_read(
     assert peak < files.MOST_JSON
 
 
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "folder"])
+def test_archives_are_not_read_into_memory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the tensors, of which there is one copy. Nothing of them is left on the disk."""
+    path, temporary = tmp_path / "folder", tmp_path / "temporary"
+    path.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    size = 20_000_000
+    save_file({"lora_unet_a.diff": torch.ones(size // 4)}, path / "a.safetensors")
+    if kind != "folder":
+        path = archive(tmp_path, {"a.safetensors": path / "a.safetensors"}, kind)
+    tracemalloc.start()
+    (stored,) = files.read(path).files
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert stored.tensors["lora_unet_a.diff"].sum() == size // 4
+    assert peak < size / 2
+    assert list(temporary.iterdir()) == []
+
+
 def test_words_without_a_name_are_refused(tmp_path: Path) -> None:
     width = shapes(text_encoder())[TABLE][1]
     for name, key in {".safetensors": "clip_g", "a.safetensors": "bundle_emb. .clip_g"}.items():
@@ -474,6 +495,34 @@ def test_other_models_adapters_are_called_what_they_are(tensors: dict[str, Tenso
     with pytest.raises(WeightsError, match=rf"{re.escape(said)}.*: 0 of {len(tensors)} tensors have a place") as caught:
         placed(tmp_path / "one.safetensors")
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "said"),
+    [
+        ({"prior": ""}, "Stage C (prior) whole; scripts/save-weights --prior FILE makes"),
+        ({"decoder": "model.diffusion_model."}, "Stage B (decoder) whole; scripts/save-weights --decoder FILE makes"),
+        ({"vqgan": ""}, "Stage A (vqgan) whole; scripts/save-weights --vqgan FILE makes"),
+        (
+            {"prior": "model.diffusion_model.", "text_encoder": "text_encoders.clip_g.transformer."},
+            "Stage C (prior) and a text encoder whole; scripts/save-weights --prior FILE --text-encoder FILE makes",
+        ),
+    ],
+)
+def test_a_whole_network_is_called_what_it_is(
+    components: dict[str, Any], prefixes: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small and as large as the published ones, which are larger than an adapter may be."""
+    tensors = {
+        f"{prefix}{key}": tensor.clone()
+        for name, prefix in prefixes.items()
+        for key, tensor in components[name].state_dict().items()
+    }
+    save_file(tensors, tmp_path / "one.safetensors")
+    for most in (files.MOST, 10_000):
+        monkeypatch.setattr(files, "MOST", most)
+        with pytest.raises(WeightsError, match=re.escape(f"is no adapter but holds {said}")):
+            placed(tmp_path / "one.safetensors")
 
 
 @cache
