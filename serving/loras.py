@@ -199,7 +199,7 @@ class Loras:
             try:
                 return json.loads(target.read_bytes())
             except (ValueError, RecursionError):
-                raise InputError(f"{label}: {site.name} answers something that is no JSON.") from None
+                raise InputError(f"{label}: {site.name} answers something that is not JSON.") from None
 
     def _get(self, label: str, url: str, target: Path, site: Site | None, settings: UrlSettings | None = None) -> None:
         headers = site.headers if site is not None and site.holds(url) else {}

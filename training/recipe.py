@@ -211,7 +211,7 @@ class Recipe:
 
 
 def copy_stage(output: Path, stage: str, target: Path) -> None:
-    """Copies what a finished stage made; the folder then has what it takes to go on with the next stages.
+    """Copies what a finished stage made; the folder then has everything that the next stages need.
 
     Raises:
         TrainingError: a file cannot be written.

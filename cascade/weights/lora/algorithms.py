@@ -25,7 +25,7 @@ def _flat(weight: Tensor) -> Tensor:
 def _matrix(name: str, tensor: Tensor) -> Tensor:
     """A factor that is stored as a matrix, or as a 1x1 convolution."""
     if tensor.ndim < 2 or math.prod(tensor.shape[2:]) != 1:
-        raise ValueError(f"{name} is no matrix")
+        raise ValueError(f"{name} is not a matrix")
     return tensor.flatten(1)
 
 
@@ -135,7 +135,7 @@ def oft_inputs(weight: Tensor, t: Tensors, scale: float) -> Tensor:
     """
     triangles = t["oft_R"]
     if triangles.ndim != 2:
-        raise ValueError("oft_R is no matrix")
+        raise ValueError("oft_R is not a matrix")
     size = (1 + math.isqrt(1 + 8 * triangles.shape[1])) // 2
     if size * (size - 1) // 2 != triangles.shape[1]:
         raise ValueError("oft_R has no triangles")

@@ -175,7 +175,7 @@ def _refused(origin: Path, name: str, start: bytes, error: Exception) -> Weights
         return pickle_error(inside)
     if name.lower().endswith(SUFFIX):
         return unreadable(inside, error)
-    return WeightsError(f"{inside} is no safetensors file, the only kind that is opened.")
+    return WeightsError(f"{inside} is not a safetensors file, the only kind that is opened.")
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -199,7 +199,7 @@ def json_object(where: object, content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{where} is not valid JSON: {shortened(error).rstrip('.')}.") from error
     if not isinstance(found, dict):
-        raise WeightsError(f"{where} is no JSON object.")
+        raise WeightsError(f"{where} is not a JSON object.")
     return found
 
 

@@ -34,6 +34,6 @@ def matching(pattern: str, texts: Iterable[str], where: object, *, whole: bool =
             if search(text, timeout=max(deadline - time.monotonic(), 0.001)):
                 found.append(text)
     except (regex.error, TimeoutError, OverflowError, RecursionError) as error:
-        why = "takes too long" if isinstance(error, TimeoutError) else f"is no pattern: {shortened(error, 60)}"
+        why = "takes too long" if isinstance(error, TimeoutError) else f"is not a valid pattern: {shortened(error, 60)}"
         raise WeightsError(f"{where}: the regular expression {shortened(repr(pattern), 60)} {why}.") from error
     return found

@@ -49,9 +49,9 @@ def link() -> bytes:
 
 
 BAD = {
-    "no zip": (b"hello", "is no zip file."),
-    "empty": (b"", "is no zip file."),
-    "cut": (zipped({"a.png": bytes(9999)})[:-40], "is no zip file."),
+    "no zip": (b"hello", "is not a zip file."),
+    "empty": (b"", "is not a zip file."),
+    "cut": (zipped({"a.png": bytes(9999)})[:-40], "is not a zip file."),
     "damaged": (
         zipped({"a.png": bytes(99)}).replace(bytes(99), bytes(98) + b"x"),
         "damaged or encrypted zip file: Bad CRC-32",
@@ -97,7 +97,7 @@ def test_what_is_wrong_with_pictures_names_them(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"01\.png"):
         captioned_pictures(folder, 128, **WORDS)
     (folder / "01.png").write_bytes(b"hello")
-    with pytest.raises(TrainingError, match=r"01\.png is no picture"):
+    with pytest.raises(TrainingError, match=r"01\.png is not a picture"):
         captioned_pictures(folder, 128, **WORDS)
     (folder / "01.txt").unlink()
     with pytest.raises(TrainingError, match=r"01\.png has no caption: give it 01\.txt"):
