@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cascade.sizes import LARGEST, MULTIPLE, SMALLEST
+from cascade.sizes import MULTIPLE, SMALLEST, WHOLE
 from tests.training.lora.zips import files_of, zipped
 from tests.training.small import write_pictures
 from training.errors import TrainingError
@@ -129,15 +129,15 @@ def test_captions(text: str | None, options: dict[str, str], expected: str, tmp_
     assert found.caption == expected
 
 
-@given(st.integers(1, 9000), st.integers(1, 9000), st.integers(128, LARGEST))
+@given(st.integers(1, 9000), st.integers(1, 9000), st.integers(128, WHOLE))
 def test_buckets_keep_the_shape(width: int, height: int, resolution: int) -> None:
     rows, columns = bucket_size(width, height, resolution)
     step = max(MULTIPLE, resolution // 16 // MULTIPLE * MULTIPLE)
     for side in (rows, columns):
         assert side % step == 0
-        assert SMALLEST <= side <= LARGEST
+        assert SMALLEST <= side <= WHOLE
     ratio = min(max(width / height, 0.25), 4)
-    if SMALLEST + step <= min(rows, columns) and max(rows, columns) <= LARGEST - step:
+    if SMALLEST + step <= min(rows, columns) and max(rows, columns) <= WHOLE - step:
         # Each side is off by half a step at most.
         assert abs(rows - resolution / math.sqrt(ratio)) <= step / 2 + 1e-6
         assert abs(columns - resolution * math.sqrt(ratio)) <= step / 2 + 1e-6
