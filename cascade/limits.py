@@ -24,6 +24,8 @@ MOST_CHARACTERS = 10_000
 # Of a text, of 75 tokens each.
 MOST_CHUNKS = 4
 RATIOS = ("1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21")
+# Instead of a sampler: that of the model folder, or of the speed.
+MODELS_OWN = "default"
 # Instead of a mask: the transparent part of the image.
 ALPHA = "alpha"
 
@@ -115,7 +117,7 @@ class Limits:
 
     @property
     def allowed(self) -> str:
-        """The allowed values, as in "a list of 4 whole numbers from 0 to 2048"."""
+        """The allowed values, as in "a list of 4 whole numbers from 0 to 4096"."""
         if self.most is None:
             return self._allowed_one
         several = f"of {', '.join(self.choices)}" if self.choices else self._words[1]
@@ -199,7 +201,6 @@ _SIDE = Limits(int, low=sizes.SMALLEST, high=sizes.LARGEST)
 _PICTURE = Limits(Image.Image)
 _PICTURES = Limits(Image.Image, most=MOST_IMAGES)
 _STRENGTHS = Limits(float, low=0, high=2, most=MOST_IMAGES)
-_PARTS = Limits(float, low=0, high=1, most=MOST_IMAGES)
 
 # In the order of `Predictor.run`. `request.ALLOWED` has the wider limits of `Request`.
 LIMITS: dict[str, Limits] = {
@@ -212,13 +213,16 @@ LIMITS: dict[str, Limits] = {
     "steps_decoder": _STEPS,
     "guidance_scale_prior": _GUIDANCE,
     "guidance_scale_decoder": _GUIDANCE,
+    # Not None for the model's own: Cog refuses null for an input with choices.
+    "sampler": Limits(str, MODELS_OWN, choices=(MODELS_OWN, "ddpm", "ddim", "ddim_cosine", "lcm")),
+    "speed": Limits(str, "exact", choices=("exact", "fast", "turbo")),
     "seed": Limits(int),
     "aspect_ratio": Limits(str, "1:1", choices=RATIOS),
+    "compression": Limits(float, sizes.SEMANTIC_PIXELS, low=sizes.DENSEST, high=sizes.SPARSEST),
     "output_format": Limits(str, "webp", choices=("webp", "jpg", "png")),
     "output_quality": Limits(int, 80, low=0, high=100),
     "disable_safety_checker": Limits(bool, False),
     "image_prompts": _PICTURES,
-    "image_prompt_strength": Limits(float, 1.0, low=0, high=2),
     "image_prompt_strengths": _STRENGTHS,
     "ip_adapter_images": _PICTURES,
     "ip_adapter_scales": _STRENGTHS,
@@ -232,8 +236,8 @@ LIMITS: dict[str, Limits] = {
     "control_images": _PICTURES,
     "control_types": Limits(str, choices=tuple(KINDS), most=MOST_IMAGES),
     "control_scales": _STRENGTHS,
-    "control_starts": _PARTS,
-    "control_ends": _PARTS,
+    # Pairs: start and end.
+    "control_ranges": Limits(float, low=0, high=1, most=2 * MOST_IMAGES),
     "previews": Limits(bool, False),
     "prompt_weighting": Limits(bool, False),
     "lora_weights": Limits(str, most=MOST_LORAS),

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Networks that adapters change.
 ADAPTED = ("prior", "decoder", "text_encoder")
+# Networks with kernels of their own.
+KERNELS = ("prior", "decoder", "vqgan")
 OPTIONAL = ("feature_extractor", "image_encoder", "ip_adapter", "effnet", "previewer", *CONTROLNETS)
 
 
@@ -58,18 +61,27 @@ def load_parts(
     mode = _memory_mode(memory, opened, names, device, dtype)
     parts, waiting, seconds = {}, {}, {}
     base = FileWeights(opened.standard_files(ADAPTED))  # first: it notes how the files are that are loaded
-    for name in names:
-        start = time.perf_counter()
-        waits = mode.name != "resident" and name in NETWORKS and name not in ALWAYS
-        parts[name] = opened.load_component(name, device="cpu" if waits else device, dtype=dtype)
-        if name in ("prior", "decoder", "vqgan"):
-            parts[name].use_kernels(kernels.choose(device, dtype).name)
-        if waits:
-            waiting[name] = HostWeights(parts[name], pin=True)
-        seconds[name] = time.perf_counter() - start
-    weights = WeightCache(waiting, device, mode) if waiting else ResidentWeights(device)
-    if device.type == "cuda":
-        precompile([parts["prior"], parts["decoder"]], parts["vqgan"])
+    with ThreadPoolExecutor(1, "kernels") as thread:
+        prepared = None
+        if mode.name == "resident":  # the first, because their kernels take time
+            names = sorted(names, key=lambda name: name not in KERNELS)
+        for name in names:
+            start = time.perf_counter()
+            waits = mode.name != "resident" and name in NETWORKS and name not in ALWAYS
+            parts[name] = opened.load_component(name, device="cpu" if waits else device, dtype=dtype)
+            if name in KERNELS:
+                parts[name].use_kernels(kernels.choose(device, dtype).name)
+            if waits:
+                waiting[name] = HostWeights(parts[name], pin=True)
+            seconds[name] = time.perf_counter() - start
+            if device.type == "cuda" and mode.name == "resident" and prepared is None and parts.keys() >= set(KERNELS):
+                # While the other networks are read.
+                prepared = thread.submit(precompile, [parts["prior"], parts["decoder"]], parts["vqgan"])
+        weights = WeightCache(waiting, device, mode) if waiting else ResidentWeights(device)
+        if prepared is not None:
+            prepared.result()
+        elif device.type == "cuda":
+            precompile([parts["prior"], parts["decoder"]], parts["vqgan"])
     logger.info("Seconds to load: %s.", ", ".join(f"{name} {taken:.2f}" for name, taken in seconds.items()))
     return Loaded(opened, parts, weights, base)
 

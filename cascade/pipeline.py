@@ -45,9 +45,9 @@ from cascade.running.cache import ResidentWeights
 from cascade.running.device import choose_device, current
 from cascade.running.runner import Job, Runner
 from cascade.sampling import Noise, Sample, Step, finish
-from cascade.stages.decoder import decoder_steps
+from cascade.stages.decoder import SAMPLES, decoder_steps, tiles_together
 from cascade.stages.encoder import encode_pixels
-from cascade.stages.pixels import decode_pixels, decoding_bytes, tile_within
+from cascade.stages.pixels import decode_pixels, most_bytes, tile_within
 from cascade.stages.prior import AdapterImage, Residuals, prior_steps
 from cascade.stages.text import TextEncoder
 from cascade.weights import CONTROLNETS, StageSettings
@@ -124,6 +124,7 @@ class Cascade:
         weights: where the networks' weights are; None: all stay on the device.
         base: reads the weights again that adapters change; None: copies are kept of those.
         loras: the folder of the adapters that requests may name; None: there is none.
+        distilled: the file of the adapter for the speed "turbo"; None: requests with that speed fail.
     """
 
     # A subclass may plan and sample in another way: see `compat`.
@@ -150,6 +151,7 @@ class Cascade:
         weights: ResidentWeights | None = None,
         base: BaseWeights | None = None,
         loras: Path | None = None,
+        distilled: Path | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1.")
@@ -177,6 +179,7 @@ class Cascade:
             effnet=effnet is not None,
             previewer=previewer is not None,
             controlnets={kind: network.config.out_channels for kind, network in controlnets.items()},
+            distilled=distilled,
         )
         self.runner = Runner(self.device, weights, max_batch)
         self._prior = self.runner.unet("prior", prior)
@@ -241,6 +244,7 @@ class Cascade:
                 weights=loaded.weights,
                 base=loaded.base,
                 loras=loaded.folder.root / "loras",
+                distilled=loaded.folder.distilled(),
             )
 
     # ---- what callers use ----
@@ -295,34 +299,40 @@ class Cascade:
         check_request("request", request)
         yield from self._steps((request,))
 
-    def encode(self, image: Image.Image) -> Tensor:
-        """The semantic latents, float32 (1, 16, h, w), of a picture with sides from 64 to 2048 pixels.
+    def encode(self, image: Image.Image, compression: float = sizes.SEMANTIC_PIXELS) -> Tensor:
+        """The semantic latents, float32 (1, 16, h, w), of a picture with sides from 64 to 4096 pixels.
+
+        compression: pixels, 32 to 64: the side of a latent.
 
         Raises:
             ValueError: the picture is too small or too large, or this model has no semantic encoder.
         """
         self.planner.check_encoder()
         with self.runner.at((image.height, image.width)):
-            return self.runner.with_room(lambda: self._encode_image(image))
+            return self.runner.with_room(lambda: self._encode_image(image, compression))
 
-    def reconstruct(self, image: Image.Image, seed: int = 0, prompt: str = "") -> Image.Image:
+    def reconstruct(
+        self, image: Image.Image, seed: int = 0, prompt: str = "", compression: float = sizes.SEMANTIC_PIXELS
+    ) -> Image.Image:
         """A picture, squeezed into semantic latents and made again of these by Stages B and A.
 
         Args:
-            image: sides from 64 to 2048 pixels.
+            image: sides from 64 to 4096 pixels.
             seed: of Stage B's noise.
             prompt: tells Stage B what the picture shows.
+            compression: as in `encode`.
 
         Raises:
             ValueError: as `encode`.
         """
-        semantic = self.encode(image)
-        plan = self.planner.plan((Request(prompt, seed=seed, width=image.width, height=image.height),))
+        size = {"width": image.width, "height": image.height}
+        plan = self.planner.plan((Request(prompt, seed=seed, compression=compression, **size),))
+        semantic = self.encode(image, compression)
         self._loras.apply(self._loras.select(()))
 
         def pixels() -> Tensor:
             texts = self._encode_text(plan.request, Words(), guided=plan.decoder.guidance > 1)
-            latents = finish(self._decoder_steps(plan, semantic, texts, Noise([seed], self.device)))
+            latents = finish(self._decoder_steps(plan, semantic, texts, Noise([seed], self.device), at_once=SAMPLES))
             (made,) = self._pixels(semantic, latents)
             return made
 
@@ -348,7 +358,7 @@ class Cascade:
 
     def _steps(self, requests: tuple[Request, ...]) -> Iterator[Progress]:
         plan = self.planner.plan(requests)
-        selection = self._loras.select(plan.request.loras)
+        selection = self._loras.select(plan.loras)
         self._check_prompts(requests, selection.words)
         if plan.references:
             self._ip_adapter.check(plan.request.ip_adapter_mode)
@@ -373,7 +383,10 @@ class Cascade:
         inputs = self._inputs(plan, words, given)
 
         def left(pictures: int) -> int:
-            return pictures + plan.steps * -(-pictures // job.at_once(pictures))
+            if plan.tiles is None:
+                return pictures + plan.steps * -(-pictures // job.at_once(pictures))
+            groups = len(plan.tiles.groups(tiles_together(job.at_once(SAMPLES), plan.decoder_halves)))
+            return pictures * (1 + plan.steps + plan.decoder.steps * (groups - 1))
 
         def encode(first: int, last: int) -> Iterator[Progress]:
             count.expect(len(inputs) - first + left(pictures))
@@ -383,18 +396,20 @@ class Cascade:
 
         def make(first: int, last: int) -> Iterator[Progress]:
             count.expect(left(pictures - first))
-            return self._batch(plan, given, first, last, count)
+            return self._batch(plan, given, first, last, count, job.at_once(SAMPLES))
 
         yield from job.in_parts(
             len(inputs), encode, most=1, finished=lambda _: True, name=lambda _: "the inputs of a picture"
         )
         self.runner.prefetch("prior")
+        one, rest = ("picture", "") if plan.tiles is None else ("tile", " of a picture")
         yield from job.in_parts(
             pictures,
             make,
-            most=self.max_batch,
+            most=self.max_batch if plan.tiles is None else 1,
             finished=lambda progress: progress.image is not None,
-            name=lambda number: f"{number} picture{'s' * (number > 1)} at a time",
+            name=lambda number: f"{number} {one}{'s' * (number > 1)}{rest} at a time",
+            pieces=1 if plan.tiles is None else SAMPLES,
         )
 
     def _inputs(self, plan: Plan, words: Words, given: Given) -> list[tuple[str, Callable[[], None]]]:
@@ -408,15 +423,18 @@ class Cascade:
             given.image_prompts = self._encode_image_prompts(request)
 
         def references() -> None:
-            given.adapter = self._ip_adapter.encode(plan.references, request.ip_adapter_mode, plan.size)
+            given.adapter = self._ip_adapter.encode(
+                plan.references, request.ip_adapter_mode, plan.size, request.compression
+            )
 
         def start() -> None:
-            given.start = self._encode_image(fitted(request.image, *plan.size))
+            given.start = self._encode_image(fitted(request.image, *plan.size), request.compression)
             if plan.mask is not None:
                 given.free = latents_of(plan.mask, plan.semantic_size).to(self.device)
 
         def control(index: int) -> None:
-            given.residuals.append(self._controlnets.residuals(plan.controls[index], plan.size, plan.mask))
+            residuals = self._controlnets.residuals(plan.controls[index], plan.size, plan.mask, request.compression)
+            given.residuals.append(residuals)
 
         inputs = [("text", partial(text, one)) for one in plan.requests]
         if request.image_prompts:
@@ -427,8 +445,11 @@ class Cascade:
             inputs.append(("input_images", start))
         return [*inputs, *(("input_images", partial(control, index)) for index in range(len(plan.controls)))]
 
-    def _batch(self, plan: Plan, given: Given, first: int, last: int, count: Count) -> Iterator[Progress]:
-        """Make the pictures from `first` to before `last` together: noise, Stage C, Stage B, Stage A."""
+    def _batch(self, plan: Plan, given: Given, first: int, last: int, count: Count, at_once: int) -> Iterator[Progress]:
+        """Make the pictures from `first` to before `last` together: noise, Stage C, Stage B, Stage A.
+
+        at_once: how many samples Stage B gets together of pictures in tiles, see `decoder_steps`.
+        """
         places, seeds = zip(*plan.pictures[first:last], strict=True)
         texts, noise = given.texts_of(places), Noise(seeds, self.device)
 
@@ -438,7 +459,7 @@ class Cascade:
             steps = self._prior_steps(plan, given, texts, noise)
             semantic = yield from _taken("prior", steps, count, given.with_known)
 
-        steps = self._decoder_steps(plan, semantic, texts, noise)
+        steps = self._decoder_steps(plan, semantic, texts, noise, at_once)
         # After the last batch, the next request's text is likely to come first.
         upcoming = ("prior",) if last < len(plan.pictures) else ("text_encoder", "prior")
         self.runner.prefetch(*upcoming)
@@ -487,18 +508,19 @@ class Cascade:
         strengths = request.image_prompt_strengths or (1.0,) * len(images)
         return embeddings.transpose(0, 1) * embeddings.new_tensor(strengths).view(1, -1, 1)
 
-    def _encode_image(self, image: Image.Image) -> Tensor:
+    def _encode_image(self, image: Image.Image, compression: float) -> Tensor:
         """The semantic latents, float32 (1, 16, h, w), of a picture."""
-        return encode_pixels(partial(self.runner.run, "effnet", self.effnet), to_pixels(image, self.device))
+        run = partial(self.runner.run, "effnet", self.effnet)
+        return encode_pixels(run, to_pixels(image, self.device), compression)
 
-    def _prior_steps(self, plan: Plan, given: Given, texts: Texts, noise: Noise) -> Iterator[Step]:
+    def _prior_steps(self, plan: Plan, given: Given, texts: Texts, noise: Noise) -> Iterator[Step | None]:
         return prior_steps(
             self._prior,
             texts.prompt,
             texts.negative,
             size=plan.semantic_size,
             noise=noise,
-            sampler=plan.request.sampler,
+            interval=plan.interval,
             image=given.image_prompts,
             start=given.start,
             strength=plan.strength,
@@ -510,16 +532,21 @@ class Cascade:
             **vars(plan.prior),
         )
 
-    def _decoder_steps(self, plan: Plan, semantic: Tensor, texts: Texts, noise: Noise) -> Iterator[Step]:
+    def _decoder_steps(
+        self, plan: Plan, semantic: Tensor, texts: Texts, noise: Noise, at_once: int
+    ) -> Iterator[Step | None]:
+        decoder = self._decoder
+        if plan.tiles is not None:
+            decoder = self.runner.of_one_size(decoder, ("tile", *plan.tiles.edges))
         return decoder_steps(
-            self._decoder,
+            decoder,
             semantic,
             texts.prompt.pooled,
             texts.negative_pooled,
             size=plan.decoder_size,
             noise=noise,
-            sampler=plan.request.sampler,
             sample=self.sample,
+            at_once=None if plan.tiles is None else at_once,
             **vars(plan.decoder),
         )
 
@@ -531,7 +558,7 @@ class Cascade:
         """
         finite = torch.stack([semantic.isfinite().all(), latents.isfinite().all()])
         size = latents.shape[-2:]
-        tile = tile_within(self.vqgan, *size, self.runner.workspace(decoding_bytes(self.vqgan, *size)))
+        tile = tile_within(self.vqgan, *size, self.runner.workspace(most_bytes(self.vqgan, *size)))
         for number, pixels in enumerate(decode_pixels(self.vqgan, latents, self.stage_a_scale, tile)):
             if number == 0:  # asked for only now that the GPU has more to do, because asking waits for it
                 self._check_finite(finite.tolist())
@@ -548,13 +575,19 @@ class Cascade:
 
 
 def _taken(
-    stage: str, steps: Iterator[Step], count: Count, predicted: Callable[[Tensor], Tensor] = lambda latents: latents
+    stage: str,
+    steps: Iterator[Step | None],
+    count: Count,
+    predicted: Callable[[Tensor], Tensor] = lambda latents: latents,
 ) -> Generator[Progress, None, Tensor]:
     """Take all steps of a stage, with a `Progress` for each; returns the last step's latents.
 
     predicted: makes what is reported of the step's prediction of the finished latents.
     """
     for step in steps:
+        if step is None:
+            yield count.did("tiles")
+            continue
         latents = step.x
         yield count.did(stage, latents=predicted(step.x0))
     return latents

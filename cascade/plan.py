@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,11 +12,14 @@ from cascade import sizes
 from cascade.guides.controls import Control
 from cascade.guides.inpainting import read_mask
 from cascade.guides.ip_adapter import Reference
-from cascade.limits import InputError, shown
+from cascade.limits import MODELS_OWN, InputError, counted, shown
+from cascade.loras.lora import Lora
 from cascade.networks.controlnet import PUBLISHED_WIDTH
 from cascade.request import Request
+from cascade.speeds import ALL_STEPS, SPEEDS
 from cascade.stages.prior import steps_taken
-from cascade.weights import StageSettings
+from cascade.stages.tiles import Tiles
+from cascade.weights import DISTILLED, StageSettings
 
 # Attributes in which the requests of one batch may differ.
 OWN = ("prompt", "negative_prompt", "seed", "num_images")
@@ -22,6 +27,32 @@ ALIKE = tuple(name for one in fields(Request) if (name := one.name) not in OWN)
 
 # The widths of the published Stage C, full and lite, which the published encoders and the previewer fit.
 PUBLISHED_WIDTHS = (PUBLISHED_WIDTH, 1536)
+
+
+class Sampling(NamedTuple):
+    """How the stages of a request are sampled.
+
+    Attributes:
+        prior, decoder: the settings of Stages C and B.
+        interval: the part of Stage C's steps that is guided, see `Request.guidance_interval`.
+    """
+
+    prior: StageSettings
+    decoder: StageSettings
+    interval: tuple[float, float] = ALL_STEPS
+
+    def __str__(self) -> str:
+        """For the log, as in "Stage C 10 steps of ddim with guidance 4; Stage B 5 steps of ddpm without guidance"."""
+        said = (_said("C", self.prior, self.interval), _said("B", self.decoder, ALL_STEPS))
+        return "; ".join(said)
+
+
+def _said(stage: str, settings: StageSettings, interval: tuple[float, float]) -> str:
+    steps = f"Stage {stage} {counted(settings.steps, 'step')} of {settings.sampler}"
+    if settings.guidance <= 1:
+        return f"{steps} without guidance"
+    of_all = "" if interval == ALL_STEPS else f" from {interval[0]:g} to {interval[1]:g} of the steps"
+    return f"{steps} with guidance {settings.guidance:g}{of_all}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +63,10 @@ class Plan:
         requests: one, or several that differ in `OWN` alone.
         size: (height, width) of the pictures.
         semantic_size, decoder_size: (h, w) of the latents of Stages C and B.
+        tiles: in which Stage B makes the pictures, one at a time; None: it makes them as a whole.
         canvas: (height, width) that is cut out of what Stage A makes.
-        prior, decoder: how the stages are sampled.
+        prior, decoder, interval: how the stages are sampled, see `Sampling`.
+        loras: those of the request, and the distilled weights that its speed needs.
         strength: how much of the start image is changed, 0 to 1; 1 without one.
         mask: bool (height, width), the part of the start image that is made anew; None: all.
         controls: those of the request, and the one that a mask adds.
@@ -44,9 +77,12 @@ class Plan:
     size: sizes.Size
     semantic_size: sizes.Size
     decoder_size: sizes.Size
+    tiles: Tiles | None
     canvas: sizes.Size
     prior: StageSettings
     decoder: StageSettings
+    interval: tuple[float, float]
+    loras: tuple[Lora, ...]
     strength: float
     mask: np.ndarray | None
     controls: tuple[Control, ...]
@@ -70,6 +106,11 @@ class Plan:
         return self.decoder.steps + (steps_taken(self.prior.steps, self.strength) if self.strength else 0)
 
     @property
+    def decoder_halves(self) -> int:
+        """How many samples Stage B gets for each picture: 2 with guidance."""
+        return 2 if self.decoder.guidance > 1 else 1
+
+    @property
     def guided(self) -> bool:
         """Whether any stage uses the negative prompt."""
         return max(self.prior.guidance, self.decoder.guidance) > 1
@@ -85,6 +126,7 @@ class Planner:
         width: channels of Stage C's finest level, by which published networks are told from others.
         image_encoder, effnet, previewer: whether the model has them.
         controlnets: by kind, the width of the Stage C that the ControlNet was trained with.
+        distilled: the file of the adapter for the speed "turbo"; None: there is none.
     """
 
     defaults: Mapping[str, StageSettings]
@@ -94,6 +136,7 @@ class Planner:
     effnet: bool
     previewer: bool
     controlnets: Mapping[str, int]
+    distilled: Path | None = None
 
     def plan(self, requests: tuple[Request, ...]) -> Plan:
         """Decide what requests leave open.
@@ -108,15 +151,16 @@ class Planner:
         height, width = size = self.picture_size(request)
         controls = self._controls(request)
         self.check_networks(request, controls, size)
-        semantic_size, decoder_size, canvas = self.latent_sizes(size)
+        semantic_size, decoder_size, canvas = self.latent_sizes(size, request.compression)
         return Plan(
             requests=requests,
             size=size,
             semantic_size=semantic_size,
             decoder_size=decoder_size,
+            tiles=None if sizes.is_whole(*size) else Tiles(*decoder_size),
             canvas=canvas,
-            prior=self.settings("prior", request.steps_prior, request.guidance_scale_prior),
-            decoder=self.settings("decoder", request.steps_decoder, request.guidance_scale_decoder),
+            **self.sampling(request)._asdict(),
+            loras=self.loras(request),
             strength=1.0 if request.image is None else request.prompt_strength,
             mask=None if request.mask is None else read_mask(request.mask, width, height),
             controls=controls,
@@ -132,15 +176,66 @@ class Planner:
             return image.height, image.width
         return sizes.fitted_size(image.height, image.width, self.native_size, request.height, request.width)
 
-    def latent_sizes(self, size: sizes.Size) -> tuple[sizes.Size, sizes.Size, sizes.Size]:
+    def latent_sizes(
+        self, size: sizes.Size, compression: float = sizes.SEMANTIC_PIXELS
+    ) -> tuple[sizes.Size, sizes.Size, sizes.Size]:
         """Of Stage C's and Stage B's latents, and of the part that is cut out of Stage A's pixels."""
         native = sizes.native_size(*size)
-        return sizes.semantic_size(*native), sizes.decoder_size(*native), size
+        return sizes.semantic_size(*native, compression), sizes.decoder_size(*native), size
 
-    def settings(self, stage: str, steps: int | None, guidance: float | None) -> StageSettings:
-        """How a stage is sampled: as asked, else as the model folder says."""
-        asked = {"steps": steps, "guidance": guidance}
-        return replace(self.defaults[stage], **{name: value for name, value in asked.items() if value is not None})
+    def sampling(self, request: Request) -> Sampling:
+        """How the stages are sampled: as the request says, else as its speed says, else as the model folder says.
+
+        A speed never adds steps.
+        """
+        speed = SPEEDS[request.speed]
+        return Sampling(
+            self._settings("prior", speed.prior, request.steps_prior, request.guidance_scale_prior, request.sampler),
+            self._settings(
+                "decoder", speed.decoder, request.steps_decoder, request.guidance_scale_decoder, request.sampler
+            ),
+            request.guidance_interval or speed.interval,
+        )
+
+    def _settings(
+        self, stage: str, speed: Mapping[str, Any], steps: int | None, guidance: float | None, sampler: str
+    ) -> StageSettings:
+        own = self.defaults[stage]
+        if "steps" in speed:
+            speed = {**speed, "steps": min(speed["steps"], own.steps)}
+        asked = {"steps": steps, "guidance": guidance, "sampler": None if sampler == MODELS_OWN else sampler}
+        return replace(own, **speed | {name: value for name, value in asked.items() if value is not None})
+
+    def resolved(self, request: Request) -> Request:
+        """The request with the steps and guidance that it leaves open.
+
+        Raises:
+            InputError: this model lacks the weights that its speed needs.
+        """
+        self.loras(request)
+        prior, decoder, _ = self.sampling(request)
+        return replace(
+            request,
+            steps_prior=prior.steps,
+            steps_decoder=decoder.steps,
+            guidance_scale_prior=prior.guidance,
+            guidance_scale_decoder=decoder.guidance,
+        )
+
+    def loras(self, request: Request) -> tuple[Lora, ...]:
+        """Those of the request, and the distilled weights that its speed needs.
+
+        Raises:
+            InputError: there are none.
+        """
+        if not SPEEDS[request.speed].distilled:
+            return tuple(request.loras)
+        if self.distilled is None:
+            raise InputError(
+                f"speed is {request.speed!r}, which needs distilled weights in the model folder ({DISTILLED}); this model "
+                "has none."
+            )
+        return (*request.loras, Lora(self.distilled))
 
     def check_networks(self, request: Request, controls: Sequence[Control], size: sizes.Size) -> None:
         """Make sure that this model has the networks that a request needs.

@@ -13,9 +13,10 @@ class Progress:
 
     Attributes:
         stage: "text": a prompt and its negative prompt have been encoded; "input_images": the image prompts, the start
-            image or a control; "prior" or "decoder": one step of Stage C or B has been taken; "image": a picture is ready.
+            image or a control; "prior" or "decoder": one step of Stage C or B has been taken; "tiles": some of the tiles of a
+            step of Stage B have been predicted, of a picture with a side above 2048 pixels; "image": a picture is ready.
         done, total: pieces of work of the whole request. The total grows when work is repeated for lack of memory.
-        latents: of the two stages: the prediction of the finished latents, float32 (B, C, h, w). `Cascade.preview` takes
+        latents: of "prior" and "decoder": the prediction of the finished latents, float32 (B, C, h, w). `Cascade.preview` takes
             those of "prior".
         image: of "image": the picture.
     """

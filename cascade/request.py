@@ -14,7 +14,6 @@ from cascade.guides.ip_adapter import Reference, read_mask
 from cascade.limits import ALPHA, LIMITS, MOST_IMAGES, MOST_LORAS, InputError, Limits, counted, need
 from cascade.loras.lora import Lora
 from cascade.prompts.parsing import check_weights
-from cascade.sampling import SAMPLERS
 
 LARGEST_SEED = 2**63 - 1
 # Inputs that have one value for each of another's images, or none.
@@ -34,14 +33,21 @@ class Request:
         prompt, negative_prompt: what the pictures show, and what not, in up to 10,000 characters and 300 tokens each; tokens
             beyond are cut, with a warning. The latter acts through guidance only. `embedding:NAME`, after a blank or at
             the beginning, stands for the vectors of the model folder's file `embeddings/NAME.safetensors`.
-        width, height: pixels, 64 to 2048; None: the model's native size, or with an `image`, its aspect ratio at the native
-            area (`sizes.fitted_size`).
+        width, height: pixels, 64 to 4096; None: the model's native size, or with an `image`, its aspect ratio at the native
+            area (`sizes.fitted_size`). If a side exceeds 2048, Stage B works in tiles.
+        compression: pixels, 32 to 64: the side of a semantic latent. At 64, Stage C composes a picture of 2048x2048 in 32x32
+            latents, close to its native 24x24, in which objects are not repeated.
         num_images: how many pictures, at least 1.
         seed: 0 to 2**63 - 1. Picture i of seed s is picture 0 of seed s + i.
-        steps_prior, steps_decoder: steps of Stages C and B, 1 to 1000; None: the model folder's.
+        steps_prior, steps_decoder: steps of Stages C and B, 1 to 1000; None: the model folder's, or what `speed` says.
         guidance_scale_prior, guidance_scale_decoder: 0 to 20; 1 or less turns guidance off, which is twice as fast;
-            None: the model folder's.
-        sampler: of both stages: "ddpm", "ddim" or "lcm".
+            None: the model folder's, or what `speed` says.
+        sampler: of both stages: a key of `sampling.SAMPLERS`; "default": the model folder's, or what `speed` says.
+        guidance_interval: a pair, 0 to 1: Stage C is guided in step i of the n that are taken, from 0, if start <= i / n < end;
+            the other steps, without guidance, are twice as fast. Empty: all steps.
+        speed: "exact": the model folder's settings. "fast": fewer steps, and "turbo": the fewest, with the model folder's
+            distilled weights; `speeds.SPEEDS` has their settings. Given steps, guidance, sampler and interval override
+            those of the speed.
         prompt_weighting: whether brackets in the prompts are weights, as in ComfyUI: `(word)`, `(word:1.3)`, from -4 to 4, and
             `\\(` a bracket. Otherwise they are text.
         weight_pooled: whether these weights act on the pooled text too, which decides backgrounds and is all that Stage B sees
@@ -93,7 +99,9 @@ class Request:
     steps_decoder: int | None = None
     guidance_scale_prior: float | None = None
     guidance_scale_decoder: float | None = None
-    sampler: str = "ddpm"
+    sampler: str = LIMITS["sampler"].default
+    guidance_interval: Sequence[float] = ()
+    speed: str = LIMITS["speed"].default
     prompt_weighting: bool = False
     weight_pooled: bool = False
     repeat_prompts: bool = False
@@ -110,6 +118,7 @@ class Request:
     mask: Image.Image | Literal["alpha"] | None = None
     controls: Sequence[Control] = ()
     loras: Sequence[Lora] = ()
+    compression: float = LIMITS["compression"].default
 
     def __post_init__(self) -> None:
         for name, limits in ALLOWED.items():
@@ -122,6 +131,9 @@ class Request:
         # As grey, so that they are read once.
         masks = (read_mask(f"ip_adapter_masks[{i}]", mask) for i, mask in enumerate(self.ip_adapter_masks))
         object.__setattr__(self, "ip_adapter_masks", tuple(masks))
+        if self.guidance_interval:
+            start, end = self.guidance_interval
+            check_span("guidance_interval[0]", start, "guidance_interval[1]", end)
         for place, one in enumerate(self.references):
             check_span(f"ip_adapter_starts[{place}]", one.start, f"ip_adapter_ends[{place}]", one.end)
         self._check_mask()
@@ -235,7 +247,7 @@ def upscaling(image: Image.Image, prompt: str = "", **options: Any) -> Request:
     The super-resolution ControlNet guides Stage C. It reads the image's semantic latents, enlarged to twice their size.
 
     Args:
-        image: sides from 64 to 1024 pixels.
+        image: sides from 64 to 2048 pixels.
         prompt: what the image shows.
         options: attributes of `Request`, except mask, width and height; up to 3 controls. `guidance_scale_prior` is 1 by
             default, as in the authors' example.
@@ -280,9 +292,9 @@ ALLOWED: dict[str, Limits] = {
     "steps_prior": replace(LIMITS["steps_prior"], high=1000),
     "steps_decoder": replace(LIMITS["steps_decoder"], high=1000),
     "seed": Limits(int, 0, low=0, high=LARGEST_SEED),
-    "sampler": Limits(str, "ddpm", choices=tuple(SAMPLERS)),
-    "ip_adapter_starts": LIMITS["control_starts"],
-    "ip_adapter_ends": LIMITS["control_ends"],
+    "guidance_interval": Limits(float, low=0, high=1, fewest=2, most=2),
+    "ip_adapter_starts": replace(LIMITS["control_ranges"], most=MOST_IMAGES),
+    "ip_adapter_ends": replace(LIMITS["control_ranges"], most=MOST_IMAGES),
     "weight_pooled": Limits(bool, False),
     "repeat_prompts": Limits(bool, False),
     "controls": Limits(Control, most=MOST_IMAGES),

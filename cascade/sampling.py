@@ -6,8 +6,8 @@ Formulas are from the authors' code (Stability-AI/StableCascade, `gdf/`) unless 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -119,7 +119,36 @@ def lcm_step(x: Tensor, x0: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: 
     return next_alpha * x0 + next_sigma * noise
 
 
-SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "lcm": lcm_step}
+def even_times(steps: int, start: float) -> Tensor:
+    """Times of `steps` steps of equal length: float32 (steps + 1,), from `start` to 0."""
+    return torch.linspace(start, 0, steps + 1)
+
+
+def cosine_times(steps: int, start: float) -> Tensor:
+    """The same, spaced as a cosine is: steps at both ends are short, where logSNR changes fastest. docs/experiments.md."""
+    return start * (1 + torch.cos(math.pi * torch.linspace(0, 1, steps + 1))) / 2
+
+
+class Sampler(NamedTuple):
+    """How steps are taken.
+
+    Attributes:
+        step: takes one, see `ddpm_step`.
+        times: number of steps, time of the first -> the times, see `even_times`.
+        noise: whether `step` uses noise.
+    """
+
+    step: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    times: Callable[[int, float], Tensor] = even_times
+    noise: bool = True
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ddpm_step),
+    "ddim": Sampler(ddim_step, noise=False),
+    "ddim_cosine": Sampler(ddim_step, cosine_times, noise=False),
+    "lcm": Sampler(lcm_step),
+}
 
 
 class Step(NamedTuple):
@@ -154,7 +183,7 @@ class Sample(Protocol):
         t_start: float = 1.0,
         noise: Callable[[int], Tensor],
         hold: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Iterator[Step]: ...
+    ) -> Iterator[Step | None]: ...
 
 
 def sample(
@@ -167,17 +196,18 @@ def sample(
     t_start: float = 1.0,
     noise: Callable[[int], Tensor],
     hold: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Iterator[Step]:
+) -> Iterator[Step | None]:
     """Denoise step by step. The caller may stop iterating at any time.
 
     Args:
-        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). For guidance, see `with_guidance`.
+        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). For guidance, see `with_guidance`. Or a generator
+            function that returns epsilon, and yields None wherever the caller may stop: these are passed on.
         x: the initial latents, (B, ...): white noise, or data noised by `diffuse` to `t_start` at the same shift.
-        steps: number of steps, at least 1, evenly spaced in time from `t_start` to 0.
+        steps: number of steps, at least 1, from `t_start` to 0.
         shift: shift of the schedule, see `log_snr`.
         sampler: a key of `SAMPLERS`.
         t_start: in (0, 1].
-        noise: index of a step -> white noise in the shape of `x`. Called once per step, in order; not called for "ddim".
+        noise: index of a step -> white noise in the shape of `x`. Called once per step, in order, for samplers that use it.
         hold: (latents after a step, their logSNR) -> the latents to continue with. Inpainting restores known latents here.
 
     Raises:
@@ -203,27 +233,35 @@ def _sample(
     t_start: float,
     noise: Callable[[int], Tensor],
     hold: Callable[[Tensor, Tensor], Tensor] | None,
-) -> Iterator[Step]:
+) -> Iterator[Step | None]:
+    taken = SAMPLERS[sampler]
     # The schedule is computed on the CPU, so that it is equal on all devices. Only the model's timesteps are moved.
-    times = torch.linspace(t_start, 0, steps + 1)
+    times = taken.times(steps, t_start)
     log_snrs = log_snr(times, shift)
     told = timestep(log_snrs)
     told_on_device = told.to(x.device)
     for index in range(steps):
-        eps = model(x, told_on_device[index].expand(x.shape[0])).float()
+        eps = (yield from predicted(model, x, told_on_device[index].expand(x.shape[0]))).float()
         alpha, sigma = alpha_sigma(log_snrs[index])
         x0 = (x - sigma * eps) / alpha
-        fresh = torch.zeros_like(x) if sampler == "ddim" else noise(index).to(x)
-        x = SAMPLERS[sampler](x, x0, eps, log_snrs[index], log_snrs[index + 1], fresh)
+        fresh = noise(index).to(x) if taken.noise else torch.zeros_like(x)
+        x = taken.step(x, x0, eps, log_snrs[index], log_snrs[index + 1], fresh)
         if hold is not None:
             x = hold(x, log_snrs[index + 1])
         yield Step(index, steps, x, x0, told[index].item())
 
 
-def finish(steps: Iterator[Step]) -> Tensor:
+def predicted(model: Callable[[Tensor, Tensor], Any], x: Tensor, t: Tensor) -> Generator[None, None, Tensor]:
+    """A model's epsilon. Yields what a generator function yields, see `sample`."""
+    epsilon = model(x, t)
+    return (yield from epsilon) if isinstance(epsilon, Generator) else epsilon
+
+
+def finish(steps: Iterator[Step | None]) -> Tensor:
     """Take all remaining steps, and return the latents after the last one."""
     for step in steps:
-        result = step.x
+        if step is not None:
+            result = step.x
     return result
 
 

@@ -2,7 +2,8 @@
 
 Per side, a decoder latent of Stage A covers 4 pixels, and Stage B folds 2 decoder latents into one. So pictures are made at
 multiples of 8 pixels, and any other size is cropped from the middle of the next multiple. A semantic latent covers 42.67
-pixels per side: the semantic encoder shrinks by 32 and reads pictures at three quarters of their size.
+pixels per side, or what a request calls its compression: the semantic encoder shrinks by 32, and reads pictures at three
+quarters of their size, or at 32 / compression.
 """
 
 import math
@@ -10,9 +11,13 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
-SMALLEST, LARGEST = 64, 2048
+SMALLEST, LARGEST = 64, 4096
+# Up to this side, Stage B makes a picture as a whole, and above in tiles. Training and sizes that nobody chose stay below.
+WHOLE = 2048
 MULTIPLE = 8
 SEMANTIC_PIXELS = 42.67
+# The compressions with which the authors trained Stage B (`train/train_b.py`): pictures are encoded at 0.5 to 1 of their size.
+DENSEST, SPARSEST = 32, 64
 ENCODER_STRIDE = 32
 STAGE_A_FACTOR = 4
 
@@ -23,7 +28,7 @@ def native_size(height: int, width: int) -> Size:
     """The size at which a picture of `height` x `width` is made: each side rounded up to a multiple of 8.
 
     Raises:
-        ValueError: a side is not from 64 to 2048.
+        ValueError: a side is not from 64 to 4096.
     """
     for name, side in (("height", height), ("width", width)):
         if not SMALLEST <= side <= LARGEST:
@@ -42,14 +47,15 @@ def fitted_size(
         to_height, to_width: a side that the caller has chosen. The other one follows the aspect ratio instead of the area.
 
     Returns:
-        Two sides from 64 to 2048. Sides that the caller did not choose are multiples of 8.
+        Two sides from 64 to 4096, or to 2048 if the caller chose none. Sides that the caller did not choose are multiples of
+        8.
     """
     if to_height is not None:
         scale = to_height / height
     elif to_width is not None:
         scale = to_width / width
     else:
-        scale = min(native / math.sqrt(height * width), LARGEST / max(height, width))
+        scale = min(native / math.sqrt(height * width), WHOLE / max(height, width))
     rows, columns = (min(max(round(side * scale / MULTIPLE) * MULTIPLE, SMALLEST), LARGEST) for side in (height, width))
     return rows if to_height is None else to_height, columns if to_width is None else to_width
 
@@ -68,14 +74,22 @@ def ratio_size(ratio: str, native: int) -> Size:
     shared = math.gcd(columns, rows)
     columns, rows = columns // shared, rows // shared
     unit = native / math.sqrt(columns * rows)
-    largest = LARGEST // max(columns, rows) // MULTIPLE
+    largest = WHOLE // max(columns, rows) // MULTIPLE
     unit = MULTIPLE * min(max(round(unit / MULTIPLE), 1), largest)
     return rows * unit, columns * unit
 
 
-def semantic_size(height: int, width: int) -> Size:
-    """The size of Stage C's latents for a picture in pixels: ceil(side / 42.67), as in the authors' code."""
-    return math.ceil(height / SEMANTIC_PIXELS), math.ceil(width / SEMANTIC_PIXELS)
+def semantic_size(height: int, width: int, compression: float = SEMANTIC_PIXELS) -> Size:
+    """The size of Stage C's latents for a picture in pixels: ceil(side / compression), as in the authors' code.
+
+    compression: pixels, the side of a latent, 32 to 64.
+    """
+    return math.ceil(height / compression), math.ceil(width / compression)
+
+
+def is_whole(height: int, width: int) -> bool:
+    """Whether Stage B makes a picture of this size, in pixels, as a whole: not in tiles."""
+    return max(height, width) <= WHOLE
 
 
 def decoder_size(height: int, width: int) -> Size:
@@ -89,9 +103,9 @@ def decoder_size(height: int, width: int) -> Size:
     return height // STAGE_A_FACTOR, width // STAGE_A_FACTOR
 
 
-def encoder_size(height: int, width: int) -> Size:
+def encoder_size(height: int, width: int, compression: float = SEMANTIC_PIXELS) -> Size:
     """The size in pixels at which the semantic encoder reads a picture, so that its latents have `semantic_size`."""
-    rows, columns = semantic_size(height, width)
+    rows, columns = semantic_size(height, width, compression)
     return rows * ENCODER_STRIDE, columns * ENCODER_STRIDE
 
 

@@ -20,9 +20,9 @@ STYLE_PHRASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Of each style, the words before an object and the words after it."""
 
-_SMALL = ("small", "little", "tiny")
-_LARGE = ("large", "big", "huge")
-_PLACE_PHRASES = {
+SMALL = ("small", "little", "tiny")
+LARGE = ("large", "big", "huge")
+PLACE_PHRASES = {
     name: ("in the center", "in the middle")
     if name == "center"
     else (f"at the {name}", f"in the {name} corner", f"in the {name}")
@@ -30,9 +30,9 @@ _PLACE_PHRASES = {
     else (f"at the {name}", f"on the {name} side" if name in ("left", "right") else f"near the {name}")
     for name in PLACE_NAMES
 }
-_PREFIXES = ("a picture of ", "an image of ", "a drawing of ", "an icon of ")
+PREFIXES = ("a picture of ", "an image of ", "a drawing of ", "an icon of ")
 
-_RELATION_PHRASES = {
+RELATION_PHRASES = {
     "next to": ("{} next to {}", "{} beside {}", "{} and {}", "{} and {} side by side"),
     "left of": ("{} to the left of {}", "{} left of {}", "{} on the left and {} on the right"),
     "right of": ("{} to the right of {}", "{} right of {}"),
@@ -153,7 +153,7 @@ class Captioner:
         adjectives = ""
         tail = ""
         if size >= 0:
-            adjectives = _pick(_SMALL if SIZE_NAMES[size] == "small" else _LARGE, chance) + " "
+            adjectives = _pick(SMALL if SIZE_NAMES[size] == "small" else LARGE, chance) + " "
         if says_style:
             if relation < 0 and chance() < 0.5:
                 adjectives += _pick(before, chance) + " "
@@ -161,16 +161,16 @@ class Captioner:
                 tail = " " + _pick(after, chance)
         if relation >= 0:
             second = _pick(self.names[objects[1]], chance)
-            pattern = _pick(_RELATION_PHRASES[RELATIONS[relation]], chance)
+            pattern = _pick(RELATION_PHRASES[RELATIONS[relation]], chance)
             subject = pattern.format(article(first), article(second))
         elif chance() < 0.25:
             subject = adjectives + first
         else:
             subject = article(first, adjectives)
             if chance() < 0.08:
-                subject = _pick(_PREFIXES, chance) + subject
+                subject = _pick(PREFIXES, chance) + subject
         if place:
-            where = " " + _pick(_PLACE_PHRASES[PLACE_NAMES[place]], chance)
+            where = " " + _pick(PLACE_PHRASES[PLACE_NAMES[place]], chance)
             tail = tail + where if chance() < 0.5 else where + tail
         if not says_background:
             return subject + tail

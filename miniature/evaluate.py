@@ -6,6 +6,7 @@ columns is what one stage loses.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -85,7 +86,7 @@ def _splits(verdicts: list[Verdict]) -> list[tuple[str, list[Verdict]]]:
     ]
 
 
-def text_to_pictures(cascade: Cascade, prompts: Sequence[Prompt], **settings: float) -> list[Image.Image]:
+def text_to_pictures(cascade: Cascade, prompts: Sequence[Prompt], **settings: Any) -> list[Image.Image]:
     """A picture of each prompt, of native size; ``settings`` are further attributes of the `Request`."""
     requests = [Request(prompt.text, seed=prompt.seed, **settings) for prompt in prompts]
     with tqdm(total=len(requests), desc="text to pictures") as bar:

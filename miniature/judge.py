@@ -71,15 +71,20 @@ def background_colours(pictures: Tensor, way: str | None = None) -> list[tuple[s
     return list(zip(start, end, strict=True))
 
 
+def silhouettes(difference: Tensor) -> Tensor:
+    """Where pictures differ from their backgrounds: bool (n, S, S), of ``difference`` (n, 3, S, S)."""
+    # A blur of three pixels keeps single wrong pixels out.
+    smooth = F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False)
+    return smooth.norm(dim=1) > _DIFFERENT
+
+
 def _crops(difference: Tensor, region: Tensor | None = None) -> Tensor:
     """Tight square crops of the object: (n, 4, 32, 32), its difference from the background and its silhouette.
 
     ``difference`` (n, 3, S, S) is the picture minus the background. Only the inside of ``region``, bool (n, S, S), counts.
     """
     side = difference.shape[-1]
-    # A blur of three pixels keeps single wrong pixels out of the silhouette.
-    smooth = F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False)
-    mask = smooth.norm(dim=1) > _DIFFERENT
+    mask = silhouettes(difference)
     if region is not None:
         mask &= region
     enough = max(1, side // 100)

@@ -23,11 +23,11 @@ from miniature.compose import compose
 from miniature.icons import load_drawings
 from miniature.scenes import Plans, Split, sample_plans
 from miniature.scores import table
-from scripts.environment import ROOT
 from training.pictures import normalise
 
 logger = logging.getLogger(__name__)
 
+ROOT = Path(__file__).parent.parent
 BATCH = 500
 LEARNING_RATE = 1e-2
 

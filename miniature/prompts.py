@@ -48,18 +48,21 @@ class Prompt:
     unseen: bool
 
 
-def make_prompts(names: Sequence[str], styles: Sequence[str], seed: int, count: int = 700) -> list[Prompt]:
+def make_prompts(
+    names: Sequence[str], styles: Sequence[str], seed: int, count: int = 700, two: int | None = None
+) -> list[Prompt]:
     """A set of test prompts; the same for the same arguments.
 
     Args:
         names, styles: of the drawings, see `icons.load_drawings`.
         seed: at least 0. Sets of neighbouring seeds have nothing in common, and share no random numbers with training.
-        count: number of prompts, at least 4. First come those of one object, then those of two (`PAIRS_SHARE`); of both
-            kinds, the second half is unseen in training.
+        count: number of prompts, at least 4. First come those of one object, then those of two; of both kinds, the second
+            half is unseen in training.
+        two: how many name two objects; None: `PAIRS_SHARE` of them.
     """
     *plan_seeds, caption_seed, first_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(6))
     captioner, rng = Captioner(names, styles), random.Random(caption_seed)
-    two = round(PAIRS_SHARE * count)
+    two = round(PAIRS_SHARE * count) if two is None else two
     kinds: list[tuple[bool, Split, int]] = [
         (False, "train", (count - two + 1) // 2),
         (False, "heldout", (count - two) // 2),

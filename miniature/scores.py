@@ -43,8 +43,37 @@ def estimate(values: Sequence[float]) -> Estimate:
         reach = DEVIATIONS / (1 + squared / count) * math.sqrt(mean * (1 - mean) / count + squared / (4 * count**2))
         # Rounding can put 0 or 1 a little outside of the interval.
         return Estimate(mean, min(mean, max(0.0, centre - reach)), max(mean, min(1.0, centre + reach)), count)
+    return _normal(numbers)
+
+
+def _normal(numbers: np.ndarray) -> Estimate:
+    count, mean = len(numbers), float(numbers.mean())
     reach = DEVIATIONS * float(numbers.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
     return Estimate(mean, mean - reach, mean + reach, count)
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> Estimate:
+    """The mean of ``after - before`` over at least one pair of pictures, with a 95 % confidence interval for other pairs.
+
+    The difference of two shares of right answers has the interval of D. G. Bonett and R. M. Price, "Adjusted Wald confidence
+    interval for a difference of binomial proportions based on paired data", Journal of Educational and Behavioral Statistics
+    37 (2012): one pair is added to those that only the one got right, and one to those that only the other did. It has a
+    width even if no pair differs. Any other mean difference has the normal interval.
+
+    Raises:
+        ValueError: there are not as many values after as before.
+    """
+    first, second = (np.asarray(values, np.float64) for values in (before, after))
+    if first.shape != second.shape:
+        raise ValueError(f"There are {len(first)} values before and {len(second)} after; pairs need as many.")
+    change, count = second - first, len(first)
+    mean = float(change.mean())
+    if not (np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()):
+        return _normal(change)
+    won, lost = ((int((change == sign).sum()) + 1) / (count + 2) for sign in (1, -1))
+    reach = DEVIATIONS * math.sqrt((won + lost - (won - lost) ** 2) / (count + 2))
+    # The interval's centre is a little nearer to 0 than the mean.
+    return Estimate(mean, max(-1.0, won - lost - reach), min(1.0, won - lost + reach), count)
 
 
 def pooled(sets: Sequence[Mapping[str, Values]]) -> dict[str, Values]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from scripts.contenders import CONTENDERS, STEPS_DECODER, STEPS_PRIOR
+from scripts.contenders import CONTENDERS, steps_of
 from scripts.environment import ROOT
 from scripts.stand_ins import write_stand_ins
 
@@ -24,8 +24,10 @@ WORK_STAGE_A = 2.17
 
 
 def case(name: str, **others: Any) -> dict[str, Any]:
-    """What a contender makes. `image` is None, or what an input image of noise is used as: "control" or "start"."""
+    """What a contender makes. `image` is None, or what an input image of noise is used as: "control" or "start"; `speed` and
+    `compression` are those of a `Request`."""
     usual = {"size": 1024, "batch": 1, "decoder_guidance": 0.0, "lite": False, "image": None}
+    usual |= {"speed": "exact", "compression": 42.67}
     return {"name": name, **usual, **others}
 
 
@@ -39,17 +41,28 @@ GROWTH = [
     *(case(f"{size} pixels", size=size) for size in (512, 768, 1280, 1536, 2048)),
     *(case(f"batch {batch}", batch=batch) for batch in (2, 8)),
 ]
+LARGE = [
+    case(f"{size} pixels, {what}", size=size, decoder_guidance=guidance, compression=64.0)
+    for size in (2048, 4096)
+    for what, guidance in (("compression 64", 0.0), ("authors' guidance, 64", 1.1))
+]
+LARGE.append(case("4096 pixels", size=4096))
 WITH_IMAGE = [case("edges, ControlNet", image="control"), case("image-to-image, 0.5", image="start")]
+FASTER = [
+    case("fast", speed="fast"),
+    case("fast, batch 4", speed="fast", batch=4),
+    case("fast, authors' guidance", speed="fast", decoder_guidance=1.1),
+]
 # Compiling takes minutes, so compiled contenders are measured in one case only.
 BY_CONTENDER = {
     "diffusers, model offload": CASES[:1],
     "diffusers, torch.compile": CASES[:1],
     "diffusers, reduce-overhead": CASES[:1],
-    "ours": CASES + WITH_IMAGE + GROWTH,
-    "ours, offload": [CASES[0], GROWTH[4]],
-    "ours, stream": [CASES[0], GROWTH[4]],
+    "ours": CASES + FASTER + WITH_IMAGE + GROWTH + LARGE,
+    "ours, offload": [CASES[0], GROWTH[4], *LARGE],
+    "ours, stream": [CASES[0], GROWTH[4], *LARGE],
 }
-ALL = CASES + WITH_IMAGE + GROWTH
+ALL = CASES + FASTER + WITH_IMAGE + GROWTH + LARGE
 
 
 def floor(one: dict[str, Any], rate: float) -> float | None:
@@ -63,7 +76,8 @@ def floor(one: dict[str, Any], rate: float) -> float | None:
         return None
     prior, decoder = WORK[one["lite"]]
     halves = 2 if one["decoder_guidance"] > 1 else 1
-    return (2 * STEPS_PRIOR * prior + halves * STEPS_DECODER * decoder + WORK_STAGE_A) / rate
+    prior_steps, decoder_steps = steps_of(one["speed"])
+    return (2 * prior_steps * prior + halves * decoder_steps * decoder + WORK_STAGE_A) / rate
 
 
 def matmul_rate(side: int = 8192, runs: int = 20) -> float:

@@ -6,7 +6,6 @@ with code 2; a failed prediction prints one sentence and exits with code 1.
 
 import argparse
 import codecs
-import difflib
 import inspect
 import logging
 import re
@@ -20,7 +19,8 @@ from PIL import Image
 from cascade.limits import LIMITS, InputError, Limits, shown
 from cascade.weights import WeightsError
 from predict import Predictor
-from serving.inputs import URL, check_inputs
+from serving.inputs import URL, check_inputs, similar_inputs
+from serving.texts import from_text
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
 # UTF-32's marks first: the little-endian one begins with UTF-16's.
@@ -45,9 +45,7 @@ def read_inputs(assignments: list[str]) -> dict[str, Any]:
         if not equals:
             raise InputError(f"-i {shown(assignment)} is not of the form name=value.")
         if name not in LIMITS:
-            similar = difflib.get_close_matches(name, LIMITS)
-            advice = f"did you mean {' or '.join(similar)}?" if similar else "-i help lists all."
-            raise InputError(f"There is no input {shown(name)}; {advice}")
+            raise InputError(f"There is no input {shown(name)}; {similar_inputs(name) or '-i help lists all.'}")
         limits = LIMITS[name]
         value = read_value(name, text, limits)
         if limits.most is None:
@@ -75,15 +73,7 @@ def read_value(name: str, text: str, limits: Limits) -> Any:
         if limits.kind is Image.Image:
             return file
         text = read_text(name, file)
-    if limits.kind is bool:
-        return {"true": True, "false": False}.get(text, text)
-    if limits.kind in (int, float):
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-    return text
+    return from_text(text, limits)
 
 
 def read_text(name: str, file: Path) -> str:

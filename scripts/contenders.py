@@ -18,6 +18,7 @@ from PIL import Image
 from cascade.guides.controls import Control
 from cascade.pipeline import Cascade
 from cascade.request import Request
+from cascade.speeds import SPEEDS
 
 PROMPT = "a lighthouse on a cliff above the sea, in the evening"
 STEPS_PRIOR, STEPS_DECODER, GUIDANCE = 20, 10, 4.0
@@ -44,15 +45,22 @@ def ours(folder: Path, lite: bool, memory: str) -> Make:
                 **inputs[case["image"]],
                 width=case["size"],
                 height=case["size"],
+                compression=case["compression"],
                 num_images=case["batch"],
-                steps_prior=STEPS_PRIOR,
-                steps_decoder=STEPS_DECODER,
+                speed=case["speed"],
+                **dict(zip(("steps_prior", "steps_decoder"), steps_of(case["speed"]), strict=True)),
                 guidance_scale_prior=GUIDANCE,
                 guidance_scale_decoder=case["decoder_guidance"],
             )
         )
 
     return make
+
+
+def steps_of(speed: str) -> tuple[int, int]:
+    """Of Stages C and B."""
+    settings = SPEEDS[speed]
+    return settings.prior.get("steps", STEPS_PRIOR), settings.decoder.get("steps", STEPS_DECODER)
 
 
 def diffusers(folder: Path, lite: bool, offload: bool = False, compile_mode: str | None = None) -> Make:

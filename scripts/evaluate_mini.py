@@ -1,4 +1,4 @@
-"""Judges the miniature on fresh sets of prompts: tables of scores stage by stage, and sheets of the pictures."""
+"""Judges the miniature on fresh sets of prompts: scores by stage, sheets of pictures, and what settings cost."""
 
 import argparse
 import hashlib
@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from cascade.images.tensors import to_image
+from cascade.limits import InputError
 from cascade.pipeline import Cascade
 from cascade.request import Request
+from cascade.speeds import SPEEDS
 from cascade.weights import WeightsError
+from miniature.compare import compare, comparison_table
 from miniature.compose import compose
 from miniature.evaluate import (
     Pictures,
@@ -28,6 +31,7 @@ from miniature.evaluate import (
     text_to_pictures,
 )
 from miniature.evaluate_images import HEADINGS, evaluate_images, make_scenes
+from miniature.evaluate_large import WHOLE_SIDE, evaluate_large
 from miniature.evaluate_loras import STYLE_FILE, SUBJECT_FILE, judge_style, judge_subject
 from miniature.icons import load_drawings
 from miniature.judge import Judge
@@ -40,7 +44,21 @@ from training.files import whole_file
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = ("steps_prior", "steps_decoder", "guidance_scale_prior", "guidance_scale_decoder")
+SETTINGS = (
+    "steps_prior",
+    "steps_decoder",
+    "guidance_scale_prior",
+    "guidance_scale_decoder",
+    "sampler",
+    "guidance_interval",
+    "speed",
+)
+# How the settings that are no numbers with a fraction are read.
+KINDS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    **dict.fromkeys(("steps_prior", "steps_decoder"), ("a whole number", int)),
+    **dict.fromkeys(("sampler", "speed"), ("a name", str)),
+    "guidance_interval": ("two numbers, as in 0:0.6", lambda text: tuple(map(float, text.split(":")))),
+}
 SHEET = 100
 """Pictures on a sheet."""
 
@@ -78,6 +96,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="settings of a request to try besides the model's own, such as guidance_scale_prior=8,steps_prior=40",
     )
     parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="SPEED|KEY=VALUE[,KEY=VALUE]",
+        help="only compare speeds or settings with the model's own, on pairs of pictures of one set's prompts and seeds; an "
+        "interval is two numbers, as in guidance_interval=0:0.6",
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=1500,
+        help="with --compare, prompts of one object, and as many of two (default: %(default)s)",
+    )
+    parser.add_argument(
         "--images",
         type=int,
         nargs="?",
@@ -92,33 +124,45 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help=f"judge the LoRAs in this folder instead, {STYLE_FILE} and {SUBJECT_FILE}; needs scripts/build-mini-data --loras",
     )
+    parser.add_argument(
+        "--large",
+        type=int,
+        nargs="?",
+        const=200,
+        default=0,
+        metavar="PROMPTS",
+        help="judge pictures of 512x512 and 1024x512 instead, of this many prompts (200), and Stage B in tiles",
+    )
     options = parser.parse_args(arguments)
-    for name, least in (("sets", 1), ("prompts", 4), ("batch", 1), ("images", 0), ("seed", 0)):
+    least_values = (("large", 0), ("sets", 1), ("prompts", 4), ("batch", 1), ("images", 0), ("seed", 0), ("count", 2))
+    for name, least in least_values:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name} is {value}; it must be at least {least}")
-    try:
-        options.settings = {one: read_settings(one) for one in options.tried}
-    except ValueError as error:
-        parser.error(f"--try: {error}")
+    for option, texts in (("--try", options.tried), ("--compare", options.compare)):
+        try:
+            found = {one: read_settings(f"speed={one}" if one in SPEEDS else one) for one in texts}
+        except ValueError as error:
+            parser.error(f"{option}: {error}")
+        setattr(options, "settings" if option == "--try" else "compared", found)
     return options
 
 
-def read_settings(text: str) -> dict[str, int | float]:
+def read_settings(text: str) -> dict[str, Any]:
     """Settings of a request, from ``KEY=VALUE[,KEY=VALUE]``.
 
     Raises:
         ValueError: a key or a value is wrong.
     """
-    settings: dict[str, int | float] = {}
+    settings: dict[str, Any] = {}
     for pair in text.split(","):
         key, _, value = pair.partition("=")
         if key not in SETTINGS:
             raise ValueError(f"{pair!r} must be KEY=VALUE, and KEY one of {', '.join(SETTINGS)}.")
+        kind, read = KINDS.get(key, ("a number", float))
         try:
-            settings[key] = int(value) if key.startswith("steps") else float(value)
+            settings[key] = read(value)
         except ValueError:
-            kind = "a whole number" if key.startswith("steps") else "a number"
             raise ValueError(f"{pair!r} must have {kind}.") from None
     Request("", **settings)  # checks the ranges
     return settings
@@ -132,14 +176,48 @@ def main(arguments: list[str] | None = None) -> int:
         options.seed = secrets.randbelow(10**6)
         logger.info("The first set has --seed %d.", options.seed)
     try:
-        print(evaluate_loras(options) if options.loras else evaluate_model(options))
-    except (TrainingError, WeightsError) as error:
+        if options.compare:
+            print(compare_settings(options))
+        elif options.large:
+            print(judge_large(options))
+        else:
+            print(evaluate_loras(options) if options.loras else evaluate_model(options))
+    except (TrainingError, WeightsError, InputError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"Interrupted; finished sets are kept. Go on with --seed {options.seed}.\n")
         return 130
     return 0
+
+
+def compare_settings(options: argparse.Namespace) -> str:
+    """Compares settings with the model's own on pairs of pictures, and returns the table; writes it and the values to
+    ``compare-SEED.md`` and ``compare-SEED.json``.
+
+    Raises:
+        TrainingError: the drawings are missing or damaged, or a file cannot be written.
+        WeightsError: the weights are missing or damaged.
+        InputError: the model lacks the weights that a speed needs.
+    """
+    cascade, judge, drawings = load_judge(options)
+    for settings in options.compared.values():
+        cascade.planner.loras(Request("", **settings))
+    prompts = make_prompts(judge.names, judge.styles, options.seed, 2 * options.count, options.count)
+    judged = compare(cascade, judge, drawings, prompts, options.compared)
+    lines = [
+        f"{options.count} prompts of one object and {options.count} of two, --seed {options.seed}, on {cascade.device.type}.",
+        "After a colon, the mean difference to exact in points, on the same prompts and seeds, with its 95 % interval.",
+        *(f"{name}: {cascade.planner.sampling(Request('', **one))}." for name, one in options.compared.items()),
+    ]
+    report = "\n".join(lines) + "\n\n" + comparison_table(judged)
+    content = {name: {"values": one.values, "seconds": one.seconds} for name, one in judged.items()}
+    file = options.output / f"compare-{options.seed}"
+    with writing(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
+        file.with_suffix(".json").write_text(json.dumps({"of": about(options), "judged": content}), encoding="utf-8")
+    return report
 
 
 def evaluate_loras(options: argparse.Namespace) -> str:
@@ -156,6 +234,24 @@ def evaluate_loras(options: argparse.Namespace) -> str:
         lines += ["", table({SUBJECT_FILE: values}), "", table(others)]
     if len(lines) == 1:
         raise TrainingError(f"{options.loras} has neither {STYLE_FILE} nor {SUBJECT_FILE}.")
+    return "\n".join(lines)
+
+
+def judge_large(options: argparse.Namespace) -> str:
+    """Judges larger pictures, of one set of prompts, and returns the tables. Writes sheets of the pictures."""
+    drawings, names, styles = load_drawings(options.drawings)
+    cascade = Cascade.load(options.weights, dtype=torch.float32, memory="resident", max_batch=options.batch)
+    judge = Judge(drawings.to(cascade.device), names, styles)
+    found = evaluate_large(cascade, judge, drawings, options.seed, options.large)
+    folder = options.output / f"large-{options.seed}"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_sheets(found.pictures, folder)
+    lines = [f"{options.large} prompts of one object, --seed {options.seed}. {INTERVALS}", "", table(found.objects)]
+    lines += ["", f"Stage B in tiles beside the whole, {WHOLE_SIDE}x{WHOLE_SIDE}:"]
+    for name, values in found.tiles.items():
+        one = estimate(values)
+        lines.append(f"{name}: {one.mean:.3f} ({min(values):.3f} to {max(values):.3f}) on {one.count} scenes.")
     return "\n".join(lines)
 
 
@@ -183,12 +279,17 @@ def evaluate_model(options: argparse.Namespace) -> str:
     return report
 
 
-def judge_sets(options: argparse.Namespace, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The values of all sets; those that have not been judged yet are judged and kept."""
+def load_judge(options: argparse.Namespace) -> tuple[Cascade, Judge, Tensor]:
+    """The model, the judge, and its drawings on the CPU."""
     drawings, names, styles = load_drawings(options.drawings)
     # float32: the weights are judged, not the arithmetic.
     cascade = Cascade.load(options.weights, dtype=torch.float32, memory="resident", max_batch=options.batch)
-    judge = Judge(drawings.to(cascade.device), names, styles)
+    return cascade, Judge(drawings.to(cascade.device), names, styles), drawings
+
+
+def judge_sets(options: argparse.Namespace, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The values of all sets; those that have not been judged yet are judged and kept."""
+    cascade, judge, drawings = load_judge(options)
     judged = []
     for seed in seeds:
         values = load_set(options, seed)

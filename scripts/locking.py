@@ -12,7 +12,9 @@ from scripts.environment import OLDEST_PYTHON, ROOT
 LAYERS: dict[str, tuple[str, ...]] = {
     "requirements": (),
     "training/requirements": ("requirements",),
-    "requirements-dev": ("requirements", "training/requirements"),
+    "bulk/requirements": ("requirements",),
+    "studio/requirements": ("requirements",),
+    "requirements-dev": ("requirements", "training/requirements", "bulk/requirements", "studio/requirements"),
 }
 
 

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cascade import sizes
 from cascade.guides.controls import Control, canny
 from cascade.guides.inpainting import extend
 from cascade.images.tensors import to_image, to_pixels
 from cascade.pipeline import Cascade
 from cascade.request import Request
-from miniature.sheets import sheet
+from cascade.stages.tiles import Tiles
+from miniature.sheets import SIDE, sheet
 from miniature.stage_a import decode, encode_and_decode
 from scripts.environment import ROOT
 
@@ -65,9 +67,12 @@ EDGES = {
 }
 EDGES_SEED = 3
 WEIGHTS_SEED = 5
+STRIP = 2304  # pixels: the width of a picture in tiles, as high as the miniature's own
 SEMANTIC_TILES = 4  # 16 channels are shown as 4 x 4
 
 COLUMNS = 6
+# Of WebP: all pictures of the pages together stay below 500 kB.
+QUALITY = 66
 
 
 def draw_examples(cascade: Cascade) -> Image.Image:
@@ -214,6 +219,30 @@ def draw_weights(cascade: Cascade) -> Image.Image:
     return sheet(pictures, len(objects), [*objects, *colours])
 
 
+def draw_large(cascade: Cascade) -> Image.Image:
+    """A picture of twice the miniature's size, as usual and at compression 64; and a place between tiles, which were made apart,
+    and as Stage B makes them."""
+    prompt = PROMPTS[0]
+    large = [
+        cascade.generate(Request(prompt, seed=SEED, width=512, height=512, compression=compression))[0]
+        for compression in (sizes.SEMANTIC_PIXELS, sizes.SPARSEST)
+    ]
+    (picture,) = cascade.generate(Request(prompt, seed=SEED))
+    tiles = Tiles(*sizes.decoder_size(SIDE, STRIP))
+    width, second = (sizes.STAGE_A_FACTOR * side for side in (tiles.edges[1], tiles.places[1][1]))
+    strip = Image.new("RGB", (STRIP, SIDE))
+    for left in range((second - SIDE // 2) % SIDE - SIDE, STRIP, SIDE):  # so that one is across the border
+        strip.paste(picture, (left, 0))
+    apart = Image.new("RGB", strip.size)
+    for left in (0, second):
+        tile = strip.crop((left, 0, left + width, SIDE))
+        apart.paste(cascade.reconstruct(tile, SEED + left, prompt), (left, 0))
+    around = (second - SIDE // 2, 0, second + SIDE // 2, SIDE)
+    shown = [one.crop(around) for one in (apart, cascade.reconstruct(strip, SEED, prompt))]
+    captions = ["512x512", "512x512, compression 64", "pictures side by side", "tiles of one picture"]
+    return sheet([*large, *shown], 4, captions)
+
+
 DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
     "mini.webp": draw_examples,
     "prior.webp": draw_prior,
@@ -225,6 +254,7 @@ DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
     "inpainting.webp": draw_inpainting,
     "canny.webp": draw_canny,
     "weights.webp": draw_weights,
+    "large.webp": draw_large,
 }
 
 
@@ -240,6 +270,6 @@ def main(arguments: list[str] | None = None) -> int:
     cascade = Cascade.load(ROOT / "weights" / "mini", dtype=torch.float32)
     for name, draw in DRAWINGS.items():
         file = options.output / name
-        draw(cascade).save(file, quality=78, method=6)
+        draw(cascade).save(file, quality=QUALITY, method=6)
         sys.stdout.write(f"{file}\n")
     return 0

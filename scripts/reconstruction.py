@@ -11,7 +11,7 @@ from pathlib import Path
 from cascade.images.metadata import save_picture
 from cascade.images.reading import read_picture
 from cascade.pipeline import Cascade
-from cascade.request import LARGEST_SEED, Request
+from cascade.request import LARGEST_SEED
 from cascade.weights import ModelFolder, WeightsError
 from cascade.weights.hashing import sha256
 from serving.metadata import Detail, metadata
@@ -28,7 +28,7 @@ def reconstruct(weights: Path, source: Path, target: Path, prompt: str, seed: in
 
     Raises:
         WeightsError: the weights are missing or damaged.
-        ValueError: the source is no picture; a side is outside of 64 to 2048 pixels; the model has no semantic encoder;
+        ValueError: the source is no picture; a side is outside of 64 to 4096 pixels; the model has no semantic encoder;
             or CASCADE_METADATA has another value than full, settings and none.
         OSError: a file cannot be read or written.
     """
@@ -44,7 +44,7 @@ def reconstruct(weights: Path, source: Path, target: Path, prompt: str, seed: in
     record = Record(
         inputs={"prompt": prompt, "seed": seed},
         files=({"input": "picture", "sha256": sha256(source)},),
-        sampler=Request.sampler,
+        sampler=cascade.defaults["decoder"].sampler,
         origin=Origin.of(cascade, ModelFolder.open(weights)),
         edited=True,
     )
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/reconstruct", description="Encode a picture into semantic latents, and decode it again."
     )
-    parser.add_argument("picture", type=Path, help="the picture's file, 64 to 2048 pixels a side")
+    parser.add_argument("picture", type=Path, help="the picture's file, 64 to 4096 pixels a side")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("reconstruction.png"), metavar="PATH", help="default: %(default)s"
     )

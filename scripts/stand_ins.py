@@ -75,11 +75,12 @@ def make_network(name: str, device: str | torch.device) -> nn.Module:
         device: where it is made.
     """
     makers = {
+        **{variant.name: lambda variant=variant: variant.network(**variant.config) for variant in VARIANTS},
+        # These classes are made from a configuration.
         "text_encoder": lambda: CLIPTextModelWithProjection(TEXT_ENCODER),
         "image_encoder": lambda: CLIPVisionModelWithProjection(IMAGE_ENCODER),
         "effnet": SemanticEncoder,
         "controlnet_canny": ControlNet,
-        **{variant.name: lambda variant=variant: variant.network(**variant.config) for variant in VARIANTS},
     }
     with torch.device(device):
         return randomize(makers[name]()).eval()

@@ -8,7 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from miniature.icons import load_drawings
+from miniature.vocabulary import vocabulary
 from scripts.environment import ROOT
+from serving.vocabulary import FILE
 from training.assemble import assemble
 from training.configuration import read_configuration
 from training.errors import TrainingError, writing
@@ -88,7 +91,9 @@ def train_mini(options: argparse.Namespace, deadline: float) -> int:
     folder = output / "weights"
     assemble(tables, output / "model", folder)
     made = costs(output)
+    _, names, styles = load_drawings(data)
     with writing(folder):
+        (folder / FILE).write_text(json.dumps(vocabulary(names, styles), indent=1) + "\n", encoding="utf-8")
         (folder / COSTS).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(f"{costs_table(made)}\n{folder}\n")
     return 0

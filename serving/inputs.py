@@ -3,6 +3,7 @@
 `check_inputs` makes all checks that need no picture and no model; `request_from` reads the pictures.
 """
 
+import difflib
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,8 @@ AS_GIVEN = tuple(
     for field in fields(Request)
     if field.name in LIMITS and LIMITS[field.name].kind is not Image.Image and field.name not in ("width", "height")
 )
+# Inputs that have one value for all elements of another input, or one each.
+ONE_FOR_ALL = {"image_prompt_strengths": "image_prompts", "lora_scales": "lora_weights"}
 PICTURES = tuple(name for name, limits in LIMITS.items() if limits.kind is Image.Image)
 URL = re.compile("(https?|data):", re.IGNORECASE)
 FILE = "it must be an http, https or data URL of a picture"
@@ -52,7 +55,7 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
         given: values by name. A missing input gets its default; a name that is no input is ignored.
 
     Returns:
-        All inputs by name. Lists are tuples; those of the controls have one element for each of control_images.
+        All inputs by name. Lists are tuples; those that may have one value for all have one for each.
 
     Raises:
         InputError: a value is not allowed, or does not fit another input.
@@ -66,12 +69,12 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
     if inputs["upscale"]:
         check_upscale(inputs)
     for name, images in ONE_EACH.items():
-        if name in inputs:
+        if name in inputs and name not in ONE_FOR_ALL:
             check_one_each(name, inputs[name], images, inputs[images])
     if inputs["prompt_weighting"]:
         check_prompt_weights(inputs["prompt"], inputs["negative_prompt"])
-    count = len(inputs["lora_weights"])
-    inputs["lora_scales"] = one_each("lora_scales", inputs["lora_scales"], 1.0, count, "lora_weights")
+    for name, of in ONE_FOR_ALL.items():
+        inputs[name] = one_each(name, inputs[name], (1.0,), len(inputs[of]), of)
     return inputs | control_inputs(inputs)
 
 
@@ -87,26 +90,19 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
     """
     image, mask = read_image_and_mask(inputs, cascade.native_size)
     size = size_of_pictures(inputs, image, cascade.native_size)
-    prompts = read_list("image_prompts", inputs["image_prompts"], image_prompt_size)
-    defaults = cascade.defaults
     asked = {name: inputs[name] for name in AS_GIVEN} | {
         "seed": either(inputs["seed"], secrets.randbelow(SEEDS)) % SEEDS,
-        "steps_prior": either(inputs["steps_prior"], defaults["prior"].steps),
-        "steps_decoder": either(inputs["steps_decoder"], defaults["decoder"].steps),
-        "guidance_scale_decoder": either(inputs["guidance_scale_decoder"], defaults["decoder"].guidance),
-        "image_prompts": prompts,
-        "image_prompt_strengths": inputs["image_prompt_strengths"] or [inputs["image_prompt_strength"]] * len(prompts),
+        "image_prompts": read_list("image_prompts", inputs["image_prompts"], image_prompt_size),
         **read_references(inputs),
         "controls": read_controls(inputs, size),
     }
     if inputs["upscale"]:
         asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], 1.0)
-        return upscaling(image, **asked)
-    asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], defaults["prior"].guidance)
+        return cascade.planner.resolved(upscaling(image, **asked))
     # With a mask, the size is the image's; `Request` refuses any other width and height.
     width, height = size if mask is None else (inputs["width"], inputs["height"])
     request = Request(image=image, mask=mask, width=width, height=height, **asked)
-    return replace(request, width=size[0], height=size[1])
+    return cascade.planner.resolved(replace(request, width=size[0], height=size[1]))
 
 
 def parts_of(request: Request) -> list[Request]:
@@ -148,30 +144,51 @@ def control_inputs(inputs: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
         InputError: a list has the wrong length, a control needs a mask, or one ends before it starts.
     """
     count = len(inputs["control_images"])
-    defaults = {"control_types": "canny"}
-    defaults |= {f"control_{name}s": getattr(Control, name) for name in ("scale", "start", "end")}
+    defaults = {
+        "control_types": ("canny",),
+        "control_scales": (Control.scale,),
+        "control_ranges": (Control.start, Control.end),
+    }
     columns = {name: one_each(name, inputs[name], default, count) for name, default in defaults.items()}
     masked = inputs["mask"] or inputs["outpaint"] or None
-    for place in range(count):
-        names = {name: place_of(name, inputs[name], place) for name in columns}
-        check_kind(names["control_types"], columns["control_types"][place], "mask or outpaint", masked)
-        start, end = (columns[name][place] for name in ("control_starts", "control_ends"))
-        check_span(names["control_starts"], start, names["control_ends"], end)
+    for place, kind in enumerate(columns["control_types"]):
+        check_kind(place_of("control_types", inputs["control_types"], place), kind, "mask or outpaint", masked)
+    for place, (start, end) in enumerate(pairs(inputs["control_ranges"])):
+        check_span(f"control_ranges[{2 * place}]", start, f"control_ranges[{2 * place + 1}]", end)
     return columns
 
 
-def one_each(name: str, values: Sequence[Any], default: Any, count: int, of: str = "control_images") -> tuple[Any, ...]:
-    """One value for each of `count` elements of another input; a single value is used for all, and `default` for none.
+def one_each(
+    name: str, values: Sequence[Any], default: tuple[Any, ...], count: int, of: str = "control_images"
+) -> tuple[Any, ...]:
+    """The values for each of `count` elements of another input. Those for one element are used for all, and `default` for none.
+
+    Args:
+        default: the values for one element: one, or a pair.
 
     Raises:
-        InputError: there are neither 0, 1 nor `count` values.
+        InputError: there are values for neither 0, 1 nor `count` elements.
     """
     need(name, values, of, count)
-    if len(values) not in (0, 1, count):
+    one, every = len(default), len(default) * count
+    if len(values) not in (0, one, every):
+        allowed = f"{one}" if count == 1 else f"{one}, or {every}"
+        number = {1: "one", 2: "two"}[one]
         raise InputError(
-            f"{name} has {counted(len(values), 'value')}; it must have 1, or {count}, one for each of {of}."
+            f"{name} has {counted(len(values), 'value')}; it must have {allowed}, {number} for each of {of}."
         )
-    return tuple(values) if len(values) == count else (values[0] if values else default,) * count
+    return tuple(values) if values and len(values) == every else tuple(values or default) * count
+
+
+def pairs(values: Sequence[float]) -> list[tuple[float, float]]:
+    """Numbers as pairs: the first with the second, the third with the fourth."""
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def similar_inputs(name: str) -> str:
+    """A question for someone who named an input that there is not: whether one of a similar name was meant; or ""."""
+    similar = difflib.get_close_matches(name, LIMITS)
+    return f"did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def place_of(name: str, values: Sequence[Any], place: int) -> str:
@@ -252,7 +269,7 @@ def size_of_pictures(inputs: Mapping[str, Any], image: Image.Image | None, nativ
 
 
 def read_controls(inputs: Mapping[str, Any], size: tuple[int, int]) -> tuple[Control, ...]:
-    """The controls that five inputs describe.
+    """The controls that four inputs describe.
 
     Args:
         size: (width, height) of the pictures.
@@ -263,9 +280,8 @@ def read_controls(inputs: Mapping[str, Any], size: tuple[int, int]) -> tuple[Con
     half = tuple(-(-side // 2) for side in size)
     needed = [half if kind == "super_resolution" else size for kind in inputs["control_types"]]
     images = read_list("control_images", inputs["control_images"], *(lambda *_, one=one: one for one in needed))
-    names = ("control_scales", "control_starts", "control_ends")
-    columns = zip(inputs["control_types"], images, *(inputs[name] for name in names), strict=True)
-    return tuple(Control(*column) for column in columns)
+    columns = (inputs["control_types"], images, inputs["control_scales"], pairs(inputs["control_ranges"]))
+    return tuple(Control(kind, one, scale, *span) for kind, one, scale, span in zip(*columns, strict=True))
 
 
 def read_references(inputs: Mapping[str, Any]) -> dict[str, Any]:

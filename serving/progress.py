@@ -75,9 +75,16 @@ class Stopwatch:
 
 
 def timed(steps: Iterable[Progress], watch: Stopwatch) -> Iterator[Progress]:
-    """Pass on the progress, and add a lap to the watch for each step: by stage; "image" counts as "decoder"."""
+    """Pass on the progress, and add a lap to the watch for each step: by stage; "tiles" and "image" count as "decoder"."""
     for progress in steps:
-        watch.lap("decoder" if progress.stage == "image" else progress.stage)
+        watch.lap("decoder" if progress.stage in ("tiles", "image") else progress.stage)
+        yield progress
+
+
+def reported(steps: Iterable[Progress], report: Callable[[Progress], None]) -> Iterator[Progress]:
+    """Pass on the progress, and call `report` after each piece of work. An exception from it ends the work."""
+    for progress in steps:
+        report(progress)
         yield progress
 
 

@@ -16,8 +16,11 @@ import transformers
 from PIL import features
 
 import cascade
+from cascade.images.metadata import read_description
 from cascade.pipeline import Cascade
+from cascade.plan import Sampling
 from cascade.request import Request
+from cascade.speeds import ALL_STEPS
 from cascade.weights import COMPONENTS, ModelFolder
 from cascade.weights.hashing import sha256
 
@@ -37,7 +40,6 @@ SIZE = ("width", "height")
 # Inputs that are ignored without another input.
 NEEDS = {
     "prompt_strength": "image",
-    "image_prompt_strength": "image_prompts",
     "ip_adapter_mode": "ip_adapter_images",
 }
 
@@ -101,9 +103,10 @@ class Record:
     Attributes:
         inputs: the predictor's inputs by name, without files. An input that was left out has the value that was used.
         files: the files among the inputs, in order: {"input": name, "index": place in a list, "sha256": of its bytes}.
-        sampler: "ddpm", "ddim" or "lcm".
+        sampler: of Stage C, such as "ddpm".
         origin: the model, device and software.
         edited: whether the picture is an altered input image, not a new picture.
+        more_sampling: of the stages "prior" and "decoder", what no input says and `Origin.sampling` does not either.
         loras: adapters, in the order in which they were added.
         embeddings: those that the prompts name, in the order of their names.
         picture: {"index": place among the request's pictures, "seed": this picture's, "width", "height": pixels}.
@@ -115,6 +118,7 @@ class Record:
     sampler: str
     origin: Origin
     edited: bool
+    more_sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     loras: Sequence[Lora] = ()
     embeddings: Sequence[Embedding] = ()
     picture: Mapping[str, int] = field(default_factory=dict)
@@ -126,6 +130,7 @@ class Record:
         request: Request,
         given: Mapping[str, Any],
         origin: Origin,
+        sampling: Sampling,
         *,
         hashed: bool,
         loras: Sequence[Lora] = (),
@@ -137,15 +142,17 @@ class Record:
             request: with all values resolved.
             given: the predictor's inputs by name, files as paths.
             origin: the model, device and software.
+            sampling: how its stages are sampled.
             hashed: whether to read the files and record their sha256.
             loras, embeddings: the request's.
         """
         return cls(
             inputs=resolved_inputs(request, given),
             files=tuple(described_files(given, hashed=hashed)),
-            sampler=request.sampler,
+            sampler=sampling.prior.sampler,
             origin=origin,
             edited=is_edited(request),
+            more_sampling=more_sampling(sampling),
             loras=tuple(loras),
             embeddings=tuple(embeddings),
         )
@@ -177,11 +184,30 @@ class Record:
                 "model": self.origin.model,
                 **({"loras": [asdict(lora) for lora in self.loras]} if self.loras else {}),
                 **({"embeddings": [asdict(one) for one in self.embeddings]} if self.embeddings else {}),
-                "sampling": {"sampler": self.sampler, **self.origin.sampling},
+                "sampling": {
+                    "sampler": self.sampler,
+                    **{
+                        stage: {**values, **self.more_sampling.get(stage, {})}
+                        for stage, values in self.origin.sampling.items()
+                    },
+                },
                 "device": self.origin.device,
                 "versions": self.origin.versions,
             }
         )
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a picture file, as `Record.to_json` wrote it; None if the file has none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        found = json.loads(read_description(path))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("inputs"), dict) else None
 
 
 def resolved_inputs(request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,6 +228,16 @@ def resolved_inputs(request: Request, given: Mapping[str, Any]) -> dict[str, Any
         and not paths_of(value)
         and (name not in NEEDS or given.get(NEEDS[name]))
     }
+
+
+def more_sampling(sampling: Sampling) -> dict[str, dict[str, Any]]:
+    """The part of the steps that is guided, if not all are, and Stage B's sampler, if it is not Stage C's."""
+    said: dict[str, dict[str, Any]] = {}
+    if tuple(sampling.interval) != ALL_STEPS:
+        said["prior"] = {"guidance_interval": list(sampling.interval)}
+    if sampling.decoder.sampler != sampling.prior.sampler:
+        said["decoder"] = {"sampler": sampling.decoder.sampler}
+    return said
 
 
 def paths_of(value: Any) -> list[Path]:

@@ -1,5 +1,6 @@
 """A loaded model that turns inputs into files and metrics, one prediction at a time. Independent of any server."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -7,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from cascade.images.metadata import save_picture
-from cascade.limits import InputError
+from cascade.limits import InputError, counted
 from cascade.pipeline import Cascade
 from cascade.progress import Progress
 from cascade.prompts.reading import embedding_files
@@ -26,21 +27,42 @@ from cascade.running.device import SettingError, choose_device
 from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
+from cascade.weights.errors import shortened
 from serving.digests import digest
+from serving.earlier import current
 from serving.image_urls import downloaded
 from serving.inputs import PICTURES, check_inputs, parts_of, request_from, seeds_of
 from serving.lora_sources import without_secrets
 from serving.loras import Loras
 from serving.metadata import Detail, metadata
 from serving.peak_memory import peak_memory, reset_peak_memory
-from serving.progress import Stopwatch, iterate_on, shown, timed, with_previews
+from serving.progress import Stopwatch, iterate_on, reported, shown, timed, with_previews
 from serving.record import Embedding, Origin, Record
 from serving.settings import Settings
+from serving.threads import finishing
+from serving.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 # Bytes. Four PNG pictures of the largest size need less.
-DISK_NEEDED = 200_000_000
+DISK_NEEDED = 210_000_000
+# Picture files that are written at a time.
+FILES_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What inputs ask for.
+
+    Attributes:
+        request: what the model is asked to make.
+        record: how its pictures are made, for all of them.
+        inputs: checked, with URLs replaced by files.
+    """
+
+    request: Request
+    record: Record
+    inputs: Mapping[str, Any]
 
 
 class Service:
@@ -64,16 +86,26 @@ class Service:
         self.watch = Stopwatch(cascade.device)
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         self.model_thread = ThreadPoolExecutor(1, "model")
+        self.vocabulary = Vocabulary.of(settings.weights)
+        self.file_threads = ThreadPoolExecutor(min(FILES_AT_ONCE, os.cpu_count() or 1), "files")
         self.loras = Loras(settings.weights / "loras", settings.loras, public_only=settings.urls.public_only)
 
     @classmethod
-    def load(cls, settings: Settings) -> "Service":
-        """Load the safety checker and the model. Downloads nothing.
+    def load(cls, settings: Settings, max_batch: int = 4) -> "Service":
+        """Load the safety checker and the model. Downloads nothing, unless `settings.download` says so.
+
+        Args:
+            settings: of the server.
+            max_batch: how many pictures are made at a time, see `Cascade`.
 
         Raises:
             WeightsError: the weights are missing or damaged.
-            ValueError: CASCADE_DEVICE, CASCADE_DTYPE or CASCADE_MEMORY has a value that is not allowed.
+            ValueError: CASCADE_DOWNLOAD, CASCADE_DEVICE, CASCADE_DTYPE or CASCADE_MEMORY has a value that is not allowed.
         """
+        if settings.download:
+            from serving.fetching import fetch_missing  # takes a tenth of a second
+
+            fetch_missing(settings.download, settings.weights)
         opened = ModelFolder.open(settings.weights)
         wanted = {"device": settings.device, "dtype": settings.dtype, "memory": settings.memory}
         try:
@@ -81,7 +113,8 @@ class Service:
             # First, so that the model's memory mode is chosen by the memory that is left.
             safety = load_safety_checker(settings.weights, device)
             start = time.perf_counter()
-            cascade = Cascade.load(settings.weights, **wanted, log_prompts=settings.metadata is Detail.FULL)
+            log_prompts = settings.metadata is Detail.FULL
+            cascade = Cascade.load(settings.weights, **wanted, max_batch=max_batch, log_prompts=log_prompts)
         except SettingError as error:
             raise ValueError(f"CASCADE_{error.name.upper()} {error.problem}") from None
         logger.info(
@@ -108,12 +141,18 @@ class Service:
                 self._look_after_gpu()
         return not self.gpu_is_lost and shutil.disk_usage(tempfile.gettempdir()).free > DISK_NEEDED
 
-    def predict(self, given: Mapping[str, Any], record_metric: Callable[[str, Any], None]) -> list[Path]:
+    def predict(
+        self,
+        given: Mapping[str, Any],
+        record_metric: Callable[[str, Any], None],
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Path]:
         """Make the pictures of a request. Their files are deleted when the next prediction starts.
 
         Args:
-            given: the inputs by name, see `inputs.check_inputs`.
+            given: the inputs by name, see `inputs.check_inputs` and, for names of earlier versions, `earlier`.
             record_metric: called with a name and a value, see docs/http.md.
+            on_progress: called after every piece of work; an exception from it ends the prediction.
 
         Returns:
             The files, in the order of the metric "seeds".
@@ -124,6 +163,24 @@ class Service:
         """
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
+        with self.prepared(given) as ready:
+            self._warn_of_unknown_words(ready.request)
+            try:
+                return self._with_care(ready.request, lambda: self._make(ready, record_metric, on_progress))
+            except InputError as error:
+                raise self.loras.explained(error, ready.inputs["lora_weights"], ready.request.loras) from None
+
+    @contextlib.contextmanager
+    def prepared(self, given: Mapping[str, Any]) -> Iterator[Prepared]:
+        """The request that inputs describe. Runs no network. What is downloaded for it is deleted at the end.
+
+        Args:
+            given: the inputs by name, see `inputs.check_inputs`.
+
+        Raises:
+            InputError: an input is not allowed, or a file is no picture.
+        """
+        given = current(given)
         checked = check_inputs(given)
         weights = checked["lora_weights"]
         loras = self.loras.find(weights, checked["lora_scales"])
@@ -132,14 +189,17 @@ class Service:
             files = {name: inputs[name] for name in PICTURES}
             texts = {"lora_weights": [without_secrets(text) for text in weights]}
             hashed = self.settings.metadata is Detail.FULL
-            recorded = self.loras.recorded(loras, hashed=hashed)
-            named = self._embeddings(request) if hashed else ()
-            inputs_with_files = dict(given) | files | texts
-            record = Record.of(request, inputs_with_files, self.origin, hashed=hashed, loras=recorded, embeddings=named)
-            try:
-                return self._with_care(request, lambda: self._make(request, record, inputs, record_metric))
-            except InputError as error:
-                raise self.loras.explained(error, weights, loras) from None
+            planner = self.cascade.planner
+            record = Record.of(
+                request,
+                given | files | texts,
+                self.origin,
+                planner.sampling(request),
+                hashed=hashed,
+                loras=self.loras.recorded(planner.loras(request), hashed=hashed),
+                embeddings=self._embeddings(request) if hashed else (),
+            )
+            yield Prepared(request, record, inputs)
 
     def _embeddings(self, request: Request) -> list[Embedding]:
         """Those that the prompts name, without what cannot be read: the model says so."""
@@ -167,9 +227,24 @@ class Service:
             self._look_after_gpu()
             raise
 
+    def _warn_of_unknown_words(self, request: Request) -> None:
+        """Log the words of the prompt that the model does not know, if its folder says which it knows. LoRAs bring more."""
+        unknown = self.vocabulary.unknown(request.prompt) if self.vocabulary and not request.loras else []
+        if not unknown:
+            return
+        if self.settings.metadata is Detail.FULL:
+            said = ", ".join(unknown)
+            logger.warning("The prompt has words that the model does not know: %s.", shortened(said))
+        else:
+            logger.warning("The prompt has %s that the model does not know.", counted(len(unknown), "word"))
+
     def _make(
-        self, request: Request, record: Record, inputs: Mapping[str, Any], record_metric: Callable[[str, Any], None]
+        self,
+        ready: Prepared,
+        record_metric: Callable[[str, Any], None],
+        on_progress: Callable[[Progress], None] | None,
     ) -> list[Path]:
+        request, inputs = ready.request, ready.inputs
         ending, quality = inputs["output_format"], inputs["output_quality"]
         safety = None if inputs["disable_safety_checker"] else self.safety
         if inputs["previews"]:
@@ -177,27 +252,32 @@ class Service:
         seeds = seeds_of(request)
         logger.info("Seeds: %s", ", ".join(map(str, seeds)))
         record_metric("seeds", seeds)
+        if request.speed != "exact":
+            logger.info("Speed %s: %s.", request.speed, self.cascade.planner.sampling(request))
         self.watch.restart()
         reset_peak_memory(self.cascade.device)
 
         kept: dict[int, Path] = {}
         steps = self._steps(request)
+        if on_progress is not None:
+            steps = reported(steps, on_progress)
         if inputs["previews"]:
             steps = with_previews(
                 steps, lambda latents: self._preview(latents, safety), partial(record_metric, "previews")
             )
         images = (progress.image for progress in steps if progress.image is not None)
-        for index, image in enumerate(images):
-            if safety is not None:
-                flagged = self._flags(safety, image)
-                self.watch.lap("safety")
-                if flagged:
-                    logger.warning("Picture %d (seed %d) was flagged by the safety checker.", index, seeds[index])
-                    continue
-            kept[index] = Path(self.outputs.name) / f"out-{index}.{ending}"
-            said = metadata(record.of_picture(index, seeds[index], *image.size), self.settings.metadata)
-            save_picture(image, kept[index], said, quality)
-            self.watch.lap("encoding")
+        with finishing(self.file_threads) as later:
+            for index, image in enumerate(images):
+                if safety is not None:
+                    flagged = self._flags(safety, image)
+                    self.watch.lap("safety")
+                    if flagged:
+                        logger.warning("Picture %d (seed %d) was flagged by the safety checker.", index, seeds[index])
+                        continue
+                kept[index] = Path(self.outputs.name) / f"out-{index}.{ending}"
+                said = metadata(ready.record.of_picture(index, seeds[index], *image.size), self.settings.metadata)
+                later(save_picture, image, kept[index], said, quality)
+        self.watch.lap("encoding")
 
         record_metric("flagged", request.num_images - len(kept))
         if not kept:

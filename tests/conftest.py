@@ -1,4 +1,7 @@
-"""A whole Cascade of tiny networks with random weights, and the model folder that holds it."""
+"""Groups of tests and their order; and what many tests share: a Cascade of tiny networks, and model folders.
+
+Imports of torch and of the engine stand in functions: the process that only hands out tests would wait for them, too.
+"""
 
 import json
 import shutil
@@ -7,44 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from diffusers.models.modeling_utils import ModelMixin
 from hypothesis import settings
-from safetensors.torch import save_file
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
-
-from cascade.networks.controlnet import ControlNet
-from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.ip_adapter import IPAdapter
-from cascade.networks.previewer import Previewer
-from cascade.networks.stage_a import StageA
-from cascade.networks.unet import StableCascadeUNet
-from cascade.weights import CONTROLNETS, ModelFolder, StageSettings, save_model_folder
-from scripts.stand_ins import shapes_of, write_lora
-
-SAMPLER = {
-    "prior": StageSettings(steps=3, guidance=4.0, shift=2.0, rescale=0.7),
-    "decoder": StageSettings(steps=2, guidance=1.1, shift=1.0, rescale=0.7),
-}
-
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
-SMALL_EFFNET = {
-    "stem_channels": 4,
-    "channels": (4, 8, 8),
-    "repeats": (1, 1, 1),
-    "expansions": (1, 2, 2),
-    "strides": (2, 2, 4),
-    "head_channels": 16,
-}
-
 
 # Groups of tests that take long; they are begun first.
 LONGEST = ("tests/http", "tests/miniature/test_stages.py")
@@ -68,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, and begin with the groups that take longest."""
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if group_of(item.nodeid) == "tests/gpu":
@@ -93,184 +63,40 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Groups(config, log)
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with a vocabulary of single letters: a token a letter, 77 at most."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.'"
-    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        projection_dim=24,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModelWithProjection(config).eval()
-
-
-def make_image_encoder() -> CLIPVisionModelWithProjection:
-    torch.manual_seed(1)
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=12,
-        image_size=32,
-        patch_size=8,
-    )
-    return CLIPVisionModelWithProjection(config).eval()
-
-
-def make_image_processor() -> CLIPImageProcessorPil:
-    size = {"height": 32, "width": 32}
-    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
-
-
-def make_prior() -> StableCascadeUNet:
-    return StableCascadeUNet(
-        conditioning_dim=16,
-        block_out_channels=(16, 16),
-        num_attention_heads=(2, 2),
-        down_num_layers_per_block=(1, 1),
-        up_num_layers_per_block=(1, 1),
-        clip_text_in_channels=32,
-        clip_text_pooled_in_channels=24,
-        clip_image_in_channels=12,
-        switch_level=(False,),
-    )
-
-
-def make_decoder() -> StableCascadeUNet:
-    return StableCascadeUNet(
-        in_channels=4,
-        out_channels=4,
-        patch_size=2,
-        conditioning_dim=16,
-        block_out_channels=(8, 16),
-        num_attention_heads=(0, 2),
-        down_num_layers_per_block=(1, 1),
-        up_num_layers_per_block=(1, 1),
-        block_types_per_layer=(
-            ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
-            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
-        ),
-        clip_text_pooled_in_channels=24,
-        effnet_in_channels=16,
-        pixel_mapper_in_channels=3,
-        timestep_conditioning_type=("sca",),
-    )
-
-
-def make_semantic_encoder() -> SemanticEncoder:
-    """As initialised, but for the last normalisation, which would leave next to nothing of the image."""
-    torch.manual_seed(4)
-    encoder = SemanticEncoder(
-        stem_channels=4, channels=(4, 4, 8, 8, 8, 8), repeats=(1, 1, 1, 1, 1, 1), head_channels=16
-    )
-    encoder.mapper[1].running_var.fill_(1e-4)
-    return encoder.eval()
-
-
-def make_controlnet(channels: int, **options: Any) -> ControlNet:
-    """For the first and the last ResBlock of `make_prior`, and one between."""
-    return ControlNet(channels, out_channels=16, proj_blocks=(0, 2, 3), effnet=SMALL_EFFNET, **options)
-
-
-def make_ip_adapter(**options: Any) -> IPAdapter:
-    """For `make_prior` and `make_image_encoder`; style in one block, composition in none."""
-    sizes = {"feature_dim": 16, "num_tokens": 3, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    blocks = {"blocks": (0, 1, 3), "block_channels": 16, "style_blocks": (3,)}
-    return IPAdapter(**{**sizes, "attention_head_dim": 4, "conditioning_dim": 16, **blocks, **options})
-
-
-def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
-    """Give every parameter a random value: as initialised, many branches are closed and conditions say nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    buffers = dict(network.named_buffers())
-    for name, tensor in network.state_dict().items():  # views: in the order and the shapes of the published tensors
-        if name not in buffers:
-            tensor.normal_(0, 0.2, generator=generator)
-    return network.eval()
-
-
 @pytest.fixture(scope="session")
 def mini_with_controlnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The miniature with ControlNets, an IP-Adapter and LoRAs that have learned nothing, but add something. Not to be changed."""
+    from tests.components import save_mini_with_controlnets
+
     folder = tmp_path_factory.mktemp("weights") / "mini"
-    opened = ModelFolder.open(shutil.copytree(MINI, folder))
-    prior = json.loads((MINI / "prior" / "config.json").read_text())
-    width = prior["block_out_channels"][0]
-    controlnets = {}
-    for seed, (name, channels) in enumerate(CONTROLNETS.items()):
-        torch.manual_seed(seed)
-        mode = "simple" if name == "controlnet_super_resolution" else "effnet"
-        network = ControlNet(channels, width, (0, 3, 7), mode, SMALL_EFFNET)
-        for projection in network.projections:
-            torch.nn.init.normal_(projection[-1].weight, std=3.0)
-        controlnets[name] = network.eval()
-    hidden_size = json.loads((MINI / "image_encoder" / "config.json").read_text())["hidden_size"]
-    sizes = {"feature_dim": hidden_size, "conditioning_dim": prior["conditioning_dim"], "block_channels": width}
-    adapter = shuffle(make_ip_adapter(**sizes, blocks=tuple(range(8)), style_blocks=(6, 7)), 9)
-    about = {"name": opened.name, "license": opened.license, "native_size": opened.native_size}
-    save_model_folder(folder, {**controlnets, "ip_adapter": adapter}, sampler=opened.sampler, **about)
-    add_loras(folder)
+    save_mini_with_controlnets(folder)
     return folder
 
 
-def add_loras(folder: Path) -> None:
-    """Give the miniature's folder a LoRA "style", which changes every layer of Stage C, and a learned word "sks"."""
-    (folder / "loras").mkdir()
-    write_lora(folder / "loras" / "style.safetensors", shapes_of(folder), 4, size=0.01)
-    width = json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_size"]
-    vector = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
-    save_file({"clip_g": vector}, folder / "loras" / "sks.safetensors")
+@pytest.fixture(scope="session")
+def quick_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature with two steps of each stage, where pictures are made but not looked at. Not to be changed."""
+    folder = shutil.copytree(MINI, tmp_path_factory.mktemp("weights") / "mini")
+    content = json.loads((folder / "model.json").read_text())
+    for stage in content["sampler"].values():
+        stage["steps"] = 2
+    (folder / "model.json").write_text(json.dumps(content))
+    return folder
 
 
 @pytest.fixture(scope="session")
 def components() -> dict[str, Any]:
     """Every component by its name in a model folder: tiny, float32, on the CPU. Not to be changed."""
-    tokenizer = make_tokenizer()
-    vqgan = shuffle(StageA(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8), 3)
-    with torch.no_grad():
-        for parameter in vqgan.out_block.parameters():
-            parameter.mul_(0.01)  # what comes of random latents is large, and would be black or white all over
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": make_text_encoder(tokenizer),
-        "image_encoder": make_image_encoder(),
-        "feature_extractor": make_image_processor(),
-        "prior": shuffle(make_prior(), 1),
-        "decoder": shuffle(make_decoder(), 2),
-        "vqgan": vqgan,
-        "effnet": make_semantic_encoder(),
-        "previewer": shuffle(Previewer(hidden=16), 5),
-        "controlnet_canny": shuffle(make_controlnet(1), 6),
-        "controlnet_inpainting": shuffle(make_controlnet(4), 7),
-        "controlnet_super_resolution": shuffle(make_controlnet(16, bottleneck_mode="simple"), 8),
-        "ip_adapter": shuffle(make_ip_adapter(), 9),
-    }
+    from tests.components import make_components
+
+    return make_components()
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, components: dict[str, Any]) -> Path:
     """The tiny networks as a model folder, stored in float32. Not to be changed: copy it first."""
+    from tests.components import save_components
+
     folder = tmp_path_factory.mktemp("weights") / "tiny"
-    save_model_folder(
-        folder,
-        components,
-        name="Tiny",
-        license="Apache-2.0",
-        native_size=128,
-        sampler=SAMPLER,
-        dtype=torch.float32,
-    )
+    save_components(folder, components)
     return folder

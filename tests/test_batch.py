@@ -86,7 +86,7 @@ def test_prompts_share_their_steps(cascade: Cascade, monkeypatch: pytest.MonkeyP
     ("change", "message"),
     [
         ({"width": 64}, "requests[2].width is 64, but requests[0].width is 72; "),
-        ({"sampler": "lcm"}, "requests[2].sampler is 'lcm', but requests[0].sampler is 'ddpm'; "),
+        ({"sampler": "lcm"}, "requests[2].sampler is 'lcm', but requests[0].sampler is 'default'; "),
         ({"steps_prior": None}, "requests[2].steps_prior is None, but requests[0].steps_prior is 2; "),
         ({"guidance_scale_prior": 0}, "requests[2].guidance_scale_prior is 0.0, but requests[0]."),
         (

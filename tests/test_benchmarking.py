@@ -1,18 +1,26 @@
 """The benchmark's arithmetic, table and plot; what it times needs a GPU."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from scripts import benchmarking
+from scripts import benchmark_cards, benchmarking, stand_ins
 from scripts.benchmarking import CASES, floor, table
-from scripts.environment import ROOT
 
 MACHINE = {"gpu": "NVIDIA H200", "torch": "2.11.0", "cuda": "13.0", "runs": 5, "matmul_rate": 800.0}
+
+
+@pytest.mark.parametrize("name", [*stand_ins.PLACES, "image_encoder"])
+def test_stand_ins_have_the_published_sizes(name: str) -> None:
+    """Without memory. Sizes in millions of parameters are those of the published files."""
+    network = stand_ins.make_network(name, "meta")
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    published = {"prior": 3600, "prior_lite": 1000, "decoder": 1560, "decoder_lite": 700, "text_encoder": 695}
+    others = {"vqgan": 18.4, "effnet": 21, "controlnet_canny": 53, "image_encoder": 304}
+    assert millions == pytest.approx({**published, **others}[name], rel=0.06)
 
 
 def result(contender: str, case: str, per_image: float) -> dict:
@@ -46,6 +54,7 @@ def test_the_floor_is_the_counted_work_at_the_measured_rate() -> None:
     assert four == one
     assert guided - one == pytest.approx(62 / 800, rel=0.01)
     assert lite < one / 3
+    assert floor(benchmarking.case("fast", speed="fast"), 800.0) == pytest.approx(115 / 800, rel=0.01)
     assert floor(benchmarking.case("large", size=2048), 800.0) is None
     assert floor(benchmarking.case("from a picture", image="start"), 800.0) is None
 
@@ -66,13 +75,14 @@ def test_table() -> None:
 
 
 @pytest.mark.slow
-def test_results_are_drawn_again(tmp_path: Path) -> None:
+def test_results_are_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = tmp_path / "results.json"
     results.write_text(json.dumps(FOUND))
-    command = [sys.executable, "-m", "scripts.benchmarking", "--results", str(results), "--output", str(tmp_path)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.strip() == (tmp_path / "table.md").read_text().strip() == table(FOUND)
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmark", "--results", str(results), "--output", str(tmp_path)])
+    benchmarking.main()
+    assert capsys.readouterr().out.strip() == (tmp_path / "table.md").read_text().strip() == table(FOUND)
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > 500
         assert len(set(image.convert("RGB").resize((60, 30)).getdata())) > 10
@@ -82,3 +92,11 @@ def test_every_case_is_run_by_its_name() -> None:
     cases = [case["name"] for case in benchmarking.ALL]
     assert len(set(cases)) == len(cases)
     assert {case["name"] for of_one in benchmarking.BY_CONTENDER.values() for case in of_one} <= set(cases)
+
+
+def test_the_table_of_cards() -> None:
+    fits = {"mode": "resident", "seconds": {"1024": 0.561, "2048": 2.4}, "peak": {"1024": 12.18, "2048": 13.0}}
+    small = {"mode": "stream", "seconds": {"1024": 2.0, "2048": None}, "peak": {"1024": 4.04, "2048": None}}
+    *_, large_card, small_card = benchmark_cards.table({24: fits, 6: small}, "An H100").splitlines()
+    assert large_card == "| 24 GiB | resident | 0.56 | 12.2 | 2.40 | 13.0 |"
+    assert small_card == "| 6 GiB | stream | 2.00 | 4.0 | does not fit |  |"

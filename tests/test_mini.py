@@ -1,9 +1,10 @@
-"""The miniature end to end, as a person runs it: ``scripts/predict`` in a process of its own."""
+"""The miniature end to end, by the command line of ``scripts/predict``; once in a process of its own, which is measured."""
 
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from cascade.weights import ModelFolder
+from scripts.command_line import main
 
 ROOT = Path(__file__).parent.parent
 MINI = ROOT / "weights" / "mini"
@@ -25,11 +27,13 @@ pytestmark = [
 ]
 
 
-def predict(output: Path, *inputs: str) -> tuple[list[Path], float, int]:
+def arguments(output: Path, *inputs: str) -> list[str]:
+    return ["-o", str(output), *(word for text in inputs for word in ("-i", text))]
+
+
+def measure(output: Path, *inputs: str) -> tuple[list[Path], float, int]:
     """Run the script; returns what it wrote, its seconds of CPU time and its peak memory in bytes."""
-    command = [sys.executable, ROOT / "scripts" / "predict", "-o", output]
-    for text in inputs:
-        command += ["-i", text]
+    command = [sys.executable, ROOT / "scripts" / "predict", *arguments(output, *inputs)]
     environment = {name: value for name, value in os.environ.items() if name != "CASCADE_WEIGHTS"}
     script = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     peak, seconds = 0, 0.0
@@ -40,6 +44,18 @@ def predict(output: Path, *inputs: str) -> tuple[list[Path], float, int]:
     out, err = script.communicate()
     assert script.returncode == 0, err
     return [Path(line) for line in out.splitlines()], seconds, peak
+
+
+@pytest.fixture
+def predict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[Path]]:
+    """What the script does, in this process, which has imported everything; returns what it wrote."""
+    monkeypatch.delenv("CASCADE_WEIGHTS", raising=False)
+
+    def predict(output: Path, *inputs: str) -> list[Path]:
+        assert main(arguments(output, *inputs)) == 0, capsys.readouterr().err
+        return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+    return predict
 
 
 def read(path: Path) -> np.ndarray:
@@ -70,7 +86,7 @@ def greenness(colours: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def apple(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, int]:
     output = tmp_path_factory.mktemp("apple") / "apple.png"
-    files, seconds, memory = predict(output, f"prompt={PROMPT}", "seed=1")
+    files, seconds, memory = measure(output, f"prompt={PROMPT}", "seed=1")
     assert files == [output]
     return output, seconds, memory
 
@@ -99,23 +115,25 @@ def test_time_and_memory(apple: tuple[Path, float, int]) -> None:
     assert memory <= MEMORY
 
 
-def test_same_seed_same_picture(apple: tuple[Path, float, int], tmp_path: Path) -> None:
+def test_same_seed_same_picture(
+    apple: tuple[Path, float, int], tmp_path: Path, predict: Callable[..., list[Path]]
+) -> None:
     """Picture i of seed s is picture 0 of seed s + i, up to rounding of one level."""
-    files, *_ = predict(tmp_path / "a.png", f"prompt={PROMPT}", "seed=0", "num_images=2")
+    files = predict(tmp_path / "a.png", f"prompt={PROMPT}", "seed=0", "num_images=2")
     assert [file.name for file in files] == ["a-1.png", "a-2.png"]
     first, second = (read(file) for file in files)
     assert np.abs(second - read(apple[0])).max() <= 1.01 / 255
     assert np.abs(first - second).mean() > 0.01
 
 
-def test_negative_prompt_changes_the_picture(apple: tuple[Path, float, int], tmp_path: Path) -> None:
+def test_negative_prompt_changes_the_picture(tmp_path: Path, predict: Callable[..., list[Path]]) -> None:
     """What is red goes when red is what the picture should not have."""
-    (file,), *_ = predict(tmp_path / "a.png", "prompt=an apple", "negative_prompt=red", "seed=1")
-    (plain,), *_ = predict(tmp_path / "b.png", "prompt=an apple", "seed=1")
+    (file,) = predict(tmp_path / "a.png", "prompt=an apple", "negative_prompt=red", "seed=1")
+    (plain,) = predict(tmp_path / "b.png", "prompt=an apple", "seed=1")
     assert redness(read(file)).clip(0).mean() < redness(read(plain)).clip(0).mean()
 
 
-def test_another_shape(tmp_path: Path) -> None:
-    (file,), *_ = predict(tmp_path / "a.webp", f"prompt={PROMPT}", "width=300", "height=202", "seed=1")
+def test_another_shape(tmp_path: Path, predict: Callable[..., list[Path]]) -> None:
+    (file,) = predict(tmp_path / "a.webp", f"prompt={PROMPT}", "width=300", "height=202", "seed=1")
     assert read(file).shape == (202, 300, 3)
     assert Image.open(file).format == "WEBP"

@@ -87,6 +87,7 @@ def test_defaults_give_one_picture_of_the_native_size(predictor: Predictor) -> N
     assert (picture.format, picture.mode, picture.size) == ("WEBP", "RGB", (256, 256))
 
 
+@pytest.mark.slow
 def test_every_input_reaches_the_picture(predictor: Predictor) -> None:
     base = {**TINY, "prompt": "a red apple", "seed": 3, "guidance_scale_prior": 4, "guidance_scale_decoder": 2}
     before = read(run(predictor, **base)[0])
@@ -104,6 +105,7 @@ def test_every_input_reaches_the_picture(predictor: Predictor) -> None:
     assert (read(run(predictor, **base)[0]) == before).all()
 
 
+@pytest.mark.slow
 def test_the_prompt_is_used_as_it_was_given(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[Request] = []
     steps = predictor.service.cascade.steps
@@ -173,6 +175,7 @@ def test_formats_and_quality(predictor: Predictor, ending: str, kind: str) -> No
         assert lengths[0] < lengths[1] - 1000
 
 
+@pytest.mark.slow
 def test_what_a_file_says_makes_the_same_picture_again(predictor: Predictor) -> None:
     asked = {"prompt": "a red apple", "negative_prompt": "a leaf", "width": 72, "height": 64, "output_format": "png"}
     first, second = run(predictor, **asked, steps_prior=2, num_images=2, seed=6)
@@ -232,15 +235,16 @@ def test_image_to_image_leaves_the_less_the_stronger_it_is(predictor: Predictor,
     assert distances[1] < 0.1 * distances[-1]
 
 
+@pytest.mark.slow
 def test_what_a_file_says_of_images(predictor: Predictor, apple: Path) -> None:
     (file,) = run(predictor, **TINY, image=CogPath(apple), prompt_strength=0.5)
     record = read_record(file)
     assert record["inputs"]["prompt_strength"] == 0.5
     assert [(file["input"], file.get("index")) for file in record["files"]] == [("image", None)]
-    assert not {"image_prompt_strength", "control_types"} & set(record["inputs"])
-    (file,) = run(predictor, **TINY, image_prompts=[CogPath(apple)] * 2, image_prompt_strength=1.5)
+    assert not {"image_prompt_strengths", "control_types"} & set(record["inputs"])
+    (file,) = run(predictor, **TINY, image_prompts=[CogPath(apple)] * 2, image_prompt_strengths=[1.5])
     record = read_record(file)
-    assert record["inputs"]["image_prompt_strength"] == 1.5
+    assert record["inputs"]["image_prompt_strengths"] == [1.5]
     assert [(file["input"], file.get("index")) for file in record["files"]] == [
         ("image_prompts", 0),
         ("image_prompts", 1),
@@ -248,6 +252,7 @@ def test_what_a_file_says_of_images(predictor: Predictor, apple: Path) -> None:
     assert "prompt_strength" not in record["inputs"]
 
 
+@pytest.mark.slow
 def test_a_strength_for_each_image_prompt(predictor: Predictor, apple: Path) -> None:
     images = {"image_prompts": [CogPath(apple)] * 2, "seed": 1}
     (both,) = run(predictor, **TINY, **images, image_prompt_strengths=[1, 0.5])
@@ -255,10 +260,14 @@ def test_a_strength_for_each_image_prompt(predictor: Predictor, apple: Path) -> 
     weighed = read(both)
     (swapped,) = run(predictor, **TINY, **images, image_prompt_strengths=[0.5, 1])
     assert np.abs(read(swapped) - weighed).max() <= 1  # it is the same image, in another order
-    (one,) = run(predictor, **TINY, **images, image_prompt_strength=1)
-    assert (read(one) != weighed).any()
+    (file,) = run(predictor, **TINY, **images, image_prompt_strengths=[1])
+    for_all = read(file)
+    assert (for_all != weighed).any()
+    (default,) = run(predictor, **TINY, **images)
+    assert (read(default) == for_all).all()
 
 
+@pytest.mark.slow
 def test_inpainting(predictor: Predictor, apple: Path, tmp_path: Path) -> None:
     """Another apple in the middle; around it, not a pixel of another colour."""
     mask = Image.new("L", (256, 256))
@@ -273,6 +282,7 @@ def test_inpainting(predictor: Predictor, apple: Path, tmp_path: Path) -> None:
     assert red(file) < red(apple) - 60
 
 
+@pytest.mark.slow
 def test_outpainting(predictor: Predictor, apple: Path) -> None:
     """The background goes on."""
     prompt = "a red apple on a yellow background"
@@ -301,8 +311,8 @@ def test_controls(controlled: Predictor, apple: Path) -> None:
         {"control_types": ["canny", "super_resolution"]},
         {"control_scales": [0.5]},
         {"control_scales": [0.5, 1.25]},
-        {"control_starts": [0.5]},
-        {"control_ends": [0.25, 0.75]},
+        {"control_ranges": [0.5, 1]},
+        {"control_ranges": [0, 0.25, 0, 0.75]},
         {"control_scales": [0]},
     ):
         (file,) = run(controlled, **{**base, **inputs})
@@ -315,6 +325,7 @@ def test_controls(controlled: Predictor, apple: Path) -> None:
     assert read(file).tobytes() == pictures[-1]
 
 
+@pytest.mark.slow
 def test_upscaling(controlled: Predictor, metrics: dict[str, Any], apple: Path, tmp_path: Path) -> None:
     Image.open(apple).crop((0, 0, 100, 75)).save(tmp_path / "small.png")
     inputs = {"steps_prior": 2, "steps_decoder": 1, "output_format": "png", "upscale": True}
@@ -328,6 +339,7 @@ def test_upscaling(controlled: Predictor, metrics: dict[str, Any], apple: Path, 
     assert read_record(file)["inputs"]["guidance_scale_prior"] == 3
 
 
+@pytest.mark.slow
 def test_time_for_controls_is_told(controlled: Predictor, monkeypatch: pytest.MonkeyPatch, apple: Path) -> None:
     recorded: dict[str, Any] = {}
     monkeypatch.setattr(controlled, "record_metric", recorded.__setitem__)
@@ -335,6 +347,7 @@ def test_time_for_controls_is_told(controlled: Predictor, monkeypatch: pytest.Mo
     assert recorded["seconds.input_images"] > 0
 
 
+@pytest.mark.slow
 def test_previews(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, checker: SafetyChecker) -> None:
     """One after every step of Stage C, of every picture; none that the safety checker flags; none in the end."""
     seen: list[list[str]] = []
@@ -364,6 +377,7 @@ def test_previews(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, checker
     assert seen == [[]] * 4
 
 
+@pytest.mark.slow
 def test_time_for_images_is_told(predictor: Predictor, metrics: dict[str, Any], apple: Path) -> None:
     """Each time, for itself: what the text and the images take is what the first and a later request like it say."""
     images = {"image": CogPath(apple), "image_prompts": [CogPath(apple)]}
@@ -393,6 +407,7 @@ def test_previews_need_a_previewer(predictor: Predictor, monkeypatch: pytest.Mon
         assert len(run(predictor, **TINY)) == 1
 
 
+@pytest.mark.slow
 def test_a_mask_is_read_once(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch, apple: Path, tmp_path: Path
 ) -> None:
@@ -422,6 +437,7 @@ def test_several_pictures_have_seeds_of_their_own(predictor: Predictor, metrics:
     assert (pictures[0] != pictures[1]).any()
 
 
+@pytest.mark.slow
 def test_no_seed_is_a_new_seed_of_32_bits(
     predictor: Predictor, metrics: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -443,6 +459,7 @@ def test_seed_zero_is_a_seed(predictor: Predictor, metrics: dict[str, Any]) -> N
     assert (pictures[0] == pictures[1]).all()
 
 
+@pytest.mark.slow
 def test_seeds_go_on_from_0_so_that_each_can_be_asked_for(predictor: Predictor, metrics: dict[str, Any]) -> None:
     files = run(predictor, **TINY, num_images=3, seed=2**32 - 2)
     assert metrics["seeds"] == [2**32 - 2, 2**32 - 1, 0]
@@ -481,7 +498,7 @@ def test_cog_may_put_bare_defaults_into_the_signature(predictor: Predictor, monk
     """Its server does, before it calls ``run``, so ranges cannot be looked up there."""
     monkeypatch.setattr(Predictor.run, "__defaults__", tuple(DEFAULTS.values()))
     assert len(predictor.run(**TINY)) == 1
-    with pytest.raises(ValueError, match="whole number from 64 to 2048"):
+    with pytest.raises(ValueError, match="whole number from 64 to 4096"):
         predictor.run(width=63)
 
 
@@ -499,6 +516,7 @@ def test_the_last_files_are_removed_when_the_next_run_starts(predictor: Predicto
     assert not second.parent.exists()
 
 
+@pytest.mark.slow
 def test_metrics(predictor: Predictor, metrics: dict[str, Any]) -> None:
     run(predictor, **{**TINY, "width": 80}, num_images=2)
     assert metrics["pixels"] == 2 * 80 * 64
@@ -553,6 +571,7 @@ def tensors() -> int:
     return sum(one.numel() for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
 
 
+@pytest.mark.slow
 def test_cancel(predictor: Predictor) -> None:
     """As Cog does it: its exception is set from another thread, while a step is computed."""
     before = read(run(predictor, **TINY, seed=1)[0])
@@ -587,6 +606,7 @@ def test_cancel(predictor: Predictor) -> None:
     assert (read(run(predictor, **TINY, seed=1)[0]) == before).all()
 
 
+@pytest.mark.slow
 def test_cancel_between_two_pictures(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     held = tensors()
 
@@ -640,6 +660,7 @@ def small_memory(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield room
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("room", "batches"),
     [(3, ["4 pictures at", "with 2 at"]), (1.5, ["4 pictures", "with 2 at", "2 pictures", "with 1 at"])],
@@ -714,6 +735,7 @@ def checker(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return checker
 
 
+@pytest.mark.slow
 def test_flagged_pictures_are_dropped_and_the_others_kept(
     predictor: Predictor, checker: SafetyChecker, metrics: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -772,7 +794,10 @@ def test_setup_says_what_it_did(
         rf"Loaded Tiny from {model_folder}, 0\.00 GB, onto cpu as float32, all networks resident, in \d+\.\d s\.",
         caplog.text,
     )
-    assert re.search(r"Seconds to load: tokenizer \d+\.\d\d, .*prior \d+\.\d\d, .*decoder .*vqgan ", caplog.text)
+    (seconds,) = re.findall(r"Seconds to load: (.*)\.\n", caplog.text)
+    named = dict(one.split() for one in seconds.split(", "))
+    assert named.keys() >= {"tokenizer", "text_encoder", "prior", "decoder", "vqgan"}
+    assert all(float(value) >= 0 for value in named.values())
     assert caplog.text.count("no picture will be checked") == 1
     monkeypatch.setenv("CASCADE_MEMORY", "stream")  # the CPU has no other memory
     assert set_up(model_folder, monkeypatch).service.cascade.runner.description == "all networks resident"
@@ -834,7 +859,7 @@ def test_setup_says_why_it_cannot(
 
 
 def test_which_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("serving.settings.WEIGHTS", tmp_path)
+    monkeypatch.setattr("serving.early.WEIGHTS", tmp_path)
     monkeypatch.delenv("CASCADE_WEIGHTS", raising=False)
     assert find_weights() == tmp_path / "mini"
     (tmp_path / "stable-cascade").mkdir()
@@ -856,7 +881,7 @@ def test_the_old_container_s_inputs_keep_their_names_and_ranges() -> None:
     }
     for name, bounds in ranges.items():
         assert (INPUTS[name].default.ge, INPUTS[name].default.le) == bounds
-    assert INPUTS["width"].default.le == INPUTS["height"].default.le == 2048
+    assert INPUTS["width"].default.le == INPUTS["height"].default.le == 4096
     assert {"prompt", "negative_prompt", "width", "height", "seed", *ranges} <= set(INPUTS)
 
 
@@ -917,7 +942,8 @@ def test_cog_yaml() -> None:
     assert build["python_version"] == "3.12"
     assert isinstance(build["cuda"], str), "unquoted, 13.0 would be a number"
     assert re.fullmatch(r"\d+\.\d+\.\d+", pins["torch"])
-    assert set(build) == {"gpu", "cuda", "python_version", "python_requirements", "sdk_version"}
+    assert set(build) == {"gpu", "cuda", "python_version", "python_requirements", "sdk_version", "run"}
+    assert "python -m compileall" in build["run"][0]
 
 
 def test_every_package_of_the_container_is_imported_there() -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from predict import Predictor
-from tests.conftest import MINI, add_loras
+from tests.components import add_loras
+from tests.conftest import MINI
 from tests.metadata import read_record
 from tests.serving.test_loras import Site, hub
 from tests.test_predict import DEFAULTS
@@ -27,6 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shutil.copytree(MINI, tmp_path_factory.mktemp("weights") / "mini")
     add_loras(folder)
     (folder / "loras" / "broken.safetensors").write_bytes(b"nothing")
+    (folder / "turbo").mkdir()
+    shutil.copy(folder / "loras" / "style.safetensors", folder / "turbo" / "turbo.safetensors")
     return folder
 
 
@@ -60,6 +63,27 @@ def test_loras_are_used_and_recorded(predictor: Predictor, folder: Path) -> None
     assert len({one.tobytes() for one in (base, first, half, word, plain)}) == 5
     assert np.array_equal(again, half)
     assert np.array_equal(run(predictor)[0], base)
+
+
+def test_turbo_is_the_distilled_weights_with_their_settings(predictor: Predictor, folder: Path) -> None:
+    """Those of the fixture are random; what they do is exact. The next request has the model's own weights again."""
+    inputs = {"steps_prior": None, "steps_decoder": None}
+    exact, _ = run(predictor)
+    turbo, record = run(predictor, **inputs, speed="turbo")
+    digest = hashlib.sha256((folder / "turbo" / "turbo.safetensors").read_bytes()).hexdigest()
+    assert record["loras"] == [{"name": "turbo", "sha256": digest, "scale": 1.0}]
+    assert record["sampling"]["sampler"] == "lcm"
+    assert {name: record["inputs"][name] for name in ("steps_prior", "steps_decoder", "guidance_scale_prior")} == {
+        "steps_prior": 4,
+        "steps_decoder": 3,
+        "guidance_scale_prior": 1,
+    }
+    assert np.array_equal(run(predictor, **record["inputs"])[0], turbo)
+    spelled = {"steps_prior": 4, "steps_decoder": 3, "guidance_scale_prior": 1, "guidance_scale_decoder": 1}
+    same, _ = run(predictor, **spelled, sampler="lcm", lora_weights=["style"])
+    assert np.array_equal(same, turbo)
+    assert not np.array_equal(run(predictor, **spelled, sampler="lcm")[0], turbo)
+    assert np.array_equal(run(predictor)[0], exact)
 
 
 def test_embeddings_are_recorded(predictor: Predictor, folder: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -48,15 +49,6 @@ def named_scripts() -> dict[str, set[str]]:
     return found
 
 
-def in_repository(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command as in the repository's root, but let it leave its files in another folder."""
-    for name in ("scripts", "weights"):
-        (folder / name).symlink_to(ROOT / name)
-    variables = {name: value for name, value in os.environ.items() if name != "CASCADE_WEIGHTS"}
-    variables |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
-
-
 def test_the_table_of_inputs_is_that_of_the_schema() -> None:
     text = (DOCS / "inputs.md").read_text(encoding="utf-8")
     assert with_table(text) == text, "run: .venv/bin/python -m scripts.input_table"
@@ -65,8 +57,13 @@ def test_the_table_of_inputs_is_that_of_the_schema() -> None:
 @pytest.mark.slow
 @needs_mini
 def test_the_first_command_makes_the_picture(tmp_path: Path) -> None:
-    first = commands(README)[0]
-    done = in_repository(["sh", "-c", first], tmp_path)
+    """As it is run in the repository's root, but its files are left in another folder."""
+    for name in ("scripts", "weights"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    variables = {name: value for name, value in os.environ.items() if name != "CASCADE_WEIGHTS"}
+    variables |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["sh", "-c", commands(README)[0]]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "apple.png") as picture:
         assert picture.size == (256, 256)
@@ -77,9 +74,12 @@ def test_the_first_command_makes_the_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "word", "pictures"), [(README, "model.generate", 2), (DOCS / "method.md", "model.batch", 3)]
 )
-def test_the_code_makes_the_pictures(tmp_path: Path, page: Path, word: str, pictures: int) -> None:
-    done = in_repository([sys.executable, "-c", block(page, "python", word)], tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_code_makes_the_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: Path, word: str, pictures: int
+) -> None:
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    monkeypatch.chdir(tmp_path)
+    exec(block(page, "python", word), {})
     assert len(list(tmp_path.glob("*.png"))) == pictures
     for index in range(pictures):
         with Image.open(tmp_path / f"apple-{index}.png") as picture:
@@ -101,9 +101,10 @@ def test_what_pages_import_is_there(page: Path) -> None:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
-@pytest.fixture
-def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The present folder, with the pictures that the commands of docs/images.md are given."""
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pictures that the commands of docs/images.md are given."""
+    folder = tmp_path_factory.mktemp("pictures")
     model = Cascade.load(MINI, "cpu")
     prompts = {
         "apple": "a red apple on a green background",
@@ -111,11 +112,18 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "strawberry": "a strawberry on a turquoise background",
     }
     for name, prompt in prompts.items():
-        model.generate(Request(prompt, steps_prior=4, steps_decoder=2))[0].save(tmp_path / f"{name}.png")
-    Image.open(tmp_path / "apple.png").crop((0, 0, 256, 128)).save(tmp_path / "half.png")
+        model.generate(Request(prompt, steps_prior=4, steps_decoder=2))[0].save(folder / f"{name}.png")
+    Image.open(folder / "apple.png").crop((0, 0, 256, 128)).save(folder / "half.png")
     mask = Image.new("L", (256, 256))
     mask.paste(255, (60, 0, 200, 120))
-    mask.save(tmp_path / "mask.png")
+    mask.save(folder / "mask.png")
+    return folder
+
+
+@pytest.fixture
+def pictures(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The present folder, with those pictures."""
+    shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CASCADE_WEIGHTS", str(MINI))
@@ -173,14 +181,40 @@ def test_scripts_are_there() -> None:
 
 
 # Those of scripts/test are pytest's.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "script", sorted({name for name, options in named_scripts().items() if options} - {"scripts/test"})
-)
-def test_scripts_have_the_options_that_are_named(script: str) -> None:
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=600)
+WITH_OPTIONS = sorted({name for name, options in named_scripts().items() if options} - {"scripts/test"})
+# Each in a fork, so that only the first waits for imports.
+HELP = """
+import os, runpy, sys
+import miniature.evaluate, scripts.command_line, training.run
+folder, *names = sys.argv[1:]
+for name in names:
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.path.join(folder, os.path.basename(name)), os.O_WRONLY | os.O_CREAT), 1)
+        sys.argv, sys.path[0] = [name, "--help"], os.path.dirname(os.path.abspath(name))
+        runpy.run_path(name, run_name="__main__")
+        sys.exit()
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{name} --help failed")
+"""
+
+
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what each script answers to ``--help``, by its name."""
+    folder = tmp_path_factory.mktemp("help")
+    command = [sys.executable, "-c", HELP, str(folder), *WITH_OPTIONS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert not {option for option in named_scripts()[script] if not re.search(rf"{option}\b", done.stdout)}
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", WITH_OPTIONS)
+def test_scripts_have_the_options_that_are_named(helps: Path, script: str) -> None:
+    said = (helps / Path(script).name).read_text()
+    assert said.startswith(f"usage: {script} ")
+    assert not {option for option in named_scripts()[script] if not re.search(rf"{option}\b", said)}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -197,8 +231,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_pictures_are_small_and_shown() -> None:
     shown = {link for page in PAGES for link in LINK.findall(page.read_text(encoding="utf-8")) if link.endswith("webp")}
     files = list(IMAGES.iterdir())
-    # The benchmark's plot needs a GPU; the others are drawn by scripts/make-method-pictures.
-    expected = {*method_pictures.DRAWINGS, "benchmark.webp"}
+    # The benchmark's plot needs a GPU, the page a browser; the others are drawn by scripts/make-method-pictures.
+    expected = {*method_pictures.DRAWINGS, "benchmark.webp", "studio.webp"}
     assert {file.name for file in files} == {Path(link).name for link in shown} == expected
     assert sum(file.stat().st_size for file in files) < 500_000
 

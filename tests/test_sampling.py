@@ -108,17 +108,39 @@ def test_every_sampler_finds_the_only_picture_there_is(sampler: str, shift: floa
     assert (last.x - point).std() < 0.05
 
 
+def gaussian(x: Tensor, t: Tensor) -> Tensor:
+    """The optimal epsilon for Gaussian data of variance 0.25: linear in x."""
+    alpha, sigma = (factor.view(-1, 1) for factor in sampling.alpha_sigma(sampling.log_snr(t)))
+    return sigma * x / (alpha.square() * 0.25 + sigma.square())
+
+
 def test_gaussian_data_keeps_its_variance() -> None:
-    """For Gaussian data of variance v, the optimal epsilon is linear in x, and DDPM's samples must have variance v."""
-    variance = 0.25
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (factor.view(-1, 1) for factor in sampling.alpha_sigma(sampling.log_snr(t)))
-        return sigma * x / (alpha.square() * variance + sigma.square())
-
+    """DDPM's samples must have the data's variance."""
     noise = sampling.Noise([0])
-    *_, last = sampling.sample(model, noise(20_000), steps=200, noise=lambda _: noise(20_000))
-    assert last.x.var().item() == pytest.approx(variance, rel=0.05)
+    *_, last = sampling.sample(gaussian, noise(20_000), steps=200, noise=lambda _: noise(20_000))
+    assert last.x.var().item() == pytest.approx(0.25, rel=0.05)
+
+
+def test_cosine_spacing_is_ddim_at_other_times() -> None:
+    x, times = sampling.Noise([0])(100), sampling.cosine_times(5, 1.0)
+    run = list(sampling.sample(gaussian, x, steps=5, shift=2.0, sampler="ddim_cosine", noise=None))
+    log_snrs = sampling.log_snr(times, 2.0)
+    assert [step.t for step in run] == sampling.timestep(log_snrs)[:-1].tolist()
+    for now, after, step in zip(log_snrs[:-1], log_snrs[1:], run, strict=True):
+        eps = gaussian(x, sampling.timestep(now).expand(1))
+        alpha, sigma = sampling.alpha_sigma(now)
+        x = sampling.ddim_step(x, (x - sigma * eps) / alpha, eps, now, after, x)
+        torch.testing.assert_close(step.x, x)
+    assert times.diff().abs().argmax() == 2  # the steps in the middle are the longest
+
+
+@given(steps=st.integers(1, 60), start=st.floats(0.05, 1))
+def test_times_lead_from_the_start_to_the_data(steps: int, start: float) -> None:
+    for times in (sampling.even_times(steps, start), sampling.cosine_times(steps, start)):
+        assert len(times) == steps + 1
+        assert times[0].item() == pytest.approx(start)
+        assert times[-1].item() == pytest.approx(0, abs=1e-7)
+        assert (times.diff() < 0).all()
 
 
 def test_diffusers_step_is_the_ddpm_step() -> None:
@@ -194,7 +216,7 @@ def test_noise_of_an_image_depends_on_its_own_seed_only(seed: int, batch: int) -
         ({"t_start": 0.0}, "t_start is 0.0; it must be above 0"),
         ({"t_start": 1.5}, "t_start is 1.5"),
         ({"shift": 0.0}, "shift is 0.0; it must be above 0"),
-        ({"sampler": "euler"}, "sampler is 'euler'; it must be one of ddpm, ddim, lcm"),
+        ({"sampler": "euler"}, "sampler is 'euler'; it must be one of ddpm, ddim, ddim_cosine, lcm"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(wrong: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""A Cascade of the tiny networks of conftest.py, and a way to look at what is called."""
+"""A Cascade of the tiny networks of components.py, and a way to look at what is called."""
 
 import copy
 

@@ -14,7 +14,7 @@ from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.sizes import LARGEST, MULTIPLE, SMALLEST
+from cascade.sizes import MULTIPLE, SMALLEST, WHOLE
 from cascade.weights import StageSettings
 from training.errors import TrainingError
 from training.objective import WEIGHTS
@@ -95,10 +95,10 @@ def check_tables(config: Mapping[str, Any]) -> None:
     if "data" not in config:
         raise TrainingError("The configuration has no table [data], with the size of pictures.")
     for side in (config["data"]["size"], *(side for size in config["data"].get("other_sizes", ()) for side in size)):
-        if side % MULTIPLE or not SMALLEST <= side <= LARGEST:
+        if side % MULTIPLE or not SMALLEST <= side <= WHOLE:
             where = "size is" if side == config["data"]["size"] else "other_sizes holds"
             raise TrainingError(
-                f"[data] {where} {side}; it must be a multiple of {MULTIPLE} from {SMALLEST} to {LARGEST}."
+                f"[data] {where} {side}; it must be a multiple of {MULTIPLE} from {SMALLEST} to {WHOLE}."
             )
 
 

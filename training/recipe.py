@@ -184,7 +184,8 @@ class Recipe:
             if self.finished(one.stage):
                 say(f"{one.stage}: finished after {one.entry['seconds']:.0f} s")
                 if self.copy_to:
-                    self._copy(one.stage, self.copy_to)
+                    copy_stage(self.output, one.stage, self.copy_to)
+                    self.ledger.save(self.copy_to)
             elif code == 0:
                 say(f"{one.stage}: the time is up; call again to go on")
             else:
@@ -201,25 +202,29 @@ class Recipe:
             if not self.stopping:
                 self.stop(signal.SIGTERM)
 
-    def _copy(self, stage: str, target: Path) -> None:
-        """Copies what a finished stage made; the folder then has what it takes to go on with the next stages."""
-        with writing(target):
-            for component in trained_by(stage):
-                replace_folder(self.output / "model" / component, target / "model" / component)
-            (target / stage).mkdir(parents=True, exist_ok=True)
-            for file in (self.output / stage).glob("*.json"):
-                shutil.copy2(file, target / stage)
-            samples = sorted((self.output / stage / "samples").glob("*.png"))[-1:]
-            for file in (*samples, self.output / stage / FINISHED):  # the marker last
-                shutil.copy2(file, target / stage)
-        self.ledger.save(target)
-
     def _write_ledger(self, every: float) -> None:
         now = time.time()
         self.call["seconds"] = now - self.began
         if now - self.written >= every:
             self.written = now
             self.ledger.save(self.output)
+
+
+def copy_stage(output: Path, stage: str, target: Path) -> None:
+    """Copies what a finished stage made; the folder then has what it takes to go on with the next stages.
+
+    Raises:
+        TrainingError: a file cannot be written.
+    """
+    with writing(target):
+        for component in trained_by(stage):
+            replace_folder(output / "model" / component, target / "model" / component)
+        (target / stage).mkdir(parents=True, exist_ok=True)
+        for file in (output / stage).glob("*.json"):
+            shutil.copy2(file, target / stage)
+        samples = sorted((output / stage / "samples").glob("*.png"))[-1:]
+        for file in (*samples, output / stage / FINISHED):  # the marker last
+            shutil.copy2(file, target / stage)
 
 
 def replace_folder(source: Path, target: Path) -> None:

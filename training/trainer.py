@@ -211,9 +211,11 @@ class Trainer:
 
         Other picture sizes are rare, and compiling for one takes as long as thousands of steps (60 to 100 s on an H100).
         """
-        stance = "default" if shapes(batch) == self.compiled_shapes else "force_eager"
         torch.compiler.cudagraph_mark_step_begin()
-        with self.accelerator.autocast(), torch.compiler.set_stance(stance):
+        # A task that has compiled parts of its own decides for itself. Forced here, they would run eagerly forward and compiled
+        # when gradient checkpointing runs them again, in the backward pass.
+        plain = self.compiled_shapes is not None and shapes(batch) != self.compiled_shapes
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager" if plain else "default"):
             return self.network(**batch)
 
     def _step(self) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from cascade import sizes
 from cascade.guides.controls import Control
+from cascade.limits import MODELS_OWN
 from cascade.pipeline import Cascade
 from cascade.plan import Planner
 from cascade.request import Request
-from cascade.sampling import Step, alpha_sigma, log_snr
+from cascade.sampling import Step, alpha_sigma, log_snr, predicted
 from cascade.weights import StageSettings
 
 # diffusers derives Stage B's size from the semantic one with this factor.
@@ -24,17 +25,25 @@ class DiffusersPlanner(Planner):
     """diffusers' sizes. It has text-to-image and image prompts alone."""
 
     def check_networks(self, request: Request, controls: Sequence[Control], size: sizes.Size) -> None:
-        if request.sampler != "ddpm":
-            raise ValueError(f"sampler is {request.sampler!r}; diffusers' numerics have 'ddpm' only.")
+        for name, only in (("sampler", "ddpm"), ("speed", "exact")):
+            value = getattr(request, name)
+            if value not in (MODELS_OWN, only):
+                raise ValueError(f"{name} is {value!r}; diffusers' numerics have {only!r} only.")
         if request.image is not None:
             raise ValueError("There is an image to begin with; diffusers' numerics have no image-to-image.")
         if controls:
             raise ValueError("There are controls; diffusers' numerics have no ControlNet.")
+        if request.compression != sizes.SEMANTIC_PIXELS:
+            raise ValueError(
+                f"compression is {request.compression}; diffusers' numerics have {sizes.SEMANTIC_PIXELS} only."
+            )
         super().check_networks(request, controls, size)
 
-    def latent_sizes(self, size: sizes.Size) -> tuple[sizes.Size, sizes.Size, sizes.Size]:
+    def latent_sizes(
+        self, size: sizes.Size, compression: float = sizes.SEMANTIC_PIXELS
+    ) -> tuple[sizes.Size, sizes.Size, sizes.Size]:
         """Stage B's latents are 10.67 times the semantic ones, and pictures as large as that makes them."""
-        semantic = sizes.semantic_size(*size)
+        semantic = sizes.semantic_size(*size, compression)
         decoder = decoder_size(semantic)
         height, width = (side * sizes.STAGE_A_FACTOR for side in decoder)
         return semantic, decoder, (height, width)
@@ -74,13 +83,13 @@ def sample(
     shift: float,
     noise: Callable[[int], Tensor],
     **_: Any,
-) -> Iterator[Step]:
+) -> Iterator[Step | None]:
     """`sampling.sample` as diffusers' scheduler does it: the model is told the time itself, not the one that belongs to the
     clamped and shifted logSNR, and the last step adds no noise."""
     times = torch.linspace(1, 0, steps + 1)
     log_snrs = log_snr(times, shift)
     for index in range(steps):
-        eps = model(x, times[index].to(x.device).expand(x.shape[0])).float()
+        eps = (yield from predicted(model, x, times[index].to(x.device).expand(x.shape[0]))).float()
         alpha, sigma = alpha_sigma(log_snrs[index])
         drawn = noise(index).to(x)
         added = drawn if index < steps - 1 else torch.zeros_like(x)
@@ -97,6 +106,8 @@ class DiffusersCascade(Cascade):
     sample = staticmethod(sample)
 
     def __init__(self, *parts: Any, defaults: Mapping[str, StageSettings], **options: Any) -> None:
-        plain = {stage: replace(settings, shift=1.0, rescale=0.0) for stage, settings in defaults.items()}
+        plain = {
+            stage: replace(settings, shift=1.0, rescale=0.0, sampler="ddpm") for stage, settings in defaults.items()
+        }
         plain["decoder"] = replace(plain["decoder"], guidance=0.0)
         super().__init__(*parts, defaults=plain, **{**options, "stage_a_scale": None})

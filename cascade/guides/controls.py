@@ -18,13 +18,13 @@ from cascade.limits import LIMITS, InputError, Limits
 CANNY_SIDE = 224
 CANNY_THRESHOLDS = (100, 200)
 CANNY_SIDES = Limits(int, low=1, high=sizes.LARGEST)
-# Each attribute of a control, and the input that lists its values.
+# Each attribute of a control, and the input that lists its values. Start and end are pairs there.
 INPUTS = {
     "kind": "control_types",
     "image": "control_images",
     "scale": "control_scales",
-    "start": "control_starts",
-    "end": "control_ends",
+    "start": "control_ranges",
+    "end": "control_ranges",
 }
 
 
@@ -40,7 +40,7 @@ class Control:
         scale: 0 to 2, factor for the ControlNet's residuals.
         start, end: the part of Stage C's steps that it guides: step i of n, from 0, if start <= i / n < end, where
             0 <= start < end <= 1.
-        canny_side: pixels, 1 to 2048, see `canny`; None: full size, where edges are finer than those that the published
+        canny_side: pixels, 1 to 4096, see `canny`; None: full size, where edges are finer than those that the published
             network was trained on.
 
     Raises:

@@ -73,13 +73,16 @@ class IPAdapterGuide:
             )
 
     @torch.no_grad()
-    def encode(self, references: Sequence[Reference], mode: str, size: sizes.Size) -> list[AdapterImage]:
+    def encode(
+        self, references: Sequence[Reference], mode: str, size: sizes.Size, compression: float = sizes.SEMANTIC_PIXELS
+    ) -> list[AdapterImage]:
         """What references add to Stage C: one forward of the image encoder, and one of the adapter.
 
         Args:
             references: those with a scale above 0.
             mode: one that `check` has nothing against.
             size: (height, width) of the pictures.
+            compression: pixels to a semantic latent, see `sizes.semantic_size`.
         """
         images = [to_rgb(one.image) for one in references]
         features = self._images.features(images, partial(self._runner.run_for_any_size, "image_encoder"))
@@ -91,7 +94,7 @@ class IPAdapterGuide:
                 one.scale,
                 one.start,
                 one.end,
-                None if one.mask is None else mask_of_latents(one.mask, size).to(self._runner.device),
+                None if one.mask is None else mask_of_latents(one.mask, size, compression).to(self._runner.device),
             )
             for place, one in enumerate(references)
         ]
@@ -114,14 +117,16 @@ def read_mask(name: str, mask: Image.Image) -> Image.Image:
     return grey
 
 
-def mask_of_latents(mask: Image.Image, size: sizes.Size) -> Tensor:
+def mask_of_latents(mask: Image.Image, size: sizes.Size, compression: float = sizes.SEMANTIC_PIXELS) -> Tensor:
     """How much an image counts for each semantic latent: the mean of the mask's pixels there, float32 (1, 1, h, w) in 0..1.
 
     Args:
         mask: of mode "L". It is scaled to the pictures' size, and what exceeds their shape is cut off evenly.
         size: (height, width) of the pictures.
+        compression: pixels to a semantic latent, see `sizes.semantic_size`.
     """
     height, width = size
     pixels = np.asarray(ImageOps.fit(mask, (width, height), Image.Resampling.BOX), np.float32) / 255
     native = sizes.native_size(height, width)
-    return F.adaptive_avg_pool2d(sizes.pad(torch.from_numpy(pixels)[None, None], *native), sizes.semantic_size(*native))
+    padded = sizes.pad(torch.from_numpy(pixels)[None, None], *native)
+    return F.adaptive_avg_pool2d(padded, sizes.semantic_size(*native, compression))

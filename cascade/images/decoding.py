@@ -22,8 +22,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 JPEGS = ("JPEG", "MPO")
 # Phones make pictures of 50 megapixels. Pillow takes 4 bytes per pixel.
 MOST_PIXELS = 64_000_000
-# Largest ratio of the sides. The most elongated picture that can be made is 2048 x 64.
-LONGEST_SHAPE = 32
+# Largest ratio of the sides. The most elongated picture that can be made is 4096 x 64.
+LONGEST_SHAPE = 64
 # Scans of a progressive JPEG file. Cameras and encoders write one or about ten. A decoder processes the whole picture for each.
 MOST_SCANS = 100
 # Up to this many pixels, pictures are scaled by Lanczos alone, and JPEG files decoded at full size. For larger pictures,
@@ -56,7 +56,7 @@ class PictureFile:
 
     Raises:
         PictureError: the file is not a picture in one of `FORMATS`, it has more than 64 million pixels or 100 scans, or one
-            side is more than 32 times the other.
+            side is more than 64 times the other.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:

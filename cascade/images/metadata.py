@@ -1,4 +1,4 @@
-"""Writes picture files with metadata, in the fields that viewers read. Knows formats, not the content of the texts.
+"""Writes and reads picture files with metadata, in the fields that viewers read. Knows formats, not the texts' content.
 
 ==================  ===========================  =============================
                     PNG                          JPEG and WebP
@@ -9,6 +9,7 @@ source              iTXt ``XML:com.adobe.xmp``   XMP
 ==================  ===========================  =============================
 """
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +19,10 @@ from PIL import ExifTags, Image, TiffTags
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+# How hard WebP tries, 0 to 6. Of nine kinds of pictures of 1024x1024, 2 took 39 to 113 ms, Pillow's 4 took 74 to 274 ms for
+# files 0 to 12 % smaller, and 0 took 27 to 103 ms for files up to 64 % larger. For PNG, zlib's strategy for runs took 22 to 165
+# ms, and its default 20 to 743 ms for files 2 % smaller to 1 % larger, because the rows' filters leave little to find.
+WEBP_METHOD = 2
 # Maximum bytes of a JPEG's EXIF, which must fit into one segment.
 LONGEST_EXIF = 65_533
 # The prefix of a UserComment in UTF-16. A1111 writes the text big-endian, and its readers expect that. EXIF requires the byte
@@ -75,10 +80,10 @@ def save_picture(image: Image.Image, path: Path, metadata: Iterable[Metadata], q
     """
     versions = iter(metadata)
     if path.suffix == ".png":
-        image.save(path, "PNG", pnginfo=_png_texts(next(versions)))
+        image.save(path, "PNG", compress_type=zlib.Z_RLE, pnginfo=_png_texts(next(versions)))
     elif path.suffix == ".webp":
         chosen = next(versions)
-        image.save(path, "WEBP", quality=quality, exif=_exif(chosen), xmp=_xmp(chosen))
+        image.save(path, "WEBP", quality=quality, method=WEBP_METHOD, exif=_exif(chosen), xmp=_xmp(chosen))
     elif path.suffix == ".jpg":
         for chosen in versions:
             exif = _exif(chosen)
@@ -87,6 +92,23 @@ def save_picture(image: Image.Image, path: Path, metadata: Iterable[Metadata], q
         image.save(path, "JPEG", quality=quality, exif=exif, xmp=_xmp(chosen))
     else:
         raise ValueError(f"{path.name} must end in .webp, .jpg or .png.")
+
+
+def read_description(path: Path) -> str:
+    """The description in a PNG, JPEG or WebP file; "" if it has none, or is no such file. Decodes no pixels.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
+            # `save_picture` writes a PNG's texts before its pixels, so they are there without decoding.
+            texts = picture.info if picture.format == "PNG" else {}
+            return str(texts.get("Description") or picture.getexif().get(ExifTags.Base.ImageDescription, ""))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""
 
 
 def _png_texts(metadata: Metadata) -> PngInfo:

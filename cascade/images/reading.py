@@ -76,7 +76,7 @@ def read_picture(
 
     Raises:
         ValueError: the file is not a picture in one of `decoding.FORMATS`, it has more than 64 million pixels, or one side is
-            more than 32 times the other; such files are not decoded. Or it is damaged, has 32 bits per channel, or takes
+            more than 64 times the other; such files are not decoded. Or it is damaged, has 32 bits per channel, or takes
             more time or memory than allowed.
     """
     global _decoder

@@ -72,6 +72,12 @@ def load(name: str) -> ModuleType:
     return plain if name == "plain" else importlib.import_module("cascade.kernels.triton")
 
 
+def origin(device: torch.device) -> str:
+    """A clause for the log: how many of this process's Triton kernels had been compiled before, for this GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return importlib.import_module("cascade.kernels.compiled").described(10 * major + minor)
+
+
 class UsesKernels:
     """Base class of modules that call `plain` or `triton`, and of the networks made of them.
 

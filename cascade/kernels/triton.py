@@ -14,11 +14,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from triton.runtime import driver
 
 from cascade.kernels import plain
+from cascade.kernels.compiled import jit, use_launchers
 from cascade.kernels.layers import is_hooked, is_ordinary
 from cascade.kernels.plain import linear as linear
 from cascade.kernels.stream import Stream
+
+use_launchers()
 
 EPS = tl.constexpr(1e-6)
 # Minimum number of programs of a reduction: several per multiprocessor of the largest GPUs.
@@ -42,7 +46,7 @@ def _settled(x, bias, scale, shift, HAS_BIAS: tl.constexpr, HAS_AFFINE: tl.const
     return x
 
 
-@triton.jit(do_not_specialize=["rows_per_sample"])
+@jit(do_not_specialize=["rows_per_sample"])
 def _norm(
     x_ptr, bias_ptr, scale_ptr, shift_ptr, ahead_ptr, settled_ptr, normed_ptr,
     rows_per_sample, C, affine_row,
@@ -132,7 +136,7 @@ def _normed_four(first, second, third, fourth, inside, C):
     return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["H", "W", "columns"])
+@jit(do_not_specialize=["H", "W", "columns"])
 def _depthwise_norm(
     x_ptr, before_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr, skip_ptr, settled_ptr, normed_ptr,
     H, W, C, columns, affine_row, weight_channel, weight_tap,
@@ -239,7 +243,7 @@ def _gelu(x):
     return half * _tanh(inner) + half
 
 
-@triton.jit(do_not_specialize=["tokens", "per_part"])
+@jit(do_not_specialize=["tokens", "per_part"])
 def _response_sizes(
     hidden_ptr, squares_ptr, sizes_ptr, sums_ptr, counters_ptr,
     tokens, N, per_part,
@@ -286,7 +290,7 @@ def _response_sizes(
         tl.store(sums_ptr + sample * blocks + block, tl.sum(sizes))
 
 
-@triton.jit(do_not_specialize=["tokens", "sums"])
+@jit(do_not_specialize=["tokens", "sums"])
 def _respond(
     hidden_ptr, sizes_ptr, sums_ptr, gamma_ptr, beta_ptr,
     tokens, N, sums,
@@ -310,10 +314,10 @@ def _respond(
 
 
 @functools.cache
-def _counters(device: torch.device, stream: torch.cuda.Stream) -> Tensor:
+def _counters(device: torch.device, stream: int) -> Tensor:
     """Counters with which the programs of `_response_sizes` find the last of them.
 
-    One tensor per stream suffices, because kernels on one stream run one after the other.
+    One tensor per stream (the address of CUDA's) suffices, because kernels on one stream run one after the other.
     """
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
@@ -328,7 +332,7 @@ def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     squares = hidden.new_empty(batch, parts, channels, dtype=torch.float32)
     sizes = hidden.new_empty(batch, channels, dtype=torch.float32)
     sums = hidden.new_empty(batch, blocks, dtype=torch.float32)
-    counters = _counters(hidden.device, torch.cuda.current_stream(hidden.device))
+    counters = _counters(hidden.device, driver.active.get_current_stream(driver.active.get_current_device()))
     _response_sizes[(blocks, parts, batch)](
         hidden, squares, sizes, sums, counters, tokens, channels, triton.cdiv(tokens, parts),
         RB=rows, CB=block, num_warps=4,
@@ -355,8 +359,9 @@ def _attend(
         place = n[:, None] * row + d[None, :]
         score = tl.dot(q, tl.load(key_ptr + place, mask=inside, other=0.0).T)
         if BIASED:
-            # Finite: from a first block of keys that are all at -inf, inf - inf would follow.
-            bias = tl.maximum(tl.load(bias_ptr + n, mask=n < tokens, other=0.0), -1e30)
+            # Finite: from a first block of keys that are all at -inf, inf - inf would follow. Small: a fused multiply-add rounds
+            # score * factor otherwise than the product alone, and the exponent below would be the error of that, 1e22 for -1e30.
+            bias = tl.maximum(tl.load(bias_ptr + n, mask=n < tokens, other=0.0), -3e4)
             score += bias[None, :] * root
         if TAIL:
             score = tl.where((n < tokens)[None, :], score, float("-inf"))
@@ -370,7 +375,7 @@ def _attend(
     return acc, norm, top
 
 
-@triton.jit(do_not_specialize=["own", "queries", "context"])
+@jit(do_not_specialize=["own", "queries", "context"])
 def _attention(
     q_ptr, k_ptr, v_ptr, key_ptr, value_ptr, bias_ptr, out_ptr,
     own, queries, context, factor, root,
@@ -464,7 +469,7 @@ def _add_map(acc, weight_ptr, bias_ptr, times_ptr, n, e, N, E):
     return acc + tl.sum(weight * embedding[None, :], axis=1)
 
 
-@triton.jit
+@jit()
 def _timestep_maps(
     weight0_ptr, bias0_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, times_ptr, out_ptr,
     N, E,
@@ -500,7 +505,7 @@ def timestep_maps(mappers: Sequence[nn.Module], times: Tensor, dtype: torch.dtyp
     return out
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _row_statistics(x_ptr, statistics_ptr, rows, C, P: tl.constexpr, CB: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     column = tl.arange(0, CB)
@@ -512,7 +517,7 @@ def _row_statistics(x_ptr, statistics_ptr, rows, C, P: tl.constexpr, CB: tl.cons
     tl.store(statistics_ptr + 2 * row + 1, tl.rsqrt(tl.sum(centred * centred, axis=1) / C + EPS), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["H", "W", "columns"])
+@jit(do_not_specialize=["H", "W", "columns"])
 def _mix(
     x_ptr, statistics_ptr, gammas_ptr, weight_ptr, bias_ptr, ahead_ptr, mixed_ptr, normed_ptr,
     H, W, C, columns, weight_channel, weight_tap,

@@ -7,10 +7,10 @@ serves all steps of a picture. Their BatchNorms use running statistics: keep the
 
 from typing import Any
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from cascade.networks.base import Network
 from cascade.networks.effnet import SemanticEncoder
 
 # The ResBlocks to which the published networks add residuals, in Stage C's execution order: 0-31 down and 32-63 up.
@@ -79,7 +79,7 @@ def large_backbone(in_channels: int) -> tuple[nn.Sequential, int]:
     return backbone, EMBEDDING
 
 
-class ControlNet(ModelMixin, ConfigMixin):
+class ControlNet(Network):
     """A backbone, and one projection per ResBlock that gets a residual. The projections are initialised to return zeros.
 
     Parameters:

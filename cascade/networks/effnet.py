@@ -7,9 +7,10 @@ from scratch.
 """
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+
+from cascade.networks.base import Network
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -60,7 +61,7 @@ class MBConv(nn.Module):
         return x + self.block(x) if self.residual else self.block(x)
 
 
-class SemanticEncoder(ModelMixin, ConfigMixin):
+class SemanticEncoder(Network):
     """EfficientNetV2 to semantic latents.
 
     Parameters (tuples have one value per stage; the defaults are the published EfficientNetV2-S):

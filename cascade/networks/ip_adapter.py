@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from cascade.networks.base import Network
 from cascade.networks.unet import AttnBlock, Conditions, ImageTokens, StableCascadeUNet
 
 # Which of the adapted blocks are used.
@@ -107,7 +107,7 @@ class ImageKeyValue(nn.Module):
         return self.to_k_ip(tokens), self.to_v_ip(tokens)
 
 
-class IPAdapter(ModelMixin, ConfigMixin):
+class IPAdapter(Network):
     """A resampler, and for each adapted attention block of Stage C the matrices of its keys and values.
 
     Parameters (defaults: for the published Stage C and image encoder):

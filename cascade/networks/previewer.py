@@ -3,12 +3,13 @@
 State-dict keys and arithmetic are those of Stability-AI/StableCascade `modules/previewer.py`.
 """
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from cascade.networks.base import Network
 
-class Previewer(ModelMixin, ConfigMixin):
+
+class Previewer(Network):
     """A picture with 8 pixels per latent along each side.
 
     Parameters:

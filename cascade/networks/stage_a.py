@@ -7,11 +7,11 @@ follows Stability-AI/StableCascade `modules/stage_a.py`, but `encode` and `decod
 from itertools import pairwise
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels
+from cascade.networks.base import Network
 
 
 class MixingBlock(UsesKernels, nn.Module):
@@ -43,7 +43,7 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(size, channels)
 
 
-class StageA(UsesKernels, ModelMixin, ConfigMixin):
+class StageA(UsesKernels, Network):
     """Stage A.
 
     Parameters:

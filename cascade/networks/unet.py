@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels
@@ -30,6 +29,7 @@ from cascade.kernels.layers import columns, put_channels_side_by_side
 from cascade.kernels.plain import EPS, layer_norm
 from cascade.kernels.stream import Stream
 from cascade.networks import layout
+from cascade.networks.base import Network
 
 TIMESTEP_CONDITIONS = ("sca", "crp")
 
@@ -306,7 +306,7 @@ def map_mapper(in_channels: int, channels: int) -> nn.Sequential:
     )
 
 
-class StableCascadeUNet(UsesKernels, ModelMixin, ConfigMixin):
+class StableCascadeUNet(UsesKernels, Network):
     """Stage B or Stage C.
 
     Parameters (defaults: the published Stage C 3.6B; tuples have one value per level, finest first):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from cascade.networks.protocol import UNet
 from cascade.networks.unet import Conditions, StableCascadeUNet
 from cascade.running.errors import is_out_of_memory
 
@@ -297,3 +298,31 @@ class GraphedUNet:
 
         residuals = dict(controlnet_residuals or {})
         return self.graphs.run((self.name, "step"), work, sample, timestep_ratio, conditions, residuals)
+
+
+class OfOneSize:
+    """A UNet whose graphs belong to one size, also while pictures of other sizes are made.
+
+    Args:
+        network: the wrapped UNet.
+        size: the size.
+        graphs: keeps the graphs of `network`.
+    """
+
+    def __init__(self, network: UNet, size: Hashable, graphs: GraphCache) -> None:
+        self.network = network
+        self.size = size
+        self.graphs = graphs
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.network.config
+
+    def condition(self, clip_text_pooled: Tensor, **given: Any) -> Conditions:
+        """See `StableCascadeUNet.condition`. Its graphs belong to the picture's size."""
+        return self.network.condition(clip_text_pooled, **given)
+
+    def __call__(self, sample: Tensor, timestep_ratio: Tensor, conditions: Conditions, **given: Any) -> Tensor:
+        """See `StableCascadeUNet.forward`."""
+        with self.graphs.of(self.size, self.graphs.captures):
+            return self.network(sample, timestep_ratio, conditions, **given)

@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels before the first picture, in parallel.
+"""Loads the Triton kernels before the first picture, in parallel, and compiles those that were not compiled before.
 
-A kernel takes about 0.5 s to compile, and a model has some twenty. Triton caches compiled kernels on disk
-(TRITON_CACHE_DIR, else ~/.triton/cache).
+A kernel takes about 0.5 s to compile, and a model has some twenty. `kernels.compiled` reads those that
+`scripts/compile-kernels` made. Triton caches the others on disk (TRITON_CACHE_DIR, else ~/.triton/cache).
 """
 
 import functools
@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from cascade.kernels import origin
 from cascade.kernels.stream import Stream
 from cascade.networks.stage_a import MixingBlock, StageA
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
@@ -31,11 +32,18 @@ def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
     if vqgan.implementation == "plain":
         return
     start = time.perf_counter()
-    jobs = [job for unet in unets for job in _jobs(unet)] + _stage_a_jobs(vqgan)
+    jobs = jobs_of(unets, vqgan)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        list(threads.map(functools.partial(_run, vqgan.device), jobs))
+        list(threads.map(lambda job: job(), jobs))
     torch.cuda.synchronize(vqgan.device)
-    logger.info("Compiled the kernels of %d blocks in %.1f s.", len(jobs), time.perf_counter() - start)
+    taken = time.perf_counter() - start
+    logger.info("Prepared the kernels of %d blocks in %.1f s: %s.", len(jobs), taken, origin(vqgan.device))
+
+
+def jobs_of(unets: list[StableCascadeUNet], vqgan: StageA) -> list[Callable[[], object]]:
+    """Functions that run all kernels of these networks, one block each. The networks may be on the meta device."""
+    found = [job for unet in unets for job in _jobs(unet)] + _stage_a_jobs(vqgan)
+    return [functools.partial(_run, vqgan.device, job) for job in found]
 
 
 def _run(device: torch.device, job: Callable[[], object]) -> None:

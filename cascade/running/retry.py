@@ -77,11 +77,12 @@ def in_parts(
     finished: Callable[[T], bool],
     holds_graphs: bool,
     make_room: Callable[[int, str], None],
+    pieces: int = 1,
 ) -> Iterator[T]:
     """Make items in parts. When memory is short, make the missing items again with less.
 
     After an error, retries once without the graphs captured so far, if there are any; then with half as many items at a time;
-    then one item at a time without graphs.
+    then one item at a time without graphs. What is said of items holds for the pieces of a single item, too.
 
     Args:
         count: how many items.
@@ -90,8 +91,10 @@ def in_parts(
         make: (first, last) -> makes items `first` to `last - 1`, and yields its progress.
         finished: whether a value that `make` yields finishes an item. Finished items are not made again.
         holds_graphs: whether graphs hold memory at the start.
-        make_room: (number of items at a time, remedy) -> drops all graphs and logs. Called after an error, outside of the
-            `except` block, so that the traceback no longer keeps tensors alive.
+        make_room: (number of items or pieces at a time, remedy) -> drops all graphs and logs. Called after an error, outside
+            of the `except` block, so that the traceback no longer keeps tensors alive.
+        pieces: how many pieces of an item are made at a time, at most, if it is made alone. `allowance.most` is a limit, which
+            `make` must keep to.
 
     Raises:
         RuntimeError: one item alone, without graphs, exceeds the memory.
@@ -99,7 +102,7 @@ def in_parts(
     made = 0
     while made < count:
         last = made + min(at_once, allowance.most, count - made)
-        together = last - made
+        together = max(last - made, min(pieces, allowance.most))
         remedy = ""
         try:
             for item in make(made, last):

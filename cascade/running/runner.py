@@ -13,7 +13,7 @@ from cascade.networks.unet import StableCascadeUNet
 from cascade.running.cache import ResidentWeights
 from cascade.running.device import current, within
 from cascade.running.errors import is_out_of_memory
-from cascade.running.graphs import GraphCache, GraphedUNet
+from cascade.running.graphs import GraphCache, GraphedUNet, OfOneSize
 from cascade.running.placement import usable
 from cascade.running.retry import Allowances, in_parts
 
@@ -52,6 +52,15 @@ class Runner:
         """Wrap Stage B or C: uploads its weights before it runs, and replays CUDA graphs unless its blocks are streamed."""
         graphs = self.device.type == "cuda" and not self.weights.streams(name)
         return self.weights.wrap(name, GraphedUNet(network, name, self.graphs) if graphs else network)
+
+    def of_one_size(self, network: UNet, size: Hashable) -> UNet:
+        """A wrapped Stage B or C whose graphs belong to this size, whatever the picture's: the tiles of all pictures share them.
+
+        Args:
+            network: from `unet`.
+            size: any key.
+        """
+        return OfOneSize(network, size, self.graphs)
 
     def run(self, name: str, function: Callable[..., T], *given: Any) -> T:
         """Return `function(*given)`, which runs the network `name`. Uploads its weights, and replays a graph on a GPU.
@@ -139,7 +148,7 @@ class Job:
         self._old_graphs = len(runner.graphs) > 0
 
     def at_once(self, count: int) -> int:
-        """How many of `count` pictures are made at a time."""
+        """How many of `count` pictures, or of their pieces, are made at a time."""
         return min(self.runner.max_batch, self._allowance.most, count)
 
     def iterate(self, work: Generator[T, None, None]) -> Iterator[T]:
@@ -154,6 +163,7 @@ class Job:
         most: int,
         finished: Callable[[T], bool],
         name: Callable[[int], str],
+        pieces: int = 1,
     ) -> Iterator[T]:
         """Make items in parts. When memory is short, make the missing items again with less, see `retry.in_parts`.
 
@@ -162,7 +172,8 @@ class Job:
             make: (first, last) -> makes items `first` to `last - 1`, and yields its progress.
             most: how many at a time, at most.
             finished: whether a value that `make` yields finishes an item.
-            name: number of items -> text for the log, such as "2 images".
+            name: number of items, or of pieces -> text for the log, such as "2 images".
+            pieces: how many pieces of a single item are made at a time, at most: `make` asks `at_once`.
 
         Raises:
             RuntimeError: one item alone exceeds the memory, see `errors.is_out_of_memory`.
@@ -175,6 +186,7 @@ class Job:
             finished=finished,
             holds_graphs=self._old_graphs,
             make_room=lambda together, remedy: self._make_room(name(together), remedy),
+            pieces=pieces,
         )
 
     def _make_room(self, what: str, remedy: str) -> None:

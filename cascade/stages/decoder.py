@@ -3,13 +3,18 @@
 Latents, noise and times are float32 whatever the network's dtype. What does not depend on the step is computed once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch import Tensor
 
 from cascade.networks.protocol import UNet
-from cascade.sampling import Noise, Sample, Step, beside_zeros, sample, with_guidance
+from cascade.sampling import Noise, Sample, Step, beside_zeros, guide, sample, with_guidance
+from cascade.stages.tiles import Predict, Tiles, condition_in_bands, predict_tiles
+
+# How many samples the network gets together of a picture in tiles, while memory suffices: those of four tiles, or of two with
+# guidance. More are hardly faster: four pictures of 1024x1024 together take 13 % less time each than alone (H100).
+SAMPLES = 4
 
 
 def decoder_steps(
@@ -26,7 +31,8 @@ def decoder_steps(
     rescale: float = 0.7,
     sampler: str = "ddpm",
     sample: Sample = sample,
-) -> Iterator[Step]:
+    at_once: int | None = None,
+) -> Iterator[Step | None]:
     """Sample Stage B's latents (B, 4, h, w), step by step; `sampling.finish` takes all steps. B: the seeds of `noise`.
 
     Args:
@@ -40,6 +46,8 @@ def decoder_steps(
         steps, shift, sampler: see `sampling.sample`.
         guidance, rescale: see `sampling.guide`.
         sample: takes the steps.
+        at_once: in tiles (`stages.tiles`), of which the network gets about so many together, both halves counted; then None is
+            yielded between them. None: as a whole.
 
     Raises:
         ValueError: an argument does not fit the others or lies outside of its range.
@@ -53,23 +61,50 @@ def decoder_steps(
     shape = (decoder.config.in_channels, *size)
     x = noise(*shape)
     halves = [pooled] if guidance <= 1 else [pooled, negative_pooled]
-    with torch.no_grad():
-        conditions = decoder.condition(
-            # In memory of their own: of a view that repeats one row, cuBLAS's products are rounded otherwise.
-            torch.cat([half.expand(batch, -1, -1) for half in halves]),
-            effnet=beside_zeros(semantic, len(halves)),
-            latent_size=size,
-        )
-
-    @torch.no_grad()
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        return decoder(x, t, conditions)
-
+    # In memory of their own: of a view that repeats one row, cuBLAS's products are rounded otherwise.
+    texts = torch.cat([half.expand(batch, -1, -1) for half in halves])
+    maps = beside_zeros(semantic, len(halves))
+    if at_once is None:
+        model = _whole(decoder, texts, maps, size)
+        model = model if guidance <= 1 else with_guidance(model, guidance, rescale)
+    else:
+        tiles = Tiles(*size)
+        conditions = condition_in_bands(decoder, texts, maps, tiles)
+        model = predict_tiles(decoder, conditions, tiles, tiles_together(at_once, len(texts)))
+        model = model if guidance <= 1 else _guided(model, guidance, rescale)
     return sample(
-        model if guidance <= 1 else with_guidance(model, guidance, rescale),
+        model,
         x,
         steps=steps,
         shift=shift,
         sampler=sampler,
         noise=lambda _: noise(*shape),
     )
+
+
+def tiles_together(at_once: int, samples: int) -> int:
+    """How many tiles the network gets together, if each counts `samples` times: at least one."""
+    return max(at_once // samples, 1)
+
+
+def _whole(
+    decoder: UNet, pooled: Tensor, semantic: Tensor, size: tuple[int, int]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    with torch.no_grad():
+        conditions = decoder.condition(pooled, effnet=semantic, latent_size=size)
+
+    @torch.no_grad()
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return decoder(x, t, conditions)
+
+    return model
+
+
+def _guided(model: Predict, scale: float, rescale: float) -> Predict:
+    """`sampling.with_guidance` for a model that pauses. The latents' deviation, by which it rescales, is that of the whole."""
+
+    def guided(x: Tensor, t: Tensor) -> Generator[None, None, Tensor]:
+        both = yield from model(torch.cat([x, x]), torch.cat([t, t]))
+        return guide(*both.chunk(2), scale, rescale)
+
+    return guided

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cascade import sizes
 from cascade.networks.stage_a import StageA
 
 # Smallest tile edge, in latents. With its margin such a tile is five times as large.
@@ -47,6 +48,13 @@ def decoding_bytes(vqgan: StageA, height: int, width: int) -> int:
     """About how many bytes Stage A needs to decode (height, width) latents at once: 0.9 GiB for 256 x 256 in bfloat16
     (H100)."""
     return DECODING_BYTES * vqgan.config.embed_dim * vqgan.dtype.itemsize * height * width
+
+
+def most_bytes(vqgan: StageA, height: int, width: int) -> int:
+    """How many bytes Stage A may need for (height, width) latents: what it needs for those of the largest picture that is made
+    as a whole. More would only save the tiles' margins."""
+    most = sizes.WHOLE // sizes.STAGE_A_FACTOR
+    return decoding_bytes(vqgan, min(height, most), min(width, most))
 
 
 def tile_within(vqgan: StageA, height: int, width: int, limit: int) -> int:

@@ -4,6 +4,7 @@ Latents, noise and times are float32 whatever the network's dtype. Conditions do
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ def prior_steps(
     shift: float = 2.0,
     rescale: float = 0.7,
     sampler: str = "ddpm",
+    interval: tuple[float, float] = (0.0, 1.0),
     image: Tensor | None = None,
     start: Tensor | None = None,
     strength: float = 1.0,
@@ -81,6 +83,7 @@ def prior_steps(
         noise: one seed per image. It draws the initial noise, then each step's.
         steps, shift, sampler: see `sampling.sample`.
         guidance, rescale: see `sampling.guide`.
+        interval: step i of n, from 0, is guided if start <= i / n < end. The unconditional half of others is not computed.
         image: image embeddings (B or 1, N, D) of N image prompts. The unconditional half gets zeros.
         start: image-to-image: semantic latents (B or 1, 16, h, w) of the start image, instead of noise.
         strength: in (0, 1], the time to which `start` is noised. Takes `steps_taken(steps, strength)` steps from there.
@@ -122,19 +125,31 @@ def prior_steps(
             clip_img=None if image is None else beside_zeros(image.expand(batch, -1, -1), len(halves)),
         )
     taken = steps_taken(steps, strength)
-    added = iter(residuals_by_step(controls, taken, size, batch * len(halves)))
-    shown = iter(images_by_step(conditions, adapter, taken, len(halves)))
+    guided = [guidance > 1 and interval[0] <= step / taken < interval[1] for step in range(taken)]
+
+    def by_step(halves: int) -> list[tuple[Conditions, dict[int, Tensor]]]:
+        shown = images_by_step(_first(conditions, halves * batch), adapter, taken, halves)
+        return list(zip(shown, residuals_by_step(controls, taken, size, halves * batch), strict=True))
+
+    given = {halves: by_step(halves) for halves in {1 + one for one in guided}}
+    turns = iter(enumerate(guided))
 
     @torch.no_grad()
+    def predict(x: Tensor, t: Tensor, *, step: int, halves: int) -> Tensor:
+        shown, added = given[halves][step]
+        return prior(x, t, shown, controlnet_residuals=added)
+
     def model(x: Tensor, t: Tensor) -> Tensor:
-        return prior(x, t, next(shown), controlnet_residuals=next(added))
+        step, both = next(turns)
+        halves = partial(predict, step=step, halves=1 + both)
+        return with_guidance(halves, guidance, rescale)(x, t) if both else halves(x, t)
 
     def hold(x: Tensor, log_snr: Tensor) -> Tensor:
         alpha, sigma = alpha_sigma(log_snr)
         return torch.where(free, x, alpha * start + sigma * first)
 
     return sample(
-        model if guidance <= 1 else with_guidance(model, guidance, rescale),
+        model,
         x,
         steps=taken,
         shift=shift,
@@ -148,6 +163,18 @@ def prior_steps(
 def steps_taken(steps: int, strength: float) -> int:
     """`steps * strength`, rounded, at least 1 and at most `steps`. strength: in (0, 1]."""
     return min(steps, max(int(round(steps * strength, 6)), 1))  # rounded first: 100 * 0.29 is a little less than 29
+
+
+def _first(conditions: Conditions, rows: int) -> Conditions:
+    """The conditions of the first rows of a batch, without what an IP-Adapter adds."""
+    if conditions.keys[0].shape[0] == rows:
+        return conditions
+    return Conditions(
+        tuple(key[:rows] for key in conditions.keys),
+        tuple(value[:rows] for value in conditions.values),
+        None,
+        None if conditions.bias is None else conditions.bias[:rows],
+    )
 
 
 @torch.no_grad()

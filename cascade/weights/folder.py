@@ -5,8 +5,9 @@ transformers or diffusers form: ``config.json`` and one safetensors file. ``mode
 
     {"name": str, "license": str, "native_size": int,         # pixels, the side of the square that the model draws best
      "stage_a_scale": float,                                   # optional, overrides scale_factor in vqgan/config.json
-     "sampler": {"prior":   {"steps": int, "guidance": float, "shift": float, "rescale": float},
-                 "decoder": {"steps": int, "guidance": float, "shift": float, "rescale": float}},
+     "sampler": {"prior":   {"steps": int, "guidance": float, "shift": float, "rescale": float, "sampler": str},
+                 "decoder": {"steps": int, "guidance": float, "shift": float, "rescale": float, "sampler": str}},
+                                                               # the last is optional: "ddpm"
      "files": {"prior/config.json": "<sha256>", ...},          # all files of all components and of ``EXTRAS``
      "pieces": {"algorithm": "xxh3_64", "bytes": int,          # checksums of the pieces of every safetensors file,
                 "sums": {"prior/....safetensors": "<sum> <sum> ..."}}}                  # see ``cascade.weights.sums``
@@ -40,6 +41,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+from transformers.initialization import no_init_weights
 
 from cascade.networks.controlnet import KINDS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
@@ -47,7 +49,8 @@ from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.sizes import LARGEST, SMALLEST
+from cascade.sampling import SAMPLERS
+from cascade.sizes import SMALLEST, WHOLE
 from cascade.weights import single_file
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.fitting import current_names, misfit
@@ -86,8 +89,10 @@ PROCESSOR_FILES = {
     "feature_extractor": (("preprocessor_config.json",),),
 }
 COMPONENTS = (*PROCESSORS, *NETWORKS)
+# The adapter that makes few steps suffice, in an extra folder.
+DISTILLED = "turbo/turbo.safetensors"
 # Folders that other modules load. This module only lists and checks their files.
-EXTRAS = ("safety_checker",)
+EXTRAS = ("safety_checker", "turbo")
 
 TRANSFORMERS_CONFIGS = {"text_encoder": CLIPTextConfig, "image_encoder": CLIPVisionConfig}
 # The components that every model needs, and the published repository that has each.
@@ -110,6 +115,7 @@ class StageSettings:
         guidance: guidance scale, at least 0; 1 or less turns guidance off.
         shift: shift of the noise schedule, above 0.
         rescale: guidance rescale, 0 to 1, see `sampling.guide`.
+        sampler: a key of `sampling.SAMPLERS`.
 
     Raises:
         ValueError: a value has the wrong type or is out of range.
@@ -119,8 +125,11 @@ class StageSettings:
     guidance: float
     shift: float
     rescale: float
+    sampler: str = "ddpm"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {shortened(repr(self.sampler))}; it must be one of {', '.join(SAMPLERS)}")
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"steps is {shortened(repr(self.steps))}; it must be a whole number, at least 1")
         for name, allowed, fits in (
@@ -296,6 +305,18 @@ class ModelFolder:
                     "the file again."
                 )
 
+    def distilled(self) -> Path | None:
+        """The adapter that makes few steps suffice, compared with ``model.json``; None: there is none.
+
+        Raises:
+            WeightsError: it is damaged.
+        """
+        file = self.root / DISTILLED
+        if not file.is_file():
+            return None
+        self.compare(PurePosixPath(DISTILLED).parts[0])
+        return file
+
     def standard_files(self, components: Iterable[str]) -> dict[str, list[Path]]:
         """Of each component here that lies in the standard form, the safetensors files, whose tensors have our names."""
         folders = {name: self.parts[name] for name in components if name in self.parts and self.parts[name].is_dir()}
@@ -364,8 +385,9 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise WeightsError(f"{config_path} does not describe the {component}: it is not a JSON object.")
-    # Buffers get their values, because no file holds some of them, such as CLIP's position ids.
-    with init_empty_weights(include_buffers=False):
+    # Buffers get their values, because no file holds some of them, such as CLIP's position ids. Parameters get none: for the
+    # meta device, torch computes initial values by code that imports its compiler, in 1.5 s.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         try:
             if component in TRANSFORMERS_CONFIGS:
                 return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
@@ -391,9 +413,9 @@ def _open_own(root: Path) -> ModelFolder:
             if not isinstance(content[name], str):
                 raise WeightsError(f"{path}: {name} is {shortened(repr(content[name]))}; it must be a text.")
         size = content["native_size"]
-        if type(size) is not int or not SMALLEST <= size <= LARGEST:
+        if type(size) is not int or not SMALLEST <= size <= WHOLE:
             raise WeightsError(
-                f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {LARGEST}."
+                f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {WHOLE}."
             )
         opened = ModelFolder(
             root=root,

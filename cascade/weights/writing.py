@@ -132,7 +132,7 @@ def write_model_json(
         "license": license,
         "native_size": native_size,
         **({} if stage_a_scale is None else {"stage_a_scale": stage_a_scale}),
-        "sampler": {stage: asdict(settings) for stage, settings in sampler.items()},
+        "sampler": {stage: _settings_json(settings) for stage, settings in sampler.items()},
         "files": {path: sha256(root / path) for path in files},
         "pieces": {
             "algorithm": ALGORITHM,
@@ -143,3 +143,9 @@ def write_model_json(
     scratch = root / ".model.json"
     scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     scratch.replace(root / "model.json")
+
+
+def _settings_json(settings: StageSettings) -> dict[str, Any]:
+    """A stage's settings, without a sampler that is the default, so that earlier versions can read them."""
+    values = asdict(settings)
+    return {name: value for name, value in values.items() if name != "sampler" or value != StageSettings.sampler}

@@ -13,6 +13,7 @@ from PIL import Image
 from cascade.guides.controls import Control
 from cascade.pipeline import Cascade
 from cascade.request import Request
+from cascade.sampling import SAMPLERS
 
 SMALL = {"width": 64, "height": 64, "steps_prior": 3, "steps_decoder": 2}
 
@@ -37,14 +38,16 @@ def difference(first: Image.Image, second: Image.Image) -> int:
     return np.abs(one - other).max()
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm"])
+@pytest.mark.parametrize(
+    "sampling",
+    [{"sampler": sampler} for sampler in SAMPLERS] + [{"speed": "fast"}, {"guidance_interval": (0.3, 0.6)}],
+    ids=lambda sampling: str(*sampling.values()),
+)
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 75)])
 def test_a_seed_makes_the_same_picture_on_cpu_and_gpu(
-    on_cpu: Cascade, on_gpu: Cascade, sampler: str, width: int, height: int
+    on_cpu: Cascade, on_gpu: Cascade, sampling: dict[str, Any], width: int, height: int
 ) -> None:
-    request = Request(
-        "a cat", "fog", seed=7, num_images=2, sampler=sampler, **{**SMALL, "width": width, "height": height}
-    )
+    request = Request("a cat", "fog", seed=7, num_images=2, **sampling, **{**SMALL, "width": width, "height": height})
     for first, second in zip(on_cpu.generate(request), on_gpu.generate(request), strict=True):
         assert difference(first, second) <= 1
 

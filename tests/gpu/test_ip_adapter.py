@@ -15,7 +15,7 @@ from cascade.networks.unet import StableCascadeUNet
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.stages.prior import AdapterImage, images_by_step
-from tests.conftest import shuffle
+from tests.components import shuffle
 from tests.gpu.full_size import make_unet, published_config, random_conditions
 
 pytestmark = pytest.mark.usefixtures("exact_float32")

@@ -22,7 +22,8 @@ from cascade.weights.lora import merged
 from cascade.weights.reading import read_tensors
 from scripts.benchmark_loras import own_memory
 from scripts.stand_ins import shapes_of, write_lora
-from tests.conftest import MINI, make_decoder, make_text_encoder, make_tokenizer
+from tests.components import make_decoder, make_text_encoder, make_tokenizer
+from tests.conftest import MINI
 from tests.gpu.full_size import make_unet, published_config, random_conditions
 from tests.gpu.test_memory import load
 from tests.gpu.test_precision import error

@@ -23,7 +23,7 @@ from cascade.stages.decoder import decoder_steps
 from cascade.stages.pixels import decode_pixels
 from cascade.stages.prior import prior_steps
 from cascade.stages.text import TextEmbeddings
-from tests.conftest import make_text_encoder, make_tokenizer
+from tests.components import make_text_encoder, make_tokenizer
 from tests.diffusers_pipelines import make_pipelines, twin
 from tests.gpu.full_size import make_stage_a, make_unet, published_config, random_conditions
 

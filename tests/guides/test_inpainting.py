@@ -172,12 +172,12 @@ def test_masks_that_were_made_by_resizing_the_image_have_its_shape(width: int, h
         (
             {"image": photo(80, 63), "mask": Image.new("L", (80, 63), 255)},
             ValueError,
-            "image has 80x63 pixels; with a mask, pictures have its size, so each side must have 64 to 2048.",
+            "image has 80x63 pixels; with a mask, pictures have its size, so each side must have 64 to 4096.",
         ),
         (
-            {"image": Image.new("L", (2049, 80)), "mask": Image.new("L", (2049, 80), 255)},
+            {"image": Image.new("L", (4097, 80)), "mask": Image.new("L", (4097, 80), 255)},
             ValueError,
-            "image has 2049x80 pixels; with a mask",
+            "image has 4097x80 pixels; with a mask",
         ),
         (
             {"image": photo(80, 72), "mask": Image.new("L", (80, 72), 255), "height": 80},
@@ -248,9 +248,9 @@ def test_a_canvas_with_a_mask_besides() -> None:
 
 def test_a_canvas_that_is_too_large() -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below, without escapes
-        extend(photo(80, 70), None, 1000, 0, 1000, 0)
+        extend(photo(80, 70), None, 2000, 0, 2100, 0)
     assert str(caught.value) == (
-        "outpaint is 1000, 0, 1000, 0, which makes 2080x70 pixels of image's 80x70; each side may have 2048."
+        "outpaint is 2000, 0, 2100, 0, which makes 4180x70 pixels of image's 80x70; each side may have 4096."
     )
 
 
@@ -262,8 +262,8 @@ def test_a_mask_of_another_shape_is_no_mask_of_the_image() -> None:
 @pytest.mark.parametrize(
     ("added", "message"),
     [
-        ((0, -1, 0, 0), "outpaint[1] is -1; it must be a whole number from 0 to 2048."),
-        ((0, 0, 0, 1.5), "outpaint[3] is 1.5; it must be a whole number from 0 to 2048."),
+        ((0, -1, 0, 0), "outpaint[1] is -1; it must be a whole number from 0 to 4096."),
+        ((0, 0, 0, 1.5), "outpaint[3] is 1.5; it must be a whole number from 0 to 4096."),
         ((0, 0, 0, 0), "outpaint is 0, 0, 0, 0; one of its numbers must be above 0."),
     ],
 )

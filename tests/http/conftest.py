@@ -1,5 +1,7 @@
 """One server for most tests of its HTTP interface: starting one takes seconds."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,18 @@ def controlled(mini_with_controlnets: Path, tmp_path_factory: pytest.TempPathFac
     """A server of a miniature with every ControlNet, an IP-Adapter and LoRAs."""
     cache = str(tmp_path_factory.mktemp("loras"))
     with ready(tmp_path_factory.mktemp("server"), weights=mini_with_controlnets, CASCADE_LORA_CACHE=cache) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cautious(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that fetches from public addresses only, whose files tell settings only, of a model without ControlNets."""
+    folder = tmp_path_factory.mktemp("server")
+    weights = shutil.copytree(MINI, folder / "mini", ignore=shutil.ignore_patterns("controlnet_*"))
+    content = json.loads((weights / "model.json").read_text())
+    content["files"] = {path: value for path, value in content["files"].items() if not path.startswith("controlnet")}
+    (weights / "model.json").write_text(json.dumps(content))
+    with ready(folder, weights=weights, CASCADE_PUBLIC_URLS_ONLY="1", CASCADE_METADATA="settings") as server:
         yield server
 
 

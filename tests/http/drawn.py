@@ -119,7 +119,10 @@ def draw(random: Random, model: Model, kind: str | None = None) -> Drawn:
         "output_quality": lambda: random.randrange(101),
         "previews": lambda: True,
         "num_images": lambda: random.randrange(1, 5),
+        "sampler": lambda: random.choice(["default", "ddpm", "ddim", "ddim_cosine", "lcm"]),
+        "speed": lambda: random.choice(["exact", "fast"]),
         "disable_safety_checker": lambda: True,
+        "compression": lambda: random.choice([32, 42.67, 64]),
     }
     inputs |= {name: make() for name, make in optional.items() if random.random() < 0.3}
     inputs["steps_prior"], inputs["steps_decoder"] = (random.randrange(1, model.steps + 1) for _ in range(2))
@@ -160,7 +163,7 @@ def draw(random: Random, model: Model, kind: str | None = None) -> Drawn:
         inputs["control_types"] = [random.choice(kinds) for _ in range(count)]
         if random.random() < 0.5:
             inputs["control_scales"] = [random.choice([0.0, 0.5, 1.0])] * count
-            inputs["control_ends"] = [random.choice([0.5, 1.0])]
+            inputs["control_ranges"] = [0.0, random.choice([0.5, 1.0])]
         if "super_resolution" in inputs["control_types"] and not masked:
             size = max(2 * model.smallest, side()), max(2 * model.smallest, side())
     if model.loras and (kind in ("loras", "everything") or random.random() < 0.3):

@@ -137,18 +137,14 @@ def test_limits_and_the_end_of_the_server(tmp_path: Path, web: Web) -> None:
         server.stop()
 
 
-def test_public_addresses_only(tmp_path: Path, web: Web) -> None:
-    server = Server(tmp_path, CASCADE_PUBLIC_URLS_ONLY="1")
-    try:
-        for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]"):
-            for port in (web.server_port, 9):
-                assert error(server, image=f"http://{host}:{port}/picture") == (
-                    f"image could not be downloaded from {host}:{port}: its host has no public address."
-                )
-        assert not web.asked
-        server.predict(**SMALL, image=data_url(hosts.picture()))
-    finally:
-        server.stop()
+def test_public_addresses_only(cautious: Server, web: Web) -> None:
+    for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]"):
+        for port in (web.server_port, 9):
+            assert error(cautious, image=f"http://{host}:{port}/picture") == (
+                f"image could not be downloaded from {host}:{port}: its host has no public address."
+            )
+    assert not web.asked
+    cautious.predict(**SMALL, image=data_url(hosts.picture()))
 
 
 def test_cogs_empty_folders_are_removed(server: Server) -> None:

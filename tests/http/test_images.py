@@ -87,7 +87,7 @@ def files(tmp_path: Path) -> Iterator[str]:
     halves().save(tmp_path / "halves.png")
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
@@ -162,9 +162,9 @@ def test_image_prompts(server: Server) -> None:
         for inputs in (
             {},
             {"image_prompts": []},
-            {"image_prompts": [red], "image_prompt_strength": 0},
+            {"image_prompts": [red], "image_prompt_strengths": [0]},
             {"image_prompts": [red]},
-            {"image_prompts": [red], "image_prompt_strength": 2},
+            {"image_prompts": [red], "image_prompt_strengths": [2]},
             {"image_prompts": [red, blue]},
             {"image_prompts": [red, blue, red, blue]},
             {"image_prompts": [red, blue], "image_prompt_strengths": [0.5, 2]},
@@ -183,7 +183,7 @@ def test_image_prompts(server: Server) -> None:
         (data_url(png_of(20_000, 20_000)), "image is too large: 64,000,000 pixels are the limit."),
         (data_url(png_of(9_000, 9_000)), "image is too large: it has 9000x9000 pixels, and 64,000,000 are the limit."),
         (data_url(png_of(100, 100)), "image is a damaged PNG file."),
-        (data_url(png_of(1000, 10)), "image has 1000x10 pixels; one side may be at most 32 times the other."),
+        (data_url(png_of(1000, 10)), "image has 1000x10 pixels; one side may be at most 64 times the other."),
     ],
     ids=["text", "no base64", "huge", "large", "cut", "long"],
 )

@@ -137,11 +137,11 @@ WHITE = data_url(Image.new("L", (80, 72), 255))
         ),
         (
             {"image": data_url(Image.new("RGB", (1, 1))), "mask": data_url(Image.new("L", (1, 1), 255))},
-            "image has 1x1 pixels; with a mask, pictures have its size, so each side must have 64 to 2048.",
+            "image has 1x1 pixels; with a mask, pictures have its size, so each side must have 64 to 4096.",
         ),
         (
-            {"image": data_url(Image.new("RGB", (2100, 80))), "mask": data_url(Image.new("L", (2100, 80), 255))},
-            "image has 2100x80 pixels; with a mask, pictures have its size, so each side must have 64 to 2048.",
+            {"image": data_url(Image.new("RGB", (4104, 80))), "mask": data_url(Image.new("L", (4104, 80), 255))},
+            "image has 4104x80 pixels; with a mask, pictures have its size, so each side must have 64 to 4096.",
         ),
         (
             {"image": IMAGE, "mask": WHITE, "width": 64, "height": 72},
@@ -150,11 +150,11 @@ WHITE = data_url(Image.new("L", (80, 72), 255))
         ({"image": IMAGE, "outpaint": [8, 8]}, "outpaint has 2 values; it must have 4."),
         (
             {"image": IMAGE, "outpaint": [8, 8, 8, 1.0e10]},
-            "outpaint[3] is 10000000000.0; it must be a whole number from 0 to 2048.",
+            "outpaint[3] is 10000000000.0; it must be a whole number from 0 to 4096.",
         ),
         (
             {"image": IMAGE, "outpaint": [8, 8, 8, -8]},
-            "outpaint[3] is -8; it must be a whole number from 0 to 2048.",
+            "outpaint[3] is -8; it must be a whole number from 0 to 4096.",
         ),
         (
             {"image": IMAGE, "outpaint": [0, 0, 0, 0]},
@@ -165,8 +165,8 @@ WHITE = data_url(Image.new("L", (80, 72), 255))
             "mask is 'alpha', which needs a transparent region in image; there is none.",
         ),
         (
-            {"image": IMAGE, "outpaint": [0, 0, 1980, 0]},
-            "outpaint is 0, 0, 1980, 0, which makes 2060x72 pixels of image's 80x72; each side may have 2048.",
+            {"image": IMAGE, "outpaint": [0, 0, 4028, 0]},
+            "outpaint is 0, 0, 4028, 0, which makes 4108x72 pixels of image's 80x72; each side may have 4096.",
         ),
     ],
 )

@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def test_what_a_file_says_makes_it_again(server: Server, ending: str) -> None:
         ({"prompt_strength": 0.5}, {"image": noise(1)}),
         ({"outpaint": [16, 0, 0, 32]}, {"image": noise(1), "mask": square()}),
         ({"image_prompt_strengths": [1.5, 0.5]}, {"image_prompts": [noise(1), noise(2)]}),
-        ({"control_scales": [0.5, 1], "control_ends": [0.5]}, {"control_images": [noise(1), noise(2)]}),
+        ({"control_scales": [0.5, 1], "control_ranges": [0, 0.5]}, {"control_images": [noise(1), noise(2)]}),
         ({"prompt_strength": 1}, {"image": noise(1), "image_prompts": [noise(2)], "control_images": [noise(3)]}),
     ],
     ids=["image", "outpaint", "image_prompts", "control_images", "all"],
@@ -120,18 +119,7 @@ def test_the_code_of_the_page(server: Server, tmp_path: Path) -> None:
     assert files({"output": [again]}) == [made]
 
 
-@pytest.fixture
-def discreet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("CASCADE_METADATA", "settings")
-    server = Server(tmp_path)
-    try:
-        assert server.wait_until("READY", "SETUP_FAILED") == "READY", server.log.read_text()
-        yield server
-    finally:
-        server.stop()
-
-
-def test_neither_files_nor_logs_tell_the_prompt(discreet: Server) -> None:
+def test_neither_files_nor_logs_tell_the_prompt(cautious: Server) -> None:
     """One that fits, one that is cut, one of a request that fails, and what else one could think of."""
     image = noise(1)
     digest = hashlib.sha256(image).hexdigest()
@@ -139,7 +127,7 @@ def test_neither_files_nor_logs_tell_the_prompt(discreet: Server) -> None:
     for ending in ("webp", "jpg", "png"):
         for prompt in (SECRET, f"{'word ' * 400} {SECRET}"):
             inputs = {**SMALL, "prompt": prompt, "negative_prompt": prompt, "image": data_url(image)}
-            prediction = discreet.predict(**inputs, output_format=ending)
+            prediction = cautious.predict(**inputs, output_format=ending)
             logs += prediction["logs"]
             (made,) = files(prediction)
             texts = read_texts(made)
@@ -151,9 +139,9 @@ def test_neither_files_nor_logs_tell_the_prompt(discreet: Server) -> None:
             for told in (SECRET, digest):
                 assert not any(told.encode(code) in made for code in ("utf-8", "utf-16-be", "utf-16-le"))
     for wrong in ({"image": data_url(b"nothing")}, {"outpaint": [1]}, {"prompt": [SECRET]}, {"steps_prior": SECRET}):
-        discreet.wait_until("READY")
-        discreet.post({**SMALL, "prompt": f"{'word ' * 4000} {SECRET}", "negative_prompt": SECRET, **wrong})
-    discreet.wait_until("READY")
-    logs += discreet.log.read_text()
+        cautious.wait_until("READY")
+        cautious.post({**SMALL, "prompt": f"{'word ' * 4000} {SECRET}", "negative_prompt": SECRET, **wrong})
+    cautious.wait_until("READY")
+    logs += cautious.log.read_text()
     assert "exceeds 300 tokens" in logs
     assert "clandestine" not in logs

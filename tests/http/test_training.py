@@ -20,15 +20,15 @@ from tests.test_predict import DEFAULTS
 from tests.training.lora.zips import files_of, zipped
 from tests.training.small import write_pictures
 
-# A training makes two pictures of native size, too.
 ANSWER = 300
 pytestmark = pytest.mark.slow
 SMALL = {"steps": 2, "lora_rank": 1, "resolution": 128, "seed": 3}
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("trainer"), "--train")
+def trainer(quick_mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A training makes two pictures, too."""
+    server = Server(tmp_path_factory.mktemp("trainer"), "--train", weights=quick_mini)
     try:
         assert wait_for(lambda: server.status() in ("READY", "SETUP_FAILED"), 180, "the start")
         assert server.status() == "READY", server.log.read_text()

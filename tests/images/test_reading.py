@@ -141,7 +141,7 @@ def test_small_and_long_ones(tmp_path: Path, size: tuple[int, int]) -> None:
         (png_of(8000, 8001), "image is too large: it has 8000x8001 pixels, and 64,000,000 are the limit."),
         (png_of(20_000, 20_000), "image is too large: 64,000,000 pixels are the limit."),
         (png_of(2**31 - 1, 2**31 - 1), "image is too large: 64,000,000 pixels are the limit."),
-        (png_of(33, 1), "image has 33x1 pixels; one side may be at most 32 times the other."),
+        (png_of(65, 1), "image has 65x1 pixels; one side may be at most 64 times the other."),
         (png_of(64, 64), "image is a damaged PNG file."),
     ],
 )

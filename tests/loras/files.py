@@ -1,4 +1,4 @@
-"""Adapters with random values for the tiny networks of conftest.py."""
+"""Adapters with random values for the tiny networks of components.py."""
 
 from pathlib import Path
 from typing import Any

@@ -61,10 +61,10 @@ def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 @pytest.mark.slow
-def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two sets; a third one joins them without the first two being judged again."""
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--batch", "2"]
-    options += ["--try", "guidance_scale_prior=1,steps_prior=2", "--seed", "7"]
+    options += ["--try", "guidance_scale_prior=1,steps_prior=2", "--seed", "7", "--weights", str(quick_mini)]
     assert evaluate_mini.main([*options, "--sets", "2"]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
@@ -93,9 +93,30 @@ def test_evaluation(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_evaluation_of_images(drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--seed", "7", "--count", "2"]
+    options += ["--weights", str(quick_mini), "--compare", "fast", "steps_prior=2,sampler=ddim,guidance_interval=0:0.5"]
+    assert evaluate_mini.main(options) == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert lines[0] == "2 prompts of one object and 2 of two, --seed 7, on cpu."
+    assert lines[3].startswith(
+        "steps_prior=2,sampler=ddim,guidance_interval=0:0.5: Stage C 2 steps of ddim with guidance 4 from"
+    )
+    assert lines[5] == "| score | exact | fast | steps_prior=2,sampler=ddim,guidance_interval=0:0.5 |"
+    assert (tmp_path / "out" / "compare-7.md").read_text() == said
+    content = json.loads((tmp_path / "out" / "compare-7.json").read_text())
+    assert len(content["judged"]["fast"]["values"]["both objects first"]) == 2
+    assert evaluate_mini.main([*options[:-2], "turbo"]) == 1
+    assert capsys.readouterr().err.startswith("speed is 'turbo', which needs distilled weights")
+
+
+@pytest.mark.slow
+def test_evaluation_of_images(
+    drawings: Path, quick_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--sets", "1"]
-    assert evaluate_mini.main([*options, "--images", "1"]) == 0
+    assert evaluate_mini.main([*options, "--images", "1", "--weights", str(quick_mini)]) == 0
     output = capsys.readouterr()
     assert output.out.startswith("4 prompts, --seed ")
     assert "Image-to-image: scenes at each prompt_strength" in output.out
@@ -111,6 +132,10 @@ def test_evaluation_of_images(drawings: Path, tmp_path: Path, capsys: pytest.Cap
         (["--try", "guidance=8"], "--try: 'guidance=8' must be KEY=VALUE, and KEY one of steps_prior, steps_decoder,"),
         (["--try", "steps_prior=8.5"], "--try: 'steps_prior=8.5' must have a whole number."),
         (["--try", "steps_prior=0"], "--try: steps_prior is 0;"),
+        (["--compare", "quick"], "--compare: 'quick' must be KEY=VALUE, and KEY one of steps_prior,"),
+        (["--compare", "fast", "speed=quick"], "--compare: speed is 'quick'; it must be one of exact, fast, turbo."),
+        (["--compare", "guidance_interval=0.5"], "--compare: guidance_interval has 1 value; it must have 2."),
+        (["--compare", "fast", "--count", "1"], "--count is 1; it must be at least 2"),
     ],
 )
 def test_wrong_options(option: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from cascade.networks.ip_adapter import PUBLISHED_BLOCKS, IPAdapter, attention_b
 from cascade.networks.unet import Conditions, ImageTokens, StableCascadeUNet
 from cascade.stages.prior import AdapterImage, images_by_step
 from cascade.weights.single_file import VARIANTS
-from tests.conftest import make_image_encoder, make_ip_adapter, make_prior, shuffle
+from tests.components import make_image_encoder, make_ip_adapter, make_prior, shuffle
 from tests.networks.test_unet import STAGE_C, inputs, make
 
 SIZE = (6, 4)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from cascade.networks.unet import StableCascadeUNet
 from cascade.running.graphs import OF_A_SIZE, SIZES, CaptureError, Function, GraphCache, GraphedUNet
-from tests.conftest import make_decoder, make_prior, shuffle
+from tests.components import make_decoder, make_prior, shuffle
 from tests.gpu.full_size import random_conditions
 
 

@@ -141,7 +141,7 @@ def test_what_was_checked_is_checked_to_the_same(files: dict[str, CogPath]) -> N
     )
     assert check_inputs(inputs) == inputs
     assert inputs["control_scales"] == (0.5,) * 3
-    assert (inputs["control_types"], inputs["control_ends"]) == (("canny",) * 3, (1.0,) * 3)
+    assert (inputs["control_types"], inputs["control_ranges"]) == (("canny",) * 3, (0.0, 1.0) * 3)
 
 
 # ---- the same sentence for HTTP, the command line and Python ----
@@ -150,9 +150,9 @@ def test_what_was_checked_is_checked_to_the_same(files: dict[str, CogPath]) -> N
 @pytest.mark.parametrize(
     ("name", "text", "value", "sentence"),
     [
-        ("width", "63", 63, "width is 63; it must be a whole number from 64 to 2048."),
-        ("width", "wide", "wide", "width is 'wide'; it must be a whole number from 64 to 2048."),
-        ("height", "64.5", 64.5, "height is 64.5; it must be a whole number from 64 to 2048."),
+        ("width", "63", 63, "width is 63; it must be a whole number from 64 to 4096."),
+        ("width", "wide", "wide", "width is 'wide'; it must be a whole number from 64 to 4096."),
+        ("height", "64.5", 64.5, "height is 64.5; it must be a whole number from 64 to 4096."),
         ("guidance_scale_prior", "21", 21, "guidance_scale_prior is 21; it must be a number from 0 to 20."),
         (
             "guidance_scale_decoder",
@@ -190,7 +190,7 @@ def test_the_same_sentence(made: Callable[..., Request], name: str, text: str, v
         ({"upscale": True}, "upscale needs image, which is left out."),
         ({"outpaint": [8, 8, 8, 8]}, "outpaint needs image, which is left out."),
         ({"outpaint": [8]}, "outpaint has 1 value; it must have 4."),
-        ({"image": "IMAGE", "outpaint": [8, 8, 8, -8]}, "outpaint[3] is -8; it must be a whole number from 0 to 2048."),
+        ({"image": "IMAGE", "outpaint": [8, 8, 8, -8]}, "outpaint[3] is -8; it must be a whole number from 0 to 4096."),
         ({"control_scales": [1]}, "control_scales needs control_images, which is left out."),
         ({"control_images": ["IMAGE"] * 5}, "control_images has 5 images; it may have at most 4."),
         (
@@ -198,16 +198,33 @@ def test_the_same_sentence(made: Callable[..., Request], name: str, text: str, v
             "control_scales has 2 values; it must have 1, or 3, one for each of control_images.",
         ),
         (
-            {"control_images": ["IMAGE"] * 2, "control_starts": [0, 2.0]},
-            "control_starts[1] is 2.0; it must be a number from 0 to 1.",
+            {"control_images": ["IMAGE"] * 2, "control_ranges": [0, 2.0]},
+            "control_ranges[1] is 2.0; it must be a number from 0 to 1.",
         ),
         (
-            {"control_images": ["IMAGE"] * 2, "control_starts": [0.5], "control_ends": [0.75, 0.25]},
-            "control_starts[0] is 0.5; it must be less than control_ends[1], which is 0.25.",
+            {"control_images": ["IMAGE"] * 2, "control_ranges": [0.5, 0.75, 0.5, 0.25]},
+            "control_ranges[2] is 0.5; it must be less than control_ranges[3], which is 0.25.",
         ),
         (
-            {"control_images": ["IMAGE"] * 2, "control_starts": [0, 1]},
-            "control_starts[1] is 1.0; it must be less than control_ends, which is 1.0.",
+            {"control_images": ["IMAGE"] * 2, "control_ranges": [1, 1]},
+            "control_ranges[0] is 1.0; it must be less than control_ranges[1], which is 1.0.",
+        ),
+        (
+            {"control_images": ["IMAGE"] * 3, "control_ranges": [0, 0.5, 1]},
+            "control_ranges has 3 values; it must have 2, or 6, two for each of control_images.",
+        ),
+        (
+            {"image_prompts": ["IMAGE"] * 3, "image_prompt_strengths": [1, 1]},
+            "image_prompt_strengths has 2 values; it must have 1, or 3, one for each of image_prompts.",
+        ),
+        (
+            {"sampler": "euler"},
+            "sampler is 'euler'; it must be one of default, ddpm, ddim, ddim_cosine, lcm.",
+        ),
+        ({"speed": None}, "speed is None; it must be one of exact, fast, turbo."),
+        (
+            {"speed": "turbo"},
+            "speed is 'turbo', which needs distilled weights in the model folder (turbo/turbo.safetensors); this model has none.",
         ),
         (
             {"control_images": ["IMAGE"] * 2, "control_types": ["canny", "inpainting"]},
@@ -270,6 +287,15 @@ def test_defaults(made: Callable[..., Request], cascade: Cascade) -> None:
     assert 0 <= request.seed < 2**32
 
 
+def test_one_value_for_all(made: Callable[..., Request], files: dict[str, CogPath]) -> None:
+    images = [files["image"]] * 3
+    assert made(image_prompts=images).image_prompt_strengths == (1.0,) * 3
+    assert made(image_prompts=images, image_prompt_strengths=[0.5]).image_prompt_strengths == (0.5,) * 3
+    assert made(image_prompts=images, image_prompt_strengths=[0, 1, 2]).image_prompt_strengths == (0, 1, 2)
+    controls = made(control_images=images, control_ranges=[0.25, 0.5]).controls
+    assert [(one.start, one.end) for one in controls] == [(0.25, 0.5)] * 3
+
+
 def test_lists_that_are_empty_are_left_out(made: Callable[..., Request], files: dict[str, CogPath]) -> None:
     lists = {name: [] for name, limits in LIMITS.items() if limits.most}
     assert "outpaint" in lists
@@ -282,7 +308,7 @@ def test_controls(made: Callable[..., Request], files: dict[str, CogPath]) -> No
     one, other = made(
         control_images=[files["image"]] * 2,
         control_types=["canny", "super_resolution"],
-        control_ends=[1, 0.5],
+        control_ranges=[0, 1, 0, 0.5],
         width=200,
     ).controls
     # In the pictures' size, and in half of it, as the engine would scale them.
@@ -309,22 +335,22 @@ def test_images_come_in_the_size_in_which_they_are_used(
     [
         (
             {"mask": "image"},
-            "image has 2100x80 pixels; with a mask, pictures have its size, so each side must have 64 to",
+            "image has 4104x80 pixels; with a mask, pictures have its size, so each side must have 64 to",
         ),
         (
             {"upscale": True},
-            "image has 2100x80 pixels; to be enlarged to twice its size, each side must have 64 to 1024",
+            "image has 4104x80 pixels; to be enlarged to twice its size, each side must have 64 to 2048",
         ),
         (
             {"outpaint": [0, 0, 8, 0]},
-            "outpaint is 0, 0, 8, 0, which makes 2108x80 pixels of image's 2100x80; each side",
+            "outpaint is 0, 0, 8, 0, which makes 4112x80 pixels of image's 4104x80; each side",
         ),
     ],
 )
 def test_an_image_that_is_too_large_is_refused_before_it_is_decoded(
     made: Callable[..., Request], tmp_path: Path, inputs: dict[str, Any], sentence: str
 ) -> None:
-    Image.new("L", (2100, 80)).save(tmp_path / "image.bmp")
+    Image.new("L", (4104, 80)).save(tmp_path / "image.bmp")
     (tmp_path / "image.bmp").write_bytes((tmp_path / "image.bmp").read_bytes()[:2000])  # to decode it would fail
     place = CogPath(tmp_path / "image.bmp")
     inputs = {name: place if value == "image" else value for name, value in inputs.items()}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from PIL import Image
 from cascade.guides.controls import Control
 from cascade.images.metadata import SourceType, save_picture
 from cascade.pipeline import Cascade
+from cascade.plan import Sampling
 from cascade.request import Request, upscaling
-from cascade.weights import ModelFolder
+from cascade.weights import PUBLISHED_SAMPLER, ModelFolder
 from scripts import command_line
 from serving.metadata import LENGTHS, Detail, metadata
 from serving.record import Embedding, Lora, Origin, Record, is_edited, weights_digest
@@ -23,6 +25,7 @@ from tests.metadata import read_record, read_texts
 
 GREY = Image.new("RGB", (64, 64), "grey")
 ORIGIN = Origin({"name": "Tiny"}, {"prior": {"shift": 2.0, "rescale": 0.7}}, {"type": "cpu"}, {"cascade": "0.1.0"})
+SAMPLING = Sampling(**PUBLISHED_SAMPLER)
 ASKED = {
     "prompt": "a red apple",
     "width": 64,
@@ -38,7 +41,7 @@ GIVEN = {"self": None, "negative_prompt": "", "aspect_ratio": "1:1", "width": No
 
 
 def record(request: Request | None = None, hashed: bool = True, **given: Any) -> Record:
-    made = Record.of(request or Request(**ASKED), {**GIVEN, **given}, ORIGIN, hashed=hashed)
+    made = Record.of(request or Request(**ASKED), {**GIVEN, **given}, ORIGIN, SAMPLING, hashed=hashed)
     return made.of_picture(1, 8, 64, 72)
 
 
@@ -49,11 +52,11 @@ def test_inputs_are_resolved() -> None:
 
 
 def test_inputs_that_are_ignored_are_left_out(tmp_path: Path) -> None:
-    given = {"prompt_strength": 0.8, "image_prompt_strength": 1.0}
+    given = {"prompt_strength": 0.8, "ip_adapter_mode": "all"}
     assert not set(given) & set(record(**given).inputs)
     GREY.save(tmp_path / "a.png")
     file = CogPath(tmp_path / "a.png")
-    assert set(given) < set(record(**given, image=file, image_prompts=[file]).inputs)
+    assert set(given) < set(record(**given, image=file, ip_adapter_images=[file]).inputs)
 
 
 def test_enlarging_has_no_size() -> None:
@@ -88,6 +91,16 @@ def test_the_json_object() -> None:
         "device": {"type": "cpu"},
         "versions": {"cascade": "0.1.0"},
     }
+
+
+def test_what_a_speed_changes_besides_inputs() -> None:
+    prior = replace(PUBLISHED_SAMPLER["prior"], sampler="ddim")
+    sampling = Sampling(prior, PUBLISHED_SAMPLER["decoder"], (0.0, 0.75))
+    found = json.loads(Record.of(Request(**ASKED), GIVEN, ORIGIN, sampling, hashed=False).to_json())["sampling"]
+    assert found == {"sampler": "ddim", "prior": {"shift": 2.0, "rescale": 0.7, "guidance_interval": [0.0, 0.75]}}
+    both = Origin({}, {"prior": {}, "decoder": {"shift": 1.0}}, {}, {})
+    found = json.loads(Record.of(Request(**ASKED), GIVEN, both, sampling, hashed=False).to_json())["sampling"]
+    assert found["decoder"] == {"shift": 1.0, "sampler": "ddpm"}
 
 
 def test_loras_have_a_place() -> None:

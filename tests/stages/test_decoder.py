@@ -147,7 +147,7 @@ def test_encoding_takes_three_quarters_of_the_size(components: dict[str, Any]) -
 
 
 def test_pictures_out_of_range_are_refused(components: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="width is 63; it must be from 64 to 2048"):
+    with pytest.raises(ValueError, match="width is 63; it must be from 64 to 4096"):
         encode_pixels(components["effnet"], torch.zeros(1, 3, 64, 63))
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cascade.weights import ModelFolder
 from tests.training.small import train, write_config, write_pictures
-from training import assemble, run
+from training import assemble, run, statistics
 from training.configuration import read_configuration
 from training.dataset import Dataset
 from training.latents import Encoded
@@ -33,6 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     contacted: list[object] = []
     connect = socket.socket.connect
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "BATCHES", 4)  # 40 take as long as all of the training
         patch.setattr(socket.socket, "connect", lambda self, to: (contacted.append(to), connect(self, to))[1])
         for stage in run.ORDER:
             assert train(config, stage, pictures, folder / "run") == 0

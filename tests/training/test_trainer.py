@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from training.errors import TrainingError
 from training.options import Options, learning_rate_factor
@@ -88,6 +89,34 @@ def test_training_learns_and_writes_samples(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "model" / "line.safetensors")
     assert saved["bias"].item() == pytest.approx(-1, abs=0.2)
     assert (tmp_path / "run" / "samples" / "000200.png").is_file()
+
+
+class Waves(nn.Linear):
+    """Compiled, it keeps other tensors for the backward pass than otherwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).cos().exp().sin()
+
+
+class Recomputing(Line):
+    """Has a layer of its own that is compiled, and runs it again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = Waves(1, 1)
+        self.line.compile(backend="aot_eager_decomp_partition")
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        made = checkpoint(self.line, x, use_reentrant=False)
+        return {"loss": (made - y).square().mean()}
+
+
+def test_parts_that_a_task_has_compiled_are_compiled_in_both_passes(tmp_path: Path) -> None:
+    """Otherwise torch finds that what it computes again is not what it computed first."""
+    task = Recomputing()
+    before = task.line.weight.detach().clone()
+    assert fit(task, OPTIONS, tmp_path / "run", tmp_path / "model")
+    assert not torch.equal(task.line.weight, before)
 
 
 class Normalised(Line):

@@ -84,6 +84,28 @@ def published(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return root
 
 
+def test_distilled_weights_are_compared(copy: Path) -> None:
+    assert ModelFolder.open(copy).distilled() is None
+    file = copy / "turbo" / "turbo.safetensors"
+    file.parent.mkdir()
+    save_file({"prior.a.lora_A.weight": torch.ones(4)}, file)
+    write_model_json(copy, **ABOUT)
+    assert ModelFolder.open(copy).distilled() == file
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"turbo\.safetensors is damaged: "):
+        ModelFolder.open(copy).distilled()
+
+
+def test_a_sampler_is_stored_unless_it_is_the_usual_one(copy: Path) -> None:
+    prior = StageSettings(steps=3, guidance=2.0, shift=2.0, rescale=0.7, sampler="ddim")
+    write_model_json(copy, **{**ABOUT, "sampler": {**ABOUT["sampler"], "prior": prior}})
+    stored = json.loads((copy / "model.json").read_text())["sampler"]
+    assert (stored["prior"]["sampler"], "sampler" in stored["decoder"]) == ("ddim", False)
+    assert ModelFolder.open(copy).sampler == {**ABOUT["sampler"], "prior": prior}
+
+
 def test_everything_comes_back(model_folder: Path, components: dict[str, Any]) -> None:
     folder = ModelFolder.open(model_folder)
     assert (folder.name, folder.license, folder.native_size) == ("Tiny", "Apache-2.0", 128)
@@ -574,6 +596,12 @@ def test_published_in_the_hub_cache(published: Path, tmp_path: Path) -> None:
             None,
             "in the sampler of decoder, guidance is None; it must be a number at least 0.",
         ),
+        (
+            "sampler.prior.sampler",
+            "euler",
+            "in the sampler of prior, sampler is 'euler'; it must be one of ddpm, ddim,",
+        ),
+        ("sampler.prior.sampler", [], "in the sampler of prior, sampler is []; it must be one of ddpm, ddim,"),
         ("sampler.prior.shift", -1, "in the sampler of prior, shift is -1; it must be a number above 0."),
         ("sampler.prior.rescale", [], "in the sampler of prior, rescale is []; it must be a number from 0 to 1."),
         ("sampler.prior.rescale", True, "in the sampler of prior, rescale is True; it must be a number from 0 to 1."),

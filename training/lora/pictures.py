@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from cascade.images.colours import PictureError
 from cascade.images.decoding import PictureFile
-from cascade.sizes import LARGEST, MULTIPLE, SMALLEST, Size
+from cascade.sizes import MULTIPLE, SMALLEST, WHOLE, Size
 from training.errors import TrainingError
 from training.picture_folder import ENDINGS, read
 
@@ -168,7 +168,7 @@ def bucket_size(width: int, height: int, resolution: int) -> Size:
     ratio = min(max(width / height, 1 / STEEPEST), STEEPEST)
     step = max(MULTIPLE, resolution // 16 // MULTIPLE * MULTIPLE)
     sides = (resolution / math.sqrt(ratio), resolution * math.sqrt(ratio))
-    least, most = math.ceil(SMALLEST / step) * step, LARGEST // step * step
+    least, most = math.ceil(SMALLEST / step) * step, WHOLE // step * step
     rows, columns = (min(max(round(side / step) * step, least), most) for side in sides)
     return rows, columns
 

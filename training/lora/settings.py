@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from cascade.sizes import LARGEST
+from cascade.sizes import WHOLE
 from training.errors import TrainingError
 from training.options import Options
 from training.values import Count, Range, Share, check_values, kinds_of, read_toml
 
 Rank = Annotated[int, Range(1, 512)]
 TextRank = Annotated[int, Range(0, 512)]
-RESOLUTIONS = Range(128, LARGEST)
+RESOLUTIONS = Range(128, WHOLE)
 Target = Literal["attention", "mlp", "conditions", "timesteps", "all"]
 TARGET_NAMES = get_args(Target)
 Number = Literal["float16", "bfloat16", "float32"]

@@ -19,7 +19,7 @@ from cascade.request import Request
 from cascade.weights import ModelFolder
 from cascade.weights.single_file import VARIANTS
 from scripts.save_weights import main as save_weights
-from tests.conftest import make_ip_adapter
+from tests.components import make_ip_adapter
 from tests.training.small import train, write_config, write_pictures
 from training.configuration import read_configuration
 from training.dataset import Dataset

@@ -1,0 +1,279 @@
+"""The page of ``scripts/studio`` in a real browser, with the miniature."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Locator, Page, expect
+
+from serving.record import read_record
+from studio.fields import read_fields
+from studio.session import Made, Session
+
+pytestmark = pytest.mark.slow
+
+FEW = {"steps_prior": "2", "steps_decoder": "1"}
+
+
+def field(page: Page, name: str) -> Locator:
+    """Where an input is written, in an open fold."""
+    found = page.locator(f"#{name}").locator("textarea, input").first
+    if not found.is_visible():
+        page.locator(".fold", has=page.locator(f"#{name}")).locator("button.label-wrap").click()
+        found.wait_for()
+    return found
+
+
+def fill(page: Page, **values: str) -> None:
+    for name, value in values.items():
+        field(page, name).fill(value)
+
+
+def make(page: Page, session: Session, count: int = 1) -> list[Made]:
+    """Click Make, and wait for the pictures."""
+    before = len(session.made)
+    page.locator("#make").click()
+    return made_since(page, session, before, count)
+
+
+def made_since(page: Page, session: Session, before: int, count: int = 1) -> list[Made]:
+    expect(page.locator("#gallery button.thumbnail-lg")).to_have_count(before + count)
+    expect(page.locator("#make")).to_be_visible()
+    assert len(session.made) == before + count
+    return session.made[before:]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"), np.int16)
+
+
+def test_a_prompt_is_typed_and_its_picture_grows(opened: Page, session: Session) -> None:
+    before = len(session.made)
+    fill(opened, prompt="a lemon on a blue background")
+    field(opened, "prompt").press("Enter")
+    preview = opened.locator("#view .previews img")
+    preview.wait_for()
+    frame = preview.bounding_box()
+    (made,) = made_since(opened, session, before)
+    picture = opened.locator("#view .frame > img")
+    assert picture.get_attribute("alt") == made.given["prompt"] == "a lemon on a blue background"
+    assert picture.bounding_box() == pytest.approx(frame, abs=12)  # the preview has the picture's size
+    # What the browser shows is the file, decoded.
+    assert picture.evaluate("one => [one.naturalWidth, one.naturalHeight]") == [256, 256]
+    with opened.expect_download() as download:
+        opened.locator("#download").click()
+    assert download.value.path().read_bytes() == made.path.read_bytes()
+
+
+def test_a_request_is_cancelled(opened: Page, session: Session) -> None:
+    before = len(session.made)
+    fill(opened, steps_prior="50")
+    opened.locator("#num_images").get_by_text("4").click()
+    opened.locator("#make").click()
+    opened.locator("#view .previews img").first.wait_for()
+    opened.locator("#cancel").click()
+    expect(opened.locator("#status")).to_contain_text("Cancelled.")
+    expect(opened.locator("#make")).to_be_visible()
+    assert len(session.made) == before
+
+
+def test_a_mask_is_painted_and_all_else_stays(opened: Page, session: Session) -> None:
+    fill(opened, **FEW)
+    opened.locator("#output_format").get_by_text("png").click()
+    (apple,) = make(opened, session)
+    opened.get_by_role("button", name="Inpaint").click()
+    canvas = opened.locator("#brush canvas").first
+    canvas.scroll_into_view_if_needed()
+    expect(opened.locator("#image img")).to_be_visible()
+    opened.wait_for_timeout(1500)  # Gradio's editor fits the image without telling when it has
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    opened.mouse.move(x - 40, y)
+    opened.mouse.down()
+    opened.mouse.move(x + 40, y, steps=8)
+    opened.mouse.up()
+    opened.wait_for_timeout(1000)
+    fill(opened, prompt="a full moon on a green background")
+    (made,) = make(opened, session)
+    assert made.given["image"].read_bytes() == apple.path.read_bytes()
+    with Image.open(made.given["mask"]) as image:
+        mask = np.asarray(image.convert("L")) > 0
+    assert mask.shape == (256, 256)
+    assert 0.01 < mask.mean() < 0.5
+    assert mask[128, 128]
+    old, new = pixels(apple.path), pixels(made.path)
+    assert (old == new)[~mask].all()
+    assert (old != new)[mask].any()
+    expect(opened.locator("#slider img")).to_have_count(2)  # before and after
+    opened.locator("#compare input").uncheck()
+    opened.locator("#view .frame > img").wait_for()
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_a_dropped_file_brings_back_its_settings(opened: Page, session: Session, tmp_path: Path, ending: str) -> None:
+    """The file is one that the service made for anybody; made again on the page, it is the same to the byte."""
+    said = {
+        "prompt": "an octopus, “crème” 🐙 on a blue background",
+        "negative_prompt": "a leaf",
+        "aspect_ratio": "3:2",
+        "num_images": 2,
+        "seed": 2**32 - 1,
+        "steps_prior": 2,
+        "steps_decoder": 1,
+        "guidance_scale_prior": 3,
+        "output_format": ending,
+        "output_quality": 55,
+        "prompt_weighting": True,
+    }
+    given = {name: one.default for name, one in read_fields().items()} | said
+    files = session.service.predict(given, lambda *_: None)
+    originals = [file.read_bytes() for file in files]
+    dropped = tmp_path / f"any.{ending}"
+    dropped.write_bytes(originals[1])
+
+    opened.locator("#drop input[type=file]").set_input_files(dropped)
+    expect(opened.locator("#drop-note")).to_have_text("The settings are back.")
+    expect(field(opened, "prompt")).to_have_value(said["prompt"])
+    expect(field(opened, "seed")).to_have_value(str(2**32 - 1))
+    expect(field(opened, "negative_prompt")).to_have_value("a leaf")
+    expect(field(opened, "steps_prior")).to_have_value("2")
+    expect(opened.locator("#output_quality input[type=number]")).to_have_value("55")
+    expect(field(opened, "prompt_weighting")).to_be_checked()
+    made = make(opened, session, 2)
+    assert [one.path.read_bytes() for one in made] == originals
+
+
+def test_a_file_made_of_images_asks_for_them(opened: Page, session: Session, apple: Path, tmp_path: Path) -> None:
+    given = {name: one.default for name, one in read_fields().items()}
+    given |= {"image": apple, "image_prompts": [apple], "steps_prior": 2, "steps_decoder": 1, "seed": 3}
+    (file,) = session.service.predict(given, lambda *_: None)
+    original, dropped = file.read_bytes(), tmp_path / "made.webp"
+    dropped.write_bytes(original)
+    digest = read_record(dropped)["files"][0]["sha256"]
+
+    opened.locator("#drop input[type=file]").set_input_files(dropped)
+    expect(opened.locator("#drop-note")).to_contain_text(f"image (sha256 {digest[:12]})")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "other.png")
+    opened.locator("#lacking input[type=file]").set_input_files(tmp_path / "other.png")
+    expect(opened.locator("#drop-note .error")).to_contain_text("other.png")
+    opened.locator("#lacking input[type=file]").set_input_files(apple)
+    expect(opened.locator("#drop-note")).to_have_text("The settings are back.")
+    (made,) = make(opened, session)
+    assert made.path.read_bytes() == original
+
+
+def test_an_error_stands_beside_its_input(opened: Page, session: Session) -> None:
+    before = len(session.made)
+    fill(opened, height="5000")
+    opened.locator("#make").click()
+    error = opened.locator("#height-note .error")
+    expect(error).to_have_text("height is 5000; it must be a whole number from 64 to 2048.")
+    expect(opened.get_by_role("alert")).to_have_count(1)
+    below = error.bounding_box()["y"] - opened.locator("#height").bounding_box()["y"]
+    assert 0 < below < 200
+    assert len(session.made) == before
+    fill(opened, height="", **FEW)
+    make(opened, session)
+    expect(error).to_have_count(0)
+
+
+def test_words_that_the_model_does_not_know_are_named(opened: Page, session: Session) -> None:
+    fill(opened, prompt="a red apple beside a cathedral", **FEW)
+    make(opened, session)
+    expect(opened.locator("#prompt-note")).to_have_text("Stable Cascade mini does not know: cathedral.")
+    opened.locator("#known button.label-wrap").click()
+    expect(opened.locator("#known")).to_contain_text("accordion")
+
+
+def test_a_picture_is_made_into_others(opened: Page, session: Session) -> None:
+    fill(opened, seed="11", **FEW)
+    (first,) = make(opened, session)
+    count = len(session.made)
+    opened.get_by_role("button", name="Again").click()
+    (again,) = made_since(opened, session, count)
+    assert again.path.read_bytes() == first.path.read_bytes()
+    opened.get_by_role("button", name="Another seed").click()
+    (other,) = made_since(opened, session, count + 1)
+    assert other.seed != first.seed
+    assert dict(other.given) | {"seed": 11} == dict(first.given)
+    for name in ("As image prompt", "As control"):
+        opened.get_by_role("button", name=name).click()
+    expect(opened.locator("#image_prompts img")).to_have_count(1)
+    expect(opened.locator("#control_images img")).to_have_count(1)
+    (guided,) = make(opened, session)
+    for name in ("image_prompts", "control_images"):
+        (image,) = guided.given[name]
+        assert image.read_bytes() == other.path.read_bytes()
+    # A picture of the gallery, not the newest.
+    opened.locator("#gallery button.thumbnail-lg").nth(len(session.made) - count).click()
+    expect(opened.locator("#said")).to_contain_text("11")
+    opened.get_by_role("button", name="Enlarge").click()
+    (large,) = made_since(opened, session, count + 3)
+    assert pixels(large.path).shape == (512, 512, 3)
+    assert large.given["image"].read_bytes() == first.path.read_bytes()
+
+
+def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
+    keys, before = opened.keyboard, len(session.made)
+
+    def tab_to(matches: str) -> None:
+        for _ in range(120):
+            if opened.evaluate("selector => !!document.activeElement?.matches(selector)", matches):
+                return
+            keys.press("Tab")
+        raise AssertionError(f"no {matches} is reached")
+
+    tab_to("#prompt textarea")
+    keys.press("Control+A")
+    keys.type("a robot on a beige background")
+    tab_to("#make")
+    keys.press("Enter")
+    opened.locator("#view .previews img").wait_for()
+    keys.press("Escape")
+    expect(opened.locator("#status")).to_contain_text("Cancelled.")
+    assert len(session.made) == before
+    tab_to("#seed textarea")
+    keys.type("21")
+    for title, name, value in (("Settings", "steps_prior", "2"), ("Settings", "steps_decoder", "1")):
+        if not opened.locator(f"#{name}").is_visible():
+            tab_to(".fold button.label-wrap")
+            assert title in opened.evaluate("document.activeElement.textContent")
+            keys.press("Enter")
+        tab_to(f"#{name} textarea")
+        keys.type(value)
+    tab_to("#make")
+    keys.press("Enter")
+    (made,) = made_since(opened, session, before)
+    assert (made.seed, made.given["prompt"]) == (21, "a robot on a beige background")
+    # Painting needs a mouse; the mask can be said, too.
+    opened.evaluate("document.querySelector('#actions button').focus()")
+    while opened.evaluate("document.activeElement.textContent.trim()") != "Inpaint":
+        keys.press("Tab")
+    keys.press("Enter")
+    expect(opened.locator("#image img")).to_be_visible()
+    tab_to("#rectangle textarea")
+    keys.type("0, 0, 128, 256")
+    tab_to("#make")
+    keys.press("Enter")
+    (masked,) = made_since(opened, session, before + 1)
+    with Image.open(masked.given["mask"]) as mask:
+        assert mask.getbbox() == (0, 0, 128, 256)
+
+
+@pytest.mark.parametrize("look", [{"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}])
+def test_a_narrow_window_in_the_dark(opened: Page, session: Session, look: dict[str, Any]) -> None:
+    fill(opened, **FEW)
+    make(opened, session)
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 360
+    tops = [opened.locator(one).bounding_box()["y"] for one in ("#prompt", "#make", "#view", "#gallery", "#seed")]
+    assert tops == sorted(tops)
+    colours = opened.evaluate(
+        """() => ["backgroundColor", "color"].map(name => getComputedStyle(document.querySelector("#prompt textarea"))[name])"""
+    )
+    paper, ink = (np.mean([int(number) for number in re.findall(r"\d+", one)[:3]]) for one in colours)
+    assert paper < 80
+    assert ink > 180
