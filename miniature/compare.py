@@ -1,6 +1,6 @@
-"""What settings cost: pictures of the same prompts and seeds with and without them, judged in pairs.
+"""Compares settings with the model's own: pictures of the same prompts and seeds with both, judged in pairs.
 
-A pair shares its prompt and its seed, so most pairs agree, and the mean of the differences is known much better than the
+A pair shares its prompt and its seed, so most pairs agree. The mean of the differences then has a much smaller error than the
 difference of two means.
 """
 
@@ -30,8 +30,8 @@ class Judged:
     """The pictures of one setting.
 
     Attributes:
-        values: one a picture, by score, in the order of the prompts.
-        seconds: to make a picture, of each part.
+        values: one per picture, by score, in the order of the prompts.
+        seconds: time per picture, for each part.
     """
 
     values: Values = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Judged:
 
     @property
     def second(self) -> float:
-        """Of a typical picture. The first part may wait for kernels and graphs."""
+        """Seconds of a typical picture. The first part may wait for kernels and graphs."""
         return statistics.median(self.seconds)
 
 
@@ -89,7 +89,9 @@ def differences(judged: Mapping[str, Judged]) -> dict[str, dict[str, Estimate]]:
 
 
 def comparison_table(judged: Mapping[str, Judged]) -> str:
-    """A Markdown table: a row a score, a column a setting, with its difference to `EXACT` and the 95 % interval in points."""
+    """A Markdown table: one row per score, one column per setting, with its difference to `EXACT` and the 95 % interval in
+    points.
+    """
     found = differences(judged)
     lines = ["| score | " + " | ".join(judged) + " |", "|---" + "|---:" * len(judged) + "|"]
     for score, values in judged[EXACT].values.items():

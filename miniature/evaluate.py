@@ -28,7 +28,7 @@ Pictures = dict[str, list[Image.Image]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says about one picture.
+    """The judge's result for one picture.
 
     Attributes:
         prompt: what the picture was made for.
@@ -64,7 +64,7 @@ def judge_pictures(judge: Judge, pictures: Sequence[Image.Image], prompts: Seque
 
 
 def score_verdicts(verdicts: Sequence[Verdict]) -> Values:
-    """What each verdict says on each score, 1 for right; scores that no verdict says anything on are left out."""
+    """Each verdict's value of each score, 1 for right; scores without any value are left out."""
     rows: dict[str, list[bool]] = {}
     for kind, objects in (("object", 1), ("both objects", 2)):
         for label, chosen in _splits([verdict for verdict in verdicts if len(verdict.ranks) == objects]):
@@ -98,7 +98,7 @@ def text_to_pictures(cascade: Cascade, prompts: Sequence[Prompt], **settings: An
 
 
 def pictures_by_stage(cascade: Cascade, scenes: Sequence[Image.Image], prompts: Sequence[Prompt]) -> Pictures:
-    """The true scenes of prompts; what Stage A, and Stages B and A, leave of them; and pictures of the prompts themselves.
+    """The true scenes of prompts; these after Stage A, and after Stages B and A; and pictures of the prompts themselves.
 
     Stages B and A paint from the scenes' own semantic latents.
     """

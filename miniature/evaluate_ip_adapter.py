@@ -1,10 +1,10 @@
-"""How well does the miniature's IP-Adapter use references? Its pictures beside those of native image prompts, same seeds.
+"""How well does the miniature's IP-Adapter use references? Compares its pictures with those of image prompts, same seeds.
 
     .venv/bin/python -m miniature.evaluate_ip_adapter --seed 4711 --scenes 200 --ablate 50
 
-Nothing trained judges them (`judge`). References are scenes with combinations that training never shows, in styles drawn evenly.
-With --ablate, pictures are also made with each adapted block alone and without each, which tells what blocks carry style and
-composition, and at several scales. Writes ``table.md``, ``scores.json`` and sheets of the pictures.
+The judge is not trained (`judge`). References are scenes with combinations that training never shows, in styles drawn evenly.
+With --ablate, pictures are also made at several scales, with each adapted block alone, and with all but one. This shows which
+blocks carry style and composition. Writes ``table.md``, ``scores.json`` and sheets of the pictures.
 """
 
 import argparse
@@ -53,7 +53,7 @@ Way = Callable[[Image.Image], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """A reference, and what pictures are asked for.
+    """A reference, and the pictures to make from it.
 
     Attributes:
         image: the reference, RGB and square.
@@ -229,7 +229,7 @@ def evaluate(generate: Generate, judge: Judge, cases: Sequence[Case], ways: Mapp
 def ablate(
     generate: Generate, judge: Judge, cases: Sequence[Case], adapter: IPAdapter
 ) -> Iterator[tuple[str, Outcome]]:
-    """What scales and blocks do. While it runs, the adapter's configuration names the tried blocks as its style blocks."""
+    """The effect of scales and blocks. While it runs, the adapter's configuration names the tried blocks as its style blocks."""
 
     def outcome(use: str, ways: Mapping[str, Way]) -> Outcome:
         made = {name: USES[use](generate, judge, cases, way) for name, way in ways.items()}
@@ -332,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
         cases = make_cases(drawings, names, styles, seed, options.scenes, cascade.native_size)
         outcomes = evaluate(cascade.generate, judge, cases, ways_of(cascade.ip_adapter))
         if options.ablate:
-            # Other references: the modes that they decide on are judged above.
+            # Other references, because these decide on the modes that are judged above.
             tried = make_cases(drawings, names, styles, seed + 1, options.ablate, cascade.native_size)
             ablated = dict(ablate(cascade.generate, judge, tried, cascade.ip_adapter))
             sys.stdout.write(save(ablated, tried, seed + 1, options.output / "ablation"))

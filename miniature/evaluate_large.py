@@ -1,7 +1,8 @@
-"""Is one object still one object in pictures larger than the miniature's own; and what do tiles change?
+"""Do pictures larger than the miniature's own still show one object once, and what do tiles change?
 
-Pictures of one object each, of several sizes and compressions: its name by the judge, and the number of its parts beside that of
-the true scene's. And pictures whose decoder latents are made in tiles, beside the same ones made as a whole.
+Makes pictures of one object each, of several sizes and compressions. The judge names the object, and the number of its parts
+is compared with the true scene's. Also compares pictures whose decoder latents are made in tiles with the same pictures made
+as a whole.
 """
 
 from collections.abc import Iterator, Sequence

@@ -39,8 +39,8 @@ def judge_style(
         inks: of the new one, uint8 (objects, 4, s, s).
 
     Returns:
-        ``style first``: of the four drawings of the object, that in the new style is nearest; ``object first``: of all
-        drawings in the new style, the object's is nearest. Each again for trained and untrained objects alone.
+        ``style first``: of the object's four drawings, the one in the new style is nearest; ``object first``: of all
+        drawings in the new style, the object's is nearest. Each also for trained and untrained objects alone.
     """
     styles = [*_known(len(drawings), len(names)), STYLE.style]
     both = torch.cat([drawings.unflatten(0, (len(names), -1)), inks[:, None]], 1).flatten(0, 1)
@@ -74,7 +74,7 @@ def judge_subject(
     """``count`` prompts of the subject on new backgrounds; ``more`` of other objects, with the LoRA and without.
 
     Returns:
-        ``subject first``: of all drawings and the subject's, the latter is nearest. And ``object first`` of the others, by
+        ``subject first``: the subject's drawing is the nearest of all. And ``object first`` of the other objects, by
         "with" and "without".
     """
     styles = list(_known(len(drawings), len(names)))

@@ -1,10 +1,10 @@
-"""How much do the weights in prompts do on the miniature?
+"""How much do weights in prompts change on the miniature?
 
     python -m miniature.evaluate_prompts --drawings build/mini/drawings.zip --count 100
 
-Weight 0 for one of two objects, beside weight 1 and the prompt without it; and two background colours, of which the first has
-the weight w and the second 2 - w. Both with the weights acting on the hidden states alone, as in ComfyUI, and on the pooled
-text too. Writes a table to the standard output, and with --output sheets of the first pictures.
+Tries weight 0 for one of two objects, compared with weight 1 and with the prompt without it; and two background colours, of
+which the first has the weight w and the second 2 - w. Weights change either the hidden states alone, as in ComfyUI, or the
+pooled text too. Writes a table to the standard output, and with --output sheets of the first pictures.
 """
 
 import argparse

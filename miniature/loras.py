@@ -1,7 +1,7 @@
-"""What the miniature's two LoRAs learn, neither of which it ever saw: a style, and a subject.
+"""The training data of the miniature's two LoRAs: a style and a subject that the miniature never saw.
 
 The style is that of a fourth icon set: black drawings of the same objects. The subject is one drawing, made for this repository,
-with a word of its own. Both become zips of pictures with captions beside them, as `scripts/train-lora` takes any.
+with a word of its own. Both become zips of pictures with captions beside them, for `scripts/train-lora`.
 """
 
 import io
@@ -25,7 +25,7 @@ STYLE = IconSet("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "ink", "MIT
 WORD = "[pim]"
 SUBJECT = Path(__file__).parent / "subject.svg"
 SIDE = 256
-# Of five objects, one is never trained in the new style.
+# One object in five is never trained in the new style.
 UNTRAINED = 5
 # Black drawings are not seen on these.
 DARK = ("black", "dark blue", "dark green")
@@ -58,7 +58,8 @@ def subject_plans(count: int, seed: int, *, new: bool) -> Plans:
     colours = np.isin(plans.colours, [COLOUR_NAMES.index(name) for name in NEW_BACKGROUNDS])
     wanted = colours.all(1) if new else ~colours.any(1)
     plans = plans[(plans.objects[:, 1] < 0) & wanted & plans.says_background]
-    # Half of them small or at a named place: of twelve pictures with one such, the word was learned for the others alone.
+    # Half of them are small or at a named place. With one such picture in twelve, the word was learned only for the other
+    # cases.
     small = (plans.places > 0) | (plans.size_names == SIZE_NAMES.index("small"))
     half = [rows[: (count + i) // 2] for i, rows in enumerate((small.nonzero()[0], (~small).nonzero()[0]))]
     plans = plans[np.sort(np.concatenate(half))]

@@ -15,7 +15,7 @@ def decode(cascade: Cascade, latents: Tensor) -> list[Image.Image]:
 
 
 def encode_and_decode(cascade: Cascade, image: Image.Image) -> Image.Image:
-    """What Stage A's encoder and decoder leave of a picture; both sides are multiples of 4 pixels."""
+    """A picture after Stage A's encoder and decoder; both sides are multiples of 4 pixels."""
     vqgan = cascade.vqgan
     with torch.no_grad():
         latents = vqgan.encode(to_pixels(image, cascade.device).to(vqgan.dtype))

@@ -205,8 +205,10 @@ def compare_settings(options: argparse.Namespace) -> str:
         cascade.planner.loras(Request("", **settings))
     prompts = make_prompts(judge.names, judge.styles, options.seed, 2 * options.count, options.count)
     judged = compare(cascade, judge, drawings, prompts, options.compared)
+    # Few drawings may not make as many pairs as are asked for.
+    two = sum(len(prompt.objects) == 2 for prompt in prompts)
     lines = [
-        f"{options.count} prompts of one object and {options.count} of two, --seed {options.seed}, on {cascade.device.type}.",
+        f"{len(prompts) - two} prompts of one object and {two} of two, --seed {options.seed}, on {cascade.device.type}.",
         "After a colon, the mean difference to exact in points, on the same prompts and seeds, with its 95 % interval.",
         *(f"{name}: {cascade.planner.sampling(Request('', **one))}." for name, one in options.compared.items()),
     ]

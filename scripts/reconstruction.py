@@ -28,7 +28,7 @@ def reconstruct(weights: Path, source: Path, target: Path, prompt: str, seed: in
 
     Raises:
         WeightsError: the weights are missing or damaged.
-        ValueError: the source is no picture; a side is outside of 64 to 4096 pixels; the model has no semantic encoder;
+        ValueError: the source is not a picture; a side is outside of 64 to 4096 pixels; the model has no semantic encoder;
             or CASCADE_METADATA has another value than full, settings and none.
         OSError: a file cannot be read or written.
     """

@@ -1,4 +1,4 @@
-"""Replaces Cog's handling of input files, and removes the folders that it leaves. True of Cog and coglet 0.23.1.
+"""Replaces Cog's handling of input files, and removes the folders that it leaves. Written for Cog and coglet 0.23.1.
 
 Cog's worker downloads the inputs of `run` that are annotated with `cog.Path` before it calls `run`. It sets no limits,
 ignores cancellations while it downloads, and keeps the downloaded files when another download of the request fails. It

@@ -1,8 +1,7 @@
 """Decodes data URLs piece by piece.
 
 Decoding at once would take twice the URL's length in additional memory. urllib takes ninety times the length for a URL
-that is full of percent signs: 5.4 GB and 10 s for 60 MB of ``%41``, and 26 s for as many percent signs that are no
-escapes.
+that is full of percent signs: 5.4 GB and 10 s for 60 MB of ``%41``, and 26 s for as many percent signs that are not escapes.
 """
 
 import binascii

@@ -259,7 +259,7 @@ def explained(public_only: bool) -> Iterator[None]:
     except httpx.DecodingError:
         raise DownloadError("the server's answer is compressed in a way that cannot be undone") from None
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.RemoteProtocolError, httpcore.UnsupportedProtocol):
-        raise DownloadError("it is, or redirects to, something that is no valid http or https URL") from None
+        raise DownloadError("it is, or redirects to, something that is not a valid http or https URL") from None
     except OSError as error:
         raise DownloadError(f"it could not be stored ({error.strerror})") from None
 

@@ -1,11 +1,11 @@
-"""Reads inputs that records of earlier versions name otherwise."""
+"""Reads records of earlier versions, whose inputs have other names."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def current(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs under the names that they have now. Values are not checked, and inputs with current names are kept.
+    """Inputs under their present names. Values are not checked, and inputs with current names are kept.
 
     - ``image_prompt_strength``, one number for all image prompts, is now in ``image_prompt_strengths``.
     - ``control_starts`` and ``control_ends``, one number for all control images or one each, are now pairs in
@@ -22,7 +22,7 @@ def current(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _joined(starts: list[float], ends: list[float]) -> list[float]:
-    """Pairs; a list of one number serves for all."""
+    """Pairs; a list of one number is used for all."""
     count = max(len(starts), len(ends))
     starts, ends = (one * count if len(one) == 1 else one for one in (starts, ends))
     return [value for pair in zip(starts, ends, strict=False) for value in pair]

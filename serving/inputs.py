@@ -52,7 +52,7 @@ def check_inputs(given: Mapping[str, Any]) -> dict[str, Any]:
     file, and passes them on unchanged. Without a schema, it accepts everything.
 
     Args:
-        given: values by name. A missing input gets its default; a name that is no input is ignored.
+        given: values by name. A missing input gets its default; a name that is not an input is ignored.
 
     Returns:
         All inputs by name. Lists are tuples; those that may have one value for all have one for each.
@@ -86,7 +86,7 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
         cascade: the model, which has the defaults for inputs that are left out.
 
     Raises:
-        InputError: a file is no picture, or a picture does not fit the other inputs.
+        InputError: a file is not a picture, or a picture does not fit the other inputs.
     """
     image, mask = read_image_and_mask(inputs, cascade.native_size)
     size = size_of_pictures(inputs, image, cascade.native_size)
@@ -275,7 +275,7 @@ def read_controls(inputs: Mapping[str, Any], size: tuple[int, int]) -> tuple[Con
         size: (width, height) of the pictures.
 
     Raises:
-        InputError: a file is no picture.
+        InputError: a file is not a picture.
     """
     half = tuple(-(-side // 2) for side in size)
     needed = [half if kind == "super_resolution" else size for kind in inputs["control_types"]]
@@ -288,7 +288,7 @@ def read_references(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The pictures among the IP-Adapter's inputs.
 
     Raises:
-        InputError: one is no picture.
+        InputError: one is not a picture.
     """
     images, masks = inputs["ip_adapter_images"], inputs["ip_adapter_masks"]
     return {
@@ -312,7 +312,7 @@ def read_list(
         needed, options: see `read_picture`; `needed` is one for all, or one each.
 
     Raises:
-        InputError: a file is no picture.
+        InputError: a file is not a picture.
     """
     needed = needed * len(values) if len(needed) == 1 else needed
     return tuple(
@@ -325,7 +325,7 @@ def read_one(name: str, file: Path, **options: Any) -> Image.Image:
     """The picture in a file; the options are those of `read_picture`.
 
     Raises:
-        InputError: the file is no picture.
+        InputError: the file is not a picture.
     """
     try:
         return read_picture(file, name, **options)

@@ -1,4 +1,4 @@
-"""Downloaded LoRAs, kept on the disk by content up to a limit; those go first whose use is longest ago."""
+"""A disk cache of downloaded LoRAs, by content, with a size limit; the least recently used ones are removed first."""
 
 import contextlib
 import hashlib
@@ -13,35 +13,36 @@ from pathlib import Path
 
 from cascade.weights.hashing import sha256
 
-# Seconds for which what was downloaded of a source counts as what is there now.
+# Seconds for which a downloaded source is not downloaded again.
 FRESH = 3600.0
-# Seconds after which a download that was begun is one that was killed.
+# Seconds after which an unfinished download counts as killed.
 ABANDONED = 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder: ``files/DIGEST/`` has the files of one LoRA, ``sources/HASH.json`` which of them a source had, and when.
+    """A folder: ``files/DIGEST/`` has the files of one LoRA, and ``sources/HASH.json`` the digest and time of a source's
+    download.
 
     Attributes:
         root: the folder; made when needed.
-        limit: bytes of all files. What a request uses is kept, even beyond.
+        limit: bytes of all files. The files of the present request are kept even above the limit.
     """
 
     root: Path
     limit: int
 
     def get(self, source: str, fetch: Callable[[Path], None], keep: Collection[Path] = ()) -> Path:
-        """The folder with a source's files, which are fetched if they are not there. Complete or not there at all.
+        """The folder with a source's files. Missing files are downloaded. The folder is complete or absent.
 
         Args:
-            source: names it.
+            source: the source's name.
             fetch: writes the files into a folder.
             keep: folders that must not be removed.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written.
-            Exception: whatever `fetch` raises; nothing is left then.
+            Exception: any error that `fetch` raises; no files are left then.
         """
         entry = self.root / "sources" / f"{hashlib.sha256(source.encode()).hexdigest()}.json"
         folder = self._known(entry)
@@ -87,7 +88,7 @@ class Cache:
             shutil.rmtree(made, ignore_errors=True)
 
     def _make_room(self, keep: Collection[Path]) -> None:
-        """Remove what exceeds the limit, and what killed downloads have left."""
+        """Remove LoRAs above the limit, and files of killed downloads."""
         for one in self.root.glob("making-*"):
             with contextlib.suppress(OSError):
                 if time.time() - one.stat().st_mtime > ABANDONED:

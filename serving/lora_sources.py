@@ -1,6 +1,6 @@
-"""What a text says about where a LoRA is: the name of a file in the model folder, a URL, or a place on the Hub or Civitai.
+"""Parses the source of a LoRA: the name of a file in the model folder, a URL, or a model on the Hub or Civitai.
 
-Reads nothing. `serving.loras` fetches.
+Reads no file and no URL; `serving.loras` does.
 """
 
 import os
@@ -17,16 +17,16 @@ FORMS = (
     "it must be the name of a file in the model folder's loras, owner/name or owner/name/file on the Hub, a link to a model "
     "of Civitai, or a URL that ends in .safetensors, .tar or .zip"
 )
-# Parameters of URLs that are no secrets.
+# Parameters of URLs that are not secret.
 PUBLIC_PARAMETERS = ("modelVersionId", "type", "format", "size", "fp", "download")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place with a programming interface.
+    """A site with an API.
 
     Attributes:
-        name: for people.
+        name: its name in messages.
         endpoint: URL of its root.
         variable: the environment variable that has the token.
     """
@@ -37,12 +37,12 @@ class Site:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of requests to it. httpx sends Authorization to no other host."""
+        """The headers of requests to it. httpx sends Authorization to no other host."""
         token = (os.environ.get(self.variable) or "").strip()
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     def holds(self, url: str) -> bool:
-        """Whether a URL is of this site, so that it may get the token."""
+        """Whether a URL belongs to this site, so that it may get the token."""
         one, other = httpx.URL(url), httpx.URL(self.endpoint)
         return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
 
@@ -53,7 +53,7 @@ def hub() -> Site:
 
 
 def civitai() -> Site:
-    """Civitai, or what answers as it does, which CIVITAI_ENDPOINT names."""
+    """Civitai, or the compatible server that CIVITAI_ENDPOINT names."""
     endpoint = (os.environ.get("CIVITAI_ENDPOINT") or "https://civitai.com").rstrip("/")
     return Site("Civitai", endpoint, "CIVITAI_API_TOKEN")
 
@@ -101,13 +101,13 @@ _NAMED = re.compile(r"(www\.)?(huggingface\.co|hf\.co|civitai\.com)/", re.IGNORE
 
 
 def source_of(label: str, text: str) -> Source:
-    """Where a LoRA is.
+    """The source of a LoRA.
 
     Args:
         label: the input's name, for the error.
 
     Raises:
-        InputError: the text says nothing of the kind.
+        InputError: the text is not a source.
     """
     given = text.strip()
     if _NAMED.match(given):
@@ -156,7 +156,7 @@ def _of_url(url: str) -> Source | None:
 
 
 def without_secrets(text: str) -> str:
-    """A text as files and logs may hold it: of a URL's parameters, those that are no secrets, and no password."""
+    """A text for files and logs: a URL loses its password and all parameters that may be secret."""
     if not re.match("https?://", text.strip(), re.IGNORECASE):
         return text
     try:

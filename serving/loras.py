@@ -1,4 +1,4 @@
-"""The LoRAs of a request become files: of the model folder, or downloaded once and kept."""
+"""Finds the files of a request's LoRAs: in the model folder, or downloaded once and kept."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from serving.lora_sources import (
 from serving.record import Lora as Recorded
 
 LIMITS = Limits(seconds=900.0, idle_seconds=30.0, size=4_000_000_000)
-# Of what an interface answers.
+# Maximum bytes of an API's answer.
 ANSWER = Limits(seconds=60.0, idle_seconds=30.0, size=10_000_000)
 STATUS = re.compile(r"the server answered (\d{3}) ")
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
@@ -43,8 +43,8 @@ class LoraSettings:
     """How LoRAs are downloaded.
 
     Attributes:
-        cache: where they are kept.
-        limits: of each.
+        cache: keeps the files.
+        limits: of each download.
     """
 
     cache: Cache
@@ -88,11 +88,11 @@ class Loras:
         """The files of a request, each with its scale. Downloads stop within a second when this is interrupted.
 
         Args:
-            weights: what says where they are, see `lora_sources`.
+            weights: their sources, see `lora_sources`.
             scales: one for each.
 
         Raises:
-            InputError: a text says nothing of the kind, or a file is not there.
+            InputError: a text is not a source, or a file does not exist.
         """
         found: list[Lora] = []
         kept: list[Path] = []
@@ -112,7 +112,7 @@ class Loras:
         return found
 
     def explained(self, error: InputError, weights: Sequence[str], loras: Sequence[Lora]) -> InputError:
-        """An error of the engine about a request's LoRAs, in the words of the request."""
+        """Turn the engine's error about a request's LoRAs into one with the request's input names."""
         said = str(error)
         for place, (text, lora) in enumerate(zip(weights, loras, strict=True)):
             if said.startswith(f"loras[{place}]: "):
@@ -122,7 +122,7 @@ class Loras:
         return InputError(said)
 
     def recorded(self, loras: Sequence[Lora], *, hashed: bool) -> list[Recorded]:
-        """What metadata says about LoRAs."""
+        """The LoRAs' entries in metadata."""
         return [Recorded(Path(one.path).stem, _digest(Path(one.path)) if hashed else "", one.scale) for one in loras]
 
     def _local(self, label: str, name: str) -> Path:
@@ -192,14 +192,14 @@ class Loras:
         self._get(label, f"{site.endpoint}/api/download/models/{version}", folder / name, site)
 
     def _ask(self, label: str, url: str, site: Site) -> Any:
-        """The JSON that an interface answers."""
+        """The JSON that an API answers."""
         with tempfile.TemporaryDirectory(prefix="cascade-loras-") as folder:
             target = Path(folder) / "answer"
             self._get(label, url, target, site, replace(self.urls, limits=ANSWER))
             try:
                 return json.loads(target.read_bytes())
             except (ValueError, RecursionError):
-                raise InputError(f"{label}: {site.name} answers something that is no JSON.") from None
+                raise InputError(f"{label}: {site.name} answers something that is not JSON.") from None
 
     def _get(self, label: str, url: str, target: Path, site: Site | None, settings: UrlSettings | None = None) -> None:
         headers = site.headers if site is not None and site.holds(url) else {}
@@ -227,7 +227,7 @@ def _refused(site: Site, status: str, had_token: bool) -> str:
 
 
 def _file_name(url: str) -> str:
-    """What a download is called: words of textual inversions have the names of their files."""
+    """The file name of a download. It matters, because the word of a textual inversion is its file's name."""
     path = url.partition("?")[0].partition("#")[0]
     name = re.sub(r"[^\w.-]", "_", path.rpartition("/")[2])[-100:].lstrip(".")
     return name if name.lower().endswith(ENDINGS) else "lora.safetensors"

@@ -34,7 +34,7 @@ class Detail(StrEnum):
 
 
 def metadata(record: Record, detail: Detail) -> Iterator[Metadata]:
-    """Metadata for a picture's file: everything that `detail` allows, then versions with ever shorter prompts."""
+    """Metadata for a picture's file: everything that `detail` allows, then versions with shorter and shorter prompts."""
     source = SourceType.EDITED if record.edited else SourceType.CREATED
     if detail is Detail.NONE:
         yield Metadata(source)

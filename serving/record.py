@@ -106,7 +106,7 @@ class Record:
         sampler: of Stage C, such as "ddpm".
         origin: the model, device and software.
         edited: whether the picture is an altered input image, not a new picture.
-        more_sampling: of the stages "prior" and "decoder", what no input says and `Origin.sampling` does not either.
+        more_sampling: settings of the stages "prior" and "decoder" that are neither inputs nor in `Origin.sampling`.
         loras: adapters, in the order in which they were added.
         embeddings: those that the prompts name, in the order of their names.
         picture: {"index": place among the request's pictures, "seed": this picture's, "width", "height": pixels}.
@@ -257,7 +257,7 @@ def described_files(given: Mapping[str, Any], *, hashed: bool) -> Iterator[dict[
 def is_edited(request: Request) -> bool:
     """Whether part of an input image stays: its pixels, its latents, or all of it if it is enlarged.
 
-    Image prompts and edges only guide a new picture. An image at strength 1 without a mask leaves nothing of itself.
+    Image prompts and edges only guide a new picture. At strength 1 without a mask, nothing of the image stays.
     """
     enlarged = any(control.kind == "super_resolution" for control in request.controls)
     kept = request.image is not None and (request.mask is not None or request.prompt_strength < 1)

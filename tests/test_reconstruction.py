@@ -72,7 +72,7 @@ def test_what_the_latents_say_is_kept(tmp_path: Path, caplog: pytest.LogCaptureF
     ("content", "sentence"),
     [
         (None, "There is no file {file}.\n"),
-        (b"no picture", "{file} is no picture of one of the formats JPEG, PNG, "),
+        (b"no picture", "{file} is not a picture in one of the formats JPEG, PNG, "),
         (Image.new("RGB", (63, 80)), "width is 63; it must be from 64 to 4096 pixels.\n"),
     ],
 )

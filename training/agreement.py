@@ -90,7 +90,7 @@ def find_part(component: str, config: Mapping[str, Any], model: Path, *, anew: b
                 NETWORKS[component](settings.from_dict(values))
             else:
                 NETWORKS[component](**{name: value for name, value in values.items() if name in parameters})
-    except Exception as error:  # wrong values make networks raise all kinds of errors
+    except Exception as error:  # for wrong values, networks raise all kinds of errors
         raise TrainingError(f"No {component} can be built from {label}: {summary(error)}.") from error
     return Part(label, values, made=label != f"[{table}]")
 
@@ -104,7 +104,7 @@ def _check_heads(label: str, width: int, heads: int) -> None:
 def check_agreement(config: Mapping[str, Any], model: Path, stage: str) -> None:
     """Checks that all components fit together, and that the configuration has the tables that a stage needs.
 
-    For a component that is in the model folder, its own configuration counts, not the tables.
+    For a component that is in the model folder, its own configuration is used, not the tables.
 
     Args:
         config: the configuration's tables, checked by `configuration.check_tables`.

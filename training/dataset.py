@@ -68,10 +68,11 @@ class Dataset(ABC):
         """Pixels (len(indices), 3, height, width), float32 in 0..1."""
 
     def references(self, indices: Tensor) -> Tensor:
-        """Reference images for the IP-Adapter: what the pictures show, in another form. Pixels as `images` returns them.
+        """Reference images for the IP-Adapter, which show the pictures' content in another form. Pixels as `images` returns
+        them.
 
-        Here: a random part of the picture, of at least `LEAST_PART` of each side, mirrored every other time. The same for the
-        same index.
+        Here: a random part of the picture, of at least `LEAST_PART` of each side, mirrored half of the time. An index always
+        gives the same part.
         """
         pixels = self.images(indices)
         height, width = pixels.shape[-2:]

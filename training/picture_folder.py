@@ -36,7 +36,7 @@ def captioned_pictures(folder: Path) -> list[Captioned]:
     Files whose names begin with a dot are ignored.
 
     Raises:
-        TrainingError: there is no picture, a picture has no caption, or a caption is not UTF-8.
+        TrainingError: there is not a picture, a picture has no caption, or a caption is not UTF-8.
     """
     files = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
     found = []

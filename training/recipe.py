@@ -33,7 +33,7 @@ WRITE_SECONDS = 10.0
 
 @dataclass
 class Ledger:
-    """What training cost in all, kept in the training's folder.
+    """The times of a whole training, kept in the training's folder.
 
     Attributes:
         calls: of `train_all`: ``started`` (UTC), ``seconds`` and ``gpus`` (their number).
@@ -118,7 +118,7 @@ class Recipe:
         return [stage for stage in self.stages if not self.finished(stage)]
 
     def train(self) -> int:
-        """Starts stages as they become ready, until all are finished or none can go on; returns the exit code."""
+        """Starts stages as they become ready, until all are finished or none can be started; returns the exit code."""
         while True:
             self._collect()
             if not self.stopping and not self.code and time.time() < self.deadline:
@@ -143,7 +143,7 @@ class Recipe:
         for stage in self.unfinished:
             if len(self.running) >= self.at_once:
                 return
-            # A stage may be finished and its process still end; until then, what it made has not been copied.
+            # A stage may be finished while its process has not ended yet. Its components are copied only after that.
             active = {one.stage for one in self.running}
             if stage not in active and not active.union(self.unfinished).intersection(waits_for(stage)):
                 self._start(stage)
@@ -172,7 +172,7 @@ class Recipe:
         say(f"{stage}: started{where}" + (f"; its output is in {log.name}" if log else ""))
 
     def _collect(self) -> None:
-        """Takes note of stages that have ended."""
+        """Handles stages whose processes have ended."""
         for one in list(self.running):
             code = one.process.poll()
             one.entry["seconds"] = time.time() - one.began
@@ -211,7 +211,7 @@ class Recipe:
 
 
 def copy_stage(output: Path, stage: str, target: Path) -> None:
-    """Copies what a finished stage made; the folder then has what it takes to go on with the next stages.
+    """Copies what a finished stage made; the folder then has everything that the next stages need.
 
     Raises:
         TrainingError: a file cannot be written.
@@ -255,7 +255,7 @@ def train_all(
         config, data, output: as `training.run` has them.
         at_once: how many stages may run at the same time; they are spread over the GPUs.
         deadline: wall-clock time (`time.time`) at which stages save and end, and no more are started.
-        copy_to: gets what each finished stage made, in the layout of ``output``; to go on elsewhere with.
+        copy_to: gets what each finished stage made, in the layout of ``output``, so that training can continue elsewhere.
 
     Returns:
         0 if all stages are finished or the time is up; otherwise the exit code of the first stage that failed, or 128 plus the

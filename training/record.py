@@ -89,7 +89,7 @@ class Record:
 
 
 def read_times(file: Path, make: Callable[[Any], T]) -> T | None:
-    """What ``make`` makes of a JSON file's content; None if there is no file.
+    """The result of ``make`` for a JSON file's content; None if there is no file.
 
     Raises:
         TrainingError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Which picture size a training step has: mostly the native one, and regularly another, so that networks learn them all."""
+"""The picture size of each training step: mostly the native one, and regularly another, so that networks learn all sizes."""
 
 from dataclasses import dataclass
 from itertools import pairwise

@@ -24,8 +24,8 @@ class Task(nn.Module, ABC):
     Parameters that require gradients are trained. Networks that stay frozen are kept out of the module, in a plain dict.
 
     Attributes:
-        dataset: what is trained on; None for a task that has no fixed number of pictures.
-        unseen: held-out pictures, which `evaluate` looks at.
+        dataset: the training pictures; None for a task that has no fixed number of pictures.
+        unseen: held-out pictures, for `evaluate`.
     """
 
     dataset: Dataset | None = None

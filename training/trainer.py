@@ -1,8 +1,8 @@
 """The training loop of every stage.
 
 `fit` trains a `Task` through accelerate: mixed precision, gradient accumulation and clipping, several processes, averaged weights
-(EMA), TensorBoard, evaluation, and checkpoints that resume exactly. They can, because what a step sees depends on nothing but
-the seed, the step and the process.
+(EMA), TensorBoard, evaluation, and checkpoints that resume exactly. This is possible because the data of a step depends only
+on the seed, the step and the process.
 """
 
 import contextlib
@@ -254,7 +254,9 @@ class Trainer:
         return self.accelerator.num_processes == 1 or step == first or step % AGREE_EVERY == 0
 
     def _agree(self, *wishes: bool) -> list[bool]:
-        """Whether any process wishes each. All must save and stop at the same step, or they would wait for ever."""
+        """Whether any process wants each of them. All must save and stop at the same step, or they would wait for each other
+        forever.
+        """
         if self.accelerator.num_processes == 1:
             return list(wishes)
         values = torch.tensor(wishes, dtype=torch.float32, device=self.device)

@@ -109,7 +109,7 @@ def read_mask(name: str, mask: Image.Image) -> Image.Image:
 
     Raises:
         InputError: it is black all over.
-        ValueError: it has 32 bits a channel.
+        ValueError: it has 32 bits per channel.
     """
     grey = mask if mask.mode == "L" and not mask.has_transparency_data else None
     grey = to_rgb(mask, name, background="black").convert("L") if grey is None else grey

@@ -74,7 +74,7 @@ class Conversion:
             PictureError: it has 32 bits per channel.
         """
         if image.mode in ("I", "F"):
-            raise PictureError(f"{name} has 32 bits a channel; 8 or 16 are read.")
+            raise PictureError(f"{name} has 32 bits per channel; 8 or 16 are read.")
         greys = clear = None
         if image.mode.startswith("I;16"):
             greys, clear = greys_of(image), image.info.get("transparency")

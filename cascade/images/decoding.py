@@ -68,7 +68,7 @@ class PictureFile:
         except MemoryError as error:
             raise PictureError(f"{name} needs more memory to be read than is free.") from error
         except Exception as error:  # Pillow's formats raise various errors
-            raise PictureError(f"{name} is no picture of one of the formats {', '.join(FORMATS)}.") from error
+            raise PictureError(f"{name} is not a picture in one of the formats {', '.join(FORMATS)}.") from error
         mend_transparent_colour(image)
         self.image: Image.Image | None = image
         self.format = image.format or "picture"

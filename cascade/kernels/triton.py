@@ -16,13 +16,12 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.runtime import driver
 
-from cascade.kernels import plain
-from cascade.kernels.compiled import jit, use_launchers
+from cascade.kernels import compiled, plain
 from cascade.kernels.layers import is_hooked, is_ordinary
 from cascade.kernels.plain import linear as linear
 from cascade.kernels.stream import Stream
 
-use_launchers()
+compiled.use_launchers()
 
 EPS = tl.constexpr(1e-6)
 # Minimum number of programs of a reduction: several per multiprocessor of the largest GPUs.
@@ -46,7 +45,7 @@ def _settled(x, bias, scale, shift, HAS_BIAS: tl.constexpr, HAS_AFFINE: tl.const
     return x
 
 
-@jit(do_not_specialize=["rows_per_sample"])
+@compiled.jit(do_not_specialize=["rows_per_sample"])
 def _norm(
     x_ptr, bias_ptr, scale_ptr, shift_ptr, ahead_ptr, settled_ptr, normed_ptr,
     rows_per_sample, C, affine_row,
@@ -136,7 +135,7 @@ def _normed_four(first, second, third, fourth, inside, C):
     return first, second, third, fourth
 
 
-@jit(do_not_specialize=["H", "W", "columns"])
+@compiled.jit(do_not_specialize=["H", "W", "columns"])
 def _depthwise_norm(
     x_ptr, before_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr, skip_ptr, settled_ptr, normed_ptr,
     H, W, C, columns, affine_row, weight_channel, weight_tap,
@@ -243,7 +242,7 @@ def _gelu(x):
     return half * _tanh(inner) + half
 
 
-@jit(do_not_specialize=["tokens", "per_part"])
+@compiled.jit(do_not_specialize=["tokens", "per_part"])
 def _response_sizes(
     hidden_ptr, squares_ptr, sizes_ptr, sums_ptr, counters_ptr,
     tokens, N, per_part,
@@ -290,7 +289,7 @@ def _response_sizes(
         tl.store(sums_ptr + sample * blocks + block, tl.sum(sizes))
 
 
-@jit(do_not_specialize=["tokens", "sums"])
+@compiled.jit(do_not_specialize=["tokens", "sums"])
 def _respond(
     hidden_ptr, sizes_ptr, sums_ptr, gamma_ptr, beta_ptr,
     tokens, N, sums,
@@ -375,7 +374,7 @@ def _attend(
     return acc, norm, top
 
 
-@jit(do_not_specialize=["own", "queries", "context"])
+@compiled.jit(do_not_specialize=["own", "queries", "context"])
 def _attention(
     q_ptr, k_ptr, v_ptr, key_ptr, value_ptr, bias_ptr, out_ptr,
     own, queries, context, factor, root,
@@ -469,7 +468,7 @@ def _add_map(acc, weight_ptr, bias_ptr, times_ptr, n, e, N, E):
     return acc + tl.sum(weight * embedding[None, :], axis=1)
 
 
-@jit()
+@compiled.jit()
 def _timestep_maps(
     weight0_ptr, bias0_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, times_ptr, out_ptr,
     N, E,
@@ -505,7 +504,7 @@ def timestep_maps(mappers: Sequence[nn.Module], times: Tensor, dtype: torch.dtyp
     return out
 
 
-@jit(do_not_specialize=["rows"])
+@compiled.jit(do_not_specialize=["rows"])
 def _row_statistics(x_ptr, statistics_ptr, rows, C, P: tl.constexpr, CB: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     column = tl.arange(0, CB)
@@ -517,7 +516,7 @@ def _row_statistics(x_ptr, statistics_ptr, rows, C, P: tl.constexpr, CB: tl.cons
     tl.store(statistics_ptr + 2 * row + 1, tl.rsqrt(tl.sum(centred * centred, axis=1) / C + EPS), mask=row < rows)
 
 
-@jit(do_not_specialize=["H", "W", "columns"])
+@compiled.jit(do_not_specialize=["H", "W", "columns"])
 def _mix(
     x_ptr, statistics_ptr, gammas_ptr, weight_ptr, bias_ptr, ahead_ptr, mixed_ptr, normed_ptr,
     H, W, C, columns, weight_channel, weight_tap,

@@ -6,7 +6,7 @@ adapters change are written. Each is computed from the base weight, which is rea
 adapters the weights equal the base to the bit.
 
 The adapters of each tensor are recorded when it is written. If a request ends in the middle of a change, some tensors have
-the old adapters and some the new ones; the next request changes every tensor that does not have its own adapters.
+the old adapters and some the new ones; the next request changes every tensor whose adapters are not that request's.
 """
 
 import contextlib

@@ -26,8 +26,8 @@ class Words:
         # By keys without white space, because the names of embeddings in prompts must not contain any.
         self.vectors = {re.sub(r"\s", "_", name): tensor for name, tensor in vectors.items()}
         longest_first = sorted(vectors, key=len, reverse=True)
-        # One key per group of the expression. What a group finds may be spelled otherwise: \u017f is an s there, and not
-        # lower().
+        # One key per group of the expression. A group may find another spelling: it takes \u017f for an s, and lower()
+        # does not.
         self._keys = [re.sub(r"\s", "_", name) for name in longest_first]
         self._found = re.compile("|".join(f"({_expression(name)})" for name in longest_first), re.IGNORECASE)
 

@@ -34,7 +34,7 @@ def convert(source: Path, target: Path, width: int = 1280) -> tuple[int, int]:
     except OSError:
         raise
     except Exception as error:  # for bytes that are not a pickle, the unpickler may raise any error
-        raise ValueError(f"{source} is no file of tensors that torch.save wrote.") from error
+        raise ValueError(f"{source} is not a file of tensors that torch.save wrote.") from error
     found = [one[None] if one.dim() == 1 else one for one in _vectors(content, width)]
     if not found or any(one.dim() != 2 for one in found):
         raise ValueError(f"{source} has no vectors of an embedding.")

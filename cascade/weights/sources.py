@@ -298,4 +298,4 @@ def _check_kind(path: Path) -> None:
             raise pickle_error(path) from error
         if path.suffix.lower() == SUFFIX:
             raise unreadable(path, error) from error
-        raise WeightsError(f"{path} is no safetensors file, the only kind that is opened.") from error
+        raise WeightsError(f"{path} is not a safetensors file, the only kind that is opened.") from error

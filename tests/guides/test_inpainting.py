@@ -184,7 +184,7 @@ def test_masks_that_were_made_by_resizing_the_image_have_its_shape(width: int, h
             ValueError,
             "height is 80, but image has 80x72 pixels, and with a mask pictures have its size.",
         ),
-        ({"image": photo(80, 80), "mask": Image.new("F", (80, 80), 1)}, ValueError, "mask has 32 bits a channel"),
+        ({"image": photo(80, 80), "mask": Image.new("F", (80, 80), 1)}, ValueError, "mask has 32 bits per channel"),
     ],
 )
 def test_wrong_masks_are_refused_in_one_sentence(request_: dict[str, Any], error: type, message: str) -> None:

@@ -178,8 +178,8 @@ def test_image_prompts(server: Server) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        (data_url(b"not a picture"), "image is no picture of one of the formats JPEG, PNG, "),
-        ("data:image/png;base64,!!!", "image is no picture of one of the formats JPEG, PNG, "),
+        (data_url(b"not a picture"), "image is not a picture in one of the formats JPEG, PNG, "),
+        ("data:image/png;base64,!!!", "image is not a picture in one of the formats JPEG, PNG, "),
         (data_url(png_of(20_000, 20_000)), "image is too large: 64,000,000 pixels are the limit."),
         (data_url(png_of(9_000, 9_000)), "image is too large: it has 9000x9000 pixels, and 64,000,000 are the limit."),
         (data_url(png_of(100, 100)), "image is a damaged PNG file."),

@@ -65,7 +65,7 @@ def test_the_record_makes_the_picture_again(controlled: Server) -> None:
         ),
         (
             {"ip_adapter_images": ["data:image/png;base64,AAAA"]},
-            "ip_adapter_images[0] is no picture of one of the formats",
+            "ip_adapter_images[0] is not a picture in one of the formats",
         ),
     ],
 )

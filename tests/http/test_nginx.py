@@ -80,7 +80,7 @@ def test_predictions(proxy: str, server: Server, receiver: Receiver) -> None:
     server.wait_until("READY")
     large = {**SMALL, "image": data_url(b"x" * 8_000_000)}
     answer = requests.post(f"{proxy}/predictions", json={"input": large}, headers=TOKEN, timeout=ANSWER)
-    assert "is no picture" in answer.json()["error"]
+    assert "is not a picture" in answer.json()["error"]
     assert requests.get(f"{proxy}/health-check", timeout=ANSWER).json()["status"] in ("READY", "BUSY")
     assert requests.get(f"{proxy}/openapi.json", timeout=ANSWER).status_code == 200
     hook = {"webhook": f"{receiver.url}/hook", "webhook_events_filter": ["completed"]}

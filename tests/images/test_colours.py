@@ -191,5 +191,5 @@ def test_lab(tmp_path: Path) -> None:
 
 def test_32_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "picture", "TIFF")
-    with pytest.raises(ValueError, match=r"^mask has 32 bits a channel; 8 or 16 are read\.$"):
+    with pytest.raises(ValueError, match=r"^mask has 32 bits per channel; 8 or 16 are read\.$"):
         read_picture(tmp_path / "picture", "mask", mask=True)

@@ -134,10 +134,10 @@ def test_small_and_long_ones(tmp_path: Path, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "image is no picture of one of the formats JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF."),
-        (b"not a picture", "image is no picture of one of the formats"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "image is no picture of one of the"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image is no picture of one of the formats"),
+        (b"", "image is not a picture in one of the formats JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF."),
+        (b"not a picture", "image is not a picture in one of the formats"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "image is not a picture in one of the"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image is not a picture in one of the formats"),
         (png_of(8000, 8001), "image is too large: it has 8000x8001 pixels, and 64,000,000 are the limit."),
         (png_of(20_000, 20_000), "image is too large: 64,000,000 pixels are the limit."),
         (png_of(2**31 - 1, 2**31 - 1), "image is too large: 64,000,000 pixels are the limit."),
@@ -165,7 +165,9 @@ def test_half_a_file_is_damaged(tmp_path: Path, kind: str) -> None:
     noise.save(tmp_path / "picture", kind)
     content = (tmp_path / "picture").read_bytes()
     (tmp_path / "picture").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"^image is (a damaged {kind} file|no picture of one of the formats .*)\.$"):
+    with pytest.raises(
+        ValueError, match=rf"^image is (a damaged {kind} file|not a picture in one of the formats .*)\.$"
+    ):
         read_picture(tmp_path / "picture", "image")
 
 

@@ -99,14 +99,17 @@ def test_comparison(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: py
     assert evaluate_mini.main(options) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
-    assert lines[0] == "2 prompts of one object and 2 of two, --seed 7, on cpu."
+    # Of four drawings, no two are kept from training, so there is no unseen prompt of two.
+    assert lines[0] == "2 prompts of one object and 1 of two, --seed 7, on cpu."
     assert lines[3].startswith(
         "steps_prior=2,sampler=ddim,guidance_interval=0:0.5: Stage C 2 steps of ddim with guidance 4 from"
     )
     assert lines[5] == "| score | exact | fast | steps_prior=2,sampler=ddim,guidance_interval=0:0.5 |"
     assert (tmp_path / "out" / "compare-7.md").read_text() == said
     content = json.loads((tmp_path / "out" / "compare-7.json").read_text())
-    assert len(content["judged"]["fast"]["values"]["both objects first"]) == 2
+    for name in ("exact", "fast"):
+        values = content["judged"][name]["values"]
+        assert (len(values["object first"]), len(values["both objects first"])) == (2, 1)
     assert evaluate_mini.main([*options[:-2], "turbo"]) == 1
     assert capsys.readouterr().err.startswith("speed is 'turbo', which needs distilled weights")
 

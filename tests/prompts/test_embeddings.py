@@ -130,7 +130,7 @@ class Runs:
 def test_what_is_not_converted(content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(content, "cat.pt")
-    with pytest.raises(ValueError, match=r"^cat\.pt (is no file of tensors|has no vectors)"):
+    with pytest.raises(ValueError, match=r"^cat\.pt (is not a file of tensors|has no vectors)"):
         convert(Path("cat.pt"), Path("cat.safetensors"), WIDTH)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.pt"]
 
@@ -138,7 +138,7 @@ def test_what_is_not_converted(content: object, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("content", [b"", b"root:x:0:0", b"r\x01\0\0\0", b"h\x07.", b"\x80\x02}q\0(K\x01"])
 def test_bytes_that_are_no_pickle_are_not_converted(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "cat.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="is no file of tensors"):
+    with pytest.raises(ValueError, match="is not a file of tensors"):
         convert(tmp_path / "cat.pt", tmp_path / "cat.safetensors", WIDTH)
 
 

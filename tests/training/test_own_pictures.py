@@ -137,7 +137,7 @@ FAULTS = {
     "cut picture": (cut, "pictures/03.png is a damaged PNG file."),
     "no picture": (
         lambda folder: (folder / "03.png").write_text("text"),
-        "pictures/03.png is no picture of one of the",
+        "pictures/03.png is not a picture in one of the",
     ),
     "empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "pictures holds no pictures (.jpg,"),
     "no folder": (

@@ -486,7 +486,7 @@ PICKLE = "{} is a pickle, which can run code when it is read; only safetensors f
         ("x.safetensors", b"PK\x03\x04" + bytes(40), PICKLE),
         ("x.gguf", b"GGUF" + bytes(40), "{} is a GGUF file; only safetensors files are opened."),
         ("x.safetensors", b"<!doctype html><html>", "{} is truncated or no safetensors file: "),
-        ("x.png", b"\x89PNG" + bytes(40), "{} is no safetensors file, the only kind that is opened."),
+        ("x.png", b"\x89PNG" + bytes(40), "{} is not a safetensors file, the only kind that is opened."),
         ("x.safetensors", b"", "{} is truncated or no safetensors file: "),
     ],
 )

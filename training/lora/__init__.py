@@ -1,11 +1,11 @@
 """Training LoRAs of Stage C: a folder or zip of pictures becomes one safetensors file.
 
-- `pictures`: what is trained on, read from a folder or a zip, in buckets of one size each.
-- `settings`: what may be chosen, and the recipe files that choose it.
+- `pictures`: the training pictures, read from a folder or a zip, in buckets of one size each.
+- `settings`: the settings, and recipe files.
 - `adapters`: PEFT's layers in our networks; `words`: new words, and captions as the text encoder takes them.
 - `data`: pictures and captions, encoded once.
 - `file`: the file that is written.
-- `run`: all of it, one training.
+- `run`: one training, from start to end.
 
 The task itself is `training.tasks.lora`.
 """

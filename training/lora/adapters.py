@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training.errors import TrainingError
 
 ADAPTER = "default"
-# Of Stage C's Linear layers, by target; and of the text encoder's, those that ComfyUI knows by kohya's names.
+# Stage C's Linear layers, by target; and those of the text encoder that ComfyUI knows by kohya's names.
 TARGETS = {
     "text_encoder": r"text_model\.encoder\..*",
     "attention": r".*\.attention\.(to_qkv|to_out\.0)",
@@ -45,7 +45,7 @@ class Adapted(NamedTuple):
 
 
 def linear_layers(network: nn.Module, targets: Sequence[str] = ("all",)) -> list[str]:
-    """The names of a network's Linear layers that are meant by `TARGETS`."""
+    """The names of a network's Linear layers that `TARGETS` choose."""
     patterns = [re.compile(TARGETS[target]) for target in targets]
     return [
         name

@@ -42,7 +42,7 @@ def sample_latents(
     settings: StageSettings,
     seeds: Sequence[int],
 ) -> Tensor:
-    """What Stage C makes of texts: float32 (B, 16, h, w), of square pictures; a few at a time.
+    """Sample Stage C's latents of square pictures for texts, a few at a time: float32 (B, 16, h, w).
 
     Args:
         text: of B prompts, or of one for all.
@@ -100,7 +100,7 @@ class Texts:
 
 
 class Latents:
-    """Latents by size, of which micro-batches are drawn.
+    """Latents by size, from which micro-batches are drawn.
 
     Attributes:
         groups: of each size, latents (N, 16, h, w) and the rows of their captions (N,).
@@ -123,9 +123,9 @@ class Latents:
         return cls(groups)
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents (size, 16, h, w) and the rows of their captions (size,). Every picture is as likely as any other.
+        """Latents (size, 16, h, w) and the rows of their captions (size,). All pictures are equally likely.
 
-        No picture comes twice while the group has others.
+        A picture is drawn again only after all others of its size.
         """
         own = torch.Generator().manual_seed(generator.initial_seed())
         latents, rows = self.groups[int(torch.multinomial(self._counts, 1, generator=own))]

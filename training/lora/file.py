@@ -1,6 +1,6 @@
-"""The file of a LoRA: kohya's names of 25 February 2024, all of which ComfyUI knows, and what it says about itself.
+"""The file of a LoRA: kohya's names of 25 February 2024, all of which ComfyUI reads, and its metadata.
 
-Learned words are in it as OneTrainer bundles them: "bundle_emb.WORD.clip_g".
+Learned words are stored as OneTrainer bundles them: "bundle_emb.WORD.clip_g".
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from training.lora.adapters import Adapted
 
 FILE = "lora.safetensors"
 PREFIXES = {"prior": "lora_unet_", "text_encoder": "lora_te_"}
-# The authors' names of what is called otherwise in published files.
+# The authors' names where published files have other names.
 ATTENTION = {"to_q": "attn.to_q", "to_k": "attn.to_k", "to_v": "attn.to_v", "to_out.0": "attn.out_proj"}
 
 
 def key_of(network: str, layer: str) -> str:
-    """What a layer, by its published name, is called: "lora_unet_down_blocks_0_2_attention_attn_to_q"."""
+    """kohya's name for a layer's published name, such as "lora_unet_down_blocks_0_2_attention_attn_to_q"."""
     stem, found, last = layer.rpartition("attention.")
     if found and last in ATTENTION:
         layer = f"{stem}attention.{ATTENTION[last]}"
@@ -54,13 +54,13 @@ def tensors_of(
 def metadata_of(
     tensors: Mapping[str, Tensor], *, title: str, resolution: int, rank: int, alpha: float, word: str, model: str
 ) -> dict[str, str]:
-    """Stability AI's model specification 1.0.0, and the fields of kohya's by which tools tell files apart.
+    """Stability AI's model specification 1.0.0, and kohya's fields by which tools tell files apart.
 
     Args:
         title: of the file.
         resolution: pixels of a side.
         rank, alpha: of the LoRA.
-        word: that calls what was learned; "": none does.
+        word: the prompt word for what was learned; "": there is none.
         model: the name of the model that was trained.
     """
     found = {
@@ -100,5 +100,5 @@ def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     for key, tensor in tensors.items():
         if not math.isfinite(tensor.float().abs().max()):
             raise ValueError(f"{key} holds values that are infinite or no numbers (NaN)")
-    # Not by save_file, whose files only their owner can read.
+    # Not by save_file, because only the owner can read its files.
     path.write_bytes(safetensors.torch.save(dict(tensors), dict(metadata)))

@@ -1,4 +1,4 @@
-"""A training from a zip to a tar: what a server does with one request."""
+"""One training on a server: from a zip to a tar."""
 
 import io
 import json
@@ -39,11 +39,11 @@ def run_job(
     Args:
         weights: the model folder.
         pictures: a zip, or a folder.
-        folder: empty; everything is written here, and whoever made it removes it.
-        recipe: what is trained, and how.
-        seconds: after which training stops, and returns what it has; None: it does not.
+        folder: an empty folder for all files. The caller removes it.
+        recipe: the settings of the training.
+        seconds: time limit, after which training stops and the LoRA so far is returned; None: no limit.
         prompt: of the two pictures; "": the first caption.
-        name: what errors call the zip; None: its file's name.
+        name: the zip's name in errors; None: its file's name.
 
     Returns:
         A tar of lora.safetensors, settings.json, before.webp and after.webp.
@@ -60,7 +60,7 @@ def run_job(
     except Stopped as stopped:
         raise TrainingError(f"The server is being stopped; the training ended after step {stopped.step}.") from None
     finally:
-        # Another training may be of another precision, which accelerate's state forbids.
+        # The next training may have another precision, which accelerate's global state would forbid.
         AcceleratorState._reset_state(reset_partial_state=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -92,6 +92,6 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def _before_and_after(weights: Path, file: Path, prompt: str, seed: int) -> tuple[Image.Image, Image.Image]:
     cascade = Cascade.load(weights)
-    # A word that the LoRA brings is text like any other without it.
+    # Without the LoRA, its word is ordinary text.
     pictures = [cascade.generate(Request(prompt, seed=seed, loras=loras))[0] for loras in ((), (Lora(file),))]
     return pictures[0], pictures[1]

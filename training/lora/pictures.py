@@ -15,19 +15,20 @@ from cascade.sizes import MULTIPLE, SMALLEST, WHOLE, Size
 from training.errors import TrainingError
 from training.picture_folder import ENDINGS, read
 
-# Of a zip: files, bytes of one, and of all. A picture of 64 million pixels, the limit, has at most 200 MB as PNG.
+# Limits of a zip: number of files, bytes of one file, and bytes of all. A picture of 64 million pixels, the limit, has at
+# most 200 MB as PNG.
 MOST_FILES = 10_000
 MOST_BYTES = 200_000_000
 MOST_BYTES_IN_ALL = 8_000_000_000
 CAPTIONS = ".txt"
 CHUNK = 1 << 20
-# What a bucket's shape may be: width to height.
+# Largest ratio of a bucket's sides.
 STEEPEST = 4.0
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """A picture and what it shows.
+    """A picture and its caption.
 
     Attributes:
         file: the picture.
@@ -41,12 +42,12 @@ class Captioned:
 
 
 def unpack(archive: Path, folder: Path, name: str) -> Path:
-    """The pictures and text files of a zip, written to an empty folder; what else it holds is left out.
+    """Write the pictures and text files of a zip to an empty folder; other files in it are ignored.
 
     Args:
         archive: a zip file.
         folder: need not exist.
-        name: what errors call the zip.
+        name: the zip's name in errors.
 
     Returns:
         The folder.
@@ -69,14 +70,14 @@ def unpack(archive: Path, folder: Path, name: str) -> Path:
         if isinstance(error, OSError) and error.errno is not None:
             raise TrainingError(f"{name} cannot be unpacked: {error.strerror}.") from error
         if not zipfile.is_zipfile(archive):
-            raise TrainingError(f"{name} is no zip file.") from error
+            raise TrainingError(f"{name} is not a zip file.") from error
         raise TrainingError(f"{name} is a damaged or encrypted zip file: {str(error).rstrip('.')}.") from error
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _path(member: zipfile.ZipInfo) -> PurePosixPath:
-    """Where a file lies in a zip; some programs on Windows write backslashes."""
+    """A file's path in a zip; some programs on Windows write backslashes."""
     return PurePosixPath(member.filename.replace("\\", "/"))
 
 
@@ -94,7 +95,7 @@ def _write(archive: str, opened: zipfile.ZipFile, member: zipfile.ZipInfo, folde
         raise TrainingError(f"{archive} holds {member.filename!r}, which is a link, not a picture.")
     target = folder.joinpath(*name.parts)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # By what comes out: the size in the header may be a lie.
+    # Counts the unpacked bytes, because the size in the header may be wrong.
     written = 0
     with opened.open(member) as source, target.open("wb") as file:
         while chunk := source.read(CHUNK):
@@ -114,7 +115,7 @@ def _write(archive: str, opened: zipfile.ZipFile, member: zipfile.ZipInfo, folde
 def find_pictures(path: Path, scratch: Path, name: str | None = None) -> Path:
     """The folder of pictures that a path means: itself, or a zip unpacked to ``scratch``.
 
-    name: what errors call the zip; None: its file's name.
+    name: the zip's name in errors; None: its file's name.
 
     Raises:
         TrainingError: there is neither, see `unpack`.
@@ -128,7 +129,7 @@ def find_pictures(path: Path, scratch: Path, name: str | None = None) -> Path:
 
 
 def caption_of(file: Path, *, otherwise: str, prefix: str, word: str) -> str:
-    """What a picture is said to show.
+    """A picture's caption.
 
     Args:
         file: the picture; a text file of its name beside it has its caption.
@@ -162,8 +163,8 @@ def caption_of(file: Path, *, otherwise: str, prefix: str, word: str) -> str:
 def bucket_size(width: int, height: int, resolution: int) -> Size:
     """The (height, width) at which a picture is trained on: its shape, with about the area of a square.
 
-    Sides are multiples of a 16th of the square's, 64 pixels of 1024, so that pictures of nearly one shape share a bucket. What
-    exceeds 4:1 is cut off.
+    Sides are multiples of a 16th of the square's side, 64 pixels for 1024, so that pictures of similar shapes share a bucket.
+    Pictures beyond 4:1 are cropped to it.
     """
     ratio = min(max(width / height, 1 / STEEPEST), STEEPEST)
     step = max(MULTIPLE, resolution // 16 // MULTIPLE * MULTIPLE)
@@ -201,7 +202,7 @@ def _size(file: Path, resolution: int) -> Size:
     except OSError as error:
         raise TrainingError(f"{file.name} cannot be read: {error.strerror or error}.") from error
     size = bucket_size(width, height, resolution)
-    read(file, (size[1], size[0]))  # a damaged one is found before training
+    read(file, (size[1], size[0]))  # so that a damaged picture is found before training
     return size
 
 

@@ -1,4 +1,4 @@
-"""One training of a LoRA: the model, pictures, what is trained, and the file at the end."""
+"""One training of a LoRA, from the model and the pictures to the file."""
 
 import dataclasses
 import json
@@ -36,13 +36,13 @@ SETTINGS = "settings.json"
 def train_lora(
     weights: Path, pictures: Path, output: Path, recipe: Recipe, *, lite: bool = False, deadline: float = math.inf
 ) -> bool:
-    """Train a LoRA, or go on with one that was stopped.
+    """Train a LoRA, or continue a training that was stopped.
 
     Args:
         weights: the model folder.
         pictures: a folder of pictures.
         output: gets `FILE`, the recipe as `SETTINGS`, and in `STATE` checkpoints, samples and logs.
-        recipe: what is trained, and how.
+        recipe: the settings of the training.
         lite: of the published repositories, whether the smaller Stage C is taken.
         deadline: wall-clock time (`time.time`) at which to save and stop.
 
@@ -66,7 +66,7 @@ def train_lora(
     except WeightsError as error:
         raise TrainingError(str(error)) from error
     if state.device.type == "cuda":
-        torch.cuda.empty_cache()  # of networks that are not needed any more
+        torch.cuda.empty_cache()  # frees networks that are no longer needed
     if state.is_main_process:
         with writing(output), whole_file(output / SETTINGS) as part:
             part.write_text(json.dumps(recipe.as_tables(), indent=2) + "\n", encoding="utf-8")
@@ -75,7 +75,7 @@ def train_lora(
 
 
 class _Preparation:
-    """What comes before the first step."""
+    """The work before the first step."""
 
     def __init__(self, folder: ModelFolder, recipe: Recipe, output: Path, state: PartialState) -> None:
         self.folder, self.recipe, self.settings, self.output = folder, recipe, recipe.lora, output
@@ -167,12 +167,12 @@ class _Preparation:
         )
 
     def _encode(self, found: list[Captioned]) -> Latents:
-        """With the semantic encoder, whose memory is free afterwards."""
+        """Encode with the semantic encoder, whose memory is freed afterwards."""
         effnet = self._load("effnet", torch.float32)
         return Latents.of_pictures(found, effnet, self.device)
 
     def _preserved(self, prior: nn.Module, captions: Captions, row: int) -> Latents:
-        """Pictures that the model makes of what shall stay as it is, before anything is learned."""
+        """The base model's own pictures, for prior preservation."""
         settings, count = self.settings, self.settings.preserve_pictures
         with torch.no_grad():
             text, empty = (captions.encode(torch.tensor([one], device=self.device)) for one in (row, len(captions) - 1))

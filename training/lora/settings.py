@@ -1,4 +1,4 @@
-"""What a LoRA's training may be told, and recipe files, which tell it."""
+"""The settings of a LoRA's training, and recipe files."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,13 +20,13 @@ Number = Literal["float16", "bfloat16", "float32"]
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What is learned, from what, and in which form.
+    """Settings of a LoRA's training.
 
     Attributes:
         rank: of every layer's LoRA, 1 to 512.
-        alpha: the change of a weight is alpha / rank times the product of the two matrices; None: rank, that is 1 times.
+        alpha: the change of a weight is alpha / rank times the product of the two matrices; None: rank, so the factor is 1.
         targets: layers of Stage C: "attention" (q, k, v and output; the authors' choice), "mlp" (of the ResBlocks),
-            "conditions" (what text and image embeddings enter through), "timesteps", or "all" (these four).
+            "conditions" (the layers that read text and image embeddings), "timesteps", or "all" (these four).
         text_encoder_rank: of a LoRA of the Linear layers in the text encoder's blocks; 0: it has none.
         dropout: share of a LoRA's inputs that are zeroed in training.
         caption: of every picture that has no text file beside it; empty: every picture needs one.
@@ -37,10 +37,10 @@ class LoraSettings:
         vectors: how many tokens a learned word has.
         caption_dropout: share of the samples whose caption is the empty one.
         resolution: pixels: pictures are trained on in their own shapes, with the area of this square. None: the model's own.
-        preserve: a prompt of what shall stay as it is, such as "a photo of a dog"; empty: nothing. Pictures of it are made
-            by the model before training, and trained on between the others.
+        preserve: prior preservation: a prompt for what must not change, such as "a photo of a dog"; empty: none. The model
+            makes pictures of it before training, and is trained on them between the others.
         preserve_pictures: how many.
-        preserve_share: of the micro-batches, those of these pictures.
+        preserve_share: share of the micro-batches that are of these pictures.
         samples: prompts, of each of which every evaluation makes a picture; up to 16.
         gradient_checkpointing: recompute activations in the backward pass: a third slower, and a fraction of the memory.
         compile_blocks: whether a GPU compiles the blocks of Stage C.
@@ -99,7 +99,7 @@ class LoraSettings:
 
     @property
     def trains_text(self) -> bool:
-        """Whether captions have other embeddings after every step."""
+        """Whether training changes the captions' embeddings."""
         return self.learns_a_word or self.text_encoder_rank > 0
 
 
@@ -109,7 +109,7 @@ def default_options() -> Options:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All of one training.
+    """All settings of one training.
 
     Attributes:
         lora: see `LoraSettings`.
@@ -120,7 +120,7 @@ class Recipe:
     options: Options = field(default_factory=default_options)
 
     def changed(self, lora: Mapping[str, Any], options: Mapping[str, Any]) -> "Recipe":
-        """This one with other values; another number of steps scales warm-up and decay.
+        """A copy with other values; another number of steps scales warm-up and decay.
 
         Raises:
             TrainingError: a value is unknown, of the wrong kind or out of its range.
@@ -134,7 +134,7 @@ class Recipe:
         return Recipe(replace(self.lora, **lora), replace(changed, **options))
 
     def as_tables(self) -> dict[str, Any]:
-        """As a recipe file has it."""
+        """The tables of a recipe file."""
         return {"lora": asdict(self.lora), "options": asdict(self.options)}
 
 

@@ -1,4 +1,4 @@
-"""Captions as the text encoder takes them, with new words that are being learned; exactly as prompts are read later."""
+"""Encodes captions, with new words that are being learned, exactly as prompts are encoded later."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ from training.errors import TrainingError
 
 
 def first_vectors(phrase: str, count: int, tokenizer: CLIPTokenizer, encoder: CLIPTextModelWithProjection) -> Tensor:
-    """What a new word begins from: float32 (count, D).
+    """The initial vectors of a new word: float32 (count, D).
 
-    A token of the phrase each, if it has as many; otherwise their mean, as the authors have it.
+    If the phrase has `count` tokens, one vector each; otherwise all are their mean, as in the authors' training.
 
     Raises:
         TrainingError: the phrase has no token.
@@ -30,7 +30,7 @@ def first_vectors(phrase: str, count: int, tokenizer: CLIPTokenizer, encoder: CL
 
 
 class Captions:
-    """Texts, tokenised once. What exceeds 75 tokens is left out.
+    """Texts, tokenised once. They are cut after 75 tokens.
 
     Args:
         texts: the captions.
@@ -51,7 +51,7 @@ class Captions:
     ) -> None:
         self.encoder = encoder
         width = encoder.config.hidden_size
-        # Vectors that hold their own numbers, from 1 on: so one sees which stands where.
+        # Each vector holds its own number, from 1 on, so that its places can be found.
         numbers = torch.arange(1, vectors + 1, dtype=torch.float32)[:, None].expand(-1, width)
         words = Words({word: numbers} if word else {})
         reader = TextEncoder(tokenizer, encoder)

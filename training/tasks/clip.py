@@ -1,4 +1,4 @@
-"""CLIP: a text and a vision tower that agree on which caption belongs to which picture.
+"""CLIP: a text and a vision tower whose embeddings say which caption belongs to which picture.
 
 The published model uses two pretrained CLIPs (ViT-bigG/14 for text, ViT-L/14 for pictures). Here both towers are trained
 together from random weights, with the contrastive loss of Radford et al., Learning Transferable Visual Models From Natural

@@ -1,7 +1,7 @@
 """ControlNets: they make a frozen Stage C follow a picture's edges, or fill in a mask.
 
-Only the ControlNet is trained; its gradient comes through the frozen prior. What a control needs of a picture is computed once,
-at the semantic encoder's input size (three quarters of the picture's), and kept as bytes beside the latents.
+Only the ControlNet is trained; its gradient comes through the frozen prior. The data that a control needs from a picture is
+computed once, at the semantic encoder's input size (three quarters of the picture's), and kept as bytes with the latents.
 """
 
 from abc import ABC, abstractmethod

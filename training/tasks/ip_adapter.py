@@ -1,10 +1,10 @@
 """The IP-Adapter: a frozen Stage C learns to show what is in a reference image.
 
-Only the adapter is trained, by Stage C's own error. The reference is not the picture itself, which would teach the adapter to
-copy layouts: it shows the same thing in another form, see `Dataset.references`. References pass the image encoder once, and its
-hidden states are kept.
+Only the adapter is trained, by Stage C's own error. The reference is not the picture itself, because the adapter would then
+learn to copy layouts. It shows the same thing in another form, see `Dataset.references`. References pass the image encoder
+once, and its hidden states are kept.
 
-No reference is ever dropped. Where there is none, as in the unconditional half of guidance, an adapter adds nothing, and a sample
+References are never dropped. Without one, as in the unconditional half of guidance, an adapter adds nothing, so a sample
 without a reference would have no gradient.
 """
 
@@ -40,7 +40,7 @@ LOOKED_AT = 64
 
 
 def new_ip_adapter(prior: StableCascadeUNet, image_encoder: CLIPVisionModelWithProjection, **sizes: Any) -> IPAdapter:
-    """An adapter that changes nothing yet, with Stage C's own keys.
+    """An untrained adapter, which changes nothing, with Stage C's own keys.
 
     Args:
         sizes: the arguments of `IPAdapter`.
@@ -82,7 +82,7 @@ def predict(
 
 
 class References:
-    """What the adapter reads of the references of a dataset's pictures, encoded once.
+    """The adapter's inputs for the references of a dataset's pictures, encoded once.
 
     Attributes:
         features: float16 (N, S, W), the image encoder's last hidden states but one, on the training device.
@@ -107,7 +107,7 @@ class IPAdapterTask(Task):
     """Weighted epsilon error of Stage C with the adapter's keys and values.
 
     Args:
-        weight: how errors count by timestep, see `objective.loss_weight`.
+        weight: how errors are weighted by timestep, see `objective.loss_weight`.
         drop_text: share of the captions that are replaced by the empty one, among the pictures whose reference shows the same
             thing.
     """

@@ -1,7 +1,7 @@
-"""A LoRA of Stage C, and if wanted of the text encoder, and a new word: everything else stays as it is.
+"""Trains a LoRA of Stage C, and optionally one of the text encoder and a new word. All other weights are frozen.
 
-Pictures and, unless they change, captions are encoded once. The networks are kept out of the module, so that checkpoints hold
-what is trained alone.
+Pictures and, unless they change, captions are encoded once. The networks are not sub-modules of the task, so that checkpoints
+hold only trained parameters.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +34,13 @@ class LoraTask(Task):
         trained: all parameters to be trained, by name.
         text: the captions; the empty one last.
         latents: the pictures.
-        preserved: pictures of what shall stay as it is; None: there are none.
-        preserve_share: of the micro-batches, those of `preserved`.
+        preserved: pictures for prior preservation; None: there are none.
+        preserve_share: share of the micro-batches that are of `preserved`.
         caption_dropout: share of the samples without a caption.
         samples: rows of the captions of which evaluations make pictures.
         resolution: pixels of a side of these.
         settings: of their sampler.
-        previewer: makes them visible; None: evaluations make none.
+        previewer: turns their latents into pictures; None: evaluations make none.
         write: writes the file into a folder.
         modes: further networks that have a training mode.
     """

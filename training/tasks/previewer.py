@@ -1,4 +1,4 @@
-"""The previewer: semantic latents straight to a small picture, eight pixels a latent, to watch Stage C at work."""
+"""The previewer: turns semantic latents into a small picture, with eight pixels per latent, to show Stage C's progress."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """Stage A: the autoencoder between pixels and 4 x H/4 x W/4 latents.
 
-It is trained as a continuous autoencoder, because Stable Cascade uses it so: nothing is quantised between encoder and decoder.
+It is trained as a continuous autoencoder, because Stable Cascade does not quantise anything between encoder and decoder.
 The encoder's last batch normalisation keeps every latent channel at unit variance. A little noise on the latents makes the
 decoder robust against Stage B's small errors. The codebook is trained to follow the latents, so that the component is complete.
 """
@@ -26,7 +26,7 @@ class StageATask(Task):
         self.vqgan = vqgan
         self.dataset, self.unseen = dataset, unseen
         self.crop, self.latent_noise = crop, latent_noise
-        # Fixed, because a trained scale would only grow to drown the latent noise.
+        # Fixed, because a trained scale would only grow, until the latent noise has no effect.
         normalisation = vqgan.down_blocks[-1][1]
         nn.init.constant_(normalisation.weight, vqgan.config.scale_factor).requires_grad_(False)
         nn.init.zeros_(normalisation.bias).requires_grad_(False)

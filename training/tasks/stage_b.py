@@ -60,7 +60,7 @@ class StageBTask(Task):
     """Weighted epsilon error of Stage B.
 
     Args:
-        weight: how errors count by timestep, see `objective.loss_weight`.
+        weight: how errors are weighted by timestep, see `objective.loss_weight`.
         pyramid: share of coarse noise, see `objective.pyramid_noise`.
         semantic_noise: standard deviation of the noise that is added to semantic latents.
         drop_semantic, drop_text: share of samples without semantic latents, or without a caption.

@@ -58,7 +58,7 @@ class StageCTask(Task):
     """Weighted epsilon error, with captions and image embeddings dropped at random.
 
     Args:
-        weight: how errors count by timestep, see `objective.loss_weight`.
+        weight: how errors are weighted by timestep, see `objective.loss_weight`.
         drop_text, keep_image: see `prior_batch`.
     """
 

@@ -1,8 +1,8 @@
 """The vision tower alone, trained further to tell objects apart.
 
-CLIP's contrastive loss asks which caption of a batch belongs to a picture. For composed scenes, background and place mostly
-suffice to answer that, so the objects hardly count. Here a second loss asks which of all names each picture shows: zero-shot
-classification. The text tower is frozen, because Stages B and C learn from it.
+CLIP's contrastive loss asks which caption of a batch belongs to a picture. For composed scenes, the background and the place
+mostly suffice to answer that, so the tower learns little about objects. Here a second loss asks which of all names each
+picture shows: zero-shot classification. The text tower is frozen, because Stages B and C learn from it.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Adapters: LoRA and its kin, of every program that trains them for Stable Cascade.
+"""Adapters: LoRA and similar kinds, from every program that trains them for Stable Cascade.
 
     adapter = Adapter.read("style.safetensors")                      # what a file holds
     placed = place(adapter, {"prior": shapes, ...}, vocabulary)      # where that belongs in a model's networks

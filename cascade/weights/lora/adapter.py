@@ -1,4 +1,4 @@
-"""An `Adapter`: what a file of a LoRA, or of its kin, holds, before it is known which model it is for."""
+"""An `Adapter`: the content of a file with a LoRA or a similar adapter, before it is known which model it is for."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ from cascade.weights.lora import authors, files, formats, parts, peft
 from cascade.weights.lora.changes import finite
 from cascade.weights.lora.files import LARGE, READERS, Package, Stored
 
-# Of words that were learned with an adapter (OneTrainer): "bundle_emb.", the word, and one of these.
+# Keys of words that were learned with an adapter (OneTrainer): "bundle_emb.", the word, and one of these.
 BUNDLED = "bundle_emb."
 VECTORS, OUTPUTS = "clip_g", "clip_g_out"
-# Others, such as unsigned ones of 16 bits and more, float4 and bare exponents, lack operators in torch.
+# torch lacks operators for other dtypes, such as unsigned ones of 16 bits and more, float4 and bare exponents.
 KINDS_OF_NUMBERS = (
     torch.float64,
     torch.float32,
@@ -36,7 +36,7 @@ KINDS_OF_NUMBERS = (
 
 
 class Place(NamedTuple):
-    """Which layer a group of tensors is of: the networks that its prefix may mean, and its name as the file spells it."""
+    """The layer of a group of tensors: the networks that its prefix may mean, and its name as the file spells it."""
 
     networks: tuple[str, ...]
     layer: str
@@ -47,9 +47,9 @@ class Group:
     """The tensors of one layer.
 
     Attributes:
-        place: see there.
-        tensors, keys: by the names of `parts.SUFFIXES`: the tensors, and what the file calls them.
-        scale: what `algorithms` take, where that does not stand in the tensors; None: it does.
+        place: their layer.
+        tensors, keys: by the names of `parts.SUFFIXES`: the tensors, and their keys in the file.
+        scale: the scale for `algorithms`, if the tensors do not have it; None: they have it.
     """
 
     place: Place
@@ -60,18 +60,18 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter as it was stored.
+    """An adapter as it is stored.
 
     Attributes:
         path: of its file, folder or archive.
-        format: which program's, for people.
-        groups: by layers, except in the authors' format.
+        format: the program that wrote it, as text for people.
+        groups: the tensors by layer, except in the authors' format.
         numbered: in the authors' format: by number, "down" and "up".
-        settings: what the authors' format does not say; None: it was not given.
-        words: vectors of words that have a name, and what is added to the text encoder's outputs, by name: "clip_g" and
-            "clip_g_out", (n, D).
+        settings: what the authors' format does not say; None: not given.
+        words: by name, the vectors of words that have a name, "clip_g", and the vectors that are added to the text
+            encoder's outputs, "clip_g_out", (n, D).
         rows: vectors and indices of words that have a number, in the authors' format.
-        unread: keys that are no part of an adapter.
+        unread: keys that do not belong to an adapter.
         shapes: of all tensors, by key.
         metadata: of its first file.
     """
@@ -89,15 +89,15 @@ class Adapter:
 
     @classmethod
     def read(cls, path: str | PathLike[str], settings: Sequence[str | PathLike[str]] = ()) -> "Adapter":
-        """Read a file, a folder as PEFT writes it, a tar or a zip.
+        """Read a file, a folder in PEFT's form, a tar or a zip.
 
         Args:
             path: of what was read, see `files`.
-            settings: JSON files, of which the first that exists says what the authors' format does not, unless a JSON file
-                beside the adapter or in its archive does.
+            settings: JSON files with the settings that the authors' format lacks. The first one that exists is used, unless
+                there is a JSON file beside the adapter or in its archive.
 
         Raises:
-            WeightsError: there is no such file; it is damaged, a pickle, too large or no adapter.
+            WeightsError: the file does not exist, is damaged, is a pickle, is too large or is not an adapter.
         """
         package = files.read(Path(path))
         found = _settings(package, [Path(one) for one in settings])
@@ -114,7 +114,7 @@ class Adapter:
 
     @property
     def title(self) -> str:
-        """The file and its format, as sentences begin."""
+        """The file and its format, for the beginning of a sentence."""
         return f"{self.path} ({self.format})"
 
 
@@ -187,7 +187,8 @@ def _check_numbers(where: str, tensors: Mapping[str, Tensor]) -> None:
 
 def _words(package: Package, file: Stored) -> tuple[dict[str, tuple[str, str]], dict[str, Tensor], bool]:
     """The keys of named words, each with the word's name and kind; the tensors of numbered words; and whether the file is a
-    textual inversion."""
+    textual inversion.
+    """
     found = {}
     for key in file.tensors:
         name, _, kind = key.removeprefix(BUNDLED).rpartition(".")
@@ -228,7 +229,7 @@ def _groups(package: Package, file: Stored, taken: Mapping[str, parts.Part], whe
 
 
 def _networks(file: Stored, config: Mapping[str, object] | None) -> tuple[str, ...]:
-    """The networks that a folder of PEFT's, or its configuration, means; () if they do not say."""
+    """The networks that a folder of PEFT's, or its configuration, is for; () if neither says."""
     folder = file.name.parent.name
     if folder in ("text_encoder", "prior", "decoder"):
         return (folder,)
@@ -237,8 +238,8 @@ def _networks(file: Stored, config: Mapping[str, object] | None) -> tuple[str, .
 
 
 def _in_order(tensors: dict[str, Tensor], keys: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A layer's tensors under the names that the algorithms take."""
-    if "magnitude_out" in tensors and "magnitude" not in tensors:  # one an output, in whatever shape
+    """A layer's tensors under the names that `algorithms` use."""
+    if "magnitude_out" in tensors and "magnitude" not in tensors:  # one per output, in any shape
         tensors["magnitude"] = tensors.pop("magnitude_out").flatten()
         keys["magnitude"] = keys.pop("magnitude_out")
     if "weight" in tensors and "on_input" not in tensors and "set" not in tensors:

@@ -1,11 +1,11 @@
-"""What each kind of adapter adds to a weight, in float32.
+"""The change that each kind of adapter makes to a weight, in float32.
 
 Each function takes the base weight W, (out, in[, kh, kw]), the adapter's tensors by the names of `parts.SUFFIXES`, and the
 factor of a low-rank product, alpha / rank. It returns trained W - W, in the shape of W. Formulas: lycoris-lora 4.1.3
 (`lycoris/modules`), peft 0.21.2 (`peft/tuners`), Stability-AI/StableCascade `modules/lora.py` for broadcasting.
 
-The strength of an adapter is a factor of the result, so that a weight moves along a line from W to the trained W. Of DoRA and
-OFT, trainers mean other curves between these ends, each its own.
+The strength of an adapter is a factor on the result, so it interpolates linearly between W and the trained W. For DoRA and
+OFT, each training program interpolates in its own, different way.
 """
 
 import math
@@ -25,12 +25,12 @@ def _flat(weight: Tensor) -> Tensor:
 def _matrix(name: str, tensor: Tensor) -> Tensor:
     """A factor that is stored as a matrix, or as a 1x1 convolution."""
     if tensor.ndim < 2 or math.prod(tensor.shape[2:]) != 1:
-        raise ValueError(f"{name} is no matrix")
+        raise ValueError(f"{name} is not a matrix")
     return tensor.flatten(1)
 
 
 def _like(delta: Tensor, weight: Tensor) -> Tensor:
-    """A product as a change of the weight. The rows must be the weight's: sizes that agree by chance do not fit."""
+    """A product as a change of the weight. It must have the weight's rows: an equal number of elements is not enough."""
     if delta.numel() != weight.numel() or len(delta) != len(weight):
         raise ValueError("another shape")
     return delta.reshape(weight.shape)
@@ -43,14 +43,15 @@ def lora(weight: Tensor, t: Tensors, scale: float) -> Tensor:
         return _like(torch.einsum("ijkl,pi,jr->prkl", t["mid"], up, _matrix("down", down)) * scale, weight)
     product = up @ down.flatten(1)
     if weight.ndim == 4 and product.shape == weight.shape[:2]:
-        # The authors' adapters of convolutions: one number for all taps of a kernel.
+        # The authors' adapters of convolutions have one number for all taps of a kernel.
         return (product * scale)[:, :, None, None].expand_as(weight)
     return _like(product * scale, weight)
 
 
 def lora_fits(weight: Sequence[int], up: Sequence[int], down: Sequence[int]) -> bool:
-    """Whether `lora`, without `mid`, takes factors of these shapes: what the meta device says too, in 1 % of its time. An
-    adapter of all layers of Stage C has 650 pairs."""
+    """Whether `lora`, without `mid`, takes factors of these shapes. The meta device gives the same answer, but takes 100
+    times as long; an adapter of all layers of Stage C has 650 pairs.
+    """
     if len(up) < 2 or len(down) < 2 or math.prod(up[2:]) != 1 or up[1] != down[0] or up[0] != weight[0]:
         return False
     columns = math.prod(down[1:])
@@ -58,7 +59,7 @@ def lora_fits(weight: Sequence[int], up: Sequence[int], down: Sequence[int]) -> 
 
 
 def loha(weight: Tensor, t: Tensors, scale: float) -> Tensor:
-    """The product, element by element, of two low-rank matrices; with `t1` and `t2` (r, r, kh, kw), of two Tucker ones."""
+    """The elementwise product of two low-rank matrices; with `t1` and `t2` (r, r, kh, kw), of two Tucker decompositions."""
     factors = []
     for i in ("1", "2"):
         a, b = t[f"w{i}_a"], t[f"w{i}_b"]
@@ -67,7 +68,7 @@ def loha(weight: Tensor, t: Tensors, scale: float) -> Tensor:
 
 
 def lokr(weight: Tensor, t: Tensors, scale: float) -> Tensor:
-    """The Kronecker product of two matrices, each whole or of low rank; the second may be a convolution's."""
+    """The Kronecker product of two matrices, each stored in full or at low rank; the second may be a convolution's."""
     first = t["k1"] if "k1" in t else t["k1_a"] @ t["k1_b"]
     if "k2" in t:
         second = t["k2"]
@@ -134,7 +135,7 @@ def oft_inputs(weight: Tensor, t: Tensors, scale: float) -> Tensor:
     """
     triangles = t["oft_R"]
     if triangles.ndim != 2:
-        raise ValueError("oft_R is no matrix")
+        raise ValueError("oft_R is not a matrix")
     size = (1 + math.isqrt(1 + 8 * triangles.shape[1])) // 2
     if size * (size - 1) // 2 != triangles.shape[1]:
         raise ValueError("oft_R has no triangles")
@@ -149,7 +150,7 @@ def oft_inputs(weight: Tensor, t: Tensors, scale: float) -> Tensor:
         rotations, power = eye.expand_as(q), eye
         for term in range(1, int(scale)):
             power = power @ q
-            # The last term counts once, as in PEFT. With two, that is the linear one, which counts twice there.
+            # The last term is added once, as in PEFT. With two terms, the last one is the linear one, which PEFT adds twice.
             rotations = rotations + (1 if term == scale - 1 and term > 1 else 2) * power
     columns_of = _flat(weight).unflatten(1, (-1, size))
     if len(rotations) not in (1, columns_of.shape[1]):
@@ -159,37 +160,37 @@ def oft_inputs(weight: Tensor, t: Tensors, scale: float) -> Tensor:
 
 
 def ia3(weight: Tensor, t: Tensors, scale: float) -> Tensor:
-    """W times one factor an output (LyCORIS: what is stored is the factor - 1)."""
+    """W times one factor per output (LyCORIS stores the factor - 1)."""
     return weight * t["weight"].reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def ia3_inputs(weight: Tensor, t: Tensors, scale: float) -> Tensor:
-    """The same, one factor an input."""
+    """The same, with one factor per input."""
     return weight * t["weight"].reshape(-1, *[1] * (weight.ndim - 2))
 
 
 def ia3_factors(weight: Tensor, t: Tensors, scale: float) -> Tensor:
-    """W, or a bias, times `ia3_l` (PEFT): one factor an output if `scale` is 1, one an input if it is 0."""
+    """W, or a bias, times `ia3_l` (PEFT): one factor per output if `scale` is 1, one per input if it is 0."""
     return weight * (t["ia3_l"].reshape(-1, *[1] * (weight.ndim - (1 if scale else 2))) - 1)
 
 
 def difference(weight: Tensor, t: Tensors, scale: float) -> Tensor:
-    """What is added, in full: of weights, biases and norms."""
+    """The stored difference itself, for weights, biases and norms."""
     return _like(t["diff"] * scale, weight)
 
 
 def replacement(weight: Tensor, t: Tensors, scale: float) -> Tensor:
-    """The trained weight, in full."""
+    """The trained weight is stored in full."""
     return _like(t["set"], weight) - weight
 
 
 def rows(weight: Tensor, t: Tensors, scale: float) -> Tensor:
-    """What is added to some rows: `indices` (n), `vectors` (n, in)."""
+    """Adds to some rows: `indices` (n), `vectors` (n, in)."""
     return torch.zeros_like(weight).index_add_(0, t["indices"], t["vectors"])
 
 
 def decomposed(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA (arXiv:2402.09353): trained W is m V / |V| with V = W + delta, and |V| a norm an output or an input.
+    """DoRA (arXiv:2402.09353): trained W is m V / |V| with V = W + delta, and |V| one norm per output or per input.
 
     magnitude: m, (out), (out, 1, ..) or (1, in, ..).
     """

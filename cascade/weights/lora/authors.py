@@ -1,7 +1,7 @@
 """Adapters of the authors' own training: numbered weights, and learned words by their rows in the table of words.
 
-Neither says what it is: which layers, and how the words are called. That is in the settings of the training,
-`module_filters` and `train_tokens` (train/train_c_lora.py), which a JSON file beside the adapter repeats.
+The files name neither the layers nor the words. These are in the settings of the training, `module_filters` and
+`train_tokens` (train/train_c_lora.py), which a JSON file beside the adapter repeats.
 """
 
 import re
@@ -15,21 +15,21 @@ from cascade.weights.lora.layers import Authored, Shapes, authored
 from cascade.weights.lora.patterns import matching
 
 NUMBERED = re.compile(r"weights\.(\d{1,5})\.lora_(down|up)")
-# Where converted files have their settings: a text of the file's metadata.
+# The metadata key under which converted files have their settings.
 METADATA = "training_settings"
 VECTORS, INDICES = "embeddings.embeddings", "embeddings.indices"
-# What training the published example adapts, and what is tried for a file without settings.
+# The filter of the published example of training; it is tried for a file without settings.
 USUAL = (".attn",)
 
 
 class Settings(NamedTuple):
-    """What the file does not say.
+    """The settings that the file lacks.
 
     Attributes:
         module_filters: parts of names; a module that has any of them is adapted.
-        train_tokens: names of words, each with a regular expression of the vocabulary's words whose mean it begins from, or
-            None. A name in [] or <> is a new word; any other is a regular expression of words that exist.
-        where: what says so.
+        train_tokens: names of words, each with a regular expression for the known words whose mean it begins from, or None.
+            A name in [] or <> is a new word; any other name is a regular expression for existing words.
+        where: the source of the settings, for errors.
     """
 
     module_filters: tuple[str, ...]
@@ -38,7 +38,7 @@ class Settings(NamedTuple):
 
     @property
     def new_words(self) -> tuple[tuple[str, str | None], ...]:
-        """Those that are added to the vocabulary, in the order of their rows."""
+        """The words that are added to the vocabulary, in the order of their rows."""
         return tuple(one for one in self.train_tokens if is_new(one[0]))
 
 
@@ -47,7 +47,7 @@ def is_new(name: str) -> bool:
 
 
 def settings_of(content: Mapping[str, Any], where: str) -> Settings | None:
-    """The settings that a JSON object holds; None if it is something else.
+    """The settings in a JSON object; None if it has none.
 
     Raises:
         WeightsError: they are damaged.
@@ -86,12 +86,12 @@ def numbered(keys: Sequence[str]) -> dict[int, dict[str, str]]:
 
 
 def modules(shapes: Shapes, filters: Sequence[str]) -> list[Authored]:
-    """The weights of Stage C that such filters choose, in order."""
+    """The weights of Stage C that these filters choose, in order."""
     return [one for one in authored(shapes) if any(part in one.module for part in filters)]
 
 
 def agree(chosen: Sequence[Authored], factors: Mapping[int, Mapping[str, Tensor]]) -> bool:
-    """Whether numbered factors are those of these weights, by their shapes."""
+    """Whether the shapes of numbered factors fit these weights."""
     if sorted(factors) != list(range(len(chosen))):
         return False
     for i, one in enumerate(chosen):

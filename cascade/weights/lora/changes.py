@@ -1,4 +1,4 @@
-"""A `Change`: what an adapter does to one tensor of a network. Several, with their scales, are merged in float32."""
+"""A `Change`: an adapter's change of one tensor of a network. `merged` adds several, with their scales, in float32."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,11 +17,11 @@ class Kind(NamedTuple):
     """A kind of adapter of one weight.
 
     Attributes:
-        title: what people call it.
+        title: its usual name.
         function: of `algorithms`.
-        needed: its tensors, by the names of `parts.SUFFIXES`. Of alternatives, one: "k1|k1_a+k1_b" is k1, or both others.
-        optional: further ones.
-        rank: tensors whose first size is the rank; the first that is there counts.
+        needed: the names in `parts.SUFFIXES` of its tensors. "k1|k1_a+k1_b" means either k1, or both k1_a and k1_b.
+        optional: further tensors.
+        rank: tensors whose first dimension is the rank; the first one that exists is used.
         constrained: whether alpha is a constraint, and not divided by a rank.
     """
 
@@ -33,7 +33,7 @@ class Kind(NamedTuple):
     constrained: bool = False
 
     def names(self, there: Iterable[str]) -> set[str] | None:
-        """Which of the tensors that are there are of this kind; None if it lacks one."""
+        """The names of the present tensors that belong to this kind; None if a needed one is missing."""
         there = set(there)
         used = {name for name in self.optional if name in there}
         for need in self.needed:
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
         return used
 
 
-# The one tensor of whole numbers, see `algorithms.rows`.
+# The only tensor of integers, see `algorithms.rows`.
 INDICES = "indices"
 # What accompanies the factors of low rank: alpha, and DoRA's magnitude.
 BESIDE = ("alpha", "magnitude")
@@ -65,14 +65,14 @@ KINDS = (
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What an adapter does to one tensor.
+    """An adapter's change of one tensor.
 
     Attributes:
         function: of `algorithms`.
-        tensors: what it takes, as the file has them.
-        scale: what it takes, as a rule alpha / rank.
+        tensors: its arguments, as stored in the file.
+        scale: its further argument, usually alpha / rank.
         magnitude: of DoRA.
-        whole: whether it counts whole at every scale other than 0, as learned words do.
+        whole: whether every scale except 0 acts like 1, as for learned words.
     """
 
     function: Function
@@ -97,7 +97,7 @@ class Change:
         return delta
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether this is a change of a tensor of such a shape. Computes nothing: all is on the meta device."""
+        """Whether this change fits a tensor of this shape. Runs on the meta device, so it computes no values."""
         if self.function is algorithms.lora and self.magnitude is None and "mid" not in self.tensors:
             return algorithms.lora_fits(shape, self.tensors["up"].shape, self.tensors["down"].shape)
         try:
@@ -107,7 +107,7 @@ class Change:
 
 
 def _beside(tensor: Tensor, weight: Tensor) -> Tensor:
-    # Moved as it is stored: in one call, torch would convert it on the host first, and move twice the bytes.
+    # Moved in its stored dtype: in one call, torch would convert it on the host first, and move twice the bytes.
     return tensor.to(weight.device).to(torch.float32)
 
 
@@ -131,7 +131,7 @@ def change_of(kind: Kind, tensors: Mapping[str, Tensor], scale: float | None) ->
     Args:
         kind: one of `KINDS`.
         tensors: its own, by the names of `parts.SUFFIXES`.
-        scale: what stands elsewhere, such as in PEFT's configuration; None: what the tensors say. Whole weights have none.
+        scale: a scale from elsewhere, such as PEFT's configuration; None: the one in the tensors. Whole weights have none.
     """
     if scale is None or not (kind.rank or kind.function in (algorithms.oft_inputs, algorithms.ia3_factors)):
         scale = scale_of(kind, tensors)
@@ -147,7 +147,7 @@ def change_of(kind: Kind, tensors: Mapping[str, Tensor], scale: float | None) ->
 def merged(weight: Tensor, changes: Iterable[tuple[Change, float]]) -> Tensor:
     """A weight with adapters, in float32: weight + the sum of strength * (trained weight - weight).
 
-    Each adapter starts from the base weight, so their order does not matter but for rounding.
+    Each adapter starts from the base weight, so their order changes only rounding.
 
     Args:
         weight: the base weight, of any floating-point dtype.
@@ -162,7 +162,7 @@ def merged(weight: Tensor, changes: Iterable[tuple[Change, float]]) -> Tensor:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a tensor are finite in float32, in which they are used."""
+    """Whether all values of a tensor are finite in float32, the dtype of the computation."""
     if not tensor.is_floating_point():
         return True
     numbers = tensor.float()

@@ -1,7 +1,7 @@
-"""Files that adapters come in: one safetensors file, a folder as PEFT or its trainers write it, or such in a tar or a zip.
+"""Reads adapters' files: a safetensors file, a folder in PEFT's form, or either of these in a tar or a zip.
 
-Tensors are read into memory, once. Pickles are refused, by content. A safetensors file of an archive is unpacked into a
-temporary file of its size, and removed when it is read.
+Tensors are read into memory, once. Pickles are refused, by content. A safetensors file in an archive is unpacked into a
+temporary file of its size, which is removed after reading.
 """
 
 import json
@@ -22,8 +22,8 @@ from cascade.weights.lora.whole import clause, whole_networks
 from cascade.weights.names import PICKLES, SUFFIX
 from cascade.weights.reading import pickle_error, read_header, unreadable
 
-# Bytes of a file, and of all that is read of an archive. The largest adapters, differences of all weights, have 7 GB in Stage
-# C, but nobody shares those.
+# Maximum bytes of a file, and of all files in an archive. The largest adapters, differences of all weights, have 7 GB for
+# Stage C, but nobody shares those.
 MOST = 4_000_000_000
 MOST_JSON = 4_000_000
 # Of a tar's headers: a long name, or PAX's records. tarfile reads each whole, and a small compressed file may hold gigabytes.
@@ -42,9 +42,9 @@ LARGE = 16 << 20
 # Bytes of a member that are unpacked at a time.
 BLOCK = 1 << 20
 PEFT_CONFIG = "adapter_config.json"
-# Of folders, those inside that may hold an adapter of one network.
+# Sub-folders that may hold an adapter of one network.
 INNER = ("prior", "decoder", "unet", "text_encoder")
-# JSON that other programs put beside adapters, and says nothing that is needed.
+# JSON files that other programs put beside adapters, and that are not needed.
 OTHER_JSON = ("lycoris_config.json", "config.json", "metadata.json")
 
 
@@ -65,10 +65,10 @@ class Stored:
 
 @dataclass(frozen=True, eq=False)
 class Package:
-    """What an adapter's file, folder or archive holds.
+    """The content of an adapter's file, folder or archive.
 
     Attributes:
-        path: where it lies.
+        path: its path.
         files: its safetensors files, one or several.
         documents: the contents of its JSON files, and of those beside a single file, by name.
     """
@@ -81,7 +81,7 @@ class Package:
         """PEFT's configuration beside a file.
 
         Raises:
-            WeightsError: it is no JSON object.
+            WeightsError: it is not a JSON object.
         """
         name = file.name.parent / PEFT_CONFIG
         if name not in self.documents:
@@ -90,7 +90,7 @@ class Package:
 
     @property
     def stem(self) -> str:
-        """What the adapter is called."""
+        """The adapter's name."""
         name = self.path.name
         for ending in (SUFFIX, ".tar.gz", ".tgz", ".tar", ".zip"):
             name = name.removesuffix(ending)
@@ -104,16 +104,17 @@ class _Header(tarfile.TarInfo):
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
         found = super().frombuf(buf, encoding, errors)
         if found.type in HEADERS and found.size > MOST_HEADER:
-            # No HeaderError: after the first member, tarfile would take that for the end of the archive.
+            # Not a HeaderError: after the first member, tarfile would take it for the end of the archive.
             raise tarfile.TarError(f"a header has over {MOST_HEADER // 1_000_000} MB")
         return found
 
 
 def read(path: Path) -> Package:
-    """What lies at a path. A single file brings the JSON of its name that lies beside it, and PEFT's.
+    """Read a path. For a single file, also reads PEFT's JSON file and the JSON file of the same name beside it.
 
     Raises:
-        WeightsError: there is nothing, or nothing that is read; a file is damaged or too large; or there are several adapters.
+        WeightsError: the path does not exist or has no adapter; a file is damaged or too large; or there are several
+            adapters.
     """
     try:
         if path.is_dir():
@@ -155,8 +156,9 @@ def _whole_networks(path: Path) -> list[str]:
 
 
 def _copies(path: Path, keys: Sequence[str], threads: int) -> dict[str, Tensor]:
-    """The tensors of a file, in its order. Copies: pages of a file that somebody changes meanwhile would change, or end the
-    process."""
+    """The tensors of a file, in its order. They are copies: if a memory-mapped file were changed meanwhile, the tensors would
+    change, or the process would end.
+    """
 
     def read(share: int) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
@@ -173,7 +175,7 @@ def _refused(origin: Path, name: str, start: bytes, error: Exception) -> Weights
         return pickle_error(inside)
     if name.lower().endswith(SUFFIX):
         return unreadable(inside, error)
-    return WeightsError(f"{inside} is no safetensors file, the only kind that is opened.")
+    return WeightsError(f"{inside} is not a safetensors file, the only kind that is opened.")
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -187,17 +189,17 @@ def _check_json(where: object, size: int) -> None:
 
 
 def json_object(where: object, content: bytes) -> dict[str, Any]:
-    """The JSON object that a document is.
+    """Parse a document that must be a JSON object.
 
     Raises:
-        WeightsError: it is none. The sentence begins with `where`.
+        WeightsError: it is not one. The sentence begins with `where`.
     """
     try:
         found = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{where} is not valid JSON: {shortened(error).rstrip('.')}.") from error
     if not isinstance(found, dict):
-        raise WeightsError(f"{where} is no JSON object.")
+        raise WeightsError(f"{where} is not a JSON object.")
     return found
 
 
@@ -215,7 +217,7 @@ def _folder(root: Path) -> Iterator[Member]:
 
 
 def _is_wanted(origin: Path, name: str, size: int) -> bool:
-    """Whether a member is to be read. Those of whole folders and archives are asked before they are."""
+    """Whether a member of a folder or archive is to be read; called before it is read."""
     ending = PurePosixPath(name).suffix.lower()
     if ending == ".json":
         _check_json(f"{origin}: {shortened(name, 80)}", size)
@@ -223,7 +225,7 @@ def _is_wanted(origin: Path, name: str, size: int) -> bool:
 
 
 def _is_tar(path: Path) -> bool:
-    """Whether this is a tar, compressed or not; a damaged one is."""
+    """Whether this is a tar, compressed or not. True for a damaged one."""
     try:
         tarfile.open(path, tarinfo=_Header).close()
     except (tarfile.ReadError, tarfile.CompressionError):

@@ -1,11 +1,11 @@
-"""Which other model an adapter is for, by its keys and shapes: for the sentence that refuses it."""
+"""Recognises by keys and shapes which other model an adapter is for; errors name that model."""
 
 import re
 from collections.abc import Mapping, Sequence
 
 from cascade.weights.recognise import recognise
 
-# The first of these of which the expression is found in some key.
+# The model is the first one whose expression is found in a key.
 NAMED: tuple[tuple[str, str], ...] = (
     ("Flux", r"(double|single)_blocks[._]\d|single_transformer_blocks[._]\d"),
     ("Stable Diffusion 3", r"joint_blocks[._]\d"),
@@ -13,7 +13,7 @@ NAMED: tuple[tuple[str, str], ...] = (
     ("Wan", r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn)[._][qkvo]\b"),
     ("Würstchen v2", r"(^|[._])cond_mapper[._]"),
 )
-# Cross-attention in U-Nets of Stable Diffusion: which one, by the width of the text that it reads.
+# Stable Diffusion's versions, by the width of the text embeddings that the UNet's cross-attention reads.
 CROSS_ATTENTION = re.compile(r"attn2[._](processor[._])?to_[kv](_lora)?[._](lora_?down|down|lora_A|hada_w[12]_b)")
 WIDTHS = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 STABLE_DIFFUSION = re.compile(
@@ -24,7 +24,7 @@ TRANSFORMER = re.compile(r"(^|[._])transformer_blocks[._]\d")
 
 
 def model(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """What an adapter is for, such as "Stable Diffusion XL"; None: not known.
+    """The model that an adapter is for, such as "Stable Diffusion XL"; None: not known.
 
     Args:
         shapes: of its tensors, by key as stored.

@@ -1,4 +1,4 @@
-"""Which program wrote an adapter, by how it spells its tensors. For what people read: nothing else depends on it."""
+"""Recognises the program that wrote an adapter by its keys. Only for messages: nothing else depends on it."""
 
 from collections.abc import Collection, Mapping
 
@@ -8,7 +8,7 @@ AUTHORS = "the authors' format"
 TEXTUAL_INVERSION = "a textual inversion"
 
 LATE_KOHYA = "kohya's format (since 25 February 2024; ComfyUI's names)"
-# By prefix; by the first piece, if any, that is part of a layer's name.
+# By prefix, then by the first of these pieces that occurs in a layer's name.
 SPELLINGS: tuple[tuple[str, str, str], ...] = (
     ("lora_unet_", "_in_proj_", "OneTrainer's format KOHYA_LORA (since July 2026)"),
     ("lora_unet_", "_attn_out_proj", LATE_KOHYA),
@@ -40,7 +40,7 @@ BEFORE_ATTENTION = "kohya's format before 22 February 2024 (without attention)"
 
 
 def title(parts: Collection[Part], metadata: Mapping[str, str]) -> str:
-    """What people call the format of an adapter whose keys have these parts."""
+    """The usual name of the format of an adapter whose keys have these parts."""
     if any(part.joined and part.name not in ("up", "down") for part in parts):
         return JOINED
     for prefix, piece, found in SPELLINGS:

@@ -1,8 +1,8 @@
-"""How programs spell the layers of Stable Cascade's networks.
+"""The names that programs give the layers of Stable Cascade's networks.
 
-A spelling is looked up with "_" in place of ".", as kohya's and LyCORIS' keys have it, so that one table serves all. It is made
-of the published names (diffusers' and transformers') of the networks at hand; of the published ones, no two spellings are the
-same.
+A spelling is looked up with "_" in place of ".", as kohya's and LyCORIS' keys have it, so that one table serves all. The
+table is made from the published names (diffusers' and transformers') in the given networks. In the published networks, no two
+layers share a spelling.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ class Layers:
 
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        # By spelling, the published layers: three for the authors' q, k and v in one.
+        # By spelling, the published layers: three for the authors' combined q, k and v.
         self._layers: dict[str, tuple[str, ...]] = {}
         self._tensors: dict[str, str] = {}
         for tensor in self.shapes:
@@ -71,7 +71,7 @@ class Authored(NamedTuple):
 
     Attributes:
         module: the dotted name that filters are compared with.
-        layers: published ones; three for q, k and v in one.
+        layers: its published layers; three for combined q, k and v.
         shape: of the weight.
     """
 

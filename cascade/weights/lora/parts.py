@@ -1,15 +1,14 @@
-"""How adapters' tensors are called: a prefix that says which network is meant, the name of a layer, and a suffix that says which
-part of the adapter it is.
+"""The keys of adapters' tensors: a prefix for the network, the name of a layer, and a suffix for the part of the adapter.
 
     lora_unet_  down_blocks_0_2_attention_attn_to_q  .lora_down.weight        kohya, ComfyUI
     prior.      down_blocks.0.2.attention.to_q       .lora_A.weight           OneTrainer for diffusers
 
-`split` takes a key apart; what the layer is, `layers` knows.
+`split` splits a key; `layers` finds the layer of that name.
 """
 
 from typing import NamedTuple
 
-# Which networks a prefix may mean. Stages B and C have the same prefixes in most programs, and are told apart by shapes.
+# The networks that a prefix may mean. Stages B and C have the same prefixes in most programs; shapes tell them apart.
 UNETS = ("prior", "decoder")
 TEXT = ("text_encoder",)
 # Longer ones first where one begins with another.
@@ -32,7 +31,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "": UNETS,
 }
 
-# What the parts are called, and by which names `algorithms` takes them.
+# The suffixes of the parts, and their names in `algorithms`.
 SUFFIXES: dict[str, str] = {
     "lora_up.weight": "up",
     "lora_up": "up",
@@ -80,12 +79,12 @@ JOINED = {
     "lora.up.weight": "up",
     "lora.down.weight": "down",
 }
-# What PEFT puts between a layer and its parts: the name of the adapter, and of the layer that it wraps.
+# PEFT puts these between a layer and its parts: the names of the adapter, and of the layer that it wraps.
 PEFT_MIDDLES = (".default", ".base_layer", ".modules_to_save")
 
 
 class Part(NamedTuple):
-    """A tensor's key, taken apart.
+    """A tensor's key, split into its parts.
 
     Attributes:
         prefix: one of `PREFIXES`.
@@ -109,7 +108,7 @@ def split(key: str) -> Part | None:
     for suffix, name in JOINED.items():
         if rest.endswith(f"_{suffix}"):
             return Part(prefix, rest.removesuffix(f"_{suffix}"), name, joined=True)
-    # The longest suffix is meant: `weight` ends others.
+    # The longest matching suffix is the right one, because others end in `weight`, too.
     for cut in (place for place, sign in enumerate(rest) if sign == "."):
         if rest[cut + 1 :] in SUFFIXES:
             return Part(prefix, rest[:cut], SUFFIXES[rest[cut + 1 :]])

@@ -1,6 +1,6 @@
-"""Regular expressions that strangers' files bring, with a limit to the time that they take.
+"""Matches regular expressions from untrusted files, with a time limit.
 
-`re` has none: of "(a+)+$" and thirty letters, it makes hours.
+`re` has no time limit: "(a+)+$" on thirty letters takes hours.
 """
 
 import time
@@ -14,16 +14,16 @@ SECONDS = 2.0
 
 
 def matching(pattern: str, texts: Iterable[str], where: object, *, whole: bool = False) -> list[str]:
-    """Those texts in which a pattern is found.
+    """The texts in which a pattern is found.
 
     Args:
         pattern: as of `re`.
         texts: to be searched.
-        where: what brings the pattern, for the error's sentence.
+        where: the source of the pattern, for errors.
         whole: whether it must match the end of a dotted name, from a dot or the beginning on, as PEFT matches.
 
     Raises:
-        WeightsError: it is no pattern, or takes over 2 s.
+        WeightsError: it is not a valid pattern, or takes over 2 s.
     """
     deadline = time.monotonic() + SECONDS
     try:
@@ -34,6 +34,6 @@ def matching(pattern: str, texts: Iterable[str], where: object, *, whole: bool =
             if search(text, timeout=max(deadline - time.monotonic(), 0.001)):
                 found.append(text)
     except (regex.error, TimeoutError, OverflowError, RecursionError) as error:
-        why = "takes too long" if isinstance(error, TimeoutError) else f"is no pattern: {shortened(error, 60)}"
+        why = "takes too long" if isinstance(error, TimeoutError) else f"is not a valid pattern: {shortened(error, 60)}"
         raise WeightsError(f"{where}: the regular expression {shortened(repr(pattern), 60)} {why}.") from error
     return found

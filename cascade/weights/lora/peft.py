@@ -1,4 +1,4 @@
-"""What PEFT keeps beside the tensors: rank and alpha, by layer."""
+"""PEFT's configuration beside the tensors: rank and alpha, by layer."""
 
 import json
 import math
@@ -8,10 +8,10 @@ from typing import Any
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.lora.patterns import matching
 
-# Kinds that are read, and what the alpha of each is called.
+# Kinds that are read, and each one's name for alpha.
 ALPHAS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 KINDS = (*ALPHAS, "OFT", "IA3")
-# diffusers' text of a configuration a network, in a file's metadata.
+# diffusers' key in a file's metadata; its text has one configuration per network.
 METADATA = "lora_adapter_metadata"
 
 
@@ -35,22 +35,22 @@ def from_metadata(metadata: Mapping[str, str], where: object) -> dict[str, dict[
 
 
 def is_of_text(config: Mapping[str, Any]) -> bool | None:
-    """Whether a configuration is of a text encoder; None: it does not say."""
+    """Whether a configuration is for a text encoder; None: it does not say."""
     mapping = config.get("auto_mapping")
     base = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     return base.startswith("CLIPText") if isinstance(base, str) else None
 
 
 def scales(config: Mapping[str, Any], layers: Sequence[str], where: object) -> dict[str, float]:
-    """The factor that `algorithms` take, of each layer.
+    """The scale of each layer, for `algorithms`.
 
     Args:
         config: PEFT's.
         layers: as the file spells them.
-        where: what brings the configuration, for an error's sentence.
+        where: the source of the configuration, for errors.
 
     Raises:
-        WeightsError: of a kind that is not read, or a value is damaged.
+        WeightsError: the kind is not read, or a value is damaged.
     """
     kind = config.get("peft_type")
     if kind not in KINDS:
@@ -80,7 +80,7 @@ def _feedforward(config: Mapping[str, Any], layers: Sequence[str], where: object
 
 
 def _by_pattern(config: Mapping[str, Any], name: str, layers: Sequence[str], where: object) -> dict[str, float]:
-    """The values of the layers that a pattern names. Of several patterns, the first counts."""
+    """The values of the layers that a pattern names. If several patterns match, the first one is used."""
     patterns = config.get(name) or {}
     if not isinstance(patterns, Mapping):
         raise WeightsError(f"{where}: {name} is {shortened(repr(patterns), 40)}; it must be an object.")
@@ -93,7 +93,7 @@ def _by_pattern(config: Mapping[str, Any], name: str, layers: Sequence[str], whe
 
 
 def _number(config: Mapping[str, Any], name: str, where: object, default: float | None = None) -> float:
-    """A positive number of a configuration; of alpha, 0 would leave nothing of the adapter."""
+    """A positive number of a configuration. An alpha of 0 would turn the adapter off."""
     value = config.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise WeightsError(

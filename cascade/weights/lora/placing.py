@@ -1,4 +1,4 @@
-"""Where an adapter belongs in the networks of a model: every one of its tensors, or an error that says which do not."""
+"""Finds the tensors of a model's networks that an adapter changes. A tensor of the adapter that fits nowhere is an error."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,9 @@ from cascade.weights.lora.words import TABLE, Word, listed
 
 logger = logging.getLogger(__name__)
 
-# Networks that adapters change, in the order in which they are tried; and what people call them.
+# Networks that adapters change, in the order in which they are tried, and their names in messages.
 NETWORKS = {"prior": "Stage C (prior)", "decoder": "Stage B (decoder)", "text_encoder": "the text encoder"}
-# By its width, which Stage C was published.
+# The published Stage C of each width.
 SIZES = {2048: "the full one", 1536: "the lite one"}
 WIDTH = "down_blocks.0.0.depthwise.weight"
 
@@ -34,8 +34,8 @@ def _of_all_channels(group: Group, shape: Sequence[int] | None) -> bool:
     return down.ndim == 4 and down.shape[1] == shape[0] != 1 and len(up) == 1
 
 
-# Parts of adapters that mean nothing in these networks, and are left out: why, and how they are told. The shape is that of
-# the weight of the layer; None: there is no such layer.
+# Parts of adapters that have no use in these networks, and are ignored: the reason, and a test that recognises them. The
+# shape is that of the layer's weight; None: there is no such layer.
 MEANINGLESS: tuple[tuple[str, Callable[[Group, Sequence[int] | None], bool]], ...] = (
     ("of depthwise convolutions, trained as convolutions of all channels", _of_all_channels),
     (
@@ -51,10 +51,10 @@ class Placed:
     """An adapter in the networks of one model.
 
     Attributes:
-        adapter: what was placed.
+        adapter: the adapter.
         changes: by network, "prior", "decoder" or "text_encoder", then by the published name of the tensor.
-        words: that may be used in prompts.
-        ignored: keys that mean nothing in these networks.
+        words: words for prompts.
+        ignored: keys that have no use in these networks.
     """
 
     adapter: Adapter
@@ -64,7 +64,7 @@ class Placed:
 
     @property
     def summary(self) -> str:
-        """What was placed where, in one line."""
+        """One line for the log: how many tensors were placed, and in which networks."""
         parts = []
         for network, changes in self.changes.items():
             layers = {name.rpartition(".")[0] for name in changes}
@@ -80,14 +80,14 @@ def place(adapter: Adapter, networks: Mapping[str, Shapes], vocabulary: Mapping[
     """Find the place of every tensor of an adapter.
 
     Args:
-        adapter: what was read.
+        adapter: the adapter as read.
         networks: the shapes of the tensors of Stage C, Stage B and the text encoder, by published name, as in their state
-            dicts; under "prior", "decoder" and "text_encoder". An adapter of one that is missing is an error.
+            dicts; under "prior", "decoder" and "text_encoder". An adapter for a missing network is an error.
         vocabulary: the tokenizer's words, and the row of each in the table of words; needed by the authors' learned words.
 
     Raises:
-        WeightsError: nothing, or not all of it has a place. The sentence names the format, how many tensors have one, and the
-            first that does not; and what the adapter is for, if that is known.
+        WeightsError: a tensor has no place, or there are none. The sentence names the format, how many tensors have a place,
+            and the first one that has none; and the model that the adapter is for, if it is known.
     """
     known = {name: Layers(networks[name]) for name in NETWORKS if name in networks}
     found = _Finding(adapter, known)
@@ -106,7 +106,7 @@ def place(adapter: Adapter, networks: Mapping[str, Shapes], vocabulary: Mapping[
 
 
 class _Finding:
-    """What has a place so far."""
+    """The tensors that have a place so far."""
 
     def __init__(self, adapter: Adapter, known: Mapping[str, Layers]) -> None:
         self.adapter = adapter
@@ -115,7 +115,7 @@ class _Finding:
         self.unplaced: list[str] = []
         self.ignored: dict[str, list[str]] = {}
         self._fits: dict[tuple[int, str], tuple[Changes, set[str]] | None] = {}
-        # Of what may belong to Stage B or C, all belongs to one of them: to the one that more of it fits.
+        # All groups that may belong to Stage B or C belong to one of them: to the one that more groups fit.
         self.unets = self._unets()
 
     def _unets(self) -> tuple[str, ...]:
@@ -130,14 +130,14 @@ class _Finding:
         return tuple(sorted(scores, key=lambda name: -scores[name])[:1])
 
     def _fitting(self, group: Group, network: str) -> tuple[Changes, set[str]] | None:
-        """What a group changes in a network, and which of its tensors are used; None if it does not fit."""
+        """A group's changes of a network, and which of its tensors are used; None if it does not fit."""
         key = id(group), network
         if key not in self._fits:
             self._fits[key] = _fitting(group, self.known[network])
         return self._fits[key]
 
     def candidates(self, group: Group) -> list[str]:
-        """The networks that a group may be of, the likeliest first."""
+        """The networks that a group may belong to, the likeliest first."""
         allowed = [name for name in group.place.networks if name in self.known]
         unets = [name for name in ("prior", "decoder") if name in allowed]
         rest = [name for name in allowed if name not in unets]
@@ -204,7 +204,7 @@ def _of_tensor(group: Group, name: str, network: Layers) -> tuple[Changes, set[s
     return None
 
 
-# What has a row an output, and is split where q, k and v lie in one weight.
+# Tensors with one row per output. They are split where q, k and v are one weight.
 BY_OUTPUTS = ("up", "diff", "set")
 
 
@@ -337,7 +337,7 @@ def _place_rows(
 
 
 def _misfit(found: _Finding, networks: Mapping[str, Shapes]) -> WeightsError:
-    """The sentence about an adapter that does not fit."""
+    """The error for an adapter that does not fit."""
     adapter = found.adapter
     if foreign.model(adapter.shapes) is None and (whole := whole_networks(adapter.shapes)):
         return WeightsError(f"{_shown(adapter)} {clause(whole)}.")
@@ -380,7 +380,7 @@ def _why(found: _Finding, networks: Mapping[str, Shapes]) -> str:
 
 
 def _width(adapter: Adapter, known: Mapping[str, Layers]) -> int | None:
-    """The width of the Stage C that an adapter is for, if that is another than this model's."""
+    """The width of the Stage C that an adapter is for, if it differs from this model's."""
     prior = known.get("prior")
     if prior is None or WIDTH not in prior.shapes:
         return None
@@ -388,7 +388,7 @@ def _width(adapter: Adapter, known: Mapping[str, Layers]) -> int | None:
     widths = set()
     for group in adapter.groups:
         down = group.tensors.get("down")
-        # The first attention block of the finest level is there in all sizes; inputs are as wide as the level.
+        # All sizes have the first attention block of the finest level, and its inputs are as wide as the level.
         is_query = any(
             layer.startswith("down_blocks.0.") and layer.endswith("to_q") for layer in prior.layer(group.place.layer)
         )

@@ -1,4 +1,4 @@
-"""Words that adapters bring: what the text encoder sees where they stand in a prompt."""
+"""Words that adapters bring: the vectors that the text encoder gets in their place."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class Word:
     Attributes:
         name: as it stands in a prompt.
         vectors: float32 (n, D), one or several, which take the places of n tokens.
-        begins_from: rows of the table of words whose mean is added to the vectors; (): none, that is zeros; None: the vectors
-            are whole as they are.
-        outputs: float32 (n, D), added to what the text encoder makes of these tokens; None: nothing.
+        begins_from: rows of the table of words whose mean is added to the vectors; (): none, so zeros are added; None: the
+            vectors are complete.
+        outputs: float32 (n, D), added to the text encoder's output for these tokens; None: nothing.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Word:
     outputs: Tensor | None = None
 
     def rows(self, table: Tensor) -> Tensor:
-        """What stands in the table of words for this one: float32 (n, D).
+        """The rows for this word in the table of words: float32 (n, D).
 
         table: that of the text encoder, (words, D), of any floating-point dtype.
         """
@@ -38,7 +38,7 @@ class Word:
 
 
 def listed(words: Sequence[Word]) -> str:
-    """Their names, for the log."""
+    """The words' names, for the log."""
     return ", ".join(
         word.name if len(word.vectors) == 1 else f"{word.name} ({len(word.vectors)} tokens)" for word in words
     )

@@ -1,7 +1,7 @@
-"""An adapter as one safetensors file that says all about itself.
+"""Writes an adapter as one safetensors file that needs no settings beside it.
 
 LoRA, LoCon, LoHa, LoKr, GLoRA, OFT, differences and biases get the names that kohya's trainer has written since 25 February
-2024 and ComfyUI reads, with alpha beside them. What only PEFT computes keeps PEFT's names and diffusers' metadata. Words of the
+2024 and ComfyUI reads, with alpha. Kinds that only PEFT computes keep PEFT's names and diffusers' metadata. Words of the
 authors' training keep their tensors; their names go into the metadata.
 """
 
@@ -22,7 +22,7 @@ from cascade.weights.lora.placing import Placed
 
 # The first suffix of each part is kohya's or LyCORIS'.
 NAMES = {name: suffix for suffix, name in reversed(SUFFIXES.items())}
-# Whose alpha is divided by the size of a tensor, the first of these that is there.
+# Kinds whose alpha is divided by the size of a tensor: of the first of these that exists.
 RANKS: dict[Function, tuple[str, ...]] = {
     algorithms.lora: ("down",),
     algorithms.loha: ("w1_b",),
@@ -87,7 +87,7 @@ def _comfyui(network: str, layer: str) -> str:
 
 
 def _whole(network: str, layer: str, kind: str, change: Change) -> str:
-    """The key of what is added to a tensor, or replaces it, in full."""
+    """The key of a full difference or a full replacement of a tensor."""
     added = change.function is algorithms.difference
     if kind == "weight":
         return f"{_stem(network, layer)}.{'diff' if added else 'set_weight'}"
@@ -116,7 +116,7 @@ def _parts(change: Change, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]
         yield "alpha", torch.tensor(scale)  # a constraint
     elif scale != 1:
         first = next(name for name in ("k1", "w1_a") if name in tensors)
-        yield first, tensors[first] * scale  # LoKr of two whole matrices, whose alpha others ignore
+        yield first, tensors[first] * scale  # LoKr of two whole matrices, whose alpha other programs ignore
 
 
 def _metadata(placed: Placed) -> dict[str, str]:
@@ -132,7 +132,7 @@ def _metadata(placed: Placed) -> dict[str, str]:
 
 
 def _configs(placed: Placed) -> Iterator[tuple[str, object]]:
-    """What PEFT's kinds need to know, as diffusers writes it: by network and name."""
+    """The configuration of PEFT's kinds in diffusers' form, by network and name."""
     for network, changes in placed.changes.items():
         inputs = []
         for name, several in changes.items():

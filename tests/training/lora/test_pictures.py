@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cascade.sizes import LARGEST, MULTIPLE, SMALLEST
+from cascade.sizes import MULTIPLE, SMALLEST, WHOLE
 from tests.training.lora.zips import files_of, zipped
 from tests.training.small import write_pictures
 from training.errors import TrainingError
@@ -49,9 +49,9 @@ def link() -> bytes:
 
 
 BAD = {
-    "no zip": (b"hello", "is no zip file."),
-    "empty": (b"", "is no zip file."),
-    "cut": (zipped({"a.png": bytes(9999)})[:-40], "is no zip file."),
+    "no zip": (b"hello", "is not a zip file."),
+    "empty": (b"", "is not a zip file."),
+    "cut": (zipped({"a.png": bytes(9999)})[:-40], "is not a zip file."),
     "damaged": (
         zipped({"a.png": bytes(99)}).replace(bytes(99), bytes(98) + b"x"),
         "damaged or encrypted zip file: Bad CRC-32",
@@ -97,7 +97,7 @@ def test_what_is_wrong_with_pictures_names_them(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"01\.png"):
         captioned_pictures(folder, 128, **WORDS)
     (folder / "01.png").write_bytes(b"hello")
-    with pytest.raises(TrainingError, match=r"01\.png is no picture"):
+    with pytest.raises(TrainingError, match=r"01\.png is not a picture"):
         captioned_pictures(folder, 128, **WORDS)
     (folder / "01.txt").unlink()
     with pytest.raises(TrainingError, match=r"01\.png has no caption: give it 01\.txt"):
@@ -129,15 +129,15 @@ def test_captions(text: str | None, options: dict[str, str], expected: str, tmp_
     assert found.caption == expected
 
 
-@given(st.integers(1, 9000), st.integers(1, 9000), st.integers(128, LARGEST))
+@given(st.integers(1, 9000), st.integers(1, 9000), st.integers(128, WHOLE))
 def test_buckets_keep_the_shape(width: int, height: int, resolution: int) -> None:
     rows, columns = bucket_size(width, height, resolution)
     step = max(MULTIPLE, resolution // 16 // MULTIPLE * MULTIPLE)
     for side in (rows, columns):
         assert side % step == 0
-        assert SMALLEST <= side <= LARGEST
+        assert SMALLEST <= side <= WHOLE
     ratio = min(max(width / height, 0.25), 4)
-    if SMALLEST + step <= min(rows, columns) and max(rows, columns) <= LARGEST - step:
+    if SMALLEST + step <= min(rows, columns) and max(rows, columns) <= WHOLE - step:
         # Each side is off by half a step at most.
         assert abs(rows - resolution / math.sqrt(ratio)) <= step / 2 + 1e-6
         assert abs(columns - resolution * math.sqrt(ratio)) <= step / 2 + 1e-6

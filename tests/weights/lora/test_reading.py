@@ -256,7 +256,7 @@ FLOAT4 = len(_FLOAT4).to_bytes(8, "little") + _FLOAT4 + b"\0"
         ("none.safetensors", None, "There is no file or folder"),
         ("empty.safetensors", b"", "truncated or no safetensors file"),
         ("page.safetensors", b"<!DOCTYPE html><html>", "truncated or no safetensors file"),
-        ("page.txt", b"<!DOCTYPE html><html>", "is no safetensors file, the only kind that is opened"),
+        ("page.txt", b"<!DOCTYPE html><html>", "is not a safetensors file, the only kind that is opened"),
         ("nothing.safetensors", save({}), "holds no tensors"),
         ("nothing.zip", b"PK\x05\x06" + bytes(18), "holds no safetensors file"),
         ("bool.safetensors", save({"a.alpha": torch.tensor(True)}), "stored as bool"),
@@ -410,10 +410,10 @@ def test_authors_settings_come_from_elsewhere(tmp_path: Path) -> None:
         ({"module_filters": ".attn"}, "module_filters is '.attn'; it must be a list of texts"),
         ({"module_filters": [".attn"], "train_tokens": "x"}, "train_tokens is 'x'; it must be a list"),
         ({"train_tokens": [["a", 3]]}, "each must be [name, regular expression or null]"),
-        ({"train_tokens": [["[a]", "("]]}, "is no pattern"),
+        ({"train_tokens": [["[a]", "("]]}, "is not a valid pattern"),
         ({"module_filters": ["channelwise"], "train_tokens": [["[a]", None]]}, "module_filters (channelwise)"),
         ({"train_tokens": []}, "learned words that do not fit"),
-        ([], "is no JSON object"),
+        ([], "is not a JSON object"),
     ],
 )
 def test_wrong_settings(told: Any, said: str, tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_words_of_another_vocabulary(tmp_path: Path) -> None:
         ({"r": 0}, "r is 0; it must be a positive number"),
         ({"alpha_pattern": []}, None),
         ({"alpha_pattern": [1]}, "alpha_pattern is [1]; it must be an object"),
-        ({"rank_pattern": {"(": 3}}, "is no pattern"),
+        ({"rank_pattern": {"(": 3}}, "is not a valid pattern"),
     ],
 )
 def test_pefts_configuration(change: dict[str, Any], said: str | None, tmp_path: Path) -> None:
