@@ -8,10 +8,9 @@ import logging
 import time
 import types
 
-from serving import early, lean
+from serving import early
 
-early.begin()
-lean.import_lean()
+early.begin()  # before the imports below, which take seconds
 
 from cog import BaseRunner, Input, Path  # noqa: E402
 

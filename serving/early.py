@@ -1,14 +1,11 @@
-"""Work that needs no Python module, begun while Python still imports modules: reading weights, and starting the GPU."""
+"""Reading weights while Python still imports modules."""
 
 import contextlib
-import ctypes
 import os
 import threading
 from pathlib import Path
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-# Values of CASCADE_DEVICE for which the first GPU is used if there is one.
-FIRST_GPU = ("", "auto", "cuda", "cuda:0")
 
 
 def find_weights() -> Path:
@@ -20,9 +17,9 @@ def find_weights() -> Path:
 
 
 def begin() -> None:
-    """Begin, on threads. What fails here is tried again, and reported, when the model loads."""
-    for work in (read_ahead, start_gpu):
-        threading.Thread(target=work, name=work.__name__, daemon=True).start()
+    """Begin to read the weights ahead, on a thread. What fails here is reported when the model loads."""
+    if hasattr(os, "posix_fadvise"):
+        threading.Thread(target=read_ahead, name="read ahead", daemon=True).start()
 
 
 def read_ahead() -> None:
@@ -30,13 +27,3 @@ def read_ahead() -> None:
     for file in sorted(find_weights().rglob("*.safetensors")):
         with contextlib.suppress(OSError), file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
-def start_gpu() -> None:
-    """Make the first GPU's primary context, which torch uses later. It takes some tenths of a second."""
-    if os.environ.get("CASCADE_DEVICE", "") not in FIRST_GPU:
-        return
-    with contextlib.suppress(OSError, AttributeError):  # no driver
-        driver = ctypes.CDLL("libcuda.so.1")
-        if driver.cuInit(0) == 0:
-            driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)
