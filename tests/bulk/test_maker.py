@@ -40,7 +40,8 @@ def alone(cascade: Cascade, folder: Path, row: dict[str, Any], file: Path) -> by
     inputs = check_inputs(row)
     request = request_from(inputs, cascade)
     (image,) = cascade.generate(request)
-    record = Record.of(request, inputs, Origin.of(cascade, ModelFolder.open(folder)), hashed=True)
+    origin = Origin.of(cascade, ModelFolder.open(folder))
+    record = Record.of(request, inputs, origin, cascade.planner.sampling(request), hashed=True)
     said = metadata(record.of_picture(0, request.seed, *image.size), Detail.FULL)
     save_picture(image, file, said, row.get("output_quality", 80))
     return file.read_bytes()
@@ -101,7 +102,7 @@ def test_what_a_shard_has(tmp_path: Path) -> None:
     assert [line["index"] for line in lines[:3]] == [0, 1, 2]
     assert [line["id"] for line in lines] == ["x", "x", "x", None, "?", None, "y"]
     assert [line["status"] for line in lines] == ["success"] * 4 + ["failed"] * 2 + ["success"]
-    assert lines[4]["error"] == "width is 12; it must be a whole number from 64 to 2048."
+    assert lines[4]["error"] == "width is 12; it must be a whole number from 64 to 4096."
     assert (lines[4]["prompt"], lines[4]["width"], lines[4]["seed"]) == ("a bee", None, 2**32 - 1)
     assert lines[5]["error"].startswith("Line 4 is no JSON: ")
     used = {

@@ -407,7 +407,7 @@ def test_what_cog_has_not_downloaded(made: Callable[..., Request], files: dict[s
 def test_urls_that_hold_nothing(made: Callable[..., Request], url: str, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     said = sentence_of(made, image_prompts=[url])
-    assert re.match(r"image_prompts\[0\] is (a data URL that cannot be decoded|no picture of .*)\.$", said)
+    assert re.match(r"image_prompts\[0\] is (a data URL that cannot be decoded|not a picture in .*)\.$", said)
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
 
 

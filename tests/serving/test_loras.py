@@ -293,7 +293,7 @@ def test_what_sites_refuse(status: int, said: str, site: Site, finder: Loras, mo
 def test_answers_that_are_none(site: Site, finder: Loras, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", site.url)
     path = "/api/models/me/style/revision/main"
-    for answer, said in ((b"<html>", "no JSON"), ([], "has 0 safetensors files, none"), ({"siblings": [3]}, "has 0")):
+    for answer, said in ((b"<html>", "not JSON"), ([], "has 0 safetensors files, none"), ({"siblings": [3]}, "has 0")):
         site.answers[path] = answer
         with pytest.raises(InputError, match=said):
             finder.find(["me/style"], [1.0])

@@ -73,7 +73,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_a_prompt_is_typed_and_its_picture_grows(opened: Page, session: Session) -> None:
     before = len(session.made)
-    fill(opened, prompt="a lemon on a blue background")
+    fill(opened, prompt="a lemon on a blue background", steps_prior="50")  # so that it is seen growing
     field(opened, "prompt").press("Enter")
     preview = opened.locator("#view .previews img")
     preview.wait_for()
@@ -239,24 +239,28 @@ def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
             keys.press("Tab")
         raise AssertionError(f"no {matches} is reached")
 
+    def give(name: str, value: str) -> None:
+        if not opened.locator(f"#{name}").is_visible():
+            tab_to(".fold button.label-wrap")
+            assert "Settings" in opened.evaluate("document.activeElement.textContent")
+            keys.press("Enter")
+        tab_to(f"#{name} input")
+        keys.press("Control+A")
+        keys.type(value)
+
     tab_to("#prompt textarea")
     keys.press("Control+A")
     keys.type("a robot on a beige background")
+    give("steps_prior", "50")  # so that there is time to cancel
     tab_to("#make")
     keys.press("Enter")
     opened.locator("#view .previews img").wait_for()
     keys.press("Escape")
     expect(opened.locator("#status")).to_contain_text("Cancelled.")
     assert len(session.made) == before
-    tab_to("#seed input")
-    keys.type("21")
-    for title, name, value in (("Settings", "steps_prior", "2"), ("Settings", "steps_decoder", "1")):
-        if not opened.locator(f"#{name}").is_visible():
-            tab_to(".fold button.label-wrap")
-            assert title in opened.evaluate("document.activeElement.textContent")
-            keys.press("Enter")
-        tab_to(f"#{name} input")
-        keys.type(value)
+    give("seed", "21")
+    give("steps_prior", "2")
+    give("steps_decoder", "1")
     tab_to("#make")
     keys.press("Enter")
     (made,) = made_since(opened, session, before)
