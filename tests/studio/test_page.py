@@ -71,13 +71,18 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(picture.convert("RGB"), np.int16)
 
 
+# In the browser, which sees each preview; asked from here, it may be gone.
+FRAME = """() => {
+    const box = document.querySelector("#view .previews img")?.getBoundingClientRect();
+    return box?.width ? {x: box.x, y: box.y, width: box.width, height: box.height} : null;
+}"""
+
+
 def test_a_prompt_is_typed_and_its_picture_grows(opened: Page, session: Session) -> None:
     before = len(session.made)
     fill(opened, prompt="a lemon on a blue background", steps_prior="50")  # so that it is seen growing
     field(opened, "prompt").press("Enter")
-    preview = opened.locator("#view .previews img")
-    preview.wait_for()
-    frame = preview.bounding_box()
+    frame = opened.wait_for_function(FRAME).json_value()
     (made,) = made_since(opened, session, before)
     picture = opened.locator("#view .frame > img")
     assert picture.get_attribute("alt") == made.given["prompt"] == "a lemon on a blue background"
@@ -91,7 +96,7 @@ def test_a_prompt_is_typed_and_its_picture_grows(opened: Page, session: Session)
 
 def test_a_request_is_cancelled(opened: Page, session: Session) -> None:
     before = len(session.made)
-    fill(opened, steps_prior="50")
+    fill(opened, steps_prior="50", steps_decoder="50")
     opened.locator("#num_images").get_by_text("4").click()
     opened.locator("#make").click()
     opened.locator("#view .previews img").first.wait_for()
@@ -251,13 +256,21 @@ def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
     tab_to("#prompt textarea")
     keys.press("Control+A")
     keys.type("a robot on a beige background")
-    give("steps_prior", "50")  # so that there is time to cancel
+    # So that there is time to cancel.
+    give("steps_prior", "50")
+    give("steps_decoder", "50")
+    tab_to("#num_images input")
+    for _ in range(3):
+        keys.press("ArrowRight")
     tab_to("#make")
     keys.press("Enter")
     opened.locator("#view .previews img").wait_for()
     keys.press("Escape")
     expect(opened.locator("#status")).to_contain_text("Cancelled.")
     assert len(session.made) == before
+    tab_to("#num_images input")
+    for _ in range(3):
+        keys.press("ArrowLeft")
     give("seed", "21")
     give("steps_prior", "2")
     give("steps_decoder", "1")
