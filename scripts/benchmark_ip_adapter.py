@@ -28,7 +28,7 @@ from cascade.stages.text import TextEncoder
 from cascade.weights import PUBLISHED_SAMPLER, ModelFolder
 from scripts.contenders import PROMPT
 from scripts.environment import ROOT
-from scripts.stand_ins import IMAGE_ENCODER, make_network, randomize
+from scripts.stand_ins import make_network, randomize
 from scripts.timing import in_turn, percent_more
 from training.tasks.ip_adapter import predict
 
@@ -53,7 +53,7 @@ def make_cascade(networks: dict[str, Any], blocks: tuple[int, ...]) -> Cascade:
     tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")
     with torch.device(CUDA):
         adapter = randomize(IPAdapter(blocks=blocks)).eval()
-    side = IMAGE_ENCODER.image_size
+    side = networks["image_encoder"].config.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return Cascade(
         TextEncoder(tokenizer, networks["text_encoder"]),

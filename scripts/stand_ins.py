@@ -9,41 +9,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
 from cascade.networks.controlnet import ControlNet
-from cascade.networks.effnet import SemanticEncoder
 from cascade.weights import ModelFolder, save_component
 from cascade.weights.reading import read_header
-from cascade.weights.single_file import VARIANTS
+from cascade.weights.single_file import VARIANTS, make
 from scripts.environment import ROOT
 
-# laion/CLIP-ViT-bigG-14-laion2B-39B-b160k
-TEXT_ENCODER = CLIPTextConfig(
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_attention_heads=20,
-    projection_dim=1280,
-    vocab_size=49408,
-    hidden_act="gelu",
-    bos_token_id=49406,
-    eos_token_id=49407,
-)
-# openai/clip-vit-large-patch14
-IMAGE_ENCODER = CLIPVisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    patch_size=14,
-    projection_dim=768,
-)
 PLACES = {
     "prior": "stable-cascade-prior/prior",
     "prior_lite": "stable-cascade-prior/prior_lite",
@@ -74,16 +46,9 @@ def make_network(name: str, device: str | torch.device) -> nn.Module:
         name: of `PLACES`, or "image_encoder".
         device: where it is made.
     """
-    makers = {
-        **{variant.name: lambda variant=variant: variant.network(**variant.config) for variant in VARIANTS},
-        # These classes are made from a configuration.
-        "text_encoder": lambda: CLIPTextModelWithProjection(TEXT_ENCODER),
-        "image_encoder": lambda: CLIPVisionModelWithProjection(IMAGE_ENCODER),
-        "effnet": SemanticEncoder,
-        "controlnet_canny": ControlNet,
-    }
-    with torch.device(device):
-        return randomize(makers[name]()).eval()
+    classes = {variant.name: (variant.network, variant.config) for variant in VARIANTS}
+    classes["controlnet_canny"] = (ControlNet, {})
+    return randomize(make(*classes[name], device)).eval()
 
 
 def write_stand_ins(folder: Path, device: str, names: Collection[str] = tuple(PLACES)) -> None:

@@ -397,9 +397,9 @@ def controlnet_config(
     }
 
 
-def make(network: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
-    """Make a network from its class and configuration, with parameters on the meta device, so without values."""
-    with torch.device("meta"):
+def make(network: type[nn.Module], config: Mapping[str, Any], device: str | torch.device = "meta") -> nn.Module:
+    """Make a network from its class and configuration. On the meta device, its parameters have no values."""
+    with torch.device(device):
         if network in CONFIG_CLASSES:
             return network(CONFIG_CLASSES[network](**config))
         return network(**config)
