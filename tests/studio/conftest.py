@@ -1,24 +1,30 @@
-"""The miniature's page, served in this process, and a browser for it."""
+"""The miniature's page, served in this process, and a browser for it.
+
+Imports of Gradio, Playwright and torch stand in functions: whoever runs other tests reads this file, too.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from scripts.chromium import NAMES, OPTIONS, PROGRAM, find_chromium
-from studio import door
-from studio.session import Session
 from tests.conftest import MINI
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+    from studio.session import Session
 
 # Milliseconds: a busy machine is no fault of the page.
 PATIENCE = 60_000
-expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="package")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Session]":
+    from studio import door
+
     if not (MINI / "model.json").is_file():
         pytest.skip("weights/mini is not there")
     with pytest.MonkeyPatch.context() as patch:
@@ -32,13 +38,20 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 
 
 @pytest.fixture(scope="package")
-def address(session: Session) -> Iterator[str]:
+def address(session: "Session") -> Iterator[str]:
+    from studio import door
+
     with door.served(session) as address:
         yield address
 
 
 @pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
+def browser() -> "Iterator[Browser]":
+    from playwright.sync_api import expect, sync_playwright
+
+    from scripts.chromium import NAMES, OPTIONS, PROGRAM, find_chromium
+
+    expect.set_options(timeout=PATIENCE)
     chromium = find_chromium()
     if chromium is None:
         pytest.skip(f"there is no Chromium: none of {', '.join(NAMES)} is in PATH, and {PROGRAM} names none")
@@ -55,7 +68,7 @@ def look() -> dict[str, object]:
 
 
 @pytest.fixture
-def opened(browser: Browser, address: str, look: dict[str, object]) -> Iterator[Page]:
+def opened(browser: "Browser", address: str, look: dict[str, object]) -> "Iterator[Page]":
     """The page in a browser. Fails if the page asked another host for anything, or a script of it failed."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **look})
     context.set_default_timeout(PATIENCE)
@@ -74,7 +87,7 @@ def opened(browser: Browser, address: str, look: dict[str, object]) -> Iterator[
 
 
 @pytest.fixture
-def apple(session: Session, tmp_path: Path) -> Path:
+def apple(session: "Session", tmp_path: Path) -> Path:
     """A picture that the session does not know: not ours, and in a format that Pillow writes."""
     file = tmp_path / "apple.png"
     request = {"prompt": "a red apple on a green background", "seed": 5, "steps_prior": 2, "steps_decoder": 1}
