@@ -20,6 +20,9 @@ from bulk.tally import Done, Tally
 from tests.bulk.tables import SMALL, lines_of, make_run, pictures_of
 from tests.readme import ROOT
 
+# Seconds, after which a test ends that would never end. On a machine with ten times as many processes as cores, a worker's
+# start alone took eight minutes.
+PATIENCE = 3600
 # Rows that take a while each, so that a worker can be killed in the middle of a shard.
 SLOW = {**SMALL, "steps_prior": 20, "steps_decoder": 20}
 ROWS: list[dict[str, Any] | str] = [
@@ -57,7 +60,7 @@ class Driver:
         return [one for one in self.family if titled(one, "ShardActor")]
 
     def wait_for(self, found: Callable[[], Any]) -> Any:
-        end = time.monotonic() + 600
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end and self.process.poll() is None:
             if result := found():
                 return result
@@ -89,7 +92,7 @@ def started(folder: Path, workers: int) -> Iterator[Driver]:
     finally:
         driver.process.kill()
         driver.process.wait()
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE
         while (left := [one for one in driver.family if runs(one)]) and time.monotonic() < end:
             time.sleep(0.2)
         for one in left:
@@ -121,7 +124,7 @@ def test_kills_lose_nothing_and_make_nothing_twice(
     whole = {file.name[:5] for file in done.glob("*_stats.json")}
     assert 2 <= len(whole) < 6
     with started(folder, workers=1) as driver:
-        assert driver.process.wait(600) == 0, driver.log.read_text()
+        assert driver.process.wait(PATIENCE) == 0, driver.log.read_text()
 
     assert pictures_of(done) == pictures_of(tmp_path / "one" / "out")
     same = [{**line, "seconds": 0} for line in lines_of(done)]
