@@ -171,9 +171,9 @@ def test_the_engine_makes_what_the_student_makes(components: dict[str, Any], tmp
     given = {"rows": torch.tensor([0]), "image": torch.zeros(1, 1, 12)}
     conditions = task.conditions(task.dataset, given)
     student = finish(task.steps(task.networks["student"], conditions, (128, 128), Noise([5]), task.turbo))
-    torch.testing.assert_close(made[-1].latents, student, atol=2e-2, rtol=0)
+    assert (made[-1].latents - student).norm() < 5e-3 * student.norm()  # of float16
     without = finish(task.steps(task.networks["teacher"], conditions, (128, 128), Noise([5]), task.turbo))
-    assert (student - without).abs().max() > 0.2
+    assert (student - without).norm() > 5e-2 * student.norm()
     assert cascade.generate(request) == before
     assert all(torch.equal(value, state[name]) for name, value in cascade.prior.state_dict().items())
     lora = Lora(folder / DISTILLED, -1.0)  # takes back what turbo adds
