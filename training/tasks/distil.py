@@ -224,15 +224,20 @@ class Distillation(Task):
         return figures, grid([self.shown(made[:8]) for made in (true, student, without)])
 
     def save(self, folder: Path) -> None:
-        """Writes the adapter in float16, with diffusers' names, into the folder ``turbo_`` and the network's name."""
-        tensors = {}
-        for one in adapted_layers(self.networks["student"]):
-            for part, matrix in (("lora_A", one.down), ("lora_B", one.up)):
-                tensors[f"{self.network}.{one.layer}.{part}.weight"] = matrix.to("cpu", torch.float16).contiguous()
+        """Writes the adapter into the folder ``turbo_`` and the network's name."""
         target = folder / f"turbo_{self.network}"
         target.mkdir()
         # Not by save_file, because only the owner can read its files.
-        (target / FILE).write_bytes(safetensors.torch.save(tensors))
+        (target / FILE).write_bytes(safetensors.torch.save(file_tensors(self.network, self.networks["student"])))
+
+
+def file_tensors(name: str, network: nn.Module) -> dict[str, Tensor]:
+    """A network's adapter as it is stored: float16, on the CPU, with diffusers' names. name: of the network."""
+    return {
+        f"{name}.{one.layer}.{part}.weight": matrix.to("cpu", torch.float16).contiguous()
+        for one in adapted_layers(network)
+        for part, matrix in (("lora_A", one.down), ("lora_B", one.up))
+    }
 
 
 class DistilCTask(Distillation):

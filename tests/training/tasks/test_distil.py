@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,13 +15,16 @@ from torch import Tensor
 from cascade import Cascade, Lora, Request
 from cascade.sampling import Noise, finish
 from cascade.speeds import SPEEDS
-from cascade.weights import DISTILLED, ModelFolder, StageSettings, save_model_folder
+from cascade.weights import DISTILLED, PUBLISHED_SAMPLER, ModelFolder, StageSettings, save_model_folder
+from tests.readme import ROOT
 from tests.training.small import train, write_config, write_pictures
+from training.configuration import read_configuration
 from training.dataset import Dataset
 from training.distilled import main as add_to_folder
+from training.lora.adapters import add_lora, linear_layers
 from training.options import Options
 from training.shapes import Shapes
-from training.tasks.distil import DistilBTask, DistilCTask, Distillation
+from training.tasks.distil import DistilBTask, DistilCTask, Distillation, file_tensors
 from training.trainer import fit, step_generator
 
 CPU = torch.device("cpu")
@@ -85,6 +89,8 @@ def test_the_student_beats_its_teacher_in_as_few_steps(
     assert figures["distance"] < before["distance"]
     assert figures["distance_without"] == before["distance_without"]
     assert sheet.size[0] == sheet.size[1]  # three pictures by three ways
+    (file,) = (tmp_path / "model").rglob("turbo.safetensors")
+    assert all(tensor.any() for tensor in load_file(file).values())
     assert all(torch.equal(value, teacher[name]) for name, value in task.networks["teacher"].state_dict().items())
 
 
@@ -195,3 +201,18 @@ def test_it_needs_the_models_settings(tmp_path: Path, capsys: pytest.CaptureFixt
     pictures = write_pictures(tmp_path / "pictures", 2)
     assert train(write_config(tmp_path, "- model"), "distil_c", pictures, tmp_path / "run") == 1
     assert capsys.readouterr().err == "The configuration has no table [model], which distil_c needs.\n"
+
+
+def test_the_recipe_for_the_published_model_has_its_settings() -> None:
+    tables = read_configuration(ROOT / "training" / "turbo.toml")
+    assert {name: StageSettings(**tables["model"][name]) for name in PUBLISHED_SAMPLER} == PUBLISHED_SAMPLER
+
+
+def test_the_miniatures_file_has_less_than_two_megabytes() -> None:
+    tables, size = read_configuration(ROOT / "miniature" / "mini.toml"), 0
+    folder = ModelFolder.open(ROOT / "weights" / "mini")
+    for stage, name in (("distil_c", "prior"), ("distil_b", "decoder")):
+        network = folder.load_component(name)
+        add_lora(network, linear_layers(network), rank=tables[stage]["task"]["rank"], alpha=1.0)
+        size += len(safetensors.torch.save(file_tensors(name, network)))
+    assert size < 2_000_000
