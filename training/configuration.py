@@ -139,6 +139,6 @@ def _check_stage(name: str, table: Mapping[str, Any], options: Kinds) -> None:
 
 def task_kinds(stage: Stage) -> Kinds:
     """The values of ``[stage.task]``: the task's arguments without those that `workshop` gives it."""
-    given = (*stage.needs, "dataset", "unseen", "shapes", "control", "name")
-    kinds = list(kinds_of(stage.task).items())[len(stage.trains) :]
+    given = (*stage.needs, "dataset", "unseen", "shapes", "control", "name", "settings")
+    kinds = list(kinds_of(stage.task).items())[0 if stage.adapts else len(stage.trains) :]
     return {name: kind for name, kind in kinds if name not in given}

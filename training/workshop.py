@@ -18,7 +18,7 @@ from transformers import (
 
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.ip_adapter import IPAdapter
-from cascade.weights import NETWORKS
+from cascade.weights import NETWORKS, StageSettings
 from training.agreement import table_of
 from training.dataset import Dataset, Split
 from training.errors import FILE_ERRORS, TrainingError, summary
@@ -132,6 +132,9 @@ class Workshop:
             trained = [self.controlnet(name, control.channels, needs, resumes)]
         elif name == "ip_adapter":
             trained = [self.ip_adapter(needs, resumes)]
+        elif stage.adapts:
+            trained = []
+            arguments["settings"] = StageSettings(**self.config["model"][stage.adapts])
         else:
             trained = [self.network(component, anew=stage.anew, resumes=resumes) for component in stage.trains]
         if stage.of_all_sizes:

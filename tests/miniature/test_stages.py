@@ -53,7 +53,7 @@ NETWORKS = {
 
 
 # The stages that a process of their own trains; a process imports for longer than a stage takes here.
-ALONE = ("previewer", "controlnet_canny", "ip_adapter")
+ALONE = ("previewer", "controlnet_canny", "ip_adapter", "distil_c")
 
 
 @pytest.fixture(scope="module")
