@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from training.checkpoint import Checkpoint, Progress
 from training.errors import FILE_ERRORS, summary
-from training.sharding import sharded_like
+from training.sharding import sharded_like, share_buffers
 from training.task import Task
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class ShardedCheckpoint(Checkpoint):
         return {str(self.accelerator.process_index): states}
 
     def _write(self, folder: Path) -> None:
+        share_buffers(self.task)  # any process may write a tensor that all have
         try:
             dcp.save({**self._state(), "random": self._random()}, checkpoint_id=folder)
         except CheckpointException as error:

@@ -22,7 +22,15 @@ from training.trainer import Trainer
 
 STEPS = 4
 OPTIONS = Options(
-    steps=STEPS, batch_size=2, learning_rate=1e-2, warmup=1, clip=0.5, accumulate=2, ema=0.9, compile=False, sharded=True
+    steps=STEPS,
+    batch_size=2,
+    learning_rate=1e-2,
+    warmup=1,
+    clip=0.5,
+    accumulate=2,
+    ema=0.9,
+    compile=False,
+    sharded=True,
 )
 WIDTH = 16
 SIZES = {
@@ -75,12 +83,14 @@ class Reductions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def make_trainer(pictures: Path, folder: Path, options: Options, *, dropout: float, recompute: float = 1.0) -> Trainer:
+def make_trainer(
+    pictures: Path, folder: Path, options: Options, *, dropout: float, recompute: float = 1.0, weight: str = "p2"
+) -> Trainer:
     torch.manual_seed(0)
     task = DividedTask(
         StableCascadeUNet(**SIZES, dropout=dropout),
         EncodedPictures(pictures, torch.device("cpu")),
-        weight={"kind": "adaptive"},
+        weight={"kind": weight},
         drop_text=0.1,
         keep_image=0.5,
         recompute=recompute,
@@ -104,7 +114,9 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     return found
 
 
-def train(pictures: Path, folder: Path, options: Options = OPTIONS, *, until: int = STEPS, **others: Any) -> dict[str, Tensor]:
+def train(
+    pictures: Path, folder: Path, options: Options = OPTIONS, *, until: int = STEPS, **others: Any
+) -> dict[str, Tensor]:
     """Trains up to a step, and writes a checkpoint and Stage C. `Trainer.run` would also end the processes' connection."""
     trainer = make_trainer(pictures, folder, options, **others)
     while trainer.progress.step < until:
@@ -126,10 +138,10 @@ def main(folder: Path, runs: list[str]) -> None:
         elif run == "kept":
             made = train(pictures, folder / run, dropout=0.0, recompute=0.5)
         elif run == "uninterrupted":
-            made = train(pictures, folder / run, dropout=0.2)
+            made = train(pictures, folder / run, dropout=0.2, weight="adaptive")
         elif run == "resumed":
-            train(pictures, folder / run, until=2, dropout=0.2)
-            made = train(pictures, folder / run, dropout=0.2)
+            train(pictures, folder / run, until=2, dropout=0.2, weight="adaptive")
+            made = train(pictures, folder / run, dropout=0.2, weight="adaptive")
         elif run == "halfway":
             made = train(pictures, folder / run, until=2, dropout=0.0)
         elif run == "continued":  # by another number of processes
