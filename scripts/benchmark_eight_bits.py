@@ -7,6 +7,9 @@
   the drawings of scripts/build-mini-data; without them, it is left out.
 - On a GPU, the time of the products at the shapes that a picture of 1024x1024 has, and of a whole layer.
 
+With ``--storage``, instead: what weights in 8 bits cost and save, on a GPU, by memory mode: seconds to load, seconds a picture of
+the published size, and the peak of memory. Needs 19 GB of disk while it runs.
+
 A GPU from compute capability 8.9 multiplies e4m3 itself. Elsewhere the operands are rounded to it, and multiplied in float32.
 Weights are scaled once, activations as they come, so that the largest value is e4m3's: per tensor, or per row (of a weight: per
 output channel).
@@ -15,8 +18,11 @@ output channel).
 import argparse
 import contextlib
 import copy
+import gc
 import itertools
 import statistics
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,21 +36,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from cascade import Cascade, kernels, sizes
+from cascade import Cascade, Request, kernels, sizes
 from cascade.images.tensors import to_image
 from cascade.kernels.stream import Stream
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.sampling import Noise, diffuse, finish
 from cascade.stages.decoder import decoder_steps
 from cascade.stages.prior import prior_steps
+from cascade.weights import PUBLISHED_SAMPLER, save_model_folder
 from miniature.compose import compose
 from miniature.evaluate import score_pictures, text_to_pictures
 from miniature.icons import STYLES, load_drawings, load_objects
 from miniature.judge import Judge
 from miniature.prompts import Prompt, make_prompts, plans_of
 from miniature.scores import Values, paired
+from scripts.contenders import PROMPT
 from scripts.environment import ROOT
-from scripts.stand_ins import make_network
+from scripts.stand_ins import NEEDED, make_network, write_stand_ins
 from scripts.timing import in_turn
 
 MINI = ROOT / "weights" / "mini"
@@ -56,6 +64,7 @@ TIMES = (0.9, 0.5, 0.1)  # of the predictions
 SIDE = 1024
 STEPS = {"prior": 20, "decoder": 10}
 ROTATED = 2**28  # bytes of weights that timed products take turns with: several times a GPU's L2 cache
+MEMORY = ("resident", "offload", "stream")
 COMPARED = 64  # pictures whose pixels are compared
 
 
@@ -281,10 +290,10 @@ def stand_in(name: str, device: torch.device, batch: int) -> Network:
     inputs = [
         Input(
             draw(config.in_channels, *size),
-            torch.full((batch,), time, device=device),
+            torch.full((batch,), ratio, device=device),
             {key: draw(*shape) for key, shape in shapes.items()},
         )
-        for time in TIMES
+        for ratio in TIMES
     ]
     return Network.of(name, network, inputs)
 
@@ -315,8 +324,8 @@ def miniature(cascade: Cascade, prompts: Sequence[str]) -> list[Network]:
         noise = Noise(range(100, 100 + count), device)
         shift = cascade.defaults[name].shift
         inputs = []
-        for time in TIMES:
-            times = torch.full((count,), time, device=device)
+        for ratio in TIMES:
+            times = torch.full((count,), ratio, device=device)
             inputs.append(Input(diffuse(clean, noise(*clean.shape[1:]), times, shift), times, given))
         found.append(Network.of(name, getattr(cascade, name), inputs))
     return found
@@ -417,18 +426,20 @@ def picture_table(drawn: Mapping[str, Drawn]) -> str:
 
 
 def replayed(work: Callable[[], Any]) -> Callable[[], None]:
-    """Work as a CUDA graph, which waits for the GPU."""
-    work()
+    """Work as a CUDA graph, which waits for the GPU. What the work reads must be kept until the last run."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = work()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
 
     def replay() -> None:
         graph.replay()
         torch.cuda.synchronize()
 
-    replay.kept = kept  # what the graph writes to
     return replay
 
 
@@ -440,15 +451,14 @@ def product_seconds(shape: Shape, device: torch.device, runs: int) -> dict[str, 
     layers = [
         nn.Linear(shape.inner, shape.columns, device=device, dtype=torch.bfloat16) for _ in range(min(copies, 64))
     ]
+    made = {name: [make(layer) for layer in layers] for name, make in PRODUCTS.items()}
+    given = {name: to_e4m3(x, each[0].by_row) for name, each in made.items()}
+
+    def multiply(name: str) -> list[Tensor]:
+        return [layer.product(*given[name], torch.bfloat16) for layer in made[name]]
+
     work = {"bfloat16": replayed(lambda: [F.linear(x, layer.weight, layer.bias) for layer in layers])}
-    for name, make in PRODUCTS.items():
-        made = [make(layer) for layer in layers]
-        rounded, scale = to_e4m3(x, made[0].by_row)
-        work[name] = replayed(
-            lambda made=made, rounded=rounded, scale=scale: [
-                one.product(rounded, scale, torch.bfloat16) for one in made
-            ]
-        )
+    work |= {name: replayed(partial(multiply, name)) for name in made}
     seconds = in_turn(work, runs)
     return {name: statistics.median(each) / len(layers) for name, each in seconds.items()}
 
@@ -492,13 +502,81 @@ def layer_table(one: Network, runs: int) -> str:
     work = {"bfloat16": replayed(run)}
     prefix = f"down_blocks.{len(network.down_blocks) - 1}."
     names = [name for name in one.shapes if name.startswith(prefix)]
-    for name, make in PRODUCTS.items():
-        with replaced(network, one.made(make, names)):
+    made = {name: one.made(make, names) for name, make in PRODUCTS.items()}
+    for name, layers in made.items():
+        with replaced(network, layers):
             work[name] = replayed(run)
     seconds = in_turn(work, runs)
-    layers = sum(block in numbers for block in blocks)
-    cells = ", ".join(f"{name} {1e6 * statistics.median(each) / layers:.0f} us" for name, each in seconds.items())
+    count = sum(block in numbers for block in blocks)
+    cells = ", ".join(f"{name} {1e6 * statistics.median(each) / count:.0f} us" for name, each in seconds.items())
     return f"A layer of Stage C, ResBlock and AttnBlock, with e4m3 rounded by torch's own operations: {cells}."
+
+
+class Run(NamedTuple):
+    """A way to keep the weights, and where they are read from: "bfloat16" or "8 bits"."""
+
+    precision: str
+    files: str
+    memory: str
+
+
+RUNS = (
+    *(Run("full", "bfloat16", memory) for memory in MEMORY),
+    Run("int8", "bfloat16", "resident"),
+    *(Run("int8", "8 bits", memory) for memory in MEMORY),
+)
+
+
+def measure_storage(folder: Path, run: Run, runs: int) -> list[str]:
+    """A row of the table: load the networks of the published size, and make pictures of 1024x1024."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    cascade = Cascade.load(folder, "cuda", torch.bfloat16, memory=run.memory, precision=run.precision)
+    torch.cuda.synchronize()
+    loaded, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated()
+    request = Request(PROMPT, width=SIDE, height=SIDE, guidance_scale_decoder=1.0)
+    cascade.generate(request)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = in_turn({"": partial(cascade.generate, request)}, runs, warm_up=1)[""]
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), peak)
+    return [
+        *run,
+        f"{loaded:.1f}",
+        f"{statistics.median(seconds):.3f}",
+        *(f"{each / 2**30:.2f}" for each in peaks),
+    ]
+
+
+def storage_table(folder: Path, runs: int) -> str:
+    """What weights in 8 bits cost and save, by memory mode. Writes the networks into a folder first."""
+    folders = {"bfloat16": folder / "bfloat16", "8 bits": folder / "eight"}
+    write_stand_ins(folders["bfloat16"], "cuda", NEEDED)
+    torch.cuda.empty_cache()
+    cascade = Cascade.load(folders["bfloat16"], "cuda", torch.bfloat16, memory="resident", precision="int8")
+    components = {
+        "tokenizer": cascade.text.tokenizer,
+        "text_encoder": cascade.text.encoder,
+        **{name: getattr(cascade, name) for name in ("prior", "decoder", "vqgan")},
+    }
+    about = {"name": "stand-ins", "license": "none", "native_size": SIDE, "sampler": PUBLISHED_SAMPLER}
+    save_model_folder(folders["8 bits"], components, **about)
+    del cascade, components
+    titles = [
+        "weights",
+        "files",
+        "memory mode",
+        "seconds to load",
+        "seconds a picture",
+        "peak, GiB",
+        "reserved, GiB",
+        "peak of loading, GiB",
+    ]
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---" + "|---:" * 5 + "|"]
+    for run in RUNS:
+        lines.append(f"| {' | '.join(measure_storage(folders[run.files], run, runs))} |")
+        gc.collect()
+    return "\n".join(lines)
 
 
 def say(text: str) -> None:
@@ -516,15 +594,25 @@ def main(arguments: list[str] | None = None) -> None:
         default=ROOT / "build" / "mini" / "drawings.zip",
         help="those of the judge (default: %(default)s)",
     )
+    parser.add_argument("--storage", action="store_true", help="measure weights in 8 bits instead")
+    parser.add_argument(
+        "--folder", type=Path, help="with --storage, where networks are kept (default: a temporary folder)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default: %(default)s)")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     torch.backends.cudnn.allow_tf32 = False
+    if options.storage and device.type != "cuda":
+        parser.error("--storage needs a CUDA device")
     drawings = load_drawings(options.drawings) if options.drawings.exists() else None
     names = [one.name for one in load_objects()] if drawings is None else drawings[1]
     prompts = make_prompts(names, STYLES, options.seed, options.prompts, options.prompts // 2)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     say(f"{name}, torch {torch.__version__}; e4m3 is {'multiplied' if multiplies(device) else 'simulated'}.")
+    if options.storage:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            say(storage_table(Path(folder), options.runs))
+        return
 
     cascade = Cascade.load(MINI, device, torch.bfloat16, memory="resident", max_batch=50)
     found = miniature(cascade, [prompt.text for prompt in prompts[:4]])

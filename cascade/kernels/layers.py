@@ -31,17 +31,21 @@ def is_ordinary(layer: nn.Module) -> bool:
     return plain and not is_hooked(layer)
 
 
-def has_matrix(layer: nn.Module) -> bool:
-    """Whether `matrix_of` may be used instead of calling a layer: an ordinary Linear, or a `StoredLinear` without hooks."""
-    return (isinstance(layer, StoredLinear) and not is_hooked(layer)) or is_ordinary(layer)
+def is_readable(layer: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether `matrix_of` may be used instead of calling a layer: an ordinary one, or a `StoredLinear` without hooks.
+
+    dtype: also in which it must compute; None: any.
+    """
+    readable = is_ordinary(layer) or (isinstance(layer, StoredLinear) and not is_hooked(layer))
+    return readable and dtype in (None, _dtype_of(layer))
 
 
 def matrix_of(layer: nn.Linear, first: int = 0, last: int | None = None) -> Tensor:
-    """Rows `first` to `last - 1` of the matrix of a layer that `has_matrix`."""
+    """Rows `first` to `last - 1` of the matrix of a Linear layer that `is_readable`."""
     return layer.matrix(first, last) if isinstance(layer, StoredLinear) else layer.weight[first:last]
 
 
-def dtype_of(layer: nn.Module) -> torch.dtype | None:
+def _dtype_of(layer: nn.Module) -> torch.dtype | None:
     """The dtype in which a layer computes; None for a layer without parameters."""
     if isinstance(layer, StoredLinear):
         return layer.dtype
@@ -58,15 +62,15 @@ def is_hooked(layer: nn.Module) -> bool:
 def columns(layer: nn.Module, x: Tensor, first: int, last: int) -> Tensor:
     """Output channels `first` to `last - 1` of a Linear layer for x (..., K): (..., last - first).
 
-    Computes only these, if the layer has a matrix to read.
+    Computes only these, if the matrix can be read.
     """
-    if not has_matrix(layer):
+    if not is_readable(layer):
         return layer(x)[..., first:last]
     return F.linear(x, matrix_of(layer, first, last), None if layer.bias is None else layer.bias[first:last])
 
 
 def has_float16_weights(layer: nn.Module) -> bool:
-    return dtype_of(layer) == torch.float16
+    return _dtype_of(layer) == torch.float16
 
 
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cascade.kernels.layers import has_float16_weights, has_matrix, in_float32, matrix_of
+from cascade.kernels.layers import has_float16_weights, in_float32, is_readable, matrix_of
 from cascade.kernels.stream import Stream
 
 EPS = 1e-6
@@ -50,7 +50,7 @@ def add_linear(stream: Stream, hidden: Tensor, layer: nn.Module, *, after_norm: 
         layer: a Linear, K -> C channels.
         after_norm: whether the stream is the result of `norm` with `layer` as `next_linear`.
     """
-    if has_float16_weights(layer) and (hidden.dtype == torch.float32 or has_matrix(layer)):
+    if has_float16_weights(layer) and (hidden.dtype == torch.float32 or is_readable(layer)):
         if hidden.dtype == torch.float16 and hidden.is_cuda and not torch.is_grad_enabled():
             return accumulate(stream, hidden, layer)
         return Stream(stream.x + in_float32(layer, hidden.float()))

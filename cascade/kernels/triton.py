@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from triton.runtime import driver
 
 from cascade.kernels import compiled, plain
-from cascade.kernels.layers import dtype_of, has_matrix, is_hooked, is_ordinary
+from cascade.kernels.layers import is_hooked, is_ordinary, is_readable
 from cascade.kernels.plain import linear as linear
 from cascade.kernels.stream import Stream
 
@@ -105,7 +105,7 @@ def _is_complete(layer: nn.Module) -> bool:
 
 def _accumulates(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether cuBLAS can add the layer's product with activations of this dtype to a float32 stream."""
-    return has_matrix(layer) and dtype_of(layer) == dtype and dtype in (torch.bfloat16, torch.float16)
+    return dtype in (torch.bfloat16, torch.float16) and is_readable(layer, dtype)
 
 
 @triton.jit
