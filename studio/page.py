@@ -182,7 +182,7 @@ class Page:
         self.compare.input(views.compared, self.compare, self.slider, **quick)
         for name in ("image", "mask"):
             image, seen = self.inputs[name], [self.inputs[name], self.notes[name], self.brush]
-            # Unprocessed: Gradio would open the file, and say nothing useful of one that is no picture.
+            # Unprocessed: Gradio would open the file, and have no useful message for one that is not a picture.
             image.input(functools.partial(self._look, name), image, seen, preprocess=False, **quick)
 
         filling = [*form, self.recalled, *folds]
@@ -284,7 +284,7 @@ class Page:
         return self._shown(next(at for at, one in enumerate(self.session.made) if one.path.name == name))
 
     def _open(self) -> Updates:
-        """What a page shows that was loaded anew."""
+        """What a page shows after it was loaded again."""
         return self._shown(len(self.session.made) - 1)
 
     def _cancel(self, request: gr.Request) -> None:

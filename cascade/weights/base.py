@@ -1,4 +1,4 @@
-"""Reads the weights that a model was loaded with again, so that changed weights can be restored to the bit.
+"""Reads the weights that a model was loaded with again, so that changed weights can be restored exactly.
 
 A copy would take as much memory as the networks. So several threads read the files again, into pinned buffers, from which
 a GPU copies at its full rate.

@@ -78,7 +78,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias="none",
-        # A regular expression: by a list, PEFT would take layers whose names only end alike.
+        # A regular expression, because PEFT compares a list's entries with the ends of layers' names.
         target_modules="|".join(re.escape(name) for name in layers),
     )
     inject_adapter_in_model(config, network, adapter_name=ADAPTER)

@@ -42,7 +42,7 @@ MEANINGLESS: tuple[tuple[str, Callable[[Group, Sequence[int] | None], bool]], ..
         "of CLIP's logit_scale, which only training reads",
         lambda group, shape: group.place.layer.endswith("logit_scale"),
     ),
-    ("of lists of positions, which are no weights", lambda group, shape: group.place.layer.endswith("position_ids")),
+    ("of lists of positions, which are not weights", lambda group, shape: group.place.layer.endswith("position_ids")),
 )
 
 
@@ -213,7 +213,7 @@ def _of_weights(kind: Kind, tensors: Mapping[str, Tensor], scale: float | None, 
     cannot be such."""
     try:
         change = change_of(kind, tensors, scale)
-    except (ValueError, RuntimeError, TypeError, ZeroDivisionError):  # alpha is no number, or the rank 0
+    except (ValueError, RuntimeError, TypeError, ZeroDivisionError):  # alpha is not a number, or the rank is 0
         return None
     if parts == 1:
         return [change]

@@ -29,4 +29,4 @@ def clause(components: Iterable[str]) -> str:
     components = list(components)
     titles = " and ".join(TITLES[one] for one in components)
     options = " ".join(f"--{one.replace('_', '-')} FILE" for one in components)
-    return f"is no adapter but holds {titles} whole; scripts/save-weights {options} makes a model folder with it"
+    return f"is not an adapter but holds {titles} whole; scripts/save-weights {options} makes a model folder with it"

@@ -436,7 +436,7 @@ def test_words_of_another_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"peft_type": "VERA"}, "peft_type is 'VERA'; read are LORA, LOHA, LOKR, OFT, IA3"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA'; only LORA, LOHA, LOKR, OFT, IA3"),
         ({"lora_alpha": "x"}, "lora_alpha is 'x'; it must be a positive number"),
         ({"r": 0}, "r is 0; it must be a positive number"),
         ({"alpha_pattern": []}, None),
@@ -521,7 +521,7 @@ def test_a_whole_network_is_called_what_it_is(
     save_file(tensors, tmp_path / "one.safetensors")
     for most in (files.MOST, 10_000):
         monkeypatch.setattr(files, "MOST", most)
-        with pytest.raises(WeightsError, match=re.escape(f"is no adapter but holds {said}")):
+        with pytest.raises(WeightsError, match=re.escape(f"is not an adapter but holds {said}")):
             placed(tmp_path / "one.safetensors")
 
 
