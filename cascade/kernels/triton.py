@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from triton.runtime import driver
 
 from cascade.kernels import compiled, plain
-from cascade.kernels.layers import is_hooked, is_ordinary
+from cascade.kernels.layers import is_hooked, is_ordinary, is_readable
 from cascade.kernels.plain import linear as linear
 from cascade.kernels.stream import Stream
 
@@ -105,7 +105,7 @@ def _is_complete(layer: nn.Module) -> bool:
 
 def _accumulates(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether cuBLAS can add the layer's product with activations of this dtype to a float32 stream."""
-    return is_ordinary(layer) and layer.weight.dtype == dtype and dtype in (torch.bfloat16, torch.float16)
+    return dtype in (torch.bfloat16, torch.float16) and is_readable(layer, dtype)
 
 
 @triton.jit
@@ -627,3 +627,22 @@ def mixing_block(x: Tensor, gammas: Tensor, depthwise: nn.Module, channelwise: n
         hidden = torch._addmm_activation(first.bias, of_rows, first.weight.t(), use_gelu=True)
         torch.addmm(rows, hidden, gated, out=rows)
     return mixed.permute(0, 3, 1, 2)
+
+
+@compiled.jit(do_not_specialize=["count"])
+def _dequantise(weight_ptr, scale_ptr, out_ptr, count, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    weight = tl.load(weight_ptr + at, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(scale_ptr + at // GROUP, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (weight * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `plain.dequantise`. A group divides a row, so the groups of all rows follow one another as the weights do."""
+    out = torch.empty_like(weight, dtype=dtype)
+    count = weight.numel()
+    _dequantise[(triton.cdiv(count, 4096),)](
+        weight, scale, out, count, GROUP=count // scale.numel(), BLOCK=4096, num_warps=8
+    )
+    return out

@@ -47,7 +47,9 @@ class ImageTokens(NamedTuple):
 class Conditions(NamedTuple):
     """The conditions' part of every step, which is computed once.
 
-    keys, values: one tensor per attention block (order: down then up), (B, heads, tokens, channels per head).
+    keys, values: one tensor per attention block (order: down then up), (B, heads, tokens, channels per head). With
+        `StableCascadeUNet.late_conditions`, each key is the condition's tokens (B, tokens, conditioning_dim), and each value
+        None.
     feature_map: Stage B's semantic and pixel maps, summed, float32 (B, h / patch, w / patch, channels); None in
         Stage C.
     bias: float32 (B, tokens), added to the logits of the keys in every attention block; None: zeros.
@@ -57,7 +59,7 @@ class Conditions(NamedTuple):
     """
 
     keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    values: tuple[Tensor | None, ...]
     feature_map: Tensor | None
     bias: Tensor | None = None
     hidden: Tensor | None = None
@@ -266,13 +268,15 @@ class AttnBlock(UsesKernels, nn.Module):
         self,
         stream: Stream,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         bias: Tensor | None = None,
         hidden: Tensor | None = None,
         images: Sequence[ImageTokens] = (),
         masks: Sequence[Tensor | None] = (),
     ) -> Stream:
-        """stream: (B, H, W, C). key, value: what `condition` returned. The others: see `Conditions`."""
+        """stream: (B, H, W, C). key, value, and the others: one block's part of `Conditions`."""
+        if value is None:
+            key, value = self.condition(key, self.kv_mapper, self.attention)
         (out,) = self.attention.to_out
         stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out)
         shares = [None if one is None else resize(one, normed.shape[1:3]).view(1, -1, 1) for one in masks]
@@ -480,6 +484,9 @@ class StableCascadeUNet(UsesKernels, Network):
             TimestepMappers(timestep_ratio_embedding_dim, timestep_conditioning_type, widths) if widths else None
         )
         self.gradient_checkpointing = False
+        # Whether blocks compute their keys and values in their own forward, at every step. Training that shards weights by block
+        # needs that: the weights of other blocks are not there.
+        self.late_conditions = False
         layout.publish(self, self._stacked())
         self.init_weights()
 
@@ -576,7 +583,10 @@ class StableCascadeUNet(UsesKernels, Network):
             raise ValueError("This network is conditioned on semantic latents: give effnet and latent_size.")
         tokens = self._condition_tokens(clip_text_pooled, clip_text, clip_img)
         attention = [block for block in self.blocks() if isinstance(block, AttnBlock)]
-        pairs = [block.condition(tokens, block.kv_mapper, block.attention) for block in attention]
+        if self.late_conditions:
+            pairs = [(tokens, None)] * len(attention)
+        else:
+            pairs = [block.condition(tokens, block.kv_mapper, block.attention) for block in attention]
         feature_map = None
         if self.effnet_mapper is not None:
             size = [side // self.config.patch_size for side in latent_size]
