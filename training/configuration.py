@@ -23,7 +23,7 @@ from training.sources import find_source, options_of
 from training.stages import STAGES, Stage
 from training.tasks.controlnet import CONTROL_KINDS
 from training.tasks.tokenizer import SMALLEST_VOCABULARY
-from training.values import Kinds, check_values, kinds_of, read_toml
+from training.values import Count, Kinds, check_values, kinds_of, read_toml
 
 NETWORK_TABLES: dict[str, Callable[..., Any]] = {
     "vqgan": StageA,
@@ -40,6 +40,7 @@ NETWORK_TABLES: dict[str, Callable[..., Any]] = {
 DATA: Kinds = {
     "size": (int, True),
     "other_sizes": (tuple[tuple[int, int], ...], False),
+    "other_sizes_every": (Count, False),
     "source": (str, False),
 }
 """The values of ``[data]``; a source adds its own options."""

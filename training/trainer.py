@@ -79,6 +79,9 @@ def shapes(batch: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 def make_accelerator(options: Options, folder: Path, *, compiled: bool) -> Accelerator:
     """accelerate, set up for one stage."""
+    # Otherwise the network is compiled in parts, so that gradients of one part are averaged while the next is computed. The
+    # miniature's gradients are less than the 25 MB of a part.
+    torch._dynamo.config.optimize_ddp = False
     return Accelerator(
         mixed_precision=options.precision if torch.cuda.is_available() else "no",
         gradient_accumulation_steps=options.accumulate,
@@ -108,6 +111,7 @@ class Trainer:
         if not compiled and options.compile:
             logger.info("%s: not compiled, because there is no GPU.", folder.name)
         self.accelerator = make_accelerator(options, folder, compiled=compiled)
+        self.batch_size = options.batch_of_one(self.accelerator.num_processes)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         set_seed(options.seed)
         task.to(self.device, memory_format=torch.channels_last)
@@ -203,7 +207,7 @@ class Trainer:
     def _batch(self, index: int) -> dict[str, Tensor]:
         """Micro-batch ``index`` of this process."""
         generator = step_generator(self.options.seed, index, self.accelerator.process_index, self.device)
-        batch = self.task.batch(index, self.options.batch_size, generator)
+        batch = self.task.batch(index, self.batch_size, generator)
         return {name: to_channels_last(value) for name, value in batch.items()}
 
     def _forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

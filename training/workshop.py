@@ -101,7 +101,8 @@ class Workshop:
     def shapes(self) -> Shapes:
         """The sizes of the training pictures."""
         options = self.config["data"]
-        return Shapes((options["size"],) * 2, tuple(tuple(size) for size in options.get("other_sizes", ())))
+        others = tuple(tuple(size) for size in options.get("other_sizes", ()))
+        return Shapes((options["size"],) * 2, others, options.get("other_sizes_every", Shapes.every))
 
     def dataset(self, split: Split, stage: str) -> Dataset:
         """The pictures of one split for a stage."""
