@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serving.early import find_weights as find_weights
+from serving.early import find_weights
 from serving.image_urls import UrlSettings
 from serving.loras import LoraSettings
 from serving.metadata import Detail

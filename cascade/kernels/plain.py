@@ -5,6 +5,7 @@ float16 weights, values that enter or leave a branch without a normalisation are
 65504, and a stream of 1e5 must stay exact.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -108,16 +109,18 @@ def attention(
     value: Tensor,
     dropout: float = 0.0,
     bias: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """One softmax over the image's own keys and those of the condition, (B, T, C).
 
     query, own_key, own_value: (B, T, C), with any stride between rows. Without own ones, attends to the condition alone.
     key, value: (B, heads, tokens, C / heads), with equal strides.
     dropout: of the attention weights.
-    bias: float32 (B, tokens), added to the logits of the condition's keys, finite or -inf; None: zeros. At least one key of a
-        sample must have a finite one.
+    bias: float32 (B, tokens), added to the logits of the condition's keys, finite; None: zeros.
+    hidden: int32 (B, 2), the first of the condition's keys that the sample does not attend to, and their number; None: it
+        attends to all. At least one key of a sample must not be hidden.
     """
-    heads = key.shape[1]
+    _, heads, context, _ = key.shape
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -125,8 +128,12 @@ def attention(
     if own_key is not None:
         key, value = torch.cat([split(own_key), key], dim=2), torch.cat([split(own_value), value], dim=2)
     mask = None
-    if bias is not None:
-        mask = F.pad(bias, (key.shape[2] - bias.shape[1], 0))[:, None, None].to(query.dtype)
+    if bias is not None or hidden is not None:
+        mask = query.new_zeros(len(query), context) if bias is None else bias.to(query.dtype)
+        if hidden is not None:
+            place, (first, number) = torch.arange(context, device=query.device), hidden.split(1, dim=1)
+            mask = mask.masked_fill((place >= first) & (place < first + number), -math.inf)
+        mask = F.pad(mask, (key.shape[2] - context, 0))[:, None, None]
     attended = F.scaled_dot_product_attention(split(query), key, value, attn_mask=mask, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
 

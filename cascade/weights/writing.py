@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def save_model_folder(
     sampler: Mapping[str, StageSettings],
     stage_a_scale: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write components into a model folder, new or existing, and ``model.json`` with their checksums.
 
@@ -44,6 +46,7 @@ def save_model_folder(
         components: networks, tokenizer and image processor by name, see ``COMPONENTS``.
         name, license, native_size, sampler, stage_a_scale: see ``ModelFolder``.
         dtype: dtype of the stored parameters. Buffers, such as BatchNorm's statistics, keep theirs.
+        extras: content of files in folders of ``EXTRAS``, by path.
     """
     unknown = set(components) - set(COMPONENTS)
     if unknown:
@@ -51,6 +54,9 @@ def save_model_folder(
     with replacement(folder, without=components) as made:
         for component, item in components.items():
             save_component(made / component, item, dtype)
+        for path, content in extras.items():
+            (made / path).parent.mkdir(exist_ok=True)
+            (made / path).write_bytes(content)
         about = {"name": name, "license": license, "native_size": native_size, "stage_a_scale": stage_a_scale}
         write_model_json(made, sampler=sampler, **about)
 

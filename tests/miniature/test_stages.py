@@ -31,7 +31,7 @@ from cascade.weights import ModelFolder
 from tests.miniature.small import DRAWN, pack
 from tests.training.small import OWN_CLOCK, train, write_config
 from training import run, statistics
-from training.recipe import copy_stage, costs, costs_table
+from training.recipe import Ledger, copy_stage, costs, costs_table, train_all
 from training.record import Record
 from training.stages import waits_for
 
@@ -53,7 +53,7 @@ NETWORKS = {
 
 
 # The stages that a process of their own trains; a process imports for longer than a stage takes here.
-ALONE = ("previewer", "controlnet_canny", "ip_adapter")
+ALONE = ("previewer", "controlnet_canny", "ip_adapter", "distil_c")
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +245,22 @@ def test_several_processes_train_together(trained: Path, tmp_path: Path) -> None
     one, two = (StableCascadeUNet.from_pretrained(folder / "model" / "prior") for folder in (trained, tmp_path))
     assert all(torch.isfinite(value).all() for value in two.state_dict().values())
     assert not torch.equal(one.clf[1].weight, two.clf[1].weight)
+
+
+def test_gpus_divide_a_batch(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many processes as the stage's GPUs; here, they compute on the CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
+    tables = tomllib.loads((trained.parent / "config.toml").read_text())
+    others = [f"- {stage}" for stage in run.STAGES if stage in tables and stage != "stage_a"]
+    lines = [*others, "stage_a.options.batch_size = 4", "stage_a.options.gpus = 2"]
+    config, output = write_config(tmp_path, DRAWN + "\n".join(lines)), tmp_path / "run"
+    assert train_all(config, trained.parent / "drawings.zip", output) == 0
+    assert Record.load(output / "stage_a").sessions[0].processes == 2
+    (process,) = (one for one in Ledger.load(output).processes if one["stage"] == "stage_a")
+    assert process["gpus"] == ["4", "7"]
+    made = costs(output)["stages"]["stage_a"]
+    assert made["samples_per_step"] == 4
+    assert made["process_seconds"] == 2 * process["seconds"]
 
 
 def test_accelerate_says_that_it_starts_one_process_without_gpus(trained: Path, tmp_path: Path) -> None:

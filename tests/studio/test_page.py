@@ -10,8 +10,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from serving.record import read_record
-from studio.fields import read_fields
-from studio.page import fold_for
+from studio.fields import fold_for, read_fields
 from studio.session import Made, Session
 
 pytestmark = pytest.mark.slow
