@@ -10,7 +10,8 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from serving.record import read_record
-from studio.fields import fold_for, read_fields
+from studio.fields import FOLDS, fold_for, read_fields
+from studio.page import Page as Layout
 from studio.session import Made, Session
 
 pytestmark = pytest.mark.slow
@@ -274,6 +275,22 @@ def test_a_picture_is_made_into_others(opened: Page, session: Session) -> None:
     (large,) = made_since(opened, session, count + 4)
     assert pixels(large.path).shape == (512, 512, 3)
     assert large.given["image"].read_bytes() == first.path.read_bytes()
+
+
+def test_the_page_has_what_the_model_has(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def folds_and_buttons() -> tuple[set[str], set[str]]:
+        page = Layout(session)
+        folds = {fold.label for fold in page.fold_of.values() if fold.visible}
+        return folds, {name for name, button in page.does.items() if button.visible}
+
+    folds, buttons = folds_and_buttons()
+    assert folds == set(FOLDS) - {"IP-Adapter"}
+    for name, value in (("ip_adapter", session.service.cascade.prior), ("image_prompts", None), ("controlnets", {})):
+        monkeypatch.setattr(session.service.cascade, name, value)
+    assert folds_and_buttons() == (
+        folds - {"Image prompts", "Edges and other controls"} | {"IP-Adapter"},
+        buttons - {"As image prompt", "As control"},
+    )
 
 
 def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
