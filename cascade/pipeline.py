@@ -32,6 +32,7 @@ from cascade.loras.selection import Selection
 from cascade.loras.words import Words
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.eight_bits import has_eight_bits
 from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -200,6 +201,7 @@ class Cascade:
         start_shift: float | None = None,
         max_batch: int = 4,
         memory: str = "auto",
+        precision: str = "auto",
         log_prompts: bool = True,
     ) -> "Cascade":
         """Read a model folder, or the folder that holds the two published repositories.
@@ -212,16 +214,18 @@ class Cascade:
             start_shift, max_batch: see the class.
             memory: "resident", "offload" or "stream", see `running.placement`; "auto" chooses by the networks' sizes and
                 the GPU's free memory. On a CPU all are resident.
+            precision: how weights are kept: "full", in `dtype`; "int8", in 8 bits, in about half the memory, and less exact,
+                see `networks.eight_bits`; "auto", as they are stored.
             log_prompts: whether log lines may quote prompts.
 
         Raises:
             WeightsError: something is missing from the folder, or damaged.
-            SettingError: there is no such device, dtype or memory mode.
+            SettingError: there is no such device, dtype, memory mode or precision.
         """
         device, dtype, reason = choose_device(device, dtype)
         logger.info("Device: %s in %s; %s.", device, str(dtype).removeprefix("torch."), reason)
         with current(device):
-            loaded = load_parts(folder, device, dtype, memory, lite)
+            loaded = load_parts(folder, device, dtype, memory, lite, precision)
             parts = loaded.parts
             images = parts.get("feature_extractor"), parts.get("image_encoder")
             text_encoder = parts["text_encoder"]
@@ -246,6 +250,11 @@ class Cascade:
                 loras=loaded.folder.root / "loras",
                 distilled=loaded.folder.distilled(),
             )
+
+    @property
+    def precision(self) -> str:
+        """How weights are kept: "full" or "int8", see `load`."""
+        return "int8" if has_eight_bits(self.prior) else "full"
 
     # ---- what callers use ----
 

@@ -21,9 +21,9 @@ from cascade.running.placement import MODES
 from cascade.sampling import SAMPLERS
 from cascade.weights import WeightsError
 from miniature.sheets import sheet
+from serving.early import find_weights
 from serving.peak_memory import peak_memory, reset_peak_memory
 from serving.record import versions
-from serving.settings import find_weights
 
 PROMPTS = (
     "a red apple on a green background",

@@ -36,7 +36,7 @@ from cascade.request import Request
 from cascade.safety import SafetyChecker
 from cascade.weights import WeightsError
 from predict import RATIOS, Predictor
-from serving.settings import find_weights
+from serving.early import find_weights
 from tests.metadata import read_record
 from tests.test_safety import save_classifier
 

@@ -130,11 +130,23 @@ def _check_stage(name: str, table: Mapping[str, Any], options: Kinds) -> None:
     arguments = table.get("task", {})
     check_values(f"[{name}] task", arguments, task_kinds(stage))
     if "weight" in arguments:
-        weight = dict(arguments["weight"])
-        kind = weight.pop("kind", None)
-        if not isinstance(kind, str) or kind not in WEIGHTS:
-            raise TrainingError(f"[{name}] task: weight.kind is {kind!r}; it must be one of {', '.join(WEIGHTS)}.")
-        check_values(f"[{name}] task: weight", weight, kinds_of(WEIGHTS[kind]))
+        check_weight(f"[{name}] task", arguments["weight"])
+
+
+def check_weight(where: str, weight: Mapping[str, Any]) -> None:
+    """Checks the table ``weight``, see `objective.loss_weight`.
+
+    Args:
+        where: the name of the table that has it, in an error.
+
+    Raises:
+        TrainingError: its kind, or a value, is unknown or wrong.
+    """
+    values = dict(weight)
+    kind = values.pop("kind", None)
+    if not isinstance(kind, str) or kind not in WEIGHTS:
+        raise TrainingError(f"{where}: weight.kind is {kind!r}; it must be one of {', '.join(WEIGHTS)}.")
+    check_values(f"{where}: weight", values, kinds_of(WEIGHTS[kind]))
 
 
 def task_kinds(stage: Stage) -> Kinds:

@@ -38,15 +38,17 @@ class Options:
         accumulate: micro-batches in a step.
         ema: decay of the averaged weights, below 1.
         precision: of matrix products on a GPU, ``bf16``, ``fp16`` or ``no``; a CPU computes in float32.
-        compile: whether the network is compiled; ``auto``: on a GPU only.
+        compile: whether the network is compiled; ``auto``: on a GPU only. If sharded, its blocks are compiled.
         gpus: GPUs on which `training.recipe` runs the stage, if there are so many. Any number of processes that divides
             ``batch_size`` trains on the same number of pictures.
         evaluate_every: steps between evaluations; there is always one at the end.
         checkpoint_seconds: seconds between checkpoints.
+        sharded: whether the parameters, their averages and the optimizer's state are divided among the processes, see
+            `sharding.shard`; for networks that do not fit a GPU otherwise.
         seed: decides the initial weights and all random draws.
 
     Raises:
-        TrainingError: a value is out of range, or warm-up and decay are longer than the training.
+        TrainingError: a value is out of range, warm-up and decay are longer than the training, or a sharded training has fp16.
     """
 
     steps: int
@@ -64,6 +66,7 @@ class Options:
     gpus: int = 1
     evaluate_every: int = 5000
     checkpoint_seconds: float = 60.0
+    sharded: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class Options:
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be greater than 0.")
+        if self.sharded and self.precision == "fp16":
+            raise TrainingError("precision is 'fp16'; sharded trainings compute in 'bf16' or 'no'.")
         if self.warmup + self.decay > self.steps:
             raise TrainingError(
                 f"warmup ({self.warmup}) and decay ({self.decay}) take {self.warmup + self.decay} steps, more than steps, "

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from cascade.kernels import plain
 
@@ -99,11 +100,16 @@ class UsesKernels:
             ValueError: there is no such implementation.
             ImportError: Triton is not installed.
         """
-        load(name)
-        for module in self.modules():
-            if isinstance(module, UsesKernels):
-                module.implementation = name
-                module.prepare()
+        use_kernels(self, name)
 
     def prepare(self) -> None:
         """Called when the implementation has been set. Blocks override it to change the memory layout of their weights."""
+
+
+def use_kernels(network: nn.Module, name: str) -> None:
+    """`UsesKernels.use_kernels`, for a network of any class: sets the implementation of those modules in it that have one."""
+    load(name)
+    for module in network.modules():
+        if isinstance(module, UsesKernels):
+            module.implementation = name
+            module.prepare()

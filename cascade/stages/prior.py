@@ -122,6 +122,7 @@ def prior_steps(
             clip_text_pooled=texts.pooled,
             clip_text=texts.tokens,
             clip_text_bias=texts.bias,
+            clip_text_lengths=texts.lengths,
             clip_img=None if image is None else beside_zeros(image.expand(batch, -1, -1), len(halves)),
         )
     taken = steps_taken(steps, strength)
@@ -174,6 +175,7 @@ def _first(conditions: Conditions, rows: int) -> Conditions:
         tuple(value[:rows] for value in conditions.values),
         None,
         None if conditions.bias is None else conditions.bias[:rows],
+        None if conditions.hidden is None else conditions.hidden[:rows],
     )
 
 

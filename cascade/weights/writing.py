@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from cascade.networks.layout import SCALE
 from cascade.weights.folder import COMPONENTS, StageSettings, component_files
 from cascade.weights.hashing import sha256
 from cascade.weights.names import SUFFIX
@@ -93,14 +94,14 @@ def replacement(
 
 
 def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
-    """Write a network (parameters in ``dtype``), a tokenizer or an image processor into a new folder."""
+    """Write a network (parameters in ``dtype``, or in 8 bits), a tokenizer or an image processor into a new folder."""
     folder.mkdir(parents=True)
     if not isinstance(item, nn.Module):
         item.save_pretrained(folder)
         return
     buffers = {name for name, _ in item.named_buffers()}
     tensors = {
-        key: tensor.detach().to("cpu", tensor.dtype if key in buffers else dtype).contiguous()
+        key: tensor.detach().to("cpu", dtype if _is_converted(key, tensor, buffers) else tensor.dtype).contiguous()
         for key, tensor in item.state_dict().items()
     }
     transformers_made = isinstance(item, CLIPTextModelWithProjection | CLIPVisionModelWithProjection)
@@ -112,6 +113,10 @@ def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
     save_file(tensors, folder / file, metadata={"format": "pt"})
     _forget_origin(folder / "config.json")
     shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it readable by the owner only
+
+
+def _is_converted(key: str, tensor: Tensor, buffers: Collection[str]) -> bool:
+    return key not in buffers and tensor.is_floating_point() and not key.endswith(SCALE)
 
 
 def _forget_origin(config_path: Path) -> None:
