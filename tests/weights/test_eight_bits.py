@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cascade import Cascade, Request
 from cascade.networks.eight_bits import NETWORKS, has_eight_bits, is_stored
 from cascade.running.device import SettingError
-from cascade.weights import ModelFolder, WeightsError
+from cascade.weights import ModelFolder, WeightsError, write_model_json
+from cascade.weights.build import describe
 from cascade.weights.reading import find_weights
 from scripts.save_weights import main
 from tests.components import restored_from
@@ -97,6 +98,7 @@ def test_shards_become_one_file(model_folder: Path, stored: Path, tmp_path: Path
     (folder / PRIOR).unlink()
     ModelFolder.open(model_folder).load_component("prior").save_pretrained(folder / "prior", max_shard_size="100KB")
     assert len(find_weights(folder / "prior")) > 1
+    write_model_json(folder, **describe([], model_folder))
     output = tmp_path / "out"
     assert main(["--precision", "int8", "--base", str(folder), "--output", str(output)]) == 0
     assert [file.name for file in sorted((output / "prior").iterdir())] == ["config.json", Path(PRIOR).name]
