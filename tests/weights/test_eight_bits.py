@@ -188,3 +188,19 @@ def test_what_8_bits_do_not_have_is_refused(
     assert main(["--precision", "int8", "--base", str(folder), "--output", str(output)]) == 1
     assert f"prior cannot be stored in 8 bits: {KEY} holds infinite or NaN values." in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_network_in_8_bits_may_be_taken_from_another_folder(
+    model_folder: Path, stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(["--prior", str(stored / "prior"), "--base", str(model_folder), "--output", str(output)]) == 0
+    made, original = (ModelFolder.open(folder).load_component("prior") for folder in (output, stored))
+    for key, tensor in original.state_dict().items():
+        assert torch.equal(made.state_dict()[key], tensor.bfloat16().float()), key  # large networks get 16 bits
+    tensors = load_file(stored / PRIOR)
+    tensors[f"{KEY}_scale"] = tensors[f"{KEY}_scale"][:-1].contiguous()
+    shutil.copytree(stored / "prior", tmp_path / "wrong")
+    save_file(tensors, tmp_path / "wrong" / Path(PRIOR).name)
+    assert main(["--prior", str(tmp_path / "wrong"), "--base", str(model_folder), "--output", str(output)]) == 1
+    assert f"{KEY} has scales of the shape" in capsys.readouterr().err
