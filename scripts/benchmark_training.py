@@ -35,7 +35,7 @@ from scripts.environment import ROOT
 from scripts.stand_ins import DEVIATION
 from training.encoded.recipe import Recipe, read_recipe
 from training.encoded.run import new_prior
-from training.encoded.shards import EncodedPictures, write_empty, write_shard
+from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
 from training.run import start_processes
 from training.sharding import local
 from training.tasks.encoded_stage_c import EncodedStageCTask
@@ -85,7 +85,7 @@ def write_pictures(folder: Path, recipe: Recipe, side: int) -> None:
         "pooled": (1, pooled),
     }
     made = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(PICTURES)]
-    write_shard(folder / "random.safetensors", {(side, side): made})
+    write_shard(shard_file(folder, "random"), {(side, side): made})
     write_empty(folder, torch.randn(77, text), torch.randn(1, pooled))
 
 
