@@ -1,15 +1,21 @@
 """The benchmarks of parts, as far as a CPU runs them: on the miniature, with quick pictures."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cascade import Cascade
-from scripts import benchmark_loras, benchmark_prompts
+from scripts import benchmark_loras, benchmark_prompts, benchmark_training
+from scripts.benchmarking import WORK
+from scripts.environment import ROOT
 from scripts.stand_ins import shapes_of, write_lora
 from scripts.timing import in_turn, percent_more
 from tests.conftest import MINI
+from tests.training.test_encoded import RECIPE
+from training.encoded.recipe import read_recipe
 
 QUICK = {"width": 64, "height": 64, "steps_prior": 1, "steps_decoder": 1}
 
@@ -45,3 +51,28 @@ def test_prompts(cascade: Cascade) -> None:
     assert [one["chunks"] for one in found] == [1, 2, 3, 4]
     assert found[0]["percent more"] == [0, 0, 0]
     assert min(one["seconds"] for one in found) > 0
+
+
+@pytest.mark.slow
+def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a group of one process."""
+    monkeypatch.setattr(benchmark_training, "be_deterministic", lambda: None)  # it changes settings of this process
+    config = tmp_path / "recipe.toml"
+    config.write_text(RECIPE.replace("[options]", "[options]\nsharded = true"))
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    arguments = ["--config", str(config), "--folder", str(tmp_path), "--side", "128", "--accumulate", "2"]
+    assert benchmark_training.main(["speed", "resume", *arguments, "--steps", "2", "--further", "1"]) == 0
+    assert not dist.is_initialized()
+    speed, saved, uninterrupted, loaded, resumed, equal = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (speed["batch_size"], speed["accumulate"], len(speed["seconds"])) == (2, 2, 2)
+    assert speed["samples_a_second"] == pytest.approx(4 / sum(sorted(speed["seconds"])) * 2, rel=1e-3)
+    assert saved["step"] == loaded["step"] == 1 + 2 + 2 + 2
+    assert {**uninterrupted, "part": "resumed"} == resumed
+    assert equal == {"part": "resume", "equal": True}
+    assert not list(tmp_path.glob("tmp*"))
+
+
+@pytest.mark.slow
+def test_the_work_of_a_training_step_is_that_of_pictures() -> None:
+    published = read_recipe(ROOT / "training" / "published.toml")
+    assert benchmark_training.forward_work(published, 1024) == pytest.approx(WORK[False][0], abs=5e-3)

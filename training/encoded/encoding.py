@@ -139,7 +139,9 @@ class Encoder:
 
 
 def encode_pictures(source: Path, output: Path, weights: Path, resolution: int | None = None) -> None:
-    """Encodes all pictures of a source. Several processes divide its units. Units whose file is there are skipped.
+    """Encodes all pictures of a source. Units whose file is there are skipped.
+
+    Several processes divide the units, and do not wait for each other.
 
     Args:
         source: see `sources.units_of`.
@@ -168,4 +170,3 @@ def encode_pictures(source: Path, output: Path, weights: Path, resolution: int |
             write_shard(file, made)
         if faults:
             logger.warning("%s: pictures left out: %d; the first: %s", unit.name, len(faults), faults[0])
-    state.wait_for_everyone()
