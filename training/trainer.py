@@ -277,8 +277,8 @@ class Trainer:
 
     def _agrees_at(self, first: int) -> bool:
         """Whether processes agree at this step on whether to save or to stop; ``first`` is the first step of this call."""
-        step = self.progress.step
-        return self.accelerator.num_processes == 1 or step == first or step % AGREE_EVERY == 0
+        step, often = self.progress.step, self.options.sharded  # steps of large networks take seconds
+        return self.accelerator.num_processes == 1 or often or step == first or step % AGREE_EVERY == 0
 
     def _agree(self, *wishes: bool) -> list[bool]:
         """Whether any process wants each of them. All must save and stop at the same step, or they would wait for each other
