@@ -231,7 +231,8 @@ class Trainer:
 
         Other picture sizes are rare, and compiling for one takes as long as thousands of steps (60 to 100 s on an H100).
         """
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.compiled_shapes is not None:  # it imports the compiler, for 2 s of a processor
+            torch.compiler.cudagraph_mark_step_begin()
         # A task that has compiled parts of its own decides for itself. Forced here, they would run eagerly forward and compiled
         # when gradient checkpointing runs them again, in the backward pass.
         plain = self.compiled_shapes is not None and shapes(batch) != self.compiled_shapes
