@@ -12,7 +12,7 @@ the published size, and the peak of memory. Needs 19 GB of disk while it runs.
 
 A GPU from compute capability 8.9 multiplies e4m3 itself. Elsewhere the operands are rounded to it, and multiplied in float32.
 Weights are scaled once, activations as they come, so that the largest value is e4m3's: per tensor, or per row (of a weight: per
-output channel).
+output channel). "As stored" is how `cascade.networks.eight_bits` does it: in groups, without the last ResBlock.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from cascade import Cascade, Request, kernels, sizes
 from cascade.images.tensors import to_image
 from cascade.kernels.stream import Stream
+from cascade.networks.eight_bits import quantise
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.sampling import Noise, diffuse, finish
 from cascade.stages.decoder import decoder_steps
@@ -65,6 +66,7 @@ SIDE = 1024
 STEPS = {"prior": 20, "decoder": 10}
 ROTATED = 2**28  # bytes of weights that timed products take turns with: several times a GPU's L2 cache
 MEMORY = ("resident", "offload", "stream")
+SCORES = ("object first", "object in 5", "both objects first", "background")
 COMPARED = 64  # pictures whose pixels are compared
 
 
@@ -132,8 +134,9 @@ PRODUCTS: dict[str, Make] = {
     "e4m3 per row": partial(Product, by_row=True),
 }
 STORAGE: dict[str, Make] = {
-    "e4m3 weights": partial(with_weight, change=through_e4m3),
-    "int8 weights": partial(with_weight, change=through_int8),
+    "e4m3 weights per row": partial(with_weight, change=through_e4m3),
+    "int8 weights per row": partial(with_weight, change=through_int8),
+    "int8 weights in groups": partial(with_weight, change=lambda weight: quantise(weight).restored(torch.float32)),
 }
 
 
@@ -195,6 +198,13 @@ class Network:
         """Replacements of some layers, or of all."""
         names = list(self.shapes) if names is None else names
         return {name: make(self.network.get_submodule(name)) for name in names}
+
+    def stored(self) -> dict[str, nn.Module]:
+        """Replacements with weights as `cascade.networks.eight_bits` stores them: all but the last ResBlock's."""
+        last = [block for block in self.network.blocks() if isinstance(block, ResBlock)][-1]
+        kept = set(last.modules())
+        names = [name for name in self.shapes if self.network.get_submodule(name) not in kept]
+        return self.made(STORAGE["int8 weights in groups"], names)
 
     def rank(self) -> list[str]:
         """Each layer is rounded alone, and compared with bfloat16 at the second of the inputs."""
@@ -336,6 +346,7 @@ def errors(title: str, one: Network) -> str:
     titles = {"prior": "Stage C", "decoder": "Stage B"}
     rows = {"bfloat16": one.error({})}
     rows |= {name: one.error(one.made(make)) for name, make in {**PRODUCTS, **STORAGE}.items()}
+    rows["int8 weights as stored"] = one.error(one.stored())
     lines = [f"{titles[one.name]}, {title}: {len(one.shapes)} layers, {operations(one) / 1e12:.3g} TFLOP.", ""]
     lines += ["| one prediction | error, % | times bfloat16's |", "|---|---:|---:|"]
     lines += [f"| {name} | {100 * each:.3f} | {each / rows['bfloat16']:.1f} |" for name, each in rows.items()]
@@ -362,6 +373,7 @@ def points(prior: Network, decoder: Network) -> Iterator[tuple[str, list[dict[st
     yield "e4m3 per row, Stage B", [{}, decoder.made(row)]
     for name, make in {**PRODUCTS, **STORAGE}.items():
         yield name, [one.made(make) for one in both]
+    yield "int8 weights as stored", [one.stored() for one in both]
 
 
 class Drawn(NamedTuple):
@@ -396,7 +408,8 @@ def draw_all(
     def draw() -> Drawn:
         cascade.runner.drop_graphs()  # these read the layers that were there when they were captured
         pictures = text_to_pictures(cascade, prompts, **settings)
-        return Drawn(pictures, score_pictures(judge, pictures, scenes, prompts)[0] if scenes else {})
+        values = score_pictures(judge, pictures, scenes, prompts)[0] if scenes else {}
+        return Drawn(pictures, {score: values[score] for score in SCORES if score in values})
 
     drawn = {"bfloat16": draw()}
     for name, (prior, decoder) in points(*found):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -53,7 +54,7 @@ NETWORKS = {
 
 
 # The stages that a process of their own trains; a process imports for longer than a stage takes here.
-ALONE = ("previewer", "controlnet_canny", "ip_adapter", "distil_c")
+ALONE = ("previewer", "controlnet_canny", "ip_adapter")
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +117,11 @@ def test_stage_a_latents_have_the_scale_that_diffusion_expects(trained: Path) ->
 
 def test_a_model_folder_is_made_of_them(trained: Path) -> None:
     ModelFolder.open(trained / "weights").verify()
+    cascade = Cascade.load(trained / "weights", device="cpu")
     request = Request(prompt="an apple", width=128, height=192, steps_prior=1, steps_decoder=1)
-    (image,) = Cascade.load(trained / "weights", device="cpu").generate(request)
-    assert image.size == (128, 192)
+    ((image,), (turbo,)) = (cascade.generate(replace(request, speed=speed)) for speed in ("exact", "turbo"))
+    assert image.size == turbo.size == (128, 192)
+    assert image != turbo
 
 
 def test_steps_and_times_are_beside_the_weights(trained: Path) -> None:
