@@ -292,7 +292,7 @@ class Page:
             one.set()
 
     def _look(self, name: str, file: dict[str, Any] | None) -> Updates:
-        """An image was chosen or removed: lay it under the brush, or take away what is no picture and say so."""
+        """An image was chosen or removed: lay it under the brush, or remove a file that is not a picture, and say so."""
         updates = {self.notes[name]: gr.update(visible=False)}
         path = file and file["path"]
         try:

@@ -62,7 +62,7 @@ def add_lora(
     The random state decides "down"; "up" is zero.
 
     Args:
-        layers: names of Linear layers, of which the network must have some.
+        layers: names of Linear layers; the network must have at least one of them.
 
     Returns:
         The trained parameters by name: "LAYER.down" and "LAYER.up".
