@@ -514,7 +514,7 @@ class Cascade:
         return Texts(*(repeated(*texts) if request.repeat_prompts else texts))
 
     def _encode_image_prompts(self, request: Request) -> Tensor:
-        """(1, N, D), times their strengths."""
+        """The embeddings of the image prompts, (1, N, D), times their strengths."""
         images = [to_rgb(image) for image in request.image_prompts]
         embeddings = self.image_prompts.encode(images, partial(self.runner.run_for_any_size, "image_encoder"))
         strengths = request.image_prompt_strengths or (1.0,) * len(images)
