@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from cascade.kernels import load
 from cascade.kernels.compiled import version_folder
 from cascade.kernels.compiling import ARCHITECTURES, compile_kernels, compile_launchers
-from cascade.networks.eight_bits import GROUP, EightBits, group_of, is_stored
+from cascade.networks.eight_bits import GROUP, EightBits, group_of, rounded_names
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.running.precompile import jobs_of
 from cascade.weights import ModelFolder
@@ -52,9 +52,9 @@ def jobs(models: list[Path], dtype: torch.dtype, *, published: bool = True) -> l
             empty_network(name, opened.parts[name] / "config.json") for name in ("prior", "decoder", "vqgan")
         )
         sets.append(([prior, decoder], vqgan))
-        files = opened.standard_files(EIGHT_BIT_NETWORKS)
-        headers = ((network, read_header(paths)) for network, paths in files.items())
-        groups |= {group_of(s[1]) for name, one in headers for key, (s, _) in one.items() if is_stored(key, name)}
+        for name, files in opened.standard_files(EIGHT_BIT_NETWORKS).items():
+            header = read_header(files)
+            groups |= {group_of(header[key][0][1]) for key in rounded_names(header, name)}
     for unets, vqgan in sets:
         for network in (*unets, vqgan):
             network.to(dtype).eval().use_kernels("triton")

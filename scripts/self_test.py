@@ -118,6 +118,8 @@ def self_test(weights: Path) -> tuple[list[str], list[Trial], list[str]]:
     start = time.perf_counter()
     cascade = Cascade.load(weights)
     dtype = str(cascade.prior.dtype).removeprefix("torch.")
+    if cascade.precision == "int8":
+        dtype += " with weights in 8 bits"
     lines = [
         f"Model: {weights.name}; loaded in {time.perf_counter() - start:.1f} s.",
         f"Device: {device_name(cascade.device)}, {dtype}, {cascade.runner.description}.",

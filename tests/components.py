@@ -21,7 +21,7 @@ from transformers import (
 
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.eight_bits import NETWORKS, in_eight_bits, restored, use_eight_bits
+from cascade.networks.eight_bits import NETWORKS, in_eight_bits, restored, rounded_names, use_eight_bits
 from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -149,7 +149,7 @@ def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
     buffers = dict(network.named_buffers())
     for name, tensor in network.state_dict().items():  # views: in the order and the shapes of the published tensors
         if name not in buffers:
-            tensor.normal_(0, 0.2, generator=generator)
+            tensor.copy_(torch.empty_like(tensor, device="cpu").normal_(0, 0.2, generator=generator))
     return network.eval()
 
 
@@ -180,7 +180,8 @@ def make_components() -> dict[str, Any]:
 def in_eight_bits_of(network: nn.Module, name: str) -> nn.Module:
     """A copy of a network with weights in 8 bits. `name`: of the component."""
     made = copy.deepcopy(network)
-    tensors = in_eight_bits(network.state_dict(), name)
+    state = network.state_dict()
+    tensors = in_eight_bits(state, rounded_names(state, name))
     use_eight_bits(made, tensors)
     made.load_state_dict(tensors, assign=True)
     return made

@@ -629,20 +629,26 @@ def mixing_block(x: Tensor, gammas: Tensor, depthwise: nn.Module, channelwise: n
     return mixed.permute(0, 3, 1, 2)
 
 
-@compiled.jit(do_not_specialize=["count"])
-def _dequantise(weight_ptr, scale_ptr, out_ptr, count, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
+@compiled.jit(do_not_specialize=["groups"])
+def _dequantise(
+    weight_ptr, scale_ptr, out_ptr, groups, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    one = tl.arange(0, PADDED)
+    inside = (group < groups)[:, None] & (one < GROUP)[None, :]
+    at = group[:, None] * GROUP + one[None, :]
+    scale = tl.load(scale_ptr + group, mask=group < groups, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + at, mask=inside, other=0).to(tl.float32)
-    scale = tl.load(scale_ptr + at // GROUP, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (weight * scale).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, (weight * scale[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """See `plain.dequantise`. A group divides a row, so the groups of all rows follow one another as the weights do."""
     out = torch.empty_like(weight, dtype=dtype)
-    count = weight.numel()
-    _dequantise[(triton.cdiv(count, 4096),)](
-        weight, scale, out, count, GROUP=count // scale.numel(), BLOCK=4096, num_warps=8
+    groups = scale.numel()
+    size = weight.numel() // groups
+    block = max(4096 // _power(size), 1)
+    _dequantise[(triton.cdiv(groups, block),)](
+        weight, scale, out, groups, GROUP=size, PADDED=_power(size), BLOCK=block, num_warps=8
     )
     return out

@@ -9,7 +9,7 @@ Why int8 and groups: docs/experiments.md. Names in state dicts and files are tho
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,12 +23,13 @@ from cascade.networks.layout import SCALE, published_names
 GROUP = 64
 LARGEST = 127
 # The networks that have such weights, and the published names of these: the Linear layers of all blocks of Stages B and C, and
-# of all layers of CLIP. They have 96 % or more of the weights of the published networks, text and image encoder included.
+# of all layers of CLIP, see `rounded_names`.
 NETWORKS = ("text_encoder", "image_encoder", "prior", "decoder")
 NAMES = re.compile(
     r"(down|up)_blocks\.\d+\.\d+\.(channelwise\.[04]|attention\.to_[qkv]|attention\.to_out\.0|kv_mapper\.1)\.weight"
     r"|(text|vision)_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.weight"
 )
+LAST = re.compile(r"up_blocks\.(\d+)\.(\d+)\.channelwise\..*")
 
 
 class EightBits(NamedTuple):
@@ -57,9 +58,21 @@ def bytes_of(shape: Sequence[int]) -> int:
     return rows * (width + width // group_of(width) * torch.bfloat16.itemsize)
 
 
-def is_stored(name: str, network: str) -> bool:
-    """Whether the tensor of this published name is stored in 8 bits."""
-    return network in NETWORKS and NAMES.fullmatch(name) is not None
+def rounded_names(names: Iterable[str], network: str) -> set[str]:
+    """The names of the tensors that are rounded to 8 bits.
+
+    Not those of the last ResBlock of a UNet: its errors reach the prediction whole.
+
+    Args:
+        names: the published names of all tensors of the network.
+        network: the component.
+    """
+    if network not in NETWORKS:
+        return set()
+    chosen = {name for name in names if NAMES.fullmatch(name)}
+    places = {name: (int(match[1]), int(match[2])) for name in chosen if (match := LAST.fullmatch(name))}
+    last = max(places.values(), default=None)
+    return {name for name in chosen if name not in places or places[name] != last}
 
 
 def quantise(matrix: Tensor) -> EightBits:
@@ -127,11 +140,11 @@ def scale_of(name: str) -> str:
     return f"{name.removesuffix('weight')}{SCALE}"
 
 
-def in_eight_bits(tensors: Mapping[str, Tensor], network: str) -> dict[str, Tensor]:
-    """Published tensors of a network, in the form in which they are stored. Tensors that have it already stay."""
+def in_eight_bits(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Tensors, those of these names (`rounded_names`) in 8 bits. What is in 8 bits already stays so."""
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if is_stored(name, network) and tensor.is_floating_point():
+        if name in names and tensor.is_floating_point():
             stored[name], stored[scale_of(name)] = quantise(tensor)
         else:
             stored[name] = tensor

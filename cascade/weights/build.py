@@ -19,7 +19,7 @@ from torch import nn
 
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
-from cascade.networks.eight_bits import in_eight_bits, is_stored
+from cascade.networks.eight_bits import in_eight_bits, rounded_names
 from cascade.safety import FOLDER as SAFETY_CHECKER
 from cascade.safety import SafetyChecker
 from cascade.weights.fitting import misfit
@@ -151,12 +151,13 @@ def store_in_eight_bits(folder: Path) -> None:
         files = find_weights(folder / component)
         logger.info("Storing %s in 8 bits.", component)
         tensors = read_tensors(files)
+        names = rounded_names(tensors, component)
         for name, tensor in tensors.items():
-            if is_stored(name, component) and not tensor.isfinite().all():
+            if name in names and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise WeightsError(f"{component} cannot be stored in 8 bits: {name} holds infinite or NaN values.")
         made = folder / component / f"{STEMS[1 if component in TRANSFORMERS_CONFIGS else 0]}{SUFFIX}"
         scratch = made.with_name(f".{made.name}")
-        save_file(in_eight_bits(tensors, component), scratch, metadata={"format": "pt"})
+        save_file(in_eight_bits(tensors, names), scratch, metadata={"format": "pt"})
         shutil.copymode(files[0], scratch)
         for old in (*files, *(folder / component).glob(f"*{SUFFIX}.index*.json")):
             old.unlink()

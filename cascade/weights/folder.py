@@ -51,8 +51,8 @@ from cascade.networks.eight_bits import (
     bytes_of,
     group_of,
     in_eight_bits,
-    is_stored,
     restored,
+    rounded_names,
     scale_of,
     use_eight_bits,
 )
@@ -287,9 +287,10 @@ class ModelFolder:
         if not weights:
             raise no_weights(part)
         sums = self._sums_of(weights) if self.checks else None
-        change = partial(in_eight_bits, network=component) if eight_bits else dict
+        names = rounded_names(read_header(weights), component) if eight_bits else ()
+        change = partial(in_eight_bits, names=names) if eight_bits else dict
         tensors = read_tensors(weights, device, dtype, sums, change)
-        check_eight_bits(weights[0], component, tensors)
+        check_eight_bits(weights[0], tensors)
         if not eight_bits:
             tensors = restored(tensors, dtype)
         if part.is_file():
@@ -361,11 +362,12 @@ class ModelFolder:
         weights = _weights_of(self.parts[component])
         if not weights:
             raise no_weights(self.parts[component])
-        total = 0
-        for name, (shape, kind) in read_header(weights).items():
+        total, header = 0, read_header(weights)
+        rounded = rounded_names(header, component) if eight_bits else ()
+        for name, (shape, kind) in header.items():
             if name.endswith(SCALE):
                 continue
-            if is_stored(name, component):
+            if name in rounded or scale_of(name) in header:
                 total += bytes_of(shape) if eight_bits else math.prod(shape) * dtype.itemsize
                 continue
             bits = re.search(r"\d+", kind)  # F8_E4M3 has 8; BOOL has no number
@@ -393,26 +395,25 @@ class ModelFolder:
                 raise WeightsError(f"{file} has the checksum {actual}, but model.json says {expected}.")
 
 
-def check_eight_bits(weights: Path, component: str, tensors: Mapping[str, Tensor]) -> None:
+def check_eight_bits(weights: Path, tensors: Mapping[str, Tensor]) -> None:
     """Make sure that integers and scales of weights in 8 bits belong together.
 
     Raises:
         WeightsError: they do not.
     """
     for name, tensor in tensors.items():
-        scale = tensors.get(scale_of(name)) if is_stored(name, component) else None
-        if scale is None and is_stored(name, component) and not tensor.is_floating_point():
-            raise WeightsError(f"{weights} has no tensor {scale_of(name)}, without which {name} cannot be used.")
+        scale = tensors.get(scale_of(name))
         if scale is None:
+            if tensor.dtype == torch.int8:
+                raise WeightsError(f"{weights} has no tensor {scale_of(name)}, without which {name} cannot be used.")
             continue
-        rows, width = tensor.shape
-        wanted = rows, width // group_of(width)
         if tensor.dtype != torch.int8 or scale.dtype != torch.bfloat16:
             kinds = " and ".join(str(one.dtype).removeprefix("torch.") for one in (tensor, scale))
             raise WeightsError(
                 f"{weights}: {name} and its scale are stored as {kinds}; they must be int8 and bfloat16."
             )
-        if tuple(scale.shape) != wanted:
+        wanted = (*tensor.shape[:-1], tensor.shape[-1] // group_of(tensor.shape[-1]))
+        if tensor.ndim != 2 or tuple(scale.shape) != wanted:
             raise WeightsError(f"{weights}: {scale_of(name)} has the shape {tuple(scale.shape)} instead of {wanted}.")
 
 
@@ -446,7 +447,11 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
     with init_empty_weights(include_buffers=False), no_init_weights():
         try:
             if component in TRANSFORMERS_CONFIGS:
-                return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
+                described = TRANSFORMERS_CONFIGS[component].from_dict(config)
+                # For a dtype, transformers would change torch's default until the network is made, and other threads, which
+                # prepare kernels meanwhile, would get tensors of it.
+                described.dtype = None
+                return NETWORKS[component](described)
             return NETWORKS[component].from_config(current_names(config))
         except Exception as error:  # networks raise various errors for wrong settings
             said = f"it lacks {error}" if isinstance(error, KeyError) else shortened(error).rstrip(".")
