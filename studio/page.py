@@ -194,7 +194,7 @@ class Page:
                 filled.then(js=f"() => window.studio.show('{TARGETS[name]}')")
             else:
                 filled.then(**making)
-        recalling = [*filling, self.dropped, self.drop_note, self.lacking]
+        recalling = [*filling, self.drop, self.dropped, self.drop_note, self.lacking]
         self.drop.upload(self._drop, self.drop, recalling, **quick)
         self.lacking.upload(self._add, [self.dropped, self.lacking], recalling, **quick)
         self.blocks.load(self._open, None, picture, **quick)
@@ -373,8 +373,9 @@ class Page:
             return {self.drop_note: views.beside(str(error), "error"), self.lacking: gr.update(visible=False)}
         lacking = [f"{name} (sha256 {digest[:12] or 'not recorded'})" for name, digest in found.lacking]
         asked = f"It was made from images that are not here: {', '.join(lacking)}. Drop them below." if lacking else ""
-        text = " ".join(("The settings are back.", *found.remarks, asked)).strip()
+        text = " ".join((f"The settings of {Path(file).name} are back.", *found.remarks, asked)).strip()
         return self._filled(found.inputs, found.exact) | {
+            self.drop: None,  # ready for the next
             self.dropped: file,
             self.drop_note: views.beside(text),
             self.lacking: gr.update(visible=bool(lacking), value=None),
