@@ -18,9 +18,9 @@ from bulk.storage import Folder
 from bulk.table import Table, TableError
 from cascade.limits import LIMITS
 from cascade.weights import ModelFolder, WeightsError
+from serving.early import find_weights
 from serving.progress import ProgressLines
 from serving.record import weights_digest
-from serving.settings import find_weights
 
 BATCH = 4
 # Seconds between lines of progress where there is no terminal.
@@ -53,7 +53,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--seed", type=int, default=0, help="decides the seeds of rows that have none (default: %(default)s)"
     )
     parser.add_argument(
-        "--keep", action="append", default=[], metavar="COLUMN", help="copy a column that is no input into the results"
+        "--keep",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="copy a column that is not an input into the results",
     )
     parser.add_argument("--address", help="join the Ray cluster there, such as auto, instead of starting Ray here")
     options = parser.parse_args(arguments)

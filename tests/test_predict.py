@@ -36,7 +36,7 @@ from cascade.request import Request
 from cascade.safety import SafetyChecker
 from cascade.weights import WeightsError
 from predict import RATIOS, Predictor
-from serving.settings import find_weights
+from serving.early import find_weights
 from tests.metadata import read_record
 from tests.test_safety import save_classifier
 
@@ -807,7 +807,7 @@ def test_setup_says_what_it_did(
     ):
         set_up(model_folder, monkeypatch)
     monkeypatch.delenv("CASCADE_MEMORY")
-    for name, value in (("DEVICE", "cuda:7"), ("DEVICE", "gpu"), ("DTYPE", "int8")):
+    for name, value in (("DEVICE", "cuda:7"), ("DEVICE", "gpu"), ("DTYPE", "int8"), ("PRECISION", "fp4")):
         with monkeypatch.context() as patch:
             patch.setenv(f"CASCADE_{name}", value)
             with pytest.raises(ValueError, match=rf"^CASCADE_{name} is '{value}'; it must be one of auto, .*\.$"):
@@ -818,6 +818,11 @@ def test_setup_says_what_it_did(
     with caplog.at_level("INFO"):
         assert set_up(model_folder, monkeypatch).service.cascade.prior.dtype == torch.bfloat16
     assert "Device: cpu in bfloat16; cpu was asked for, and bfloat16 was asked for." in caplog.text
+    monkeypatch.setenv("CASCADE_PRECISION", "int8")
+    with caplog.at_level("INFO"):
+        assert set_up(model_folder, monkeypatch).service.cascade.precision == "int8"
+    assert "onto cpu as bfloat16 with weights in 8 bits, all networks resident" in caplog.text
+    monkeypatch.delenv("CASCADE_PRECISION")
     monkeypatch.delenv("CASCADE_DTYPE")
     caplog.clear()
     run(predictor, **TINY)

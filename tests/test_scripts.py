@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,11 @@ def test_a_folder_that_another_user_owns(tmp_path: Path) -> None:
             )
 
 
+def test_processes_of_compile_kernels_read_its_file() -> None:
+    """Each new process of Python's multiprocessing does, under this name. It must not start the script over."""
+    runpy.run_path(str(environment.ROOT / "scripts" / "compile-kernels"), run_name="__mp_main__")
+
+
 def test_old_python_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "OLDEST_PYTHON", (99, 1))
     with pytest.raises(SystemExit, match=r"Python 99\.1 or newer is needed; this is 3\.\d+\. Run: python99\.1 "):
@@ -231,7 +237,9 @@ def test_a_file_that_is_no_text(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "p").write_bytes(content)
     with pytest.raises(InputError) as caught:
         read_inputs([f"prompt=@{tmp_path}/p"])
-    assert re.fullmatch(r"prompt: '.*' is no text in UTF-8, nor in UTF-16 with a byte order mark\.", str(caught.value))
+    assert re.fullmatch(
+        r"prompt: '.*' is not a text in UTF-8, or in UTF-16 with a byte order mark\.", str(caught.value)
+    )
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,14 @@ class Checkpoint:
             shutil.rmtree(self.path, ignore_errors=True)
             self.new.rename(self.path)
 
+    def _read(self, folder: Path) -> None:
+        """Loads what `_write` wrote."""
+        self.accelerator.load_state(str(folder))
+
+    def _write(self, folder: Path) -> None:
+        """Writes all that resuming needs into a new folder."""
+        self.accelerator.save_state(str(folder), safe_serialization=True)
+
     def load(self) -> bool:
         """Loads the newest checkpoint; False if there is none.
 
@@ -55,7 +63,7 @@ class Checkpoint:
         if not self.path.is_dir():
             return False
         try:
-            self.accelerator.load_state(str(self.path))
+            self._read(self.path)
         except FILE_ERRORS as error:
             raise TrainingError(
                 f"The checkpoint {self.path} does not fit this configuration, or is damaged ({summary(error)}); move it away "
@@ -73,7 +81,7 @@ class Checkpoint:
             shutil.rmtree(self.part, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with writing(self.part):
-            self.accelerator.save_state(str(self.part), safe_serialization=True)
+            self._write(self.part)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.part.rename(self.new)

@@ -23,7 +23,7 @@ from training.sources import find_source, options_of
 from training.stages import STAGES, Stage
 from training.tasks.controlnet import CONTROL_KINDS
 from training.tasks.tokenizer import SMALLEST_VOCABULARY
-from training.values import Kinds, check_values, kinds_of, read_toml
+from training.values import Count, Kinds, check_values, kinds_of, read_toml
 
 NETWORK_TABLES: dict[str, Callable[..., Any]] = {
     "vqgan": StageA,
@@ -40,6 +40,7 @@ NETWORK_TABLES: dict[str, Callable[..., Any]] = {
 DATA: Kinds = {
     "size": (int, True),
     "other_sizes": (tuple[tuple[int, int], ...], False),
+    "other_sizes_every": (Count, False),
     "source": (str, False),
 }
 """The values of ``[data]``; a source adds its own options."""
@@ -129,15 +130,27 @@ def _check_stage(name: str, table: Mapping[str, Any], options: Kinds) -> None:
     arguments = table.get("task", {})
     check_values(f"[{name}] task", arguments, task_kinds(stage))
     if "weight" in arguments:
-        weight = dict(arguments["weight"])
-        kind = weight.pop("kind", None)
-        if not isinstance(kind, str) or kind not in WEIGHTS:
-            raise TrainingError(f"[{name}] task: weight.kind is {kind!r}; it must be one of {', '.join(WEIGHTS)}.")
-        check_values(f"[{name}] task: weight", weight, kinds_of(WEIGHTS[kind]))
+        check_weight(f"[{name}] task", arguments["weight"])
+
+
+def check_weight(where: str, weight: Mapping[str, Any]) -> None:
+    """Checks the table ``weight``, see `objective.loss_weight`.
+
+    Args:
+        where: the name of the table that has it, in an error.
+
+    Raises:
+        TrainingError: its kind, or a value, is unknown or wrong.
+    """
+    values = dict(weight)
+    kind = values.pop("kind", None)
+    if not isinstance(kind, str) or kind not in WEIGHTS:
+        raise TrainingError(f"{where}: weight.kind is {kind!r}; it must be one of {', '.join(WEIGHTS)}.")
+    check_values(f"{where}: weight", values, kinds_of(WEIGHTS[kind]))
 
 
 def task_kinds(stage: Stage) -> Kinds:
     """The values of ``[stage.task]``: the task's arguments without those that `workshop` gives it."""
-    given = (*stage.needs, "dataset", "unseen", "shapes", "control", "name")
-    kinds = list(kinds_of(stage.task).items())[len(stage.trains) :]
+    given = (*stage.needs, "dataset", "unseen", "shapes", "control", "name", "settings")
+    kinds = list(kinds_of(stage.task).items())[0 if stage.adapts else len(stage.trains) :]
     return {name: kind for name, kind in kinds if name not in given}

@@ -12,6 +12,7 @@ RANGES = {
     "steps": (1, math.inf),
     "batch_size": (1, math.inf),
     "accumulate": (1, math.inf),
+    "gpus": (1, math.inf),
     "evaluate_every": (1, math.inf),
     "warmup": (0, math.inf),
     "decay": (0, math.inf),
@@ -27,7 +28,7 @@ class Options:
 
     Attributes:
         steps: number of optimizer steps, at least 1.
-        batch_size: pictures of the native size in a micro-batch, for one process.
+        batch_size: pictures of the native size in a micro-batch, for one process; if ``gpus`` is above 1, for all together.
         learning_rate: the highest. It rises over ``warmup`` steps, stays, and falls to zero along a half cosine over the last
             ``decay`` steps.
         warmup: steps; None: 200, but at most a tenth of all steps.
@@ -37,13 +38,17 @@ class Options:
         accumulate: micro-batches in a step.
         ema: decay of the averaged weights, below 1.
         precision: of matrix products on a GPU, ``bf16``, ``fp16`` or ``no``; a CPU computes in float32.
-        compile: whether the network is compiled; ``auto``: on a GPU only.
+        compile: whether the network is compiled; ``auto``: on a GPU only. If sharded, its blocks are compiled.
+        gpus: GPUs on which `training.recipe` runs the stage, if there are so many. Any number of processes that divides
+            ``batch_size`` trains on the same number of pictures.
         evaluate_every: steps between evaluations; there is always one at the end.
         checkpoint_seconds: seconds between checkpoints.
+        sharded: whether the parameters, their averages and the optimizer's state are divided among the processes, see
+            `sharding.shard`; for networks that do not fit a GPU otherwise.
         seed: decides the initial weights and all random draws.
 
     Raises:
-        TrainingError: a value is out of range, or warm-up and decay are longer than the training.
+        TrainingError: a value is out of range, warm-up and decay are longer than the training, or a sharded training has fp16.
     """
 
     steps: int
@@ -58,8 +63,10 @@ class Options:
     ema: float = 0.999
     precision: Literal["bf16", "fp16", "no"] = "bf16"
     compile: bool | Literal["auto"] = "auto"
+    gpus: int = 1
     evaluate_every: int = 5000
     checkpoint_seconds: float = 60.0
+    sharded: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,11 +83,25 @@ class Options:
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be greater than 0.")
+        if self.sharded and self.precision == "fp16":
+            raise TrainingError("precision is 'fp16'; sharded trainings compute in 'bf16' or 'no'.")
         if self.warmup + self.decay > self.steps:
             raise TrainingError(
                 f"warmup ({self.warmup}) and decay ({self.decay}) take {self.warmup + self.decay} steps, more than steps, "
                 f"{self.steps}: the learning rate would never reach {self.learning_rate}."
             )
+
+    def batch_of_one(self, processes: int) -> int:
+        """The pictures in a micro-batch of one of so many processes.
+
+        Raises:
+            TrainingError: they cannot have equally many.
+        """
+        if self.gpus == 1:
+            return self.batch_size
+        if self.batch_size % processes:
+            raise TrainingError(f"batch_size is {self.batch_size}; {processes} processes cannot divide it equally.")
+        return self.batch_size // processes
 
     def scaled(self, steps: int) -> "Options":
         """The options with another number of steps, of which warm-up and decay keep their shares."""

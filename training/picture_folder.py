@@ -96,6 +96,11 @@ def check_pictures(files: Sequence[Path], record: Path) -> None:
         part.write_text(digest)
 
 
+def held_out_every(count: int) -> int:
+    """One picture in how many is held out, of ``count``: `HELD_OUT`, but of fewer than 200 about four in all."""
+    return min(HELD_OUT, max(3, count // 4))
+
+
 def split_pictures(pictures: Sequence[Captioned], split: Split) -> list[Captioned]:
     """The pictures of one split: every 50th is ``heldout``, all others are ``train``.
 
@@ -104,7 +109,7 @@ def split_pictures(pictures: Sequence[Captioned], split: Split) -> list[Captione
     Raises:
         TrainingError: there is only one picture.
     """
-    every = min(HELD_OUT, max(3, len(pictures) // 4))
+    every = held_out_every(len(pictures))
     chosen = [pair for index, pair in enumerate(pictures) if (index % every == 0) == (split == "heldout")]
     if not chosen:
         raise TrainingError(

@@ -1,13 +1,14 @@
 """What one stage of training learns, as the training loop sees it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from training.dataset import Dataset
+from training.objective import LossWeight
 
 
 def frozen(**networks: nn.Module) -> dict[str, nn.Module]:
@@ -28,8 +29,8 @@ class Task(nn.Module, ABC):
         unseen: held-out pictures, for `evaluate`.
     """
 
-    dataset: Dataset | None = None
-    unseen: Dataset | None = None
+    dataset: Sized | None = None
+    unseen: Sized | None = None
 
     @abstractmethod
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -39,14 +40,40 @@ class Task(nn.Module, ABC):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Tensors of a micro-batch by name. ``loss`` is minimised; it and all other scalars are logged."""
 
+    def units(self) -> Sequence[nn.Module]:
+        """The modules whose parameters are gathered together in a sharded training (option ``sharded``), inner ones first.
+
+        A unit's forward uses no other unit's parameters, and only it uses its own. All other parameters are one more unit.
+        """
+        return ()
+
     def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         """Updates state that has no gradient, such as an adaptive loss weight; called after every micro-batch."""
 
     @abstractmethod
     def evaluate(self) -> tuple[dict[str, float], Image.Image | None]:
         """Figures to log, and a sheet of pictures or None; called with the averaged weights, in evaluation mode, without
-        gradients."""
+        gradients.
+
+        If the training is sharded, all processes call it, and networks must run through this task's forward.
+        """
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes each trained component to its own sub-folder of ``folder``."""
+        """Writes each trained component to its own sub-folder of ``folder``.
+
+        If the training is sharded, all processes call it, and the first one writes (`sharding.whole`).
+        """
+
+
+class DiffusionTask(Task):
+    """A task whose batches have ``timesteps`` (B,), and whose outputs have ``errors`` (B,), by which the loss weight may change.
+
+    Attributes:
+        weight: see `objective.loss_weight`.
+    """
+
+    weight: LossWeight
+
+    def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        self.weight.update(batch["timesteps"], outputs["errors"])

@@ -1,8 +1,8 @@
 """The training loop of every stage.
 
-`fit` trains a `Task` through accelerate: mixed precision, gradient accumulation and clipping, several processes, averaged weights
-(EMA), TensorBoard, evaluation, and checkpoints that resume exactly. This is possible because the data of a step depends only
-on the seed, the step and the process.
+`fit` trains a `Task` through accelerate: mixed precision, gradient accumulation and clipping, several processes, which each have
+all weights or a share of them (`sharding`), averaged weights (EMA), TensorBoard, evaluation, and checkpoints that resume exactly.
+This is possible because the data of a step depends only on the seed, the step and the process.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin, set_seed
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,6 +29,8 @@ from training.files import write_components
 from training.interruption import Interruption, Stopped
 from training.options import Options, compiles, learning_rate_factor
 from training.record import Clock, Record, Session, timestamp
+from training.sharded_checkpoint import ShardedCheckpoint
+from training.sharding import clip, gather_once, local, reshard, shard, share_buffers
 from training.statistics import refresh_statistics, statistics_batches
 from training.task import Task
 
@@ -78,9 +81,13 @@ def shapes(batch: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def make_accelerator(options: Options, folder: Path, *, compiled: bool) -> Accelerator:
-    """accelerate, set up for one stage."""
+    """accelerate, set up for one stage. Sharded networks have their own precision, and compile their blocks."""
+    compiled = compiled and not options.sharded
+    # Otherwise the network is compiled in parts, so that gradients of one part are averaged while the next is computed. The
+    # miniature's gradients are less than the 25 MB of a part.
+    torch._dynamo.config.optimize_ddp = False
     return Accelerator(
-        mixed_precision=options.precision if torch.cuda.is_available() else "no",
+        mixed_precision=options.precision if torch.cuda.is_available() and not options.sharded else "no",
         gradient_accumulation_steps=options.accumulate,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
@@ -108,9 +115,15 @@ class Trainer:
         if not compiled and options.compile:
             logger.info("%s: not compiled, because there is no GPU.", folder.name)
         self.accelerator = make_accelerator(options, folder, compiled=compiled)
+        self.batch_size = options.batch_of_one(self.accelerator.num_processes)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         set_seed(options.seed)
-        task.to(self.device, memory_format=torch.channels_last)
+        if options.sharded:
+            task.to(self.device)
+            lower = options.precision == "bf16" and self.device.type == "cuda"
+            shard(task, torch.bfloat16 if lower else None, compiled=compiled)
+        else:
+            task.to(self.device, memory_format=torch.channels_last)
         self.trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained,
@@ -119,10 +132,10 @@ class Trainer:
             weight_decay=options.weight_decay,
             fused=self.device.type == "cuda",
         )
-        self.ema = EMAModel(self.trained, decay=options.ema, use_ema_warmup=True, power=0.75, foreach=True)
+        self.ema = EMAModel(local(self.trained), decay=options.ema, use_ema_warmup=True, power=0.75, foreach=True)
         self.progress = Progress()
         self.network = self._prepare()
-        self.compiled_shapes = shapes(self._batch(0)) if compiled else None
+        self.compiled_shapes = shapes(self._batch(0)) if compiled and not options.sharded else None
         self.record, self.clock = self._begin_record(began)
 
     @property
@@ -131,12 +144,19 @@ class Trainer:
 
     def _prepare(self) -> nn.Module:
         """Hands everything to accelerate and loads the checkpoint, if there is one. Returns the network as it is called."""
-        accept_earlier_checkpoints(self.task, self.optimizer, self.ema)
-        network, self.optimizer = self.accelerator.prepare(self.task, self.optimizer)
-        self.accelerator.register_for_checkpointing(self.ema, self.progress)
+        if self.options.sharded:
+            network, optimizer = self.task, self.optimizer
+            self.optimizer = self.accelerator.prepare(optimizer)
+            self.checkpoint = ShardedCheckpoint(
+                self.accelerator, self.folder, self.task, optimizer, self.ema, self.progress
+            )
+        else:
+            accept_earlier_checkpoints(self.task, self.optimizer, self.ema)
+            network, self.optimizer = self.accelerator.prepare(self.task, self.optimizer)
+            self.accelerator.register_for_checkpointing(self.ema, self.progress)
+            self.checkpoint = Checkpoint(self.accelerator, self.folder)
         with writing(self.folder):
             self.accelerator.init_trackers(self.folder.name)
-        self.checkpoint = Checkpoint(self.accelerator, self.folder)
         if self.checkpoint.load():
             self.ema.to(self.device)
             # accelerate counts micro-batches. A checkpoint lies between steps, also if its steps had another number of them.
@@ -203,7 +223,7 @@ class Trainer:
     def _batch(self, index: int) -> dict[str, Tensor]:
         """Micro-batch ``index`` of this process."""
         generator = step_generator(self.options.seed, index, self.accelerator.process_index, self.device)
-        batch = self.task.batch(index, self.options.batch_size, generator)
+        batch = self.task.batch(index, self.batch_size, generator)
         return {name: to_channels_last(value) for name, value in batch.items()}
 
     def _forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -224,18 +244,25 @@ class Trainer:
         step, options = self.progress.step, self.options
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * learning_rate_factor(step, options)
+        if options.sharded:
+            share_buffers(self.task)
         for index in range(step * options.accumulate, (step + 1) * options.accumulate):
             batch = self._batch(index)
             # Averages gradients over processes, clips, and steps with the last micro-batch only.
             with self.accelerator.accumulate(self.network):
+                last = self.accelerator.sync_gradients
+                if options.sharded:
+                    gather_once(self.task, last=last)
                 outputs = self._forward(batch)
                 self.accelerator.backward(outputs["loss"])
-                if self.accelerator.sync_gradients:
+                if last and options.sharded:
+                    clip(self.trained, options.clip)
+                elif last:
                     self.accelerator.clip_grad_norm_(self.trained, options.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
             self.task.after_step(outputs, batch)
-        self.ema.step(self.trained)
+        self.ema.step(local(self.trained))
         self.progress.step += 1
         return outputs
 
@@ -251,8 +278,8 @@ class Trainer:
 
     def _agrees_at(self, first: int) -> bool:
         """Whether processes agree at this step on whether to save or to stop; ``first`` is the first step of this call."""
-        step = self.progress.step
-        return self.accelerator.num_processes == 1 or step == first or step % AGREE_EVERY == 0
+        step, often = self.progress.step, self.options.sharded  # steps of large networks take seconds
+        return self.accelerator.num_processes == 1 or often or step == first or step % AGREE_EVERY == 0
 
     def _agree(self, *wishes: bool) -> list[bool]:
         """Whether any process wants each of them. All must save and stop at the same step, or they would wait for each other
@@ -266,7 +293,7 @@ class Trainer:
     def _save(self) -> None:
         """Saves a checkpoint and the record."""
         self.clock.lap("train")
-        if not all(parameter.isfinite().all() for parameter in self.trained):
+        if any(self._agree(not all(parameter.isfinite().all() for parameter in local(self.trained)))):
             raise TrainingError(
                 f"{self.folder.name}: the weights are infinite or NaN at step {self.progress.step}; the last checkpoint is "
                 f"kept. The learning_rate, {self.options.learning_rate}, may be too large."
@@ -282,14 +309,12 @@ class Trainer:
 
     def _review(self) -> None:
         """Evaluates the averaged weights, and writes the components with them."""
-        self.ema.store(self.trained)
-        self.ema.copy_to(self.trained)
-        if self.accelerator.is_main_process:
-            with torch.no_grad(), self.accelerator.autocast(), same_random_state(self.device):
-                batches = range(statistics_batches(self.task, self.options))
-                refresh_statistics(self.task, map(self._batch, batches))
-                self.task.eval()
-                figures, picture = self.task.evaluate()
+        self.ema.store(local(self.trained))
+        self.ema.copy_to(local(self.trained))
+        main, sharded = self.accelerator.is_main_process, self.options.sharded
+        if main or sharded:
+            figures, picture = self._evaluate()
+        if main:
             self._report(figures)
             samples = self.folder / "samples"
             if picture is not None:
@@ -298,11 +323,24 @@ class Trainer:
                     picture.save(samples / f"{self.progress.step:06d}.png")
             with writing(self.model):
                 write_components(self.model, self.folder.name, self.task.save)
+        elif sharded:  # gives its rows to the main process
+            self.task.save(self.model)
         self.task.train()
-        self.ema.restore(self.trained)
+        self.ema.restore(local(self.trained))
         self.accelerator.wait_for_everyone()
         self.clock.lap("evaluate")
         self._write_record()
+
+    def _evaluate(self) -> tuple[dict[str, float], Image.Image | None]:
+        """The task's evaluation, with the weights as they are."""
+        with torch.no_grad(), self.accelerator.autocast(), same_random_state(self.device):
+            batches = range(statistics_batches(self.task, self.options))
+            refresh_statistics(self.task, map(self._batch, batches))
+            self.task.eval()
+            found = self.task.evaluate()
+        if self.options.sharded:
+            reshard(self.task)
+        return found
 
     def _report(self, figures: dict[str, float]) -> None:
         """Logs the figures of an evaluation."""

@@ -1,11 +1,11 @@
-"""Reads the weights that a model was loaded with again, so that changed weights can be restored to the bit.
+"""Reads the weights that a model was loaded with again, so that changed weights can be restored exactly.
 
 A copy would take as much memory as the networks. So several threads read the files again, into pinned buffers, from which
 a GPU copies at its full rate.
 """
 
+import contextlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +16,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cascade.networks.eight_bits import EightBits, scale_of
+from cascade.weights import blocks
 from cascade.weights.errors import WeightsError
 
-# Threads that read ahead, one tensor each.
-READERS = 8
+# Maximum bytes that are read ahead, and of those that are on their way to the GPU, unless one tensor has more. Torch keeps
+# pinned memory for later, so what is needed once stays.
+AHEAD = 128 << 20
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -27,15 +30,20 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
 }
+
+
+# A tensor in floating point, or a matrix in 8 bits.
+Stored = Tensor | EightBits
 
 
 class BaseWeights(Protocol):
     """Reads base weights."""
 
     def read(
-        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Stored]
+    ) -> Iterator[tuple[str, Stored]]:
         """Tensors of a network, as they were before any change.
 
         Args:
@@ -45,8 +53,8 @@ class BaseWeights(Protocol):
             current: returns a tensor's present value, by name.
 
         Yields:
-            Each name, in order, with its tensor in floating point. The caller must not change it, and may use it only
-            until the next one is yielded.
+            Each name, in order, with its tensor in floating point, or in 8 bits if it is kept so. The caller must not change
+            it, and may use it only until the next one is yielded.
 
         Raises:
             WeightsError: they can no longer be read.
@@ -57,16 +65,20 @@ class KeptWeights:
     """Copies tensors when they are first read; they must not have been changed before."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._kept: dict[tuple[str, str], Stored] = {}
 
     def read(
-        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Stored]
+    ) -> Iterator[tuple[str, Stored]]:
         """See `BaseWeights`."""
         for name in names:
             if (network, name) not in self._kept:
-                self._kept[network, name] = current(name).detach().to("cpu", copy=True)
-            yield name, self._kept[network, name].to(device)
+                self._kept[network, name] = _each(lambda one: one.detach().to("cpu", copy=True), current(name))
+            yield name, _each(lambda one: one.to(device), self._kept[network, name])
+
+
+def _each(change: Callable[[Tensor], Tensor], stored: Stored) -> Stored:
+    return change(stored) if isinstance(stored, Tensor) else EightBits(*map(change, stored))
 
 
 class _Stored(NamedTuple):
@@ -106,8 +118,8 @@ class FileWeights:
         self._tensors: dict[str, dict[str, _Stored]] = {}
 
     def read(
-        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Stored]
+    ) -> Iterator[tuple[str, Stored]]:
         """See `BaseWeights`."""
         try:
             for path in self._files[network]:
@@ -117,7 +129,12 @@ class FileWeights:
                 self._tensors[network] = {
                     name: one for path in self._files[network] for name, one in _header(path).items()
                 }
-            yield from _read_ahead([(name, self._tensors[network][name]) for name in names], device)
+            stored = self._tensors[network]
+            every = [one for name in names for one in (name, scale_of(name)) if one in stored]
+            read = _read_ahead([(name, stored[name]) for name in every], device)
+            for name in names:
+                _, tensor = next(read)
+                yield name, EightBits(tensor, next(read)[1]) if scale_of(name) in stored else tensor
         except OSError as error:
             raise WeightsError(f"{error.filename or network} cannot be read: {error.strerror or error}.") from error
 
@@ -140,38 +157,65 @@ def _size(one: Mapping[str, Any]) -> int:
     return stop - start
 
 
-def _read(stored: _Stored, pinned: bool) -> Tensor:
-    """Read a tensor into new memory. torch's allocator keeps pinned memory, and reuses it when copies from it are done."""
-    memory = torch.empty(stored.size, dtype=torch.uint8, pin_memory=pinned)
-    target = memory.numpy()
-    descriptor = os.open(stored.path, os.O_RDONLY)
-    try:
-        done = 0
-        while done < stored.size:
-            count = os.preadv(descriptor, [memoryview(target[done:])], stored.start + done)
-            if not count:
-                raise WeightsError(f"{stored.path} is shorter than when it was loaded; load the model again.")
-            done += count
-    finally:
-        os.close(descriptor)
-    return memory.view(stored.dtype).view(stored.shape)
+class _Reading(NamedTuple):
+    """A tensor that is being read."""
+
+    name: str
+    stored: _Stored
+    memory: Tensor
+    begun: list[Future[None]]
 
 
 def _read_ahead(wanted: Sequence[tuple[str, _Stored]], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors in order, each into new memory. torch's allocator reuses pinned memory when copies from it are done."""
     pinned = device.type == "cuda"
-    pool = ThreadPoolExecutor(READERS)
-    ahead: deque[tuple[str, Future[Tensor]]] = deque()
-    try:
+    with contextlib.ExitStack() as stack:
+        paths = {stored.path for _, stored in wanted}
+        files = {path: stack.enter_context(path.open("rb", buffering=0)).fileno() for path in paths}
+        pool = ThreadPoolExecutor(blocks.READERS)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        uploads = _Uploads(device)
+        ahead: deque[_Reading] = deque()
+        size = 0
         for name, stored in wanted:
-            if len(ahead) > READERS:
-                yield _next(ahead, device)
-            ahead.append((name, pool.submit(_read, stored, pinned)))
+            while ahead and size + stored.size > AHEAD:
+                size -= ahead[0].stored.size
+                yield _next(ahead, uploads)
+            memory = torch.empty(stored.size, dtype=torch.uint8, pin_memory=pinned)
+            begun = blocks.begin(pool, files[stored.path], stored.start, memory)
+            ahead.append(_Reading(name, stored, memory, begun))
+            size += stored.size
         while ahead:
-            yield _next(ahead, device)
-    finally:
-        pool.shutdown(cancel_futures=True)
+            yield _next(ahead, uploads)
 
 
-def _next(ahead: "deque[tuple[str, Future[Tensor]]]", device: torch.device) -> tuple[str, Tensor]:
-    name, read = ahead.popleft()
-    return name, read.result().to(device, non_blocking=True)
+def _next(ahead: "deque[_Reading]", uploads: "_Uploads") -> tuple[str, Tensor]:
+    name, stored, memory, begun = ahead.popleft()
+    try:
+        blocks.finish(begun)
+    except EOFError as error:
+        raise WeightsError(f"{stored.path} is shorter than when it was loaded; load the model again.") from error
+    return name, uploads.upload(memory.view(stored.dtype).view(stored.shape))
+
+
+class _Uploads:
+    """Copies tensors to a device. On a GPU, no call waits for the copy, but for earlier ones if they have over `AHEAD` bytes:
+    a GPU that is slower than the disk would make pinned memory grow without bounds.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._copies: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._size = 0
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        while self._copies and self._size + tensor.nbytes > AHEAD:
+            size, done = self._copies.popleft()
+            done.synchronize()
+            self._size -= size
+        there = tensor.to(self.device, non_blocking=True)
+        self._copies.append((tensor.nbytes, torch.cuda.current_stream(self.device).record_event()))
+        self._size += tensor.nbytes
+        return there

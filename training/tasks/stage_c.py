@@ -22,7 +22,7 @@ from training.objective import diffusion_losses, keep_mask, loss_weight, sample_
 from training.pictures import grid
 from training.sampling import text_to_semantic
 from training.shapes import Shapes
-from training.task import Task
+from training.task import DiffusionTask
 from training.values import Share
 
 
@@ -54,11 +54,34 @@ def prior_batch(
     return batch, tuple(rest)
 
 
-class StageCTask(Task):
-    """Weighted epsilon error, with captions and image embeddings dropped at random.
+class PriorTask(DiffusionTask):
+    """Trains Stage C by its weighted epsilon error.
 
     Args:
+        prior: Stage C.
         weight: how errors are weighted by timestep, see `objective.loss_weight`.
+    """
+
+    def __init__(self, prior: StableCascadeUNet, weight: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.prior = prior
+        self.weight = loss_weight(**weight)
+
+    def forward(
+        self, latents: Tensor, image: Tensor, text: Tensor, pooled: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """``latents`` and ``noise`` (B, 16, h, w), ``image`` and ``pooled`` (B, 1, D), ``text`` (B, 77, D)."""
+        epsilon = self.prior(
+            diffuse(latents, noise, timesteps), timesteps, clip_text_pooled=pooled, clip_text=text, clip_img=image
+        )
+        return diffusion_losses(epsilon, noise, self.weight(timesteps))
+
+
+class StageCTask(PriorTask):
+    """Encodes pictures and captions at the start, and keeps them on the device. Drops captions and image embeddings at random.
+
+    Args:
+        prior, weight: see `PriorTask`.
         drop_text, keep_image: see `prior_batch`.
     """
 
@@ -77,9 +100,7 @@ class StageCTask(Task):
         drop_text: Share,
         keep_image: Share,
     ) -> None:
-        super().__init__()
-        self.prior = prior
-        self.weight = loss_weight(**weight)
+        super().__init__(prior, weight)
         self.drop_text, self.keep_image = drop_text, keep_image
         encoder = stage_c_encoder(effnet, image_encoder)
         self.data = Encoded(dataset, shapes, text_encoder, encoder, with_tokens=True)
@@ -89,18 +110,6 @@ class StageCTask(Task):
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch, _ = prior_batch(self.data, index, size, generator, drop_text=self.drop_text, keep_image=self.keep_image)
         return batch
-
-    def forward(
-        self, latents: Tensor, image: Tensor, text: Tensor, pooled: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> dict[str, Tensor]:
-        """``latents`` and ``noise`` (B, 16, h, w), ``image`` and ``pooled`` (B, 1, D), ``text`` (B, 77, D)."""
-        epsilon = self.prior(
-            diffuse(latents, noise, timesteps), timesteps, clip_text_pooled=pooled, clip_text=text, clip_img=image
-        )
-        return diffusion_losses(epsilon, noise, self.weight(timesteps))
-
-    def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        self.weight.update(batch["timesteps"], outputs["errors"])
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         """Standard deviation of sampled latents, which should be 1; rows: pictures and previews of sampled latents, twice."""
