@@ -104,8 +104,10 @@ def install(requirements: str) -> None:
             or subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode != 0
         ):
             subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True, stdout=sys.stderr)
-        pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+        pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
         subprocess.run([*pip, "-r", ROOT / requirements], check=True, stdout=sys.stderr)
+        # pip would compile all modules on one core, which takes 40 s. Some are templates, which are no Python.
+        subprocess.run([PYTHON, "-m", "compileall", "-qq", "-j", "0", VENV / "lib"], stdout=sys.stderr)
     except subprocess.CalledProcessError as error:
         sys.exit(f"Installing {requirements} failed; the messages above say why. {error}")
     for name in with_included(requirements):

@@ -43,13 +43,12 @@ class Driver:
 
     Args:
         folder: has the table, and gets the output.
-        workers: how many.
     """
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.log = folder / "log.txt"
         command = [sys.executable, ROOT / "scripts" / "generate-many", "table.jsonl", "out", "--keep", "id"]
-        options = ["--workers", str(workers), "--shard", "4", "--batch", "2"]
+        options = ["--workers", "2", "--shard", "4", "--batch", "2"]
         with self.log.open("a") as log:
             self.process = subprocess.Popen([*command, *options], cwd=folder, stdout=log, stderr=log)
         self.family: list[psutil.Process] = []
@@ -84,9 +83,9 @@ def runs(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def started(folder: Path, workers: int) -> Iterator[Driver]:
+def started(folder: Path) -> Iterator[Driver]:
     """A driver; at the end, none of its processes is left."""
-    driver = Driver(folder, workers)
+    driver = Driver(folder)
     try:
         yield driver
     finally:
@@ -112,7 +111,7 @@ def test_kills_lose_nothing_and_make_nothing_twice(
     folder.mkdir()
     (folder / "table.jsonl").write_bytes((tmp_path / "one" / "table.jsonl").read_bytes())
 
-    with started(folder, workers=2) as driver:
+    with started(folder) as driver:
         driver.wait_for(lambda: list(done.glob("*_stats.json")))
         (victim, *_) = driver.wait_for(driver.workers)
         victim.send_signal(signal.SIGKILL)
@@ -123,7 +122,7 @@ def test_kills_lose_nothing_and_make_nothing_twice(
     made = {file.name: file.stat().st_mtime_ns for file in done.glob("0*")}
     whole = {file.name[:5] for file in done.glob("*_stats.json")}
     assert 2 <= len(whole) < 6
-    with started(folder, workers=1) as driver:
+    with started(folder) as driver:
         assert driver.process.wait(PATIENCE) == 0, driver.log.read_text()
 
     assert pictures_of(done) == pictures_of(tmp_path / "one" / "out")
