@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade import sampling, sizes
+from cascade import sizes
 from cascade.guides.controlnets import ControlNets
 from cascade.guides.image_prompts import ImagePromptEncoder
 from cascade.guides.inpainting import latents_of, set_into
@@ -45,12 +45,13 @@ from cascade.request import Request
 from cascade.running.cache import ResidentWeights
 from cascade.running.device import choose_device, current
 from cascade.running.runner import Job, Runner
-from cascade.sampling import Noise, Sample, Step, finish
+from cascade.sampling import Noise, Sampling, Step, finish
 from cascade.stages.decoder import SAMPLES, decoder_steps, tiles_together
 from cascade.stages.encoder import encode_pixels
 from cascade.stages.pixels import decode_pixels, most_bytes, tile_within
 from cascade.stages.prior import AdapterImage, Residuals, prior_steps
 from cascade.stages.text import TextEncoder
+from cascade.stages.tiles import Part
 from cascade.weights import CONTROLNETS, StageSettings
 from cascade.weights.base import BaseWeights
 
@@ -130,7 +131,7 @@ class Cascade:
 
     # A subclass may plan and sample in another way: see `compat`.
     planner_class: type[Planner] = Planner
-    sample: Sample = staticmethod(sampling.sample)
+    sampling_class: type[Sampling] = Sampling
 
     def __init__(
         self,
@@ -524,7 +525,7 @@ class Cascade:
         run = partial(self.runner.run, "effnet", self.effnet)
         return encode_pixels(run, to_pixels(image, self.device), compression)
 
-    def _prior_steps(self, plan: Plan, given: Given, texts: Texts, noise: Noise) -> Iterator[Step | None]:
+    def _prior_steps(self, plan: Plan, given: Given, texts: Texts, noise: Noise) -> Iterator[Step]:
         return prior_steps(
             self._prior,
             texts.prompt,
@@ -539,13 +540,13 @@ class Cascade:
             free=given.free,
             controls=given.residuals,
             adapter=given.adapter,
-            sample=self.sample,
+            sampling=self.sampling_class,
             **vars(plan.prior),
         )
 
     def _decoder_steps(
         self, plan: Plan, semantic: Tensor, texts: Texts, noise: Noise, at_once: int
-    ) -> Iterator[Step | None]:
+    ) -> Iterator[Step | Part]:
         decoder = self._decoder
         if plan.tiles is not None:
             decoder = self.runner.of_one_size(decoder, ("tile", *plan.tiles.edges))
@@ -556,7 +557,7 @@ class Cascade:
             texts.negative_pooled,
             size=plan.decoder_size,
             noise=noise,
-            sample=self.sample,
+            sampling=self.sampling_class,
             at_once=None if plan.tiles is None else at_once,
             **vars(plan.decoder),
         )
@@ -587,20 +588,20 @@ class Cascade:
 
 def _taken(
     stage: str,
-    steps: Iterator[Step | None],
+    steps: Iterator[Step | Part],
     count: Count,
     predicted: Callable[[Tensor], Tensor] = lambda latents: latents,
 ) -> Generator[Progress, None, Tensor]:
-    """Take all steps of a stage, with a `Progress` for each; returns the last step's latents.
+    """Take all steps of a stage, with a `Progress` for each, and for each part of one; returns the last step's latents.
 
     predicted: makes what is reported of the step's prediction of the finished latents.
     """
     for step in steps:
-        if step is None:
+        if isinstance(step, Part):
             yield count.did("tiles")
-            continue
-        latents = step.x
-        yield count.did(stage, latents=predicted(step.x0))
+        else:
+            latents = step.x
+            yield count.did(stage, latents=predicted(step.x0))
     return latents
 
 

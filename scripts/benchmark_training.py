@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
@@ -35,7 +37,7 @@ from scripts.environment import ROOT
 from scripts.stand_ins import DEVIATION
 from training.encoded.recipe import Recipe, read_recipe
 from training.encoded.run import new_prior
-from training.encoded.shards import EncodedPictures, write_empty, write_shard
+from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
 from training.run import start_processes
 from training.sharding import local
 from training.tasks.encoded_stage_c import EncodedStageCTask
@@ -85,7 +87,7 @@ def write_pictures(folder: Path, recipe: Recipe, side: int) -> None:
         "pooled": (1, pooled),
     }
     made = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(PICTURES)]
-    write_shard(folder / "random.safetensors", {(side, side): made})
+    write_shard(shard_file(folder, "random"), {(side, side): made})
     write_empty(folder, torch.randn(77, text), torch.randn(1, pooled))
 
 
@@ -220,6 +222,14 @@ def loaded_and_further(state: PartialState, recipe: Recipe, pictures: Path, fold
     return found
 
 
+def be_deterministic() -> None:
+    """Makes equal computations give equal bits, as far as torch can, which takes time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch's next line
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch._inductor.config.deterministic = True  # kernels are not chosen by their times
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts.benchmark_training", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="+", choices=("speed", "profile", "resume"))
@@ -253,11 +263,10 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns 1 if a resumed training differs."""
     options = parse(arguments)
+    if "resume" in options.parts:
+        be_deterministic()
     recipe, state = recipe_of(options), start_processes()
     equal = True
-    if "resume" in options.parts:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         shared = [temporary]  # the first process's
         dist.broadcast_object_list(shared, 0)

@@ -105,12 +105,14 @@ def app(page: Page) -> Callable[..., Any]:
     """The page as an ASGI application. Browsers load nothing for it from another host: they are told not to."""
     fonts = ("ui-sans-serif", "system-ui", "sans-serif")
     theme = gr.themes.Default(primary_hue="blue", font=fonts, font_mono=("ui-monospace", "monospace")).set(
-        # Gradio's own greys have a contrast of 2 to 3.
+        # Gradio's own have contrasts of 2 to 4; 4.5 can be read.
         body_text_color_subdued="*neutral_500",
         block_info_text_color="*neutral_500",
         block_info_text_color_dark="*neutral_400",
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
     )
     mounted = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),

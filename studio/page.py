@@ -56,7 +56,7 @@ class Page:
 
     def _lay_out(self) -> None:
         self.selected, self.recalled, self.dropped = gr.State(-1), gr.State({}), gr.State(None)
-        gr.HTML(f"<h1>{html.escape(self.title)}</h1>", padding=False, elem_id="title")
+        gr.HTML(f"<h1>{html.escape(self.title)}</h1>", elem_id="title")
         with gr.Row(elem_id="ask"):
             self._field("prompt", scale=5, autofocus=True, info=None, placeholder="What the picture shows")
             with gr.Column(scale=1, min_width=140, elem_id="go"):
@@ -77,7 +77,7 @@ class Page:
                 self._lay_out_known()
 
     def _lay_out_pictures(self) -> None:
-        self.view = gr.HTML(views.EMPTY, padding=False, elem_id="view")
+        self.view = gr.HTML(views.EMPTY, elem_id="view")
         plain = {"show_label": False, "buttons": [], "interactive": False, "visible": False}
         self.slider = gr.ImageSlider(max_height=900, elem_id="slider", **plain)
         self.status = gr.HTML(visible=False, elem_id="status")

@@ -149,7 +149,7 @@ def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
     buffers = dict(network.named_buffers())
     for name, tensor in network.state_dict().items():  # views: in the order and the shapes of the published tensors
         if name not in buffers:
-            tensor.normal_(0, 0.2, generator=generator)
+            tensor.copy_(torch.empty_like(tensor, device="cpu").normal_(0, 0.2, generator=generator))
     return network.eval()
 
 

@@ -1,19 +1,25 @@
 """The benchmarks of parts, as far as a CPU runs them: on the miniature, with quick pictures."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cascade import Cascade
 from miniature.icons import STYLES, load_drawings
 from miniature.prompts import make_prompts
-from scripts import benchmark_eight_bits, benchmark_loras, benchmark_prompts
+from scripts import benchmark_eight_bits, benchmark_loras, benchmark_prompts, benchmark_training
+from scripts.benchmarking import WORK
+from scripts.environment import ROOT
 from scripts.stand_ins import shapes_of, write_lora
 from scripts.timing import in_turn, percent_more
 from tests.conftest import MINI
 from tests.miniature.small import pack
+from tests.training.test_encoded import RECIPE
+from training.encoded.recipe import read_recipe
 
 QUICK = {"width": 64, "height": 64, "steps_prior": 1, "steps_decoder": 1}
 
@@ -96,3 +102,28 @@ def test_eight_bits(tmp_path: Path) -> None:
     assert "object first" in table[0]
     for name, tensor in cascade.prior.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.slow
+def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a group of one process."""
+    monkeypatch.setattr(benchmark_training, "be_deterministic", lambda: None)  # it changes settings of this process
+    config = tmp_path / "recipe.toml"
+    config.write_text(RECIPE.replace("[options]", "[options]\nsharded = true"))
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    arguments = ["--config", str(config), "--folder", str(tmp_path), "--side", "128", "--accumulate", "2"]
+    assert benchmark_training.main(["speed", "resume", *arguments, "--steps", "2", "--further", "1"]) == 0
+    assert not dist.is_initialized()
+    speed, saved, uninterrupted, loaded, resumed, equal = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (speed["batch_size"], speed["accumulate"], len(speed["seconds"])) == (2, 2, 2)
+    assert speed["samples_a_second"] == pytest.approx(4 / sum(sorted(speed["seconds"])) * 2, rel=1e-3)
+    assert saved["step"] == loaded["step"] == 1 + 2 + 2 + 2
+    assert {**uninterrupted, "part": "resumed"} == resumed
+    assert equal == {"part": "resume", "equal": True}
+    assert not list(tmp_path.glob("tmp*"))
+
+
+@pytest.mark.slow
+def test_the_work_of_a_training_step_is_that_of_pictures() -> None:
+    published = read_recipe(ROOT / "training" / "published.toml")
+    assert benchmark_training.forward_work(published, 1024) == pytest.approx(WORK[False][0], abs=5e-3)

@@ -213,7 +213,7 @@ def colours(file: Path) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.slow
 def test_variation(predictor: Predictor, apple: Path) -> None:
     """Without a word: what the image shows, in other pixels."""
-    for seed in range(3):
+    for seed in range(2):
         (file,) = run(predictor, prompt="", image_prompts=[CogPath(apple)], seed=seed, output_format="png")
         middle, corners = colours(file)
         assert middle[0] > middle[1:].max() + 40
@@ -224,9 +224,9 @@ def test_variation(predictor: Predictor, apple: Path) -> None:
 @pytest.mark.slow
 def test_image_to_image_leaves_the_less_the_stronger_it_is(predictor: Predictor, apple: Path) -> None:
     """Without a word, so that nothing but the image decides."""
-    inputs = {"prompt": "", "image": CogPath(apple), "steps_decoder": 3, "output_format": "png", "num_images": 4}
+    inputs = {"prompt": "", "image": CogPath(apple), "steps_decoder": 3, "output_format": "png", "num_images": 2}
     distances = []
-    for strength in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+    for strength in (0.0, 0.2, 0.5, 1.0):
         files = run(predictor, **inputs, prompt_strength=strength, seed=0)
         distances.append(np.mean([np.abs(read(file) - read(apple)).mean() for file in files]))
         if strength == 0.2:

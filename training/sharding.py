@@ -34,12 +34,14 @@ def shard(task: Task, dtype: torch.dtype | None, *, compiled: bool) -> None:
         compiled: whether the forwards of `Task.units` are compiled.
 
     Raises:
-        TrainingError: there is only one process.
+        TrainingError: there is only one process, or the task cannot be sharded.
     """
+    if not task.units():
+        raise TrainingError("[options] sharded is true; only scripts/train-stage-c trains sharded networks.")
     if not dist.is_initialized():
         raise TrainingError(
-            "[options] sharded is true, which needs several processes, and only one trains; start them with "
-            "accelerate launch --multi_gpu -m training.run ..."
+            "[options] sharded is true, which needs several processes, and only one trains; docs/training.md says how to start "
+            "several."
         )
     # Modules change dtypes themselves: the residual stream stays float32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

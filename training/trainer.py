@@ -231,7 +231,8 @@ class Trainer:
 
         Other picture sizes are rare, and compiling for one takes as long as thousands of steps (60 to 100 s on an H100).
         """
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.compiled_shapes is not None:  # it imports the compiler, for 2 s of a processor
+            torch.compiler.cudagraph_mark_step_begin()
         # A task that has compiled parts of its own decides for itself. Forced here, they would run eagerly forward and compiled
         # when gradient checkpointing runs them again, in the backward pass.
         plain = self.compiled_shapes is not None and shapes(batch) != self.compiled_shapes
@@ -277,8 +278,8 @@ class Trainer:
 
     def _agrees_at(self, first: int) -> bool:
         """Whether processes agree at this step on whether to save or to stop; ``first`` is the first step of this call."""
-        step = self.progress.step
-        return self.accelerator.num_processes == 1 or step == first or step % AGREE_EVERY == 0
+        step, often = self.progress.step, self.options.sharded  # steps of large networks take seconds
+        return self.accelerator.num_processes == 1 or often or step == first or step % AGREE_EVERY == 0
 
     def _agree(self, *wishes: bool) -> list[bool]:
         """Whether any process wants each of them. All must save and stop at the same step, or they would wait for each other

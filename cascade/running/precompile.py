@@ -77,11 +77,11 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
 
 
 def _stream(channels: int, pending: bool, device: torch.device, dtype: torch.dtype) -> Stream:
-    x = torch.zeros(1, SIDE, SIDE, channels, device=device)
+    x = torch.zeros(1, SIDE, SIDE, channels, device=device, dtype=torch.float32)
     if not pending:
         return Stream(x)
     # Halves of one tensor, like the timestep mappers' results.
-    scale, shift = torch.zeros(1, 2 * channels, device=device).chunk(2, dim=1)
+    scale, shift = torch.zeros(1, 2 * channels, device=device, dtype=torch.float32).chunk(2, dim=1)
     return Stream(x, torch.zeros(channels, device=device, dtype=dtype), scale, shift)
 
 
@@ -105,7 +105,7 @@ def _attention_block(
     def job() -> object:
         tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
         key_value = block.condition.forward(tokens, block.kv_mapper, block.attention)
-        bias = torch.zeros(tokens.shape[:2], device=unet.device) if biased else None
+        bias = torch.zeros(tokens.shape[:2], device=unet.device, dtype=torch.float32) if biased else None
         hidden = torch.zeros(len(tokens), 2, dtype=torch.int32, device=unet.device) if hides else None
         return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value, bias, hidden)
 
@@ -114,7 +114,8 @@ def _attention_block(
 
 def _maps(unet: StableCascadeUNet) -> Callable[[], object]:
     conditions = 1 + len(unet.config.timestep_conditioning_type)
-    times = torch.zeros(conditions, 1, unet.config.timestep_ratio_embedding_dim, device=unet.device)
+    size = (conditions, 1, unet.config.timestep_ratio_embedding_dim)
+    times = torch.zeros(size, device=unet.device, dtype=torch.float32)
     return lambda: unet.timestep_mappers.forward(times, unet.dtype)
 
 

@@ -447,7 +447,11 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
     with init_empty_weights(include_buffers=False), no_init_weights():
         try:
             if component in TRANSFORMERS_CONFIGS:
-                return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
+                described = TRANSFORMERS_CONFIGS[component].from_dict(config)
+                # For a dtype, transformers would change torch's default until the network is made, and other threads, which
+                # prepare kernels meanwhile, would get tensors of it.
+                described.dtype = None
+                return NETWORKS[component](described)
             return NETWORKS[component].from_config(current_names(config))
         except Exception as error:  # networks raise various errors for wrong settings
             said = f"it lacks {error}" if isinstance(error, KeyError) else shortened(error).rstrip(".")

@@ -271,6 +271,22 @@ def test_gradients_reach_conditions_and_survive_checkpointing():
         torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize(("config", "channels"), [(STAGE_C, 16), (STAGE_B, 4)], ids=["C", "B"])
+def test_late_conditions_change_only_where_keys_are_computed(config, channels):
+    """In the blocks' own forward, also when activations are recomputed."""
+    network, sample, ratio = make(config), torch.randn(2, channels, 8, 8), torch.rand(2)
+    given, found = inputs(config), []
+    for late, recomputed in ((False, False), (True, False), (True, True)):
+        network.late_conditions = late
+        if recomputed:
+            network.enable_gradient_checkpointing()
+        made = network(sample, ratio, **given)
+        found.append([made, *torch.autograd.grad(made.square().mean(), list(network.parameters()))])
+    for values in found[1:]:
+        for value, expected in zip(values, found[0], strict=True):
+            torch.testing.assert_close(value, expected)
+
+
 def test_dropout_only_in_training():
     network, sample, ratio = make(STAGE_C), torch.randn(1, 16, 4, 4), torch.rand(1)
     with torch.no_grad():

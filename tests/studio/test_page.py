@@ -10,7 +10,8 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from serving.record import read_record
-from studio.fields import fold_for, read_fields
+from studio.fields import FOLDS, fold_for, read_fields
+from studio.page import Page as Layout
 from studio.session import Made, Session
 
 pytestmark = pytest.mark.slow
@@ -65,6 +66,14 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(picture.convert("RGB"), np.int16)
 
 
+def check_colours(page: Page, *, dark: bool) -> None:
+    """Texts stand out from what is behind them, by the 4.5 that the guidelines ask for."""
+    for text in TEXTS:
+        ink, paper = page.locator(text).evaluate(LUMINANCES)
+        assert (paper < 0.1) if dark else (paper > 0.8), text
+        assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5, text
+
+
 # In the browser, which sees each preview; asked from here, it may be gone.
 FRAME = """() => {
     const box = document.querySelector("#view .previews img")?.getBoundingClientRect();
@@ -78,19 +87,17 @@ WHERE = """share => {
     const handle = document.querySelector("#slider [data-testid=slider]").getBoundingClientRect();
     return Math.abs(handle.x + handle.width / 2 - box.x - share * box.width) < 24;
 }"""
-# The contrast of a text to what is behind it, as the Web Content Accessibility Guidelines count it; they ask for 4.5.
-CONTRAST = """text => {
+# The luminances of a text and of what is behind it, as the Web Content Accessibility Guidelines count them.
+LUMINANCES = """text => {
     const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
-    const light = colour => numbers(colour).slice(0, 3).map(one => one / 255)
+    const luminance = colour => numbers(colour).slice(0, 3).map(one => one / 255)
         .map(one => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4)
         .reduce((sum, one, at) => sum + one * [0.2126, 0.7152, 0.0722][at], 0);
     let paper = text;
     while ((numbers(getComputedStyle(paper).backgroundColor)[3] ?? 1) < 1) paper = paper.parentElement;
-    const [low, high] = [getComputedStyle(text).color, getComputedStyle(paper).backgroundColor]
-        .map(light).sort((one, other) => one - other);
-    return (high + 0.05) / (low + 0.05);
+    return [luminance(getComputedStyle(text).color), luminance(getComputedStyle(paper).backgroundColor)];
 }"""
-TEXTS = ("#prompt textarea", "#prompt [data-testid=block-info]", "#height .info-text", "#height-note .error", "#make")
+TEXTS = ("#prompt textarea", "#prompt [data-testid=block-info]", "#height .info-text", "#height-note .error")
 
 
 def test_a_prompt_is_typed_and_its_picture_grows(opened: Page, session: Session) -> None:
@@ -209,7 +216,7 @@ def test_an_error_stands_beside_its_input(opened: Page, session: Session) -> Non
     assert 0 < below < 200
     expect(field(opened, "height")).to_be_focused()
     expect(error).to_be_in_viewport()
-    assert [opened.locator(text).evaluate(CONTRAST) >= 4.5 for text in TEXTS] == [True] * len(TEXTS)
+    check_colours(opened, dark=False)
     assert len(session.made) == before
     fill(opened, height="", **FEW)
     make(opened, session)
@@ -268,6 +275,22 @@ def test_a_picture_is_made_into_others(opened: Page, session: Session) -> None:
     (large,) = made_since(opened, session, count + 4)
     assert pixels(large.path).shape == (512, 512, 3)
     assert large.given["image"].read_bytes() == first.path.read_bytes()
+
+
+def test_the_page_has_what_the_model_has(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def folds_and_buttons() -> tuple[set[str], set[str]]:
+        page = Layout(session)
+        folds = {fold.label for fold in page.fold_of.values() if fold.visible}
+        return folds, {name for name, button in page.does.items() if button.visible}
+
+    folds, buttons = folds_and_buttons()
+    assert folds == set(FOLDS) - {"IP-Adapter"}
+    for name, value in (("ip_adapter", session.service.cascade.prior), ("image_prompts", None), ("controlnets", {})):
+        monkeypatch.setattr(session.service.cascade, name, value)
+    assert folds_and_buttons() == (
+        folds - {"Image prompts", "Edges and other controls"} | {"IP-Adapter"},
+        buttons - {"As image prompt", "As control"},
+    )
 
 
 def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
@@ -338,5 +361,5 @@ def test_a_narrow_window_in_the_dark(opened: Page, session: Session, look: dict[
     fill(opened, height="5000")
     opened.locator("#make").click()
     expect(opened.locator("#height-note .error")).to_be_in_viewport()
-    assert [opened.locator(text).evaluate(CONTRAST) >= 4.5 for text in TEXTS] == [True] * len(TEXTS)
+    check_colours(opened, dark=True)
     assert opened.evaluate("document.documentElement.scrollWidth") <= look["viewport"]["width"]

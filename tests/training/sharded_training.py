@@ -1,5 +1,6 @@
 """What the processes of `test_sharding` run: python -m torch.distributed.run ... sharded_training.py FOLDER RUN..."""
 
+import copy
 import json
 import sys
 from collections import Counter
@@ -13,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade.networks.unet import StableCascadeUNet
-from training.encoded.shards import EncodedPictures, write_empty, write_shard
+from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
 from training.options import Options
 from training.run import start_processes
-from training.sharding import local, whole
+from training.sharding import local, shard, whole
 from training.tasks.encoded_stage_c import EncodedStageCTask
 from training.trainer import Trainer
 
@@ -48,7 +49,6 @@ SIZES = {
 
 def write_pictures(folder: Path) -> None:
     """Random encoded pictures of two sizes."""
-    folder.mkdir()
     generator = torch.Generator().manual_seed(0)
 
     def picture(height: int, width: int) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def write_pictures(folder: Path) -> None:
 
     for number in range(2):
         made = {(128, 128): [picture(3, 3) for _ in range(5)], (192, 128): [picture(5, 3) for _ in range(4)]}
-        write_shard(folder / f"{number}.safetensors", made)
+        write_shard(shard_file(folder, str(number)), made)
     write_empty(folder, *(torch.randn(rows, WIDTH, generator=generator) for rows in (77, 1)))
 
 
@@ -83,23 +83,24 @@ class Reductions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def make_trainer(
-    pictures: Path, folder: Path, options: Options, *, dropout: float, recompute: float = 1.0, weight: str = "p2"
-) -> Trainer:
+def make_task(pictures: Path, *, dropout: float, recompute: float = 1.0, weight: str = "p2") -> DividedTask:
     torch.manual_seed(0)
     task = DividedTask(
-        StableCascadeUNet(**SIZES, dropout=dropout),
+        StableCascadeUNet(**SIZES, dropout=dropout).train(),
         EncodedPictures(pictures, torch.device("cpu")),
         weight={"kind": weight},
         drop_text=0.1,
         keep_image=0.5,
         recompute=recompute,
     )
-    # The initial weights of the last layers are zero.
-    with torch.no_grad():
+    with torch.no_grad():  # the initial weights of the last layers are zero
         for parameter in task.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)
-    return Trainer(task, options, folder, folder / "model", 0.0)
+    return task
+
+
+def make_trainer(pictures: Path, folder: Path, options: Options, **others: Any) -> Trainer:
+    return Trainer(make_task(pictures, **others), options, folder, folder / "model", 0.0)
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -126,11 +127,24 @@ def train(
     return state_of(trainer)
 
 
+def lower(pictures: Path) -> dict[str, Tensor]:
+    """The predictions of a sharded network that computes in bfloat16, and of a bfloat16 network; dtypes of gradients."""
+    task = make_task(pictures, dropout=0.0)
+    batch = task.batch(0, 2, torch.Generator().manual_seed(0))
+    reference = copy.deepcopy(task).to(torch.bfloat16)
+    reference.weight.float()
+    expected = reference(**batch)["errors"]
+    shard(task, torch.bfloat16, compiled=False)
+    outputs = task(**batch)
+    outputs["loss"].backward()
+    gradients = {parameter.grad.dtype for parameter in task.parameters()}
+    assert gradients == {torch.float32}
+    return {"made": outputs["errors"], "expected": expected.detach()}
+
+
 def main(folder: Path, runs: list[str]) -> None:
     torch.set_num_threads(1)
     start_processes()
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
     pictures = folder / "pictures"
     for run in runs:
         if run == "exact":
@@ -142,10 +156,10 @@ def main(folder: Path, runs: list[str]) -> None:
         elif run == "resumed":
             train(pictures, folder / run, until=2, dropout=0.2, weight="adaptive")
             made = train(pictures, folder / run, dropout=0.2, weight="adaptive")
+        elif run == "lower":
+            made = lower(pictures)
         elif run == "halfway":
             made = train(pictures, folder / run, until=2, dropout=0.0)
-        elif run == "continued":  # by another number of processes
-            made = train(pictures, folder / "halfway", replace(OPTIONS, batch_size=4), dropout=0.0)
         elif run == "counted":
             counts = []
             for accumulate in (1, 3):

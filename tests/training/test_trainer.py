@@ -243,3 +243,13 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text("{")
     with pytest.raises(TrainingError, match=r"record\.json is damaged \(.*; remove it to go on without its times\.$"):
         fit(Line(), OPTIONS, tmp_path, tmp_path / "model")
+
+
+def test_a_task_that_cannot_be_sharded(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="sharded is true; only scripts/train-stage-c trains sharded networks"):
+        fit(Line(), replace(OPTIONS, sharded=True), tmp_path / "run", tmp_path / "model")
+
+
+def test_sharded_trainings_do_not_compute_in_float16() -> None:
+    with pytest.raises(TrainingError, match="precision is 'fp16'; sharded trainings compute in 'bf16' or 'no'"):
+        replace(OPTIONS, sharded=True, precision="fp16")

@@ -69,14 +69,15 @@ def train_stage_c(
                 f"{prior.config[WIDTHS[part]]}; they must be equal."
             )
     task = EncodedStageCTask(prior.train(), pictures, **recipe.task)
-    logger.info(
-        "Stage C: %.2f M parameters, %d steps of %d, on %d pictures and %d held-out ones",
-        sum(parameter.numel() for parameter in task.parameters()) / 1e6,
-        options.steps,
-        options.batch_size * options.accumulate * state.num_processes,
-        len(pictures),
-        pictures.held_out,
-    )
+    if state.is_main_process:
+        logger.info(
+            "Stage C: %.2f M parameters, %d steps of %d, on %d pictures and %d held-out ones",
+            sum(parameter.numel() for parameter in task.parameters()) / 1e6,
+            options.steps,
+            options.batch_size * options.accumulate * state.num_processes,
+            len(pictures),
+            pictures.held_out,
+        )
     return fit(task, options, output / STATE, output, deadline=deadline, began=began)
 
 

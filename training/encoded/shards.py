@@ -1,14 +1,14 @@
 """Encoded pictures on disk: safetensors files, from which rows are read in any order.
 
-A file holds pictures of several sizes. The tensors of those of HEIGHT x WIDTH pixels, N in number, all float16:
+``pictures/*.safetensors`` hold pictures of several sizes. The tensors of N pictures of HEIGHT x WIDTH pixels, all float16:
 
     HEIGHTxWIDTH.latents    (N, 16, h, w), semantic latents
     HEIGHTxWIDTH.image      (N, 1, D), CLIP image embeddings
     HEIGHTxWIDTH.text       (N, 77, D), the text encoder's hidden states before the final LayerNorm
     HEIGHTxWIDTH.pooled     (N, 1, D), its projected embeddings
 
-``empty.safetensors`` has ``text`` and ``pooled`` of the empty caption. A picture of 1024x1024 pixels takes 220 kB with the
-published text encoder, of which 197 kB are the hidden states.
+``empty.safetensors`` has ``text`` (77, D) and ``pooled`` (1, D) of the empty caption. A picture of 1024x1024 pixels takes 220 kB
+with the published encoders, of which 197 kB are the hidden states.
 """
 
 import functools
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cascade.sizes import Size
@@ -28,9 +28,15 @@ from training.files import whole_file
 from training.picture_folder import held_out_every
 
 PARTS = ("latents", "image", "text", "pooled")
+PICTURES = "pictures"
 EMPTY = "empty.safetensors"
 KEY = re.compile(rf"(\d+)x(\d+)\.({'|'.join(PARTS)})")
 OPEN_FILES = 256
+
+
+def shard_file(folder: Path, name: str) -> Path:
+    """The path of the file with this name in a folder of encoded pictures."""
+    return folder / PICTURES / f"{name}.safetensors"
 
 
 def write_shard(file: Path, pictures: Mapping[Size, Sequence[Mapping[str, Tensor]]]) -> None:
@@ -45,14 +51,14 @@ def write_shard(file: Path, pictures: Mapping[Size, Sequence[Mapping[str, Tensor
         for (height, width), some in pictures.items()
         for part in PARTS
     }
-    with whole_file(file) as part:
-        save_file(tensors, part)
+    with whole_file(file) as written:
+        written.write_bytes(save(tensors))  # safetensors' own files are readable by the owner only
 
 
 def write_empty(folder: Path, text: Tensor, pooled: Tensor) -> None:
     """Writes the empty caption's embeddings, (77, D) and (1, D)."""
     with whole_file(folder / EMPTY) as part:
-        save_file({"text": text.half().cpu(), "pooled": pooled.half().cpu()}, part)
+        part.write_bytes(save({"text": text.half().cpu(), "pooled": pooled.half().cpu()}))
 
 
 @functools.lru_cache(OPEN_FILES)
@@ -77,7 +83,7 @@ class EncodedPictures:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        self.files = sorted(file for file in folder.glob("*.safetensors") if file.name != EMPTY)
+        self.files = sorted((folder / PICTURES).glob("*.safetensors"))
         if not self.files or not (folder / EMPTY).is_file():
             raise TrainingError(f"{folder} has no encoded pictures; make them with scripts/encode-pictures.")
         self.empty = {
@@ -123,8 +129,10 @@ class EncodedPictures:
         """The number of pictures in a file by size."""
         opened, found = _opened(file), {}
         for key in opened.keys():  # noqa: SIM118  not a mapping
-            height, width, _ = KEY.fullmatch(key).groups()
-            found[int(height), int(width)] = opened.get_slice(key).get_shape()[0]
+            match = KEY.fullmatch(key)
+            if match is None:
+                raise ValueError(f"it has {key!r}, which is of no encoded picture")
+            found[int(match[1]), int(match[2])] = opened.get_slice(key).get_shape()[0]
         return found
 
     def widths(self) -> dict[str, int]:

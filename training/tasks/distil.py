@@ -12,7 +12,7 @@ earlier steps lead instead of on the path, so that it learns to return to it.
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -93,10 +93,7 @@ class Distillation(Task):
         trained = add_lora(student, linear_layers(student), rank=rank, alpha=rank)
         # Not sub-modules of the task: checkpoints hold the adapter only.
         self.trained = nn.ParameterDict({name.replace(".", "/"): value for name, value in trained.items()})
-        self.networks = {
-            "teacher": frozen(teacher=teacher)["teacher"],
-            "student": student.eval().to(memory_format=torch.channels_last),
-        }
+        self.networks = {**frozen(teacher=teacher), "student": student.eval().to(memory_format=torch.channels_last)}
         times = SAMPLERS[self.turbo.sampler].times(self.turbo.steps, 1.0)
         self.register_buffer("log_snrs", log_snr(times, settings.shift), persistent=False)
         self.weight = AdaptiveLossWeight()
@@ -133,9 +130,8 @@ class Distillation(Task):
     def shown(self, latents: Tensor) -> Tensor:
         """Latents as pictures (B, 3, H, W) in 0..1."""
 
-    def _path(self, conditions: Mapping[str, Tensor], size: Size, seeds: Iterable[int]) -> Tensor:
+    def _path(self, conditions: Mapping[str, Tensor], size: Size, seeds: Sequence[int]) -> Tensor:
         """The teacher's points at the times of the student's steps, the noise first: float32 (B, steps + 1, C, h, w)."""
-        seeds = list(seeds)
         taken = self.steps(self.networks["teacher"], conditions, size, Noise(seeds, self.dataset.device), self.many)
         points = [step.x for step in taken][self.substeps - 1 :: self.substeps]
         return torch.stack([Noise(seeds, self.dataset.device)(*points[0].shape[1:]), *points], dim=1)

@@ -1,0 +1,66 @@
+"""The command line of ``scripts/train-stage-c``; several processes start this module, see docs/training.md."""
+
+import argparse
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+
+from training.encoded.recipe import read_recipe
+from training.encoded.run import train_stage_c
+from training.errors import TrainingError
+from training.interruption import Stopped
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/train-stage-c", description="Train Stage C on encoded pictures.")
+    parser.add_argument("pictures", type=Path, help="a folder that scripts/encode-pictures has made")
+    parser.add_argument("--config", type=Path, required=True, help="a TOML file, such as training/published.toml")
+    parser.add_argument("--output", type=Path, required=True, help="the training's folder")
+    parser.add_argument(
+        "--weights", type=Path, help="a model folder whose Stage C is trained further (default: a new one)"
+    )
+    parser.add_argument("--lite", action="store_true", help="of the published repositories, the smaller Stage C")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after this time")
+    parser.add_argument(
+        "--steps", type=int, help="number of steps instead of the configuration's; warm-up and decay are scaled"
+    )
+    options = parser.parse_args(arguments)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps is {options.steps}; it must be at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; ``arguments`` default to the process's. Returns the exit code."""
+    options = parse(arguments)
+    deadline = time.time() + 60 * options.minutes
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    try:
+        finished = train_stage_c(
+            read_recipe(options.config),
+            options.pictures,
+            options.output,
+            weights=options.weights,
+            lite=options.lite,
+            steps=options.steps,
+            deadline=deadline,
+        )
+    except TrainingError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except Stopped as stopped:
+        sys.stderr.write(f"Stopped and saved at step {stopped.step}; call again to go on.\n")
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted; the last checkpoint is kept. Call again to go on.\n")
+        return 130
+    if not finished:
+        logging.getLogger(__name__).info("Stopped at the time limit; call again to go on.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
