@@ -11,8 +11,8 @@ from cog import BaseModel, Input, Path
 
 from serving.cog_files import sweep
 from serving.download import Limits
+from serving.early import find_weights
 from serving.image_urls import UrlSettings, downloaded
-from serving.settings import find_weights
 from training.errors import TrainingError
 from training.lora.job import run_job
 from training.lora.settings import Recipe

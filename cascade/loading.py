@@ -12,6 +12,7 @@ import torch
 
 from cascade import kernels
 from cascade.running.cache import ResidentWeights, WeightCache
+from cascade.running.device import check_precision
 from cascade.running.packing import HostWeights
 from cascade.running.placement import ALWAYS, GIB, MemoryMode, available, choose_memory
 from cascade.running.precompile import precompile
@@ -45,7 +46,12 @@ class Loaded:
 
 
 def load_parts(
-    folder: str | PathLike[str], device: torch.device, dtype: torch.dtype, memory: str, lite: Collection[str]
+    folder: str | PathLike[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: str,
+    lite: Collection[str],
+    precision: str,
 ) -> Loaded:
     """Read a model folder. The device is the current one.
 
@@ -53,44 +59,55 @@ def load_parts(
 
     Raises:
         WeightsError: something is missing from the folder, or damaged.
-        SettingError: there is no such memory mode.
+        SettingError: there is no such memory mode or precision.
     """
+    check_precision(precision)
     opened = ModelFolder.open(folder, lite=lite)
     opened.require()
+    eight_bits = precision == "int8" or (precision == "auto" and opened.has_eight_bits())
     names = (*NEEDED, *(name for name in OPTIONAL if name in opened))
-    mode = _memory_mode(memory, opened, names, device, dtype)
+    mode = _memory_mode(memory, opened, names, device, dtype, eight_bits)
+    resident = mode.name == "resident"
     parts, waiting, seconds = {}, {}, {}
     base = FileWeights(opened.standard_files(ADAPTED))  # first: it notes how the files are that are loaded
+
+    def load(name: str) -> None:
+        start = time.perf_counter()
+        waits = not resident and name in NETWORKS and name not in ALWAYS
+        place = "cpu" if waits else device
+        parts[name] = opened.load_component(name, device=place, dtype=dtype, eight_bits=eight_bits)
+        if name in NETWORKS:
+            kernels.use_kernels(parts[name], kernels.choose(device, dtype).name)
+        if waits:
+            waiting[name] = HostWeights(parts[name], pin=True)
+        seconds[name] = time.perf_counter() - start
+
+    # Kernels are prepared as soon as their networks are on the device: on the GPU, while the other networks are read. The
+    # weight cache needs all networks.
+    first = KERNELS if resident else names
+    rest = [name for name in names if name not in first]
+    for name in first:
+        load(name)
+    weights = ResidentWeights(device) if resident else WeightCache(waiting, device, mode)
     with ThreadPoolExecutor(1, "kernels") as thread:
-        prepared = None
-        if mode.name == "resident":  # the first, because their kernels take time
-            names = sorted(names, key=lambda name: name not in KERNELS)
-        for name in names:
-            start = time.perf_counter()
-            waits = mode.name != "resident" and name in NETWORKS and name not in ALWAYS
-            parts[name] = opened.load_component(name, device="cpu" if waits else device, dtype=dtype)
-            if name in KERNELS:
-                parts[name].use_kernels(kernels.choose(device, dtype).name)
-            if waits:
-                waiting[name] = HostWeights(parts[name], pin=True)
-            seconds[name] = time.perf_counter() - start
-            if device.type == "cuda" and mode.name == "resident" and prepared is None and parts.keys() >= set(KERNELS):
-                # While the other networks are read.
-                prepared = thread.submit(precompile, [parts["prior"], parts["decoder"]], parts["vqgan"])
-        weights = WeightCache(waiting, device, mode) if waiting else ResidentWeights(device)
-        if prepared is not None:
-            prepared.result()
-        elif device.type == "cuda":
-            precompile([parts["prior"], parts["decoder"]], parts["vqgan"])
+        prepared = thread.submit(precompile, [parts["prior"], parts["decoder"]], parts["vqgan"])
+        for name in rest:
+            load(name)
+        prepared.result()
     logger.info("Seconds to load: %s.", ", ".join(f"{name} {taken:.2f}" for name, taken in seconds.items()))
     return Loaded(opened, parts, weights, base)
 
 
 def _memory_mode(
-    memory: str, opened: ModelFolder, names: Collection[str], device: torch.device, dtype: torch.dtype
+    memory: str,
+    opened: ModelFolder,
+    names: Collection[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    eight_bits: bool,
 ) -> MemoryMode:
     """The memory mode for a model folder. Logs why."""
-    sizes = {name: opened.size(name, dtype) for name in names if name in NETWORKS}
+    sizes = {name: opened.size(name, dtype, eight_bits=eight_bits) for name in names if name in NETWORKS}
     if device.type != "cuda":
         choose_memory(memory, sizes, 0, dtype.itemsize)  # refuses unknown modes
         return MemoryMode("resident")

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade import sampling, sizes
+from cascade import sizes
 from cascade.guides.controlnets import ControlNets
 from cascade.guides.image_prompts import ImagePromptEncoder
 from cascade.guides.inpainting import latents_of, set_into
@@ -32,6 +32,7 @@ from cascade.loras.selection import Selection
 from cascade.loras.words import Words
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.eight_bits import has_eight_bits
 from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -44,12 +45,13 @@ from cascade.request import Request
 from cascade.running.cache import ResidentWeights
 from cascade.running.device import choose_device, current
 from cascade.running.runner import Job, Runner
-from cascade.sampling import Noise, Sample, Step, finish
+from cascade.sampling import Noise, Sampling, Step, finish
 from cascade.stages.decoder import SAMPLES, decoder_steps, tiles_together
 from cascade.stages.encoder import encode_pixels
 from cascade.stages.pixels import decode_pixels, most_bytes, tile_within
 from cascade.stages.prior import AdapterImage, Residuals, prior_steps
 from cascade.stages.text import TextEncoder
+from cascade.stages.tiles import Part
 from cascade.weights import CONTROLNETS, StageSettings
 from cascade.weights.base import BaseWeights
 
@@ -129,7 +131,7 @@ class Cascade:
 
     # A subclass may plan and sample in another way: see `compat`.
     planner_class: type[Planner] = Planner
-    sample: Sample = staticmethod(sampling.sample)
+    sampling_class: type[Sampling] = Sampling
 
     def __init__(
         self,
@@ -200,6 +202,7 @@ class Cascade:
         start_shift: float | None = None,
         max_batch: int = 4,
         memory: str = "auto",
+        precision: str = "auto",
         log_prompts: bool = True,
     ) -> "Cascade":
         """Read a model folder, or the folder that holds the two published repositories.
@@ -212,16 +215,18 @@ class Cascade:
             start_shift, max_batch: see the class.
             memory: "resident", "offload" or "stream", see `running.placement`; "auto" chooses by the networks' sizes and
                 the GPU's free memory. On a CPU all are resident.
+            precision: how weights are kept: "full", in `dtype`; "int8", in 8 bits, in about half the memory, and less exact,
+                see `networks.eight_bits`; "auto", as they are stored.
             log_prompts: whether log lines may quote prompts.
 
         Raises:
             WeightsError: something is missing from the folder, or damaged.
-            SettingError: there is no such device, dtype or memory mode.
+            SettingError: there is no such device, dtype, memory mode or precision.
         """
         device, dtype, reason = choose_device(device, dtype)
         logger.info("Device: %s in %s; %s.", device, str(dtype).removeprefix("torch."), reason)
         with current(device):
-            loaded = load_parts(folder, device, dtype, memory, lite)
+            loaded = load_parts(folder, device, dtype, memory, lite, precision)
             parts = loaded.parts
             images = parts.get("feature_extractor"), parts.get("image_encoder")
             text_encoder = parts["text_encoder"]
@@ -246,6 +251,11 @@ class Cascade:
                 loras=loaded.folder.root / "loras",
                 distilled=loaded.folder.distilled(),
             )
+
+    @property
+    def precision(self) -> str:
+        """How weights are kept: "full" or "int8", see `load`."""
+        return "int8" if has_eight_bits(self.prior) else "full"
 
     # ---- what callers use ----
 
@@ -515,7 +525,7 @@ class Cascade:
         run = partial(self.runner.run, "effnet", self.effnet)
         return encode_pixels(run, to_pixels(image, self.device), compression)
 
-    def _prior_steps(self, plan: Plan, given: Given, texts: Texts, noise: Noise) -> Iterator[Step | None]:
+    def _prior_steps(self, plan: Plan, given: Given, texts: Texts, noise: Noise) -> Iterator[Step]:
         return prior_steps(
             self._prior,
             texts.prompt,
@@ -530,13 +540,13 @@ class Cascade:
             free=given.free,
             controls=given.residuals,
             adapter=given.adapter,
-            sample=self.sample,
+            sampling=self.sampling_class,
             **vars(plan.prior),
         )
 
     def _decoder_steps(
         self, plan: Plan, semantic: Tensor, texts: Texts, noise: Noise, at_once: int
-    ) -> Iterator[Step | None]:
+    ) -> Iterator[Step | Part]:
         decoder = self._decoder
         if plan.tiles is not None:
             decoder = self.runner.of_one_size(decoder, ("tile", *plan.tiles.edges))
@@ -547,7 +557,7 @@ class Cascade:
             texts.negative_pooled,
             size=plan.decoder_size,
             noise=noise,
-            sample=self.sample,
+            sampling=self.sampling_class,
             at_once=None if plan.tiles is None else at_once,
             **vars(plan.decoder),
         )
@@ -578,20 +588,20 @@ class Cascade:
 
 def _taken(
     stage: str,
-    steps: Iterator[Step | None],
+    steps: Iterator[Step | Part],
     count: Count,
     predicted: Callable[[Tensor], Tensor] = lambda latents: latents,
 ) -> Generator[Progress, None, Tensor]:
-    """Take all steps of a stage, with a `Progress` for each; returns the last step's latents.
+    """Take all steps of a stage, with a `Progress` for each, and for each part of one; returns the last step's latents.
 
     predicted: makes what is reported of the step's prediction of the finished latents.
     """
     for step in steps:
-        if step is None:
+        if isinstance(step, Part):
             yield count.did("tiles")
-            continue
-        latents = step.x
-        yield count.did(stage, latents=predicted(step.x0))
+        else:
+            latents = step.x
+            yield count.did(stage, latents=predicted(step.x0))
     return latents
 
 

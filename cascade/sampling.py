@@ -6,8 +6,9 @@ Formulas are from the authors' code (Stability-AI/StableCascade, `gdf/`) unless 
 """
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def with_guidance(
         scale, rescale: see `guide`.
 
     Returns:
-        A model for `sample`: x (B, ...), t (B,) -> epsilon (B, ...).
+        A model for `Sampling.steps`: x (B, ...), t (B,) -> epsilon (B, ...).
     """
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
@@ -169,39 +170,12 @@ class Step(NamedTuple):
     t: float
 
 
-class Sample(Protocol):
-    """The signature of `sample`."""
+class Sampling:
+    """A sampler at work: `x` and `t` are what the model is given, and `take` makes the next step of its prediction.
 
-    def __call__(
-        self,
-        model: Callable[[Tensor, Tensor], Tensor],
-        x: Tensor,
-        *,
-        steps: int,
-        shift: float,
-        sampler: str,
-        t_start: float = 1.0,
-        noise: Callable[[int], Tensor],
-        hold: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Iterator[Step | None]: ...
-
-
-def sample(
-    model: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    *,
-    steps: int,
-    shift: float = 1.0,
-    sampler: str = "ddpm",
-    t_start: float = 1.0,
-    noise: Callable[[int], Tensor],
-    hold: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Iterator[Step | None]:
-    """Denoise step by step. The caller may stop iterating at any time.
+    A subclass may take steps in another way: see `compat`.
 
     Args:
-        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). For guidance, see `with_guidance`. Or a generator
-            function that returns epsilon, and yields None wherever the caller may stop: these are passed on.
         x: the initial latents, (B, ...): white noise, or data noised by `diffuse` to `t_start` at the same shift.
         steps: number of steps, at least 1, from `t_start` to 0.
         shift: shift of the schedule, see `log_snr`.
@@ -210,59 +184,80 @@ def sample(
         noise: index of a step -> white noise in the shape of `x`. Called once per step, in order, for samplers that use it.
         hold: (latents after a step, their logSNR) -> the latents to continue with. Inpainting restores known latents here.
 
+    Attributes:
+        x: the latents before the next step, float32 (B, ...).
+        index: the number of steps taken.
+        total: the number of all steps.
+
     Raises:
         ValueError: an argument is out of range.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1.")
-    if not 0 < t_start <= 1:
-        raise ValueError(f"t_start is {t_start}; it must be above 0 and at most 1.")
-    if not shift > 0:
-        raise ValueError(f"shift is {shift}; it must be above 0.")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}.")
-    return _sample(model, x.float(), steps, shift, sampler, t_start, noise, hold)
+
+    def __init__(
+        self,
+        x: Tensor,
+        *,
+        steps: int,
+        shift: float = 1.0,
+        sampler: str = "ddpm",
+        t_start: float = 1.0,
+        noise: Callable[[int], Tensor],
+        hold: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; it must be at least 1.")
+        if not 0 < t_start <= 1:
+            raise ValueError(f"t_start is {t_start}; it must be above 0 and at most 1.")
+        if not shift > 0:
+            raise ValueError(f"shift is {shift}; it must be above 0.")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}.")
+        self.x, self.index, self.total = x.float(), 0, steps
+        self.sampler, self.noise, self.hold = SAMPLERS[sampler], noise, hold
+        # The schedule is computed on the CPU, so that it is equal on all devices. Only the model's timesteps are moved.
+        times = self.sampler.times(steps, t_start)
+        self.log_snrs = log_snr(times, shift)
+        self.told = self.timesteps(times)
+        self.told_on_device = self.told.to(x.device)
+
+    @property
+    def t(self) -> Tensor:
+        """The model's timestep for the next step, float32 (B,)."""
+        return self.told_on_device[self.index].expand(self.x.shape[0])
+
+    def take(self, eps: Tensor) -> Step:
+        """Take the next step. eps: the model's prediction for `x` and `t`, (B, ...)."""
+        eps, index = eps.float(), self.index
+        alpha, sigma = alpha_sigma(self.log_snrs[index])
+        x0 = (self.x - sigma * eps) / alpha
+        self.x = self.moved(x0, eps)
+        if self.hold is not None:
+            self.x = self.hold(self.x, self.log_snrs[index + 1])
+        self.index += 1
+        return Step(index, self.total, self.x, x0, self.told[index].item())
+
+    def steps(self, model: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Step]:
+        """Take all steps. The caller may stop at any of them.
+
+        model: (x, t) -> epsilon, with x float32 (B, ...) and t float32 (B,). For guidance, see `with_guidance`.
+        """
+        while self.index < self.total:
+            yield self.take(model(self.x, self.t))
+
+    def timesteps(self, times: Tensor) -> Tensor:
+        """The model's timesteps at times, float32 in their shape."""
+        return timestep(self.log_snrs)
+
+    def moved(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """The latents after the next step, by the model's estimates of data and noise in `x`."""
+        fresh = self.noise(self.index).to(self.x) if self.sampler.noise else torch.zeros_like(self.x)
+        return self.sampler.step(self.x, x0, eps, *self.log_snrs[self.index : self.index + 2], fresh)
 
 
-def _sample(
-    model: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    steps: int,
-    shift: float,
-    sampler: str,
-    t_start: float,
-    noise: Callable[[int], Tensor],
-    hold: Callable[[Tensor, Tensor], Tensor] | None,
-) -> Iterator[Step | None]:
-    taken = SAMPLERS[sampler]
-    # The schedule is computed on the CPU, so that it is equal on all devices. Only the model's timesteps are moved.
-    times = taken.times(steps, t_start)
-    log_snrs = log_snr(times, shift)
-    told = timestep(log_snrs)
-    told_on_device = told.to(x.device)
-    for index in range(steps):
-        eps = (yield from predicted(model, x, told_on_device[index].expand(x.shape[0]))).float()
-        alpha, sigma = alpha_sigma(log_snrs[index])
-        x0 = (x - sigma * eps) / alpha
-        fresh = noise(index).to(x) if taken.noise else torch.zeros_like(x)
-        x = taken.step(x, x0, eps, log_snrs[index], log_snrs[index + 1], fresh)
-        if hold is not None:
-            x = hold(x, log_snrs[index + 1])
-        yield Step(index, steps, x, x0, told[index].item())
-
-
-def predicted(model: Callable[[Tensor, Tensor], Any], x: Tensor, t: Tensor) -> Generator[None, None, Tensor]:
-    """A model's epsilon. Yields what a generator function yields, see `sample`."""
-    epsilon = model(x, t)
-    return (yield from epsilon) if isinstance(epsilon, Generator) else epsilon
-
-
-def finish(steps: Iterator[Step | None]) -> Tensor:
-    """Take all remaining steps, and return the latents after the last one."""
-    for step in steps:
-        if step is not None:
-            result = step.x
-    return result
+def finish(steps: Iterable[Any]) -> Tensor:
+    """Take all remaining steps, and return the latents after the last one. steps: ends in a `Step`."""
+    (last,) = deque(steps, maxlen=1)
+    return last.x
 
 
 class Noise:

@@ -28,8 +28,8 @@ SPEEDS: dict[str, Speed] = {
     "exact": Speed(),
     "fast": Speed({"steps": 10, "sampler": "ddim_cosine"}, {"steps": 5, "sampler": "ddim_cosine"}),
     "turbo": Speed(
-        {"steps": 4, "guidance": 1.0, "sampler": "lcm"},
-        {"steps": 3, "guidance": 1.0, "sampler": "lcm"},
+        {"steps": 4, "guidance": 1.0, "sampler": "ddim_cosine"},
+        {"steps": 3, "guidance": 1.0, "sampler": "ddim_cosine"},
         distilled=True,
     ),
 }

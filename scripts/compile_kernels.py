@@ -20,11 +20,15 @@ from pathlib import Path
 import torch
 from transformers.initialization import no_init_weights
 
+from cascade.kernels import load
 from cascade.kernels.compiled import version_folder
 from cascade.kernels.compiling import ARCHITECTURES, compile_kernels, compile_launchers
+from cascade.networks.eight_bits import GROUP, EightBits, group_of, rounded_names
+from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.running.precompile import jobs_of
 from cascade.weights import ModelFolder
 from cascade.weights.folder import empty_network
+from cascade.weights.reading import read_header
 from cascade.weights.single_file import VARIANTS
 from scripts.environment import ROOT
 
@@ -36,6 +40,7 @@ UNETS = ("prior", "prior_lite", "decoder", "decoder_lite")
 def jobs(models: list[Path], dtype: torch.dtype, *, published: bool = True) -> list[Callable[[], object]]:
     """Functions that run all kernels of the networks in the model folders, and of the published ones, on the meta device."""
     sets = []
+    groups = {GROUP}  # of weights in 8 bits, in the published networks
     if published:
         variants = {variant.name: variant for variant in VARIANTS}
         with torch.device("meta"), no_init_weights():
@@ -47,10 +52,21 @@ def jobs(models: list[Path], dtype: torch.dtype, *, published: bool = True) -> l
             empty_network(name, opened.parts[name] / "config.json") for name in ("prior", "decoder", "vqgan")
         )
         sets.append(([prior, decoder], vqgan))
+        for name, files in opened.standard_files(EIGHT_BIT_NETWORKS).items():
+            header = read_header(files)
+            groups |= {group_of(header[key][0][1]) for key in rounded_names(header, name)}
     for unets, vqgan in sets:
         for network in (*unets, vqgan):
             network.to(dtype).eval().use_kernels("triton")
-    return [job for unets, vqgan in sets for job in jobs_of(unets, vqgan)]
+    return [job for unets, vqgan in sets for job in jobs_of(unets, vqgan)] + [
+        partial(load("triton").dequantise, *in_groups(size), dtype) for size in sorted(groups)
+    ]
+
+
+def in_groups(size: int) -> EightBits:
+    """A row of weights in 8 bits without values, in groups of this size."""
+    with torch.device("meta"):
+        return EightBits(torch.empty(1, 16 * size, dtype=torch.int8), torch.empty(1, 16, dtype=torch.bfloat16))
 
 
 def compiled(architecture: int, models: list[Path], dtype: torch.dtype) -> tuple[int, set[str], float]:

@@ -100,8 +100,7 @@ def install(requirements: str) -> None:
             or subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode != 0
         ):
             subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True, stdout=sys.stderr)
-        # The files list every package; without --no-deps, pip would refuse what pyproject.toml overrides.
-        pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+        pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
         subprocess.run([*pip, "-r", ROOT / requirements], check=True, stdout=sys.stderr)
     except subprocess.CalledProcessError as error:
         sys.exit(f"Installing {requirements} failed; the messages above say why. {error}")

@@ -18,9 +18,9 @@ from bulk.storage import Folder
 from bulk.table import Table, TableError
 from cascade.limits import LIMITS
 from cascade.weights import ModelFolder, WeightsError
+from serving.early import find_weights
 from serving.progress import ProgressLines
 from serving.record import weights_digest
-from serving.settings import find_weights
 
 BATCH = 4
 # Seconds between lines of progress where there is no terminal.

@@ -14,9 +14,9 @@ from cascade.pipeline import Cascade
 from cascade.request import LARGEST_SEED
 from cascade.weights import ModelFolder, WeightsError
 from cascade.weights.hashing import sha256
+from serving.early import find_weights
 from serving.metadata import Detail, metadata
 from serving.record import Origin, Record
-from serving.settings import find_weights
 
 logger = logging.getLogger(__name__)
 

@@ -81,6 +81,13 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="DIR",
         help="the model folder from which missing components are taken (default: %(default)s)",
     )
+    parser.add_argument(
+        "--precision",
+        choices=("full", "int8"),
+        default="full",
+        help="int8: store the large networks in 8 bits, in half of the space; alone, those of the model folder --base or, if "
+        "there is one, --output (default: as they are)",
+    )
     parser.add_argument("--name", help="the model's name (default: that of its file)")
     parser.add_argument(
         "--download",
@@ -112,17 +119,21 @@ def main(arguments: list[str] | None = None) -> int:
             verify(options.output)
             logger.info("%s is complete and undamaged.", options.output)
             return 0
-        if asked or options.repository:
+        own = asked or options.repository
+        eight_bits = options.precision == "int8"
+        # Nothing but the precision changes.
+        again = eight_bits and any((folder / "model.json").is_file() for folder in (options.output, options.base))
+        if own or again:
             folders = [repository_folder(name, options.download) for name in options.repository]
             more = {"base": options.base, "download": options.download, "name": options.name}
-            save_own(asked, folders, options.output, **more)
+            save_own(asked, folders, options.output, eight_bits=eight_bits, **more)
         else:
-            save_model(options.download, options.output)
+            save_model(options.download, options.output, eight_bits=eight_bits)
         size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
         logger.info("%s is complete: %s.", options.output, amount(size))
         # With weights of one's own, the rest of the download may be needed again.
         question = f"Remove the download in {options.download}?"
-        if options.remove_download or (not (asked or options.repository) and confirmed(question)):
+        if options.remove_download or (not (own or again) and confirmed(question)):
             remove_download(options.download)
     except (WeightsError, DownloadError) as error:
         sys.stderr.write(f"{error}\n")

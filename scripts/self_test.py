@@ -21,9 +21,9 @@ from cascade.running.placement import MODES
 from cascade.sampling import SAMPLERS
 from cascade.weights import WeightsError
 from miniature.sheets import sheet
+from serving.early import find_weights
 from serving.peak_memory import peak_memory, reset_peak_memory
 from serving.record import versions
-from serving.settings import find_weights
 
 PROMPTS = (
     "a red apple on a green background",
@@ -118,6 +118,8 @@ def self_test(weights: Path) -> tuple[list[str], list[Trial], list[str]]:
     start = time.perf_counter()
     cascade = Cascade.load(weights)
     dtype = str(cascade.prior.dtype).removeprefix("torch.")
+    if cascade.precision == "int8":
+        dtype += " with weights in 8 bits"
     lines = [
         f"Model: {weights.name}; loaded in {time.perf_counter() - start:.1f} s.",
         f"Device: {device_name(cascade.device)}, {dtype}, {cascade.runner.description}.",

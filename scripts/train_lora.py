@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from serving.settings import find_weights
+from serving.early import find_weights
 from training.errors import TrainingError
 from training.interruption import Stopped
 from training.lora.file import FILE

@@ -4,16 +4,14 @@ It does what `scripts/download-weights`, `scripts/save-weights` and a deletion o
 when it is complete, and a download that was interrupted goes on.
 """
 
-import fcntl
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from cascade.weights.build import components_in, save_model
 from cascade.weights.download import download, select_parts
 from cascade.weights.errors import WeightsError
+from cascade.weights.locking import locked
 from cascade.weights.manifest import DownloadError, amount, remove_download
 from cascade.weights.published import DECODERS, EXTRAS, PARTS
 
@@ -59,8 +57,12 @@ def fetch_missing(text: str, folder: Path) -> None:
     if not _missing(wanted, folder):
         logger.info("%s: %s has all of it.", NAME, folder)
         return
+
+    def say_busy() -> None:
+        logger.info("Another process fetches weights into %s: waiting for it.", folder.parent)
+
     try:
-        with _alone(folder.parent):
+        with locked(folder.parent / LOCK, say_busy):
             if parts := _missing(wanted, folder):
                 _fetch(parts, folder)
     except DownloadError as error:
@@ -88,16 +90,3 @@ def _fetch(parts: list[str], folder: Path) -> None:
 
 def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """A context that one process at a time is in, of those that fetch into a folder. The others wait."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process fetches weights into %s: waiting for it.", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -68,7 +68,8 @@ class Origin:
     Attributes:
         model: name, and sha256 of the weights (`weights_digest`) if model.json lists the model's files.
         sampling: shift and rescale of the stages "prior" and "decoder", which no input sets.
-        device: type ("cuda", "cpu" ...), name of a GPU, dtype of the networks, memory mode.
+        device: type ("cuda", "cpu" ...), name of a GPU, dtype of the networks, precision of their weights unless it is full,
+            memory mode.
         versions: of this package, torch, transformers, Pillow and the libraries with which Pillow writes pictures.
     """
 
@@ -85,6 +86,8 @@ class Origin:
         if loaded.device.type == "cuda":
             device["name"] = torch.cuda.get_device_name(loaded.device)
         device["dtype"] = str(loaded.prior.dtype).removeprefix("torch.")
+        if loaded.precision != "full":
+            device["precision"] = loaded.precision
         device["memory"] = loaded.runner.mode
         return cls(
             model={"name": folder.name} | ({"sha256": digest} if digest else {}),

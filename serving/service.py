@@ -100,14 +100,14 @@ class Service:
 
         Raises:
             WeightsError: the weights are missing or damaged.
-            ValueError: CASCADE_DOWNLOAD, CASCADE_DEVICE, CASCADE_DTYPE or CASCADE_MEMORY has a value that is not allowed.
+            ValueError: CASCADE_DOWNLOAD, _DEVICE, _DTYPE, _MEMORY or _PRECISION has a value that is not allowed.
         """
         if settings.download:
             from serving.fetching import fetch_missing  # takes a tenth of a second
 
             fetch_missing(settings.download, settings.weights)
         opened = ModelFolder.open(settings.weights)
-        wanted = {"device": settings.device, "dtype": settings.dtype, "memory": settings.memory}
+        wanted = {name: getattr(settings, name) for name in ("device", "dtype", "memory", "precision")}
         try:
             device, _, _ = choose_device(wanted["device"], wanted["dtype"])
             # First, so that the model's memory mode is chosen by the memory that is left.
@@ -118,12 +118,13 @@ class Service:
         except SettingError as error:
             raise ValueError(f"CASCADE_{error.name.upper()} {error.problem}") from None
         logger.info(
-            "Loaded %s from %s, %.2f GB, onto %s as %s, %s, in %.1f s.",
+            "Loaded %s from %s, %.2f GB, onto %s as %s%s, %s, in %.1f s.",
             opened.name,
             settings.weights,
             size_of(opened) / 1e9,
             cascade.device,
             str(cascade.prior.dtype).removeprefix("torch."),
+            " with weights in 8 bits" if cascade.precision == "int8" else "",
             cascade.runner.description,
             time.perf_counter() - start,
         )

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serving.early import find_weights as find_weights
+from serving.early import find_weights
 from serving.image_urls import UrlSettings
 from serving.loras import LoraSettings
 from serving.metadata import Detail
@@ -17,6 +17,7 @@ class Settings:
     Attributes:
         weights: the model folder.
         device, dtype, memory: see `Cascade.load`; "auto" chooses by the machine.
+        precision: see `Cascade.load`; "auto" is how the weights are stored.
         metadata: how much of a request is written into picture files and logs.
         urls: limits for image URLs.
         loras: how LoRAs are downloaded.
@@ -31,16 +32,17 @@ class Settings:
     urls: UrlSettings
     loras: LoraSettings = field(default_factory=LoraSettings.from_environment)
     download: str = ""
+    precision: str = "auto"
 
     @classmethod
     def from_environment(cls) -> "Settings":
-        """Read CASCADE_WEIGHTS, _DOWNLOAD, _DEVICE, _DTYPE, _MEMORY and _METADATA, and those of `UrlSettings` and
-        `LoraSettings`.
+        """Read CASCADE_WEIGHTS, _DOWNLOAD, _DEVICE, _DTYPE, _MEMORY, _PRECISION and _METADATA, and those of `UrlSettings`
+        and `LoraSettings`.
 
         Raises:
-            ValueError: a variable has a value that is not allowed. Device, dtype and memory are checked when a model loads.
+            ValueError: a variable has a value that is not allowed. What `Cascade.load` gets is checked there.
         """
-        names = ("device", "dtype", "memory")
+        names = ("device", "dtype", "memory", "precision")
         return cls(
             weights=find_weights(),
             metadata=Detail.from_environment(),

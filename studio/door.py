@@ -29,10 +29,6 @@ from studio.session import Session
 
 HERE = Path(__file__).parent
 LOCAL_ONLY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-# Escape cancels, wherever the focus is.
-ESCAPE = """() => document.addEventListener("keydown", event => {
-    if (event.key === "Escape") document.querySelector("#cancel")?.click()
-})"""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -108,14 +104,24 @@ def served(session: Session) -> Iterator[str]:
 def app(page: Page) -> Callable[..., Any]:
     """The page as an ASGI application. Browsers load nothing for it from another host: they are told not to."""
     fonts = ("ui-sans-serif", "system-ui", "sans-serif")
+    theme = gr.themes.Default(primary_hue="blue", font=fonts, font_mono=("ui-monospace", "monospace")).set(
+        # Gradio's own have contrasts of 2 to 4; 4.5 can be read.
+        body_text_color_subdued="*neutral_500",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )
     mounted = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         page.blocks,
         path="/",
         allowed_paths=[str(page.session.folder)],
-        theme=gr.themes.Default(primary_hue="blue", font=fonts, font_mono=("ui-monospace", "monospace")),
+        theme=theme,
         css_paths=HERE / "style.css",
-        js=ESCAPE,
+        js=(HERE / "page.js").read_text("utf-8"),
         footer_links=[],
         ssr_mode=False,
         mcp_server=False,

@@ -18,6 +18,16 @@ NOT_SHOWN = ("self", "previews")
 SEPARATORS = {str: re.compile(r"\n"), int: re.compile(r"[,;\s]+"), float: re.compile(r"[,;\s]+")}
 # Choices up to this many are buttons, more are a menu.
 MOST_BUTTONS = 4
+# What stands under the prompt. All other inputs are in the folds, by the beginnings of their names; new ones in the first.
+BASIC = ("aspect_ratio", "num_images", "seed")
+FOLDS = {
+    "Settings": (),
+    "Start from an image": ("image", "prompt_strength", "mask", "outpaint", "upscale"),
+    "Image prompts": ("image_prompt",),
+    "Edges and other controls": ("control_",),
+    "IP-Adapter": ("ip_adapter_",),
+    "LoRAs": ("lora_",),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ class Field:
 
     @property
     def label(self) -> str:
-        return self.name.replace("_", " ").capitalize()
+        words = self.name.replace("_", " ").capitalize()
+        return words.replace("Lora", "LoRA").replace("Ip adapter", "IP-Adapter")
 
     @property
     def is_file(self) -> bool:
@@ -66,7 +77,7 @@ class Field:
                 if self.many and self.kind is str
                 else {"lines": 1, "max_lines": 8 if self.kind is str else 1}
             )
-            hint = {} if self.kind is str and not self.many else {"placeholder": "automatic"}
+            hint = {} if self.kind is str or self.many else {"placeholder": "automatic"}
             return gr.Textbox(**{**rows, **hint, **options})
         return gr.Slider(self.low, self.high, step=1 if self.kind is int else 0.01, **options)
 
@@ -74,6 +85,13 @@ class Field:
     def is_text(self) -> bool:
         """Whether one value is written, not chosen: a text, or a number that may be left out, which no slider can show."""
         return self.kind is str or self.default is None or self.low is None or self.high is None
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether its component needs the width of a fold: a picture, buttons, or a slider with its description."""
+        if choices := self._choices():
+            return len(choices) <= MOST_BUTTONS
+        return self.is_file or not (self.is_text or self.kind is bool)
 
     def _choices(self) -> list[Any]:
         if self.kind is int and not self.many and not self.is_text and self.high - self.low < MOST_BUTTONS:
@@ -167,3 +185,9 @@ def named_in(fields: Mapping[str, Field], error: str) -> str | None:
     """The name of the field that an error is about: errors begin with it. None: none."""
     name = re.match(r"\w*", error)[0]
     return name if name in fields else None
+
+
+def fold_for(name: str) -> str:
+    """The title of the fold that an input is in: that of the longest beginning of its name, else the first."""
+    beginnings = {beginning: title for title, each in FOLDS.items() for beginning in each if name.startswith(beginning)}
+    return beginnings[max(beginnings, key=len)] if beginnings else next(iter(FOLDS))

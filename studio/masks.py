@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cascade.guides.inpainting import WHITE, extend
+from cascade.images.reading import read_picture
 from cascade.images.tensors import fitted
 from cascade.limits import InputError, shown
 
@@ -31,11 +32,11 @@ def rectangle(text: str, image: Path | None) -> Image.Image:
 
     Raises:
         InputError: the text says no rectangle in the image.
+        ValueError: the file is no picture.
     """
     if image is None:
         raise InputError("mask needs image, which is left out.")
-    with Image.open(image) as opened:
-        width, height = ImageOps.exif_transpose(opened).size
+    width, height = read_picture(image, "image").size
     numbers = [int(number) for number in re.findall(r"\d+", text)]
     if not re.fullmatch(r"\s*\d+([,;\s]+\d+){3}\s*", text) or not (
         numbers[0] < numbers[2] <= width and numbers[1] < numbers[3] <= height
@@ -56,6 +57,5 @@ def before(image: Path, outpaint: list[int] | None, width: int, height: int) -> 
         outpaint: the pixels that were added at the left, top, right and bottom; None: none.
         width, height: of the picture.
     """
-    with Image.open(image) as opened:
-        found = ImageOps.exif_transpose(opened).convert("RGB")
+    found = read_picture(image, "image")
     return fitted(extend(found, None, *outpaint)[0] if outpaint else found, height, width)

@@ -1,5 +1,6 @@
 """The page: its layout, and what its buttons do. What it asks for is read from `predict.py` (`fields`)."""
 
+import functools
 import html
 import threading
 from collections import defaultdict
@@ -11,29 +12,20 @@ import cog
 import gradio as gr
 from PIL import Image
 
+from cascade.images.reading import read_picture
 from cascade.limits import ALPHA, InputError
 from serving.inputs import check_inputs
 from studio import views
-from studio.fields import inputs_of, named_in, read_fields
+from studio.fields import BASIC, FOLDS, fold_for, inputs_of, named_in, read_fields
 from studio.masks import before, rectangle, strokes_of
 from studio.recall import recall
 from studio.session import Cancelled, Session
 
-# What stands under the prompt. All other inputs are in the folds, by the beginnings of their names; new ones in the first.
-BASIC = ("aspect_ratio", "num_images", "seed")
-FOLDS = {
-    "Settings": (),
-    "Start from an image": ("image", "prompt_strength", "mask", "outpaint", "upscale"),
-    "Image prompts": ("image_prompt",),
-    "Edges and other controls": ("control_",),
-    "IP-Adapter": ("ip_adapter_",),
-    "LoRAs": ("lora_",),
-}
 NEW_SEED = "new each time"
 # What Enlarge asks for where the model has no ControlNet for it: image to image that changes little.
 ENLARGING = 0.2
-# Hidden while a request runs, Make loses the keyboard's focus.
-KEEP_FOCUS = "() => { if (document.activeElement === document.body) document.querySelector('#make')?.focus() }"
+# What the buttons that put a picture into the form put it into.
+TARGETS = {"As image": "image", "As image prompt": "image_prompts", "As control": "control_images", "Inpaint": "brush"}
 Updates = dict[Any, Any]
 
 
@@ -93,7 +85,7 @@ class Page:
             names = ("Again", "Another seed", "As image", "As image prompt", "As control", "Inpaint", "Enlarge")
             self.does = {name: gr.Button(name, size="sm", min_width=60) for name in names if self._can(name)}
             self.download = gr.DownloadButton("Download", size="sm", min_width=60, elem_id="download")
-        self.compare = gr.Checkbox(True, label="Before and after", visible=False, elem_id="compare")
+        self.compare = gr.Radio([*views.SIDES], show_label=False, container=False, visible=False, elem_id="compare")
         self.gallery = gr.Gallery(columns=6, fit_columns=False, allow_preview=False, elem_id="gallery", **plain)
         with gr.Accordion("Settings of this picture", open=False, visible=False) as self.said_fold:
             self.said = gr.HTML(elem_id="said")
@@ -105,19 +97,19 @@ class Page:
                 for name in mine:
                     if name == "mask":
                         self._lay_out_brush()
-                    shape = None if self.fields[name].is_text else "wide"
+                    shape = "wide" if self.fields[name].is_wide else None
                     self._field(name, visible=self._takes(name), elem_classes=shape)
                     self.notes[name] = gr.HTML(visible=False, elem_id=f"{name}-note", elem_classes="wide")
                     self.fold_of[name] = fold
         with gr.Accordion("Settings from a picture", open=True, elem_classes="fold"):
             self.drop = gr.File(
-                label="A picture that was made here", show_label=False, height=110, elem_id="drop",
+                label="A picture that was made here", show_label=False, height=110, elem_id="drop", elem_classes="wide",
                 file_types=[".png", ".jpg", ".jpeg", ".webp"],
             )  # fmt: skip
-            self.drop_note = gr.HTML(visible=False, elem_id="drop-note")
+            self.drop_note = gr.HTML(visible=False, elem_id="drop-note", elem_classes="wide")
             self.lacking = gr.File(
                 label="Drop its images", file_types=["image"], file_count="multiple", height=110, visible=False,
-                elem_id="lacking",
+                elem_id="lacking", elem_classes="wide",
             )  # fmt: skip
 
     def _lay_out_brush(self) -> None:
@@ -178,37 +170,41 @@ class Page:
         ]
         making = {
             "fn": self._make,
-            "inputs": [self.recalled, *form],
+            "inputs": [self.recalled, self.selected, *form],
             "outputs": [*picture, self.make, self.cancel, *self.notes.values(), *folds],
             "concurrency_limit": None,  # the session lets one run; what is wrong with another is shown at once
             "show_progress": "hidden",
         }
         quick = {"show_progress": "hidden", "queue": False}
-        gr.on([self.make.click, self.inputs["prompt"].submit], **making).then(js=KEEP_FOCUS)
+        gr.on([self.make.click, self.inputs["prompt"].submit], **making).then(js="() => window.studio.keepFocus()")
         self.cancel.click(self._cancel, **quick)
         self.gallery.select(self._select, None, picture, **quick)
-        self.compare.input(self._compare, self.compare, [self.view, self.slider], **quick)
-        self.inputs["image"].change(under, self.inputs["image"], self.brush, **quick)
+        self.compare.input(views.compared, self.compare, self.slider, **quick)
+        for name in ("image", "mask"):
+            image, seen = self.inputs[name], [self.inputs[name], self.notes[name], self.brush]
+            # Unprocessed: Gradio would open the file, and say nothing useful of one that is no picture.
+            image.input(functools.partial(self._look, name), image, seen, preprocess=False, **quick)
 
         filling = [*form, self.recalled, *folds]
         lists = [self.inputs["image_prompts"], self.inputs["control_images"]]
         for name, button in self.does.items():
             act = getattr(self, f"_{name.lower().replace(' ', '_')}")
             filled = button.click(act, [self.selected, *lists], filling, **quick)
-            if name in ("Again", "Another seed", "Enlarge"):
+            if name in TARGETS:
+                filled.then(js=f"() => window.studio.show('{TARGETS[name]}')")
+            else:
                 filled.then(**making)
         recalling = [*filling, self.dropped, self.drop_note, self.lacking]
         self.drop.upload(self._drop, self.drop, recalling, **quick)
         self.lacking.upload(self._add, [self.dropped, self.lacking], recalling, **quick)
         self.blocks.load(self._open, None, picture, **quick)
 
-    def _make(self, request: gr.Request, recalled: dict[str, Any], *values: Any) -> Iterator[Updates]:
+    def _make(self, request: gr.Request, recalled: dict[str, Any], selected: int, *values: Any) -> Iterator[Updates]:
         """Check the form, show the request while it runs, and add its pictures to the gallery."""
         cancelled, mine = threading.Event(), self.running[request.session_hash]
         mine.add(cancelled)
         idle = {self.make: gr.update(visible=True), self.cancel: gr.update(visible=False)}
         clean = {note: gr.update(visible=False) for note in (*self.notes.values(), self.status)}
-        last = len(self.session.made) - 1
         try:
             given = self._given(recalled, values)
             check_inputs(given)
@@ -218,9 +214,9 @@ class Page:
                     yield {self.view: gr.update(value=views.running(given["prompt"], state))}
             yield idle | self._shown(len(self.session.made) - len(state.made))
         except Cancelled:
-            yield idle | self._shown(last) | {self.status: views.beside("Cancelled.")}
+            yield idle | self._shown(selected) | {self.status: views.beside("Cancelled.")}
         except (ValueError, RuntimeError, OSError) as error:
-            yield clean | idle | self._shown(last) | self._wrong(str(error))
+            yield clean | idle | self._shown(selected) | self._wrong(str(error))
         finally:
             mine.discard(cancelled)
 
@@ -261,18 +257,18 @@ class Page:
         if at < 0:
             return {self.view: gr.update(value=views.EMPTY, visible=True), self.selected: at}
         one = made[at]
-        under = one.given["image"]
-        slider = gr.update(visible=under is not None)
-        if under is not None:
+        source = one.given["image"]
+        slider = gr.update(visible=source is not None)
+        if source is not None:
             with Image.open(one.path) as picture:
-                old = self.session.keep_drawn(before(under, one.given["outpaint"], *picture.size))
-            slider = gr.update(value=(str(old), str(one.path)), visible=True)
+                old = self.session.keep_drawn(before(source, one.given["outpaint"], *picture.size))
+            slider = gr.update(value=(str(old), str(one.path)), slider_position=views.SIDES["Both"], visible=True)
         newest_first = [(str(each.path), each.given["prompt"]) for each in reversed(made)]
         defaults = {name: field.default for name, field in self.fields.items()}
         return {
-            self.view: gr.update(value=views.finished(one), visible=under is None),
+            self.view: gr.update(value=views.finished(one), visible=source is None),
             self.slider: slider,
-            self.compare: gr.update(value=True, visible=under is not None),
+            self.compare: gr.update(value="Both", visible=source is not None),
             self.status: gr.update(visible=False),
             self.actions: gr.update(visible=True),
             self.download: gr.update(value=str(one.path)),
@@ -282,11 +278,10 @@ class Page:
             self.selected: at,
         }
 
-    def _compare(self, both: bool) -> Updates:
-        return {self.slider: gr.update(visible=both), self.view: gr.update(visible=not both)}
-
     def _select(self, event: gr.SelectData) -> Updates:
-        return self._shown(len(self.session.made) - 1 - event.index)
+        # By its name: another window may have made pictures since this one's gallery was filled.
+        name = Path(event.value["image"]["path"]).name
+        return self._shown(next(at for at, one in enumerate(self.session.made) if one.path.name == name))
 
     def _open(self) -> Updates:
         """What a page shows that was loaded anew."""
@@ -295,6 +290,18 @@ class Page:
     def _cancel(self, request: gr.Request) -> None:
         for one in tuple(self.running[request.session_hash]):
             one.set()
+
+    def _look(self, name: str, file: dict[str, Any] | None) -> Updates:
+        """An image was chosen or removed: lay it under the brush, or take away what is no picture and say so."""
+        updates = {self.notes[name]: gr.update(visible=False)}
+        path = file and file["path"]
+        try:
+            if path is not None:
+                read_picture(Path(path), name, needed=lambda *_: (1, 1))
+        except ValueError as error:
+            path = None
+            updates = {self.notes[name]: views.beside(str(error), "error"), self.inputs[name]: None}
+        return updates | ({self.brush: views.laid(path)} if name == "image" else {})
 
     # ---- what a picture is good for ----
 
@@ -310,7 +317,7 @@ class Page:
             **{self.fold_of[name]: gr.update(open=True) for name in opened},
             self.rectangle: "",
             self.alpha: alpha,
-            self.brush: under(self.fields["image"].shown(values["image"])),
+            self.brush: views.laid(self.fields["image"].shown(values["image"])),
             self.recalled: dict(exact),
         }
 
@@ -342,11 +349,12 @@ class Page:
         return self._filled(given, {name: value for name, value in given.items() if not self.fields[name].is_file})
 
     def _as_image(self, at: int, *_: Any) -> Updates:
-        return self._with(image=self.session.made[at].path)
+        image = self.session.made[at].path
+        return self._with(image=image) | {self.brush: views.laid(str(image))}
 
     def _inpaint(self, at: int, *_: Any) -> Updates:
         image = self.session.made[at].path
-        cleared = {self.rectangle: "", self.alpha: False, self.brush: under(str(image))}
+        cleared = {self.rectangle: "", self.alpha: False, self.brush: views.laid(str(image))}
         return self._with(image=image, mask=None, outpaint=None, upscale=False, width=None, height=None) | cleared
 
     def _as_image_prompt(self, at: int, prompts: Any, _: Any) -> Updates:
@@ -382,17 +390,6 @@ class Page:
                 f"{', '.join(others)}: not what that picture was made from.", "error"
             )
         return updates
-
-
-def fold_for(name: str) -> str:
-    """The title of the fold that an input is in: that of the longest beginning of its name, else the first."""
-    beginnings = {beginning: title for title, each in FOLDS.items() for beginning in each if name.startswith(beginning)}
-    return beginnings[max(beginnings, key=len)] if beginnings else next(iter(FOLDS))
-
-
-def under(image: str | None) -> dict[str, Any]:
-    """The value of the brush: nothing painted over an image."""
-    return gr.update(value={"background": image, "layers": [], "composite": None} if image else None)
 
 
 def paths_of(gallery: Sequence[tuple[str, Any]] | None) -> list[str]:

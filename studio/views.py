@@ -1,4 +1,4 @@
-"""What the page shows of pictures and requests, as HTML."""
+"""What the page shows of pictures and requests: HTML, and updates of its components."""
 
 import html
 from collections.abc import Mapping
@@ -14,6 +14,9 @@ EMPTY = '<div class="frame empty"><p>The picture appears here.</p></div>'
 BEGUN = (
     '<div class="frame empty"><p>Making ...</p></div><div class="bar"><progress aria-label="Progress"></progress></div>'
 )
+
+# How far to the right the slider shows the image that a picture was made from, in percent.
+SIDES = {"Before": 100, "Both": 50, "After": 0}
 
 
 def running(prompt: str, state: State) -> str:
@@ -48,6 +51,16 @@ def beside(text: str, kind: str = "note") -> dict[str, Any]:
     """A sentence beside an input, as an update of the `gr.HTML` there; the kind "error" is read aloud at once."""
     role = "alert" if kind == "error" else "status"
     return gr.update(value=f'<p class="{kind}" role="{role}">{html.escape(text)}</p>', visible=True)
+
+
+def compared(side: str) -> dict[str, Any]:
+    """An update of the slider: it stands where one of `SIDES` says."""
+    return gr.update(slider_position=SIDES[side])
+
+
+def laid(image: str | None) -> dict[str, Any]:
+    """An update of the brush: nothing painted, over an image."""
+    return gr.update(value={"background": image, "layers": [], "composite": None} if image else None)
 
 
 def _text(value: Any) -> str:

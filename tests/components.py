@@ -1,5 +1,6 @@
 """A whole Cascade of tiny networks with random weights, and model folders with networks that have learned nothing."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import save_file
+from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -19,6 +21,7 @@ from transformers import (
 
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.eight_bits import NETWORKS, in_eight_bits, restored, rounded_names, use_eight_bits
 from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
@@ -146,7 +149,7 @@ def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
     buffers = dict(network.named_buffers())
     for name, tensor in network.state_dict().items():  # views: in the order and the shapes of the published tensors
         if name not in buffers:
-            tensor.normal_(0, 0.2, generator=generator)
+            tensor.copy_(torch.empty_like(tensor, device="cpu").normal_(0, 0.2, generator=generator))
     return network.eval()
 
 
@@ -172,6 +175,29 @@ def make_components() -> dict[str, Any]:
         "controlnet_super_resolution": shuffle(make_controlnet(16, bottleneck_mode="simple"), 8),
         "ip_adapter": shuffle(make_ip_adapter(), 9),
     }
+
+
+def in_eight_bits_of(network: nn.Module, name: str) -> nn.Module:
+    """A copy of a network with weights in 8 bits. `name`: of the component."""
+    made = copy.deepcopy(network)
+    state = network.state_dict()
+    tensors = in_eight_bits(state, rounded_names(state, name))
+    use_eight_bits(made, tensors)
+    made.load_state_dict(tensors, assign=True)
+    return made
+
+
+def restored_from(eight: nn.Module, like: nn.Module) -> nn.Module:
+    """A copy of an ordinary network with the matrices that another's weights in 8 bits stand for."""
+    made = copy.deepcopy(like)
+    dtype = next(parameter.dtype for parameter in like.parameters())
+    made.load_state_dict(restored(eight.state_dict(), dtype))
+    return made
+
+
+def components_in_eight_bits(components: dict[str, Any]) -> dict[str, Any]:
+    """Copies of those that can have weights in 8 bits, and the other components."""
+    return components | {name: in_eight_bits_of(components[name], name) for name in NETWORKS}
 
 
 def save_components(folder: Path, components: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ Imports of torch and of the engine stand in functions: the process that only han
 """
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -83,10 +84,11 @@ def mini_with_controlnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def quick_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The miniature with two steps of each stage, where pictures are made but not looked at. Not to be changed."""
-    folder = shutil.copytree(MINI, tmp_path_factory.mktemp("weights") / "mini")
-    content = json.loads((folder / "model.json").read_text())
+    folder = shutil.copytree(MINI, tmp_path_factory.mktemp("weights") / "mini", copy_function=os.symlink)
+    content = json.loads((MINI / "model.json").read_text())
     for stage in content["sampler"].values():
         stage["steps"] = 2
+    (folder / "model.json").unlink()
     (folder / "model.json").write_text(json.dumps(content))
     return folder
 

@@ -6,14 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from cascade import Cascade
-from scripts import benchmark_loras, benchmark_prompts, benchmark_training
+from miniature.icons import STYLES, load_drawings
+from miniature.prompts import make_prompts
+from scripts import benchmark_eight_bits, benchmark_loras, benchmark_prompts, benchmark_training
 from scripts.benchmarking import WORK
 from scripts.environment import ROOT
 from scripts.stand_ins import shapes_of, write_lora
 from scripts.timing import in_turn, percent_more
 from tests.conftest import MINI
+from tests.miniature.small import pack
 from tests.training.test_encoded import RECIPE
 from training.encoded.recipe import read_recipe
 
@@ -51,6 +55,53 @@ def test_prompts(cascade: Cascade) -> None:
     assert [one["chunks"] for one in found] == [1, 2, 3, 4]
     assert found[0]["percent more"] == [0, 0, 0]
     assert min(one["seconds"] for one in found) > 0
+
+
+def test_e4m3_is_as_exact_as_it_can_be() -> None:
+    """Relative errors of normal operands: 2.6 % each, so 3.7 % of a product."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(2048, 64), torch.randn(3, 5, 2048)
+    with torch.no_grad():
+        nn.init.normal_(layer.weight, std=0.02)
+        layer.bias.zero_()
+        exact = layer(x)
+        for make in benchmark_eight_bits.PRODUCTS.values():
+            made = make(layer)(x)
+            assert made.shape == exact.shape
+            assert 0.03 < benchmark_eight_bits.difference(made, exact) < 0.045
+        stored = {name: make(layer)(x) for name, make in benchmark_eight_bits.STORAGE.items()}
+        errors = {name: benchmark_eight_bits.difference(made, exact) for name, made in stored.items()}
+    assert 0.02 < errors["e4m3 weights per row"] < 0.03
+    assert errors["int8 weights in groups"] < 0.8 * errors["int8 weights per row"] < 0.01
+
+
+@pytest.mark.slow
+def test_eight_bits(tmp_path: Path) -> None:
+    cascade = Cascade.load(MINI, "cpu", torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in cascade.prior.state_dict().items()}
+    found = benchmark_eight_bits.miniature(cascade, ["a red apple", "two dogs"])
+    for one in found:
+        assert sorted(one.ranked) == sorted(one.shapes)
+        assert one.least_sensitive(1.0) == one.ranked
+        half = one.least_sensitive(0.5)
+        assert half == one.ranked[: len(half)]
+        bfloat16 = one.error({})
+        rounded = one.error(one.made(benchmark_eight_bits.PRODUCTS["e4m3 per row"]))
+        assert 0 < bfloat16 < one.error(one.made(benchmark_eight_bits.PRODUCTS["e4m3 per row"], half)) < rounded < 0.2
+        assert one.error({}) == bfloat16
+        text = benchmark_eight_bits.errors("the miniature", one)
+        assert text.count("| 100% |") == 1
+        assert f"| bfloat16 | {100 * bfloat16:.3f} | 1.0 |" in text
+    drawings = load_drawings(pack(["apple", "dog", "cat", "house", "boat", "sun"], tmp_path / "drawings.zip"))
+    prompts = make_prompts(drawings[1], STYLES, 0, 4, 2)
+    drawn = benchmark_eight_bits.draw_all(cascade, found, prompts, drawings, {"steps_prior": 2, "steps_decoder": 1})
+    table = benchmark_eight_bits.picture_table(drawn).splitlines()
+    assert len({line.count("|") for line in table}) == 1
+    assert len(table) == 2 + len(drawn)
+    assert "| bfloat16 | 0.00 |" in table[2]
+    assert "object first" in table[0]
+    for name, tensor in cascade.prior.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.slow

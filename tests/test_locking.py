@@ -30,16 +30,37 @@ def test_what_is_installed_is_what_is_locked(name: str) -> None:
     assert found == {one.name: str(one.specifier).removeprefix("==") for one in here}
 
 
-def test_nothing_is_installed_that_is_not_locked() -> None:
-    """Whatever a locked package needs here is locked, too."""
+def needs() -> list[tuple[str, Requirement]]:
+    """What each locked package needs here, with its name."""
     locked = {canonicalize_name(one.name) for layer in LAYERS for one in requirements(f"{layer}.txt")}
-    needed = {
-        canonicalize_name(one.name)
-        for name in locked
+    return [
+        (name, one)
+        for name in sorted(locked)
         for text in (metadata.requires(name) if is_installed(name) else None) or []
         if (one := Requirement(text)) and (one.marker is None or one.marker.evaluate({"extra": ""}))
+    ]
+
+
+def test_nothing_is_installed_that_is_not_locked() -> None:
+    locked = {canonicalize_name(one.name) for layer in LAYERS for one in requirements(f"{layer}.txt")}
+    assert {canonicalize_name(one.name) for _, one in needs()} - locked - {"setuptools"} == set()
+
+
+def test_no_package_refuses_what_is_locked() -> None:
+    """So that pip installs the files as they are."""
+    locked = {
+        canonicalize_name(one.name): str(one.specifier).removeprefix("==")
+        for layer in LAYERS
+        for one in requirements(f"{layer}.txt")
+        if one.marker is None or one.marker.evaluate()
     }
-    assert needed - locked - {"setuptools"} == set()
+    refused = [
+        f"{name} needs {one}"
+        for name, one in needs()
+        if (version := locked.get(canonicalize_name(one.name)))
+        and not one.specifier.contains(version, prereleases=True)
+    ]
+    assert refused == []
 
 
 def is_installed(name: str) -> bool:

@@ -72,7 +72,7 @@ def test_turbo_is_the_distilled_weights_with_their_settings(predictor: Predictor
     turbo, record = run(predictor, **inputs, speed="turbo")
     digest = hashlib.sha256((folder / "turbo" / "turbo.safetensors").read_bytes()).hexdigest()
     assert record["loras"] == [{"name": "turbo", "sha256": digest, "scale": 1.0}]
-    assert record["sampling"]["sampler"] == "lcm"
+    assert record["sampling"]["sampler"] == "ddim_cosine"
     assert {name: record["inputs"][name] for name in ("steps_prior", "steps_decoder", "guidance_scale_prior")} == {
         "steps_prior": 4,
         "steps_decoder": 3,
@@ -80,9 +80,9 @@ def test_turbo_is_the_distilled_weights_with_their_settings(predictor: Predictor
     }
     assert np.array_equal(run(predictor, **record["inputs"])[0], turbo)
     spelled = {"steps_prior": 4, "steps_decoder": 3, "guidance_scale_prior": 1, "guidance_scale_decoder": 1}
-    same, _ = run(predictor, **spelled, sampler="lcm", lora_weights=["style"])
+    same, _ = run(predictor, **spelled, sampler="ddim_cosine", lora_weights=["style"])
     assert np.array_equal(same, turbo)
-    assert not np.array_equal(run(predictor, **spelled, sampler="lcm")[0], turbo)
+    assert not np.array_equal(run(predictor, **spelled, sampler="ddim_cosine")[0], turbo)
     assert np.array_equal(run(predictor)[0], exact)
 
 

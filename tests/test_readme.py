@@ -182,10 +182,11 @@ def test_scripts_are_there() -> None:
 
 # Those of scripts/test are pytest's.
 WITH_OPTIONS = sorted({name for name, options in named_scripts().items() if options} - {"scripts/test"})
-# Each in a fork, so that only the first waits for imports.
+# Each in a fork, so that only the first waits for imports, and frozen, so that none collects what it did not make.
 HELP = """
-import os, runpy, sys
-import miniature.evaluate, scripts.command_line, training.run
+import gc, os, runpy, sys
+import bulk.run, miniature.evaluate, scripts.command_line, training.lora.run
+gc.freeze()
 folder, *names = sys.argv[1:]
 for name in names:
     child = os.fork()

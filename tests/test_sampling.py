@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cascade import sampling
 from cascade.compat import diffusers
+from cascade.sampling import Sampling
 from tests import fixture_data
 
 DESCRIPTION = fixture_data.description("sampler")
@@ -39,15 +40,14 @@ def test_reference_trajectories(case: dict[str, Any]) -> None:
         return sampling.guide(cond[None], uncond[None], case["guidance"], case["guidance_rescale"])[0]
 
     steps = list(
-        sampling.sample(
-            model,
+        Sampling(
             data["x_init"],
             steps=case["steps"],
             shift=case["shift"],
             sampler=case["sampler"],
             t_start=case["t_start"],
             noise=lambda index: data["noise"][index],
-        )
+        ).steps(model)
     )
 
     assert [(step.index, step.total) for step in steps] == [(i, case["steps"]) for i in range(case["steps"])]
@@ -102,8 +102,12 @@ def test_every_sampler_finds_the_only_picture_there_is(sampler: str, shift: floa
         return (x - alpha * point) / sigma
 
     noise = sampling.Noise([1, 2])
-    sample = diffusers.sample if sampler == "diffusers" else sampling.sample
-    *_, last = sample(model, noise(3, 8, 8), steps=12, shift=shift, sampler=sampler, noise=lambda _: noise(3, 8, 8))
+    options = {"steps": 12, "shift": shift, "noise": lambda _: noise(3, 8, 8)}
+    if sampler == "diffusers":
+        taken = diffusers.DiffusersSampling(noise(3, 8, 8), **options)
+    else:
+        taken = Sampling(noise(3, 8, 8), sampler=sampler, **options)
+    *_, last = taken.steps(model)
     torch.testing.assert_close(last.x0, point, atol=1e-2, rtol=0)
     assert (last.x - point).std() < 0.05
 
@@ -117,13 +121,13 @@ def gaussian(x: Tensor, t: Tensor) -> Tensor:
 def test_gaussian_data_keeps_its_variance() -> None:
     """DDPM's samples must have the data's variance."""
     noise = sampling.Noise([0])
-    *_, last = sampling.sample(gaussian, noise(20_000), steps=200, noise=lambda _: noise(20_000))
+    *_, last = Sampling(noise(20_000), steps=200, noise=lambda _: noise(20_000)).steps(gaussian)
     assert last.x.var().item() == pytest.approx(0.25, rel=0.05)
 
 
 def test_cosine_spacing_is_ddim_at_other_times() -> None:
     x, times = sampling.Noise([0])(100), sampling.cosine_times(5, 1.0)
-    run = list(sampling.sample(gaussian, x, steps=5, shift=2.0, sampler="ddim_cosine", noise=None))
+    run = list(Sampling(x, steps=5, shift=2.0, sampler="ddim_cosine", noise=None).steps(gaussian))
     log_snrs = sampling.log_snr(times, 2.0)
     assert [step.t for step in run] == sampling.timestep(log_snrs)[:-1].tolist()
     for now, after, step in zip(log_snrs[:-1], log_snrs[1:], run, strict=True):
@@ -180,7 +184,7 @@ def test_latents_and_timesteps_stay_float32() -> None:
         return x.bfloat16()
 
     start = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
-    steps = list(sampling.sample(model, start, steps=2, noise=lambda _: torch.ones_like(start)))
+    steps = list(Sampling(start, steps=2, noise=lambda _: torch.ones_like(start)).steps(model))
     assert set(seen) == {(torch.float32, torch.float32, (2,))}
     assert {step.x.dtype for step in steps} | {step.x0.dtype for step in steps} == {torch.float32}
 
@@ -192,12 +196,12 @@ def test_noise_is_drawn_step_by_step_and_never_for_ddim() -> None:
         drawn.append(index)
         return torch.zeros(1, 2)
 
-    run = sampling.sample(lambda x, t: x, torch.zeros(1, 2), steps=3, noise=noise)
+    run = Sampling(torch.zeros(1, 2), steps=3, noise=noise).steps(lambda x, t: x)
     next(run)
     assert drawn == [0]
     next(run)
     assert drawn == [0, 1]
-    list(sampling.sample(lambda x, t: x, torch.zeros(1, 2), steps=3, sampler="ddim", noise=noise))
+    list(Sampling(torch.zeros(1, 2), steps=3, sampler="ddim", noise=noise).steps(lambda x, t: x))
     assert drawn == [0, 1]
 
 
@@ -222,4 +226,4 @@ def test_noise_of_an_image_depends_on_its_own_seed_only(seed: int, batch: int) -
 def test_wrong_arguments_are_refused_at_once(wrong: dict[str, Any], message: str) -> None:
     arguments = {"steps": 2, "noise": torch.zeros_like, **wrong}
     with pytest.raises(ValueError, match=message):
-        sampling.sample(lambda x, t: x, torch.zeros(1, 2), **arguments)
+        Sampling(torch.zeros(1, 2), **arguments)

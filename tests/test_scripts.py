@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -157,6 +158,11 @@ def test_a_folder_that_another_user_owns(tmp_path: Path) -> None:
                 f"Permission denied. Run scripts/hello once as the owner of {clone}, with a Python that all users can run, "
                 "or copy the folder.\n"
             )
+
+
+def test_processes_of_compile_kernels_read_its_file() -> None:
+    """Each new process of Python's multiprocessing does, under this name. It must not start the script over."""
+    runpy.run_path(str(environment.ROOT / "scripts" / "compile-kernels"), run_name="__mp_main__")
 
 
 def test_old_python_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,8 +124,10 @@ def check_agreement(config: Mapping[str, Any], model: Path, stage: str) -> None:
         if (part := find_part(component, config, model, anew=component in own and plan.anew)) is not None
     }
     for component in own:
-        if component not in parts and not plan.control and not plan.further:
+        if component not in parts and not plan.control and not plan.further and not plan.adapts:
             raise TrainingError(f"The configuration has no table [{table_of(component)}], which {stage} needs.")
+    if plan is not None and plan.adapts and "model" not in config:
+        raise TrainingError(f"The configuration has no table [model], which {stage} needs.")
     for (one, name), (other, other_name) in (*EQUAL, TOWERS):
         if one not in parts or other not in parts:
             continue

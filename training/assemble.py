@@ -12,8 +12,9 @@ from typing import Any
 
 from transformers import CLIPImageProcessorPil
 
-from cascade.weights import CONTROLNETS, NETWORKS, StageSettings, save_model_folder
+from cascade.weights import CONTROLNETS, DISTILLED, NETWORKS, StageSettings, save_model_folder
 from training.configuration import read_configuration
+from training.distilled import distilled
 from training.errors import TrainingError, writing
 from training.stages import advice
 from training.workshop import load_component
@@ -23,7 +24,8 @@ EXTRAS = (*CONTROLNETS, "ip_adapter")
 
 
 def assemble(config: Mapping[str, Any], trained: Path, folder: Path) -> None:
-    """Writes the model folder ``folder`` from the components in ``trained``. ControlNets and the IP-Adapter may be missing.
+    """Writes the model folder ``folder`` from the components in ``trained``. ControlNets, the IP-Adapter, and the adapters for
+    the speed "turbo" may be missing.
 
     Raises:
         TrainingError: the configuration has no table [model], a component is missing or damaged, or the folder cannot be
@@ -35,6 +37,7 @@ def assemble(config: Mapping[str, Any], trained: Path, folder: Path) -> None:
     lacking = [name for name in names if not (trained / name).is_dir()]
     if lacking:
         raise TrainingError(f"{trained} has no {', '.join(lacking)}: {advice(lacking)}.")
+    turbo = distilled(trained)
     names += [name for name in EXTRAS if (trained / name).is_dir()]
     components = {name: load_component(trained, name) for name in names}
     size = components["image_encoder"].config.image_size
@@ -50,6 +53,7 @@ def assemble(config: Mapping[str, Any], trained: Path, folder: Path) -> None:
             license=model["license"],
             native_size=config["data"]["size"],
             sampler={stage: StageSettings(**model[stage]) for stage in ("prior", "decoder")},
+            extras={} if turbo is None else {DISTILLED: turbo},
         )
 
 

@@ -23,7 +23,7 @@ from training.sources import find_source, options_of
 from training.stages import STAGES, Stage
 from training.tasks.controlnet import CONTROL_KINDS
 from training.tasks.tokenizer import SMALLEST_VOCABULARY
-from training.values import Kinds, check_values, kinds_of, read_toml
+from training.values import Count, Kinds, check_values, kinds_of, read_toml
 
 NETWORK_TABLES: dict[str, Callable[..., Any]] = {
     "vqgan": StageA,
@@ -40,6 +40,7 @@ NETWORK_TABLES: dict[str, Callable[..., Any]] = {
 DATA: Kinds = {
     "size": (int, True),
     "other_sizes": (tuple[tuple[int, int], ...], False),
+    "other_sizes_every": (Count, False),
     "source": (str, False),
 }
 """The values of ``[data]``; a source adds its own options."""
@@ -150,6 +151,6 @@ def check_weight(where: str, weight: Mapping[str, Any]) -> None:
 
 def task_kinds(stage: Stage) -> Kinds:
     """The values of ``[stage.task]``: the task's arguments without those that `workshop` gives it."""
-    given = (*stage.needs, "dataset", "unseen", "shapes", "control", "name")
-    kinds = list(kinds_of(stage.task).items())[len(stage.trains) :]
+    given = (*stage.needs, "dataset", "unseen", "shapes", "control", "name", "settings")
+    kinds = list(kinds_of(stage.task).items())[0 if stage.adapts else len(stage.trains) :]
     return {name: kind for name, kind in kinds if name not in given}

@@ -12,6 +12,7 @@ RANGES = {
     "steps": (1, math.inf),
     "batch_size": (1, math.inf),
     "accumulate": (1, math.inf),
+    "gpus": (1, math.inf),
     "evaluate_every": (1, math.inf),
     "warmup": (0, math.inf),
     "decay": (0, math.inf),
@@ -27,7 +28,7 @@ class Options:
 
     Attributes:
         steps: number of optimizer steps, at least 1.
-        batch_size: pictures of the native size in a micro-batch, for one process.
+        batch_size: pictures of the native size in a micro-batch, for one process; if ``gpus`` is above 1, for all together.
         learning_rate: the highest. It rises over ``warmup`` steps, stays, and falls to zero along a half cosine over the last
             ``decay`` steps.
         warmup: steps; None: 200, but at most a tenth of all steps.
@@ -38,6 +39,8 @@ class Options:
         ema: decay of the averaged weights, below 1.
         precision: of matrix products on a GPU, ``bf16``, ``fp16`` or ``no``; a CPU computes in float32.
         compile: whether the network is compiled; ``auto``: on a GPU only. If sharded, its blocks are compiled.
+        gpus: GPUs on which `training.recipe` runs the stage, if there are so many. Any number of processes that divides
+            ``batch_size`` trains on the same number of pictures.
         evaluate_every: steps between evaluations; there is always one at the end.
         checkpoint_seconds: seconds between checkpoints.
         sharded: whether the parameters, their averages and the optimizer's state are divided among the processes, see
@@ -60,6 +63,7 @@ class Options:
     ema: float = 0.999
     precision: Literal["bf16", "fp16", "no"] = "bf16"
     compile: bool | Literal["auto"] = "auto"
+    gpus: int = 1
     evaluate_every: int = 5000
     checkpoint_seconds: float = 60.0
     sharded: bool = False
@@ -86,6 +90,18 @@ class Options:
                 f"warmup ({self.warmup}) and decay ({self.decay}) take {self.warmup + self.decay} steps, more than steps, "
                 f"{self.steps}: the learning rate would never reach {self.learning_rate}."
             )
+
+    def batch_of_one(self, processes: int) -> int:
+        """The pictures in a micro-batch of one of so many processes.
+
+        Raises:
+            TrainingError: they cannot have equally many.
+        """
+        if self.gpus == 1:
+            return self.batch_size
+        if self.batch_size % processes:
+            raise TrainingError(f"batch_size is {self.batch_size}; {processes} processes cannot divide it equally.")
+        return self.batch_size // processes
 
     def scaled(self, steps: int) -> "Options":
         """The options with another number of steps, of which warm-up and decay keep their shares."""

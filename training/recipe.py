@@ -37,8 +37,8 @@ class Ledger:
 
     Attributes:
         calls: of `train_all`: ``started`` (UTC), ``seconds`` and ``gpus`` (their number).
-        processes: of stages: ``stage``, ``started``, ``gpu`` (its entry in CUDA_VISIBLE_DEVICES, or None) and ``seconds``, from
-            the process's start to its end.
+        processes: of stages: ``stage``, ``started``, ``gpus`` (their entries in CUDA_VISIBLE_DEVICES) and ``seconds``, from the
+            start to the end.
     """
 
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -64,12 +64,12 @@ class Ledger:
 
 @dataclass
 class Running:
-    """A stage's process.
+    """A stage's process, or the launcher of its processes.
 
     Attributes:
         stage: its name.
         process: the process.
-        gpu: the entry for CUDA_VISIBLE_DEVICES; None without a GPU.
+        gpus: the entries for CUDA_VISIBLE_DEVICES; none without a GPU.
         began: `time.time` of its start.
         entry: its entry in the ledger.
         log: the file that has its output; None: it writes to this process's.
@@ -77,7 +77,7 @@ class Running:
 
     stage: str
     process: subprocess.Popen[bytes]
-    gpu: str | None
+    gpus: tuple[str, ...]
     began: float
     entry: dict[str, Any]
     log: TextIO | None
@@ -91,6 +91,13 @@ def visible_gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
+def launcher(processes: int) -> list[str]:
+    """What starts several processes of a module, after ``python -m``; nothing for one."""
+    if processes < 2:
+        return []
+    return ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+
+
 class Recipe:
     """One call that trains all stages; see `train_all`."""
 
@@ -101,6 +108,7 @@ class Recipe:
         self.at_once, self.deadline, self.copy_to = at_once, deadline, copy_to
         tables = read_configuration(config)
         self.stages = [stage for stage in ORDER if stage in tables]
+        self.wanted = {stage: tables[stage].get("options", {}).get("gpus", 1) for stage in self.stages}
         self.gpus = visible_gpus()
         self.running: list[Running] = []
         self.code = 0
@@ -150,26 +158,30 @@ class Recipe:
 
     def _start(self, stage: str) -> None:
         files = [self.config, stage, "--data", self.data, "--output", self.output]
-        command = [sys.executable, "-m", "training.run", *map(str, files)]
+        gpus = self._least_busy(self.wanted[stage])
+        command = [sys.executable, "-m", *launcher(len(gpus)), "training.run", *map(str, files)]
         if math.isfinite(self.deadline):
             command += ["--minutes", str(max(0.0, (self.deadline - time.time()) / 60))]
-        environment, gpu, log = dict(os.environ), None, None
-        if self.gpus:
-            # The GPU with the fewest stages.
-            gpu = min(self.gpus, key=lambda one: sum(other.gpu == one for other in self.running))
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        environment, log = dict(os.environ), None
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if self.at_once > 1:
             folder = self.output / stage
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 log = (folder / "output.log").open("a", encoding="utf-8")
         now = time.time()
-        entry = {"stage": stage, "started": timestamp(now), "seconds": 0.0, "gpu": gpu}
+        entry = {"stage": stage, "started": timestamp(now), "seconds": 0.0, "gpus": gpus}
         self.ledger.processes.append(entry)
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        self.running.append(Running(stage, process, gpu, now, entry, log))
-        where = f" on GPU {gpu}" if gpu else ""
+        self.running.append(Running(stage, process, gpus, now, entry, log))
+        where = f" on GPU {', '.join(gpus)}" if gpus else ""
         say(f"{stage}: started{where}" + (f"; its output is in {log.name}" if log else ""))
+
+    def _least_busy(self, count: int) -> tuple[str, ...]:
+        """The ``count`` GPUs with the fewest stages, or all if there are fewer."""
+        busy = [gpu for one in self.running for gpu in one.gpus]
+        return tuple(sorted(self.gpus, key=busy.count)[:count])
 
     def _collect(self) -> None:
         """Handles stages whose processes have ended."""
@@ -288,6 +300,11 @@ class passing_signals_to:
             signal.signal(number, handler)
 
 
+def process_seconds(entry: Mapping[str, Any]) -> float:
+    """The seconds of all processes that an entry of the ledger stands for: one a GPU."""
+    return entry["seconds"] * max(1, len(entry["gpus"]))
+
+
 def costs(output: Path) -> dict[str, Any]:
     """What a training cost: steps, samples and seconds, by stage and in all.
 
@@ -302,23 +319,24 @@ def costs(output: Path) -> dict[str, Any]:
     ledger = Ledger.load(output)
     stages: dict[str, Any] = {}
     for stage in ORDER:
-        taken = sum(one["seconds"] for one in ledger.processes if one["stage"] == stage)
+        taken = sum(process_seconds(one) for one in ledger.processes if one["stage"] == stage)
         record = Record.load(output / stage)
         if not taken and record is None:
             continue
         stages[stage] = {"process_seconds": taken}
         if record is not None and record.sessions:
-            options = record.options
+            options, last = record.options, record.sessions[-1]
+            shared = options.get("gpus", 1) > 1
             stages[stage] |= {
                 "steps": record.steps,
-                "samples_per_step": options["batch_size"] * options["accumulate"] * record.sessions[-1].processes,
+                "samples_per_step": options["batch_size"] * options["accumulate"] * (1 if shared else last.processes),
                 "seconds": record.seconds,
                 "devices": sorted({session.device for session in record.sessions}),
                 "sessions": len(record.sessions),
             }
     return {
         "seconds": sum(call["seconds"] for call in ledger.calls),
-        "process_seconds": sum(one["seconds"] for one in ledger.processes),
+        "process_seconds": sum(map(process_seconds, ledger.processes)),
         "calls": ledger.calls,
         "stages": stages,
     }

@@ -122,7 +122,7 @@ def train(
         )
         finished = fit(task, options, folder, model, deadline=deadline, began=began)
     if finished and state.is_main_process:
-        if stage != "tokenizer":
+        if stage != "tokenizer" and not STAGES[stage].adapts:
             round_components(model, stage)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FINISHED).touch()

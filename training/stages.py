@@ -7,6 +7,7 @@ from training.errors import TrainingError
 from training.task import Task
 from training.tasks.clip import ClipTask
 from training.tasks.controlnet import CONTROL_KINDS, ControlNetTask
+from training.tasks.distil import DistilBTask, DistilCTask
 from training.tasks.ip_adapter import IPAdapterTask
 from training.tasks.previewer import PreviewerTask
 from training.tasks.semantic import SemanticTask
@@ -28,6 +29,9 @@ class Stage:
         further: whether the components must exist already.
         of_all_sizes: whether it trains on all picture sizes of ``[data]``, which the task takes as ``shapes``.
         control: the kind of control of a ControlNet; None for other stages.
+        adapts: the component, one of ``needs``, of which it trains an adapter, always from the start, which the task makes
+            and writes as it is shipped. The task takes the component's settings in ``[model]`` as ``settings``. None for other
+            stages.
     """
 
     task: type[Task]
@@ -37,6 +41,7 @@ class Stage:
     further: bool = False
     of_all_sizes: bool = False
     control: str | None = None
+    adapts: str | None = None
 
 
 _OF_STAGE_C = ("effnet", "previewer", "text_encoder", "image_encoder")
@@ -56,6 +61,20 @@ STAGES: dict[str, Stage] = {
         for kind in CONTROL_KINDS
     },
     "ip_adapter": Stage(IPAdapterTask, ("ip_adapter",), ("prior", *_OF_STAGE_C), of_all_sizes=True),
+    "distil_c": Stage(
+        DistilCTask,
+        ("turbo_prior",),
+        ("prior", "previewer", "text_encoder", "image_encoder"),
+        of_all_sizes=True,
+        adapts="prior",
+    ),
+    "distil_b": Stage(
+        DistilBTask,
+        ("turbo_decoder",),
+        ("decoder", "effnet", "vqgan", "text_encoder"),
+        of_all_sizes=True,
+        adapts="decoder",
+    ),
 }
 
 ORDER = ("tokenizer", *STAGES)

@@ -83,6 +83,9 @@ def shapes(batch: dict[str, Tensor]) -> dict[str, torch.Size]:
 def make_accelerator(options: Options, folder: Path, *, compiled: bool) -> Accelerator:
     """accelerate, set up for one stage. Sharded networks have their own precision, and compile their blocks."""
     compiled = compiled and not options.sharded
+    # Otherwise the network is compiled in parts, so that gradients of one part are averaged while the next is computed. The
+    # miniature's gradients are less than the 25 MB of a part.
+    torch._dynamo.config.optimize_ddp = False
     return Accelerator(
         mixed_precision=options.precision if torch.cuda.is_available() and not options.sharded else "no",
         gradient_accumulation_steps=options.accumulate,
@@ -112,6 +115,7 @@ class Trainer:
         if not compiled and options.compile:
             logger.info("%s: not compiled, because there is no GPU.", folder.name)
         self.accelerator = make_accelerator(options, folder, compiled=compiled)
+        self.batch_size = options.batch_of_one(self.accelerator.num_processes)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         set_seed(options.seed)
         if options.sharded:
@@ -219,7 +223,7 @@ class Trainer:
     def _batch(self, index: int) -> dict[str, Tensor]:
         """Micro-batch ``index`` of this process."""
         generator = step_generator(self.options.seed, index, self.accelerator.process_index, self.device)
-        batch = self.task.batch(index, self.options.batch_size, generator)
+        batch = self.task.batch(index, self.batch_size, generator)
         return {name: to_channels_last(value) for name, value in batch.items()}
 
     def _forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -227,7 +231,8 @@ class Trainer:
 
         Other picture sizes are rare, and compiling for one takes as long as thousands of steps (60 to 100 s on an H100).
         """
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.compiled_shapes is not None:  # it imports the compiler, for 2 s of a processor
+            torch.compiler.cudagraph_mark_step_begin()
         # A task that has compiled parts of its own decides for itself. Forced here, they would run eagerly forward and compiled
         # when gradient checkpointing runs them again, in the backward pass.
         plain = self.compiled_shapes is not None and shapes(batch) != self.compiled_shapes

@@ -18,7 +18,7 @@ from transformers import (
 
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.ip_adapter import IPAdapter
-from cascade.weights import NETWORKS
+from cascade.weights import NETWORKS, StageSettings
 from training.agreement import table_of
 from training.dataset import Dataset, Split
 from training.errors import FILE_ERRORS, TrainingError, summary
@@ -101,7 +101,8 @@ class Workshop:
     def shapes(self) -> Shapes:
         """The sizes of the training pictures."""
         options = self.config["data"]
-        return Shapes((options["size"],) * 2, tuple(tuple(size) for size in options.get("other_sizes", ())))
+        others = tuple(tuple(size) for size in options.get("other_sizes", ()))
+        return Shapes((options["size"],) * 2, others, options.get("other_sizes_every", Shapes.every))
 
     def dataset(self, split: Split, stage: str) -> Dataset:
         """The pictures of one split for a stage."""
@@ -131,6 +132,9 @@ class Workshop:
             trained = [self.controlnet(name, control.channels, needs, resumes)]
         elif name == "ip_adapter":
             trained = [self.ip_adapter(needs, resumes)]
+        elif stage.adapts:
+            trained = []
+            arguments["settings"] = StageSettings(**self.config["model"][stage.adapts])
         else:
             trained = [self.network(component, anew=stage.anew, resumes=resumes) for component in stage.trains]
         if stage.of_all_sizes:

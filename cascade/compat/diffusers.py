@@ -1,7 +1,7 @@
 """The pictures of the two Stable Cascade pipelines that diffusers has frozen, chained. docs/comparison.md says in what they
 differ from the authors'."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from cascade.limits import MODELS_OWN
 from cascade.pipeline import Cascade
 from cascade.plan import Planner
 from cascade.request import Request
-from cascade.sampling import Step, alpha_sigma, log_snr, predicted
+from cascade.sampling import Sampling
 from cascade.weights import StageSettings
 
 # diffusers derives Stage B's size from the semantic one with this factor.
@@ -75,27 +75,17 @@ def posterior_step(x: Tensor, eps: Tensor, log_snr: Tensor, next_log_snr: Tensor
     return mean + ((1 - ratio) * (1 - next_remaining) / (1 - remaining)).sqrt() * noise
 
 
-def sample(
-    model: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    *,
-    steps: int,
-    shift: float,
-    noise: Callable[[int], Tensor],
-    **_: Any,
-) -> Iterator[Step | None]:
-    """`sampling.sample` as diffusers' scheduler does it: the model is told the time itself, not the one that belongs to the
-    clamped and shifted logSNR, and the last step adds no noise."""
-    times = torch.linspace(1, 0, steps + 1)
-    log_snrs = log_snr(times, shift)
-    for index in range(steps):
-        eps = (yield from predicted(model, x, times[index].to(x.device).expand(x.shape[0]))).float()
-        alpha, sigma = alpha_sigma(log_snrs[index])
-        drawn = noise(index).to(x)
-        added = drawn if index < steps - 1 else torch.zeros_like(x)
-        x0 = (x - sigma * eps) / alpha
-        x = posterior_step(x, eps, log_snrs[index], log_snrs[index + 1], added)
-        yield Step(index, steps, x, x0, times[index].item())
+class DiffusersSampling(Sampling):
+    """Steps as diffusers' scheduler takes them: the model is told the time itself, not the one that belongs to the clamped and
+    shifted logSNR, and the last step adds no noise."""
+
+    def timesteps(self, times: Tensor) -> Tensor:
+        return times
+
+    def moved(self, x0: Tensor, eps: Tensor) -> Tensor:
+        drawn = self.noise(self.index).to(self.x)
+        added = drawn if self.index < self.total - 1 else torch.zeros_like(self.x)
+        return posterior_step(self.x, eps, *self.log_snrs[self.index : self.index + 2], added)
 
 
 class DiffusersCascade(Cascade):
@@ -103,7 +93,7 @@ class DiffusersCascade(Cascade):
     scale as its configuration says, which is wrong in the published one."""
 
     planner_class = DiffusersPlanner
-    sample = staticmethod(sample)
+    sampling_class = DiffusersSampling
 
     def __init__(self, *parts: Any, defaults: Mapping[str, StageSettings], **options: Any) -> None:
         plain = {

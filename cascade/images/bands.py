@@ -86,7 +86,7 @@ class Upright:
         """Convert the picture, crop it evenly to the target's aspect ratio, and scale it.
 
         Works in bands if the picture shrinks to a sixth or less. Equals ``image.resize(needed, LANCZOS, box, AVERAGED_TO)``
-        for the whole picture.
+        for the whole picture, in premultiplied colours if it has transparency.
 
         Args:
             needed: the target's (width, height), each at least 1.

@@ -33,7 +33,7 @@ MOST_CPU_SECONDS = 8
 # Wall-clock time, longer because the machine may be busy with other work.
 MOST_SECONDS = 40
 # Memory, in addition to the picture's own 4 bytes per pixel.
-MOST_BYTES = 400_000_000
+MOST_BYTES = 320_000_000
 # A process that has ever reserved more bytes than this ends after its picture. It starts with 30 MB.
 USED_UP = 2**28
 # Each thread has a stack and, for a large picture, buffers.

@@ -31,8 +31,9 @@ MOST_SCANS = 100
 ORDINARY_PIXELS = 2048 * 2048
 # While it is decoded, a JPEG file is shrunk to no less than this times the target size.
 DRAFT_MARGIN = 2
-# Pillow decodes WebP through three canvases: 994 MB at 64 megapixels. OpenCV takes 200 to 520 MB.
-LARGE_WEBP_PIXELS = 2**24
+# Above this many pixels, WebP and AVIF files are decoded without a Pillow image. At 64 megapixels, Pillow takes 994 MB for
+# WebP, through three canvases, and up to 640 MB for AVIF.
+LARGE_PIXELS = 2**24
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -125,9 +126,12 @@ class PictureFile:
         image, self.image = self.image, None
         if needed is not None:
             draft(image, needed)
-        if self.format != "WEBP" or self.pixels <= LARGE_WEBP_PIXELS or image.is_animated:
+        if self.format not in ("WEBP", "AVIF") or self.pixels <= LARGE_PIXELS or image.is_animated:
             return upright(image)
-        turn, found = turn_of(image), (image.size, image.mode, image.info)
+        turn = turn_of(image)
+        if self.format == "AVIF":
+            return Upright(decode_avif(image), turn)
+        found = image.size, image.mode, image.info
         del image  # frees Pillow's canvases
         return Upright(decode_webp(self.file, *found), turn)
 
@@ -200,19 +204,19 @@ def mend_transparent_colour(image: Image.Image) -> None:
 
 @dataclass(frozen=True)
 class Array:
-    """A picture decoded by OpenCV, kept as an array. A Pillow image would be a second copy of 4 bytes per pixel.
+    """A decoded picture, kept as an array. A Pillow image would be a second copy of 4 bytes per pixel.
 
     Attributes:
-        pixels: uint8 (height, width, 3 or 4), in the order BGR or BGRA.
+        pixels: uint8 (height, width, channels).
+        mode: "L", "RGB" or "RGBA".
+        order: the order of the channels, as Pillow names it: `mode`, or "BGR" or "BGRA".
         info: see Pillow's `Image.info`.
     """
 
     pixels: "np.ndarray"
+    mode: str
+    order: str
     info: dict[str | tuple[int, int], Any]
-
-    @property
-    def mode(self) -> str:
-        return "RGBA" if self.has_transparency_data else "RGB"
 
     @property
     def size(self) -> Size:
@@ -220,13 +224,24 @@ class Array:
 
     @property
     def has_transparency_data(self) -> bool:
-        return self.pixels.shape[2] == 4
+        return self.mode == "RGBA"
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
         left, top, right, bottom = box
         pixels = self.pixels[top:bottom, left:right].tobytes()
-        order = "BGRA" if self.has_transparency_data else "BGR"
-        return Image.frombytes(self.mode, (right - left, bottom - top), pixels, "raw", order)
+        return Image.frombytes(self.mode, (right - left, bottom - top), pixels, "raw", self.order)
+
+
+def decode_avif(image: Image.Image) -> Pixels:
+    """Decode the only frame of an AVIF file that Pillow has opened.
+
+    `Image.load` would copy the pixels while the decoder still holds its own.
+    """
+    content, *_ = image._decoder.get_frame(0)
+    import numpy as np  # after the peak: it takes 25 MB
+
+    pixels = np.frombuffer(content, np.uint8).reshape(*reversed(image.size), len(image.mode))
+    return Array(pixels, image.mode, image.mode, image.info)
 
 
 def decode_webp(file: BinaryIO, size: Size, mode: str, info: dict[str | tuple[int, int], Any]) -> Pixels:
@@ -243,4 +258,5 @@ def decode_webp(file: BinaryIO, size: Size, mode: str, info: dict[str | tuple[in
         pixels = cv2.imread(file.name, cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise OSError("OpenCV does not decode it")
-    return Array(pixels, info)
+    mode, order = ("RGBA", "BGRA") if pixels.shape[2] == 4 else ("RGB", "BGR")
+    return Array(pixels, mode, order, info)

@@ -1,6 +1,6 @@
 """Reads pictures from untrusted files, in a separate process with limits, see `child`.
 
-A picture may take 8 s of CPU time, and 400 MB in addition to its own pixels. The process returns it in the size that the
+A picture may take 8 s of CPU time, and 320 MB in addition to its own pixels. The process returns it in the size that the
 caller needs. The process starts with the first picture, in 0.1 s. While it waits for the next one, it takes 25 MB.
 """
 

@@ -8,8 +8,9 @@ How one is chosen:
 - A network is made with "plain". `UsesKernels.use_kernels` sets the implementation of all its blocks, once, after loading.
   `choose` returns the one for a device and a dtype. `Cascade.load` calls both.
 - While gradients are enabled, the plain functions run, because the kernels have no backward pass.
-- A kernel reads a layer's weights, instead of calling the layer, only if it is an ordinary one (`layers.is_ordinary`). Layers
-  that were replaced, wrapped or hooked (LoRA, quantisation) run through their own forward in both implementations.
+- A kernel reads a layer's weights, instead of calling the layer, only if it is an ordinary one (`layers.is_ordinary`), and a
+  function takes its matrix only if it is that or one of `networks.eight_bits` (`layers.is_readable`). Layers that were replaced,
+  wrapped or hooked (LoRA, other quantisation) run through their own forward in both implementations.
 - The plain functions run for shapes that a kernel does not support: depthwise convolutions other than 3x3, and attention heads
   whose channels are not a multiple of 8.
 
@@ -23,6 +24,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from cascade.kernels import plain
 
@@ -99,11 +101,16 @@ class UsesKernels:
             ValueError: there is no such implementation.
             ImportError: Triton is not installed.
         """
-        load(name)
-        for module in self.modules():
-            if isinstance(module, UsesKernels):
-                module.implementation = name
-                module.prepare()
+        use_kernels(self, name)
 
     def prepare(self) -> None:
         """Called when the implementation has been set. Blocks override it to change the memory layout of their weights."""
+
+
+def use_kernels(network: nn.Module, name: str) -> None:
+    """`UsesKernels.use_kernels`, for a network of any class: sets the implementation of those modules in it that have one."""
+    load(name)
+    for module in network.modules():
+        if isinstance(module, UsesKernels):
+            module.implementation = name
+            module.prepare()

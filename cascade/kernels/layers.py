@@ -5,6 +5,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class StoredLinear(nn.Linear):
+    """A Linear layer whose `weight` holds the matrix in another form, from which it is computed for each use."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the layer computes."""
+        return self.bias.dtype
+
+    def matrix(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows `first` to `last - 1` of the matrix, in `dtype`: (last - first, K). None: to the end."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix(), self.bias)
+
+
 def is_ordinary(layer: nn.Module) -> bool:
     """Whether a layer is a plain torch Linear or Conv2d, so that its weight and bias may be read instead of calling it.
 
@@ -13,6 +29,28 @@ def is_ordinary(layer: nn.Module) -> bool:
     """
     plain = type(layer) in (nn.Linear, nn.Conv2d) and type(layer.weight) in (nn.Parameter, Tensor)
     return plain and not is_hooked(layer)
+
+
+def is_readable(layer: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether `matrix_of` may be used instead of calling a layer: an ordinary one, or a `StoredLinear` without hooks.
+
+    dtype: also in which it must compute; None: any.
+    """
+    readable = is_ordinary(layer) or (isinstance(layer, StoredLinear) and not is_hooked(layer))
+    return readable and dtype in (None, _dtype_of(layer))
+
+
+def matrix_of(layer: nn.Linear, first: int = 0, last: int | None = None) -> Tensor:
+    """Rows `first` to `last - 1` of the matrix of a Linear layer that `is_readable`."""
+    return layer.matrix(first, last) if isinstance(layer, StoredLinear) else layer.weight[first:last]
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype | None:
+    """The dtype in which a layer computes; None for a layer without parameters."""
+    if isinstance(layer, StoredLinear):
+        return layer.dtype
+    weight = next(layer.parameters(), None)
+    return None if weight is None else weight.dtype
 
 
 def is_hooked(layer: nn.Module) -> bool:
@@ -24,16 +62,15 @@ def is_hooked(layer: nn.Module) -> bool:
 def columns(layer: nn.Module, x: Tensor, first: int, last: int) -> Tensor:
     """Output channels `first` to `last - 1` of a Linear layer for x (..., K): (..., last - first).
 
-    Computes only these, if the layer is an ordinary one.
+    Computes only these, if the matrix can be read.
     """
-    if not is_ordinary(layer):
+    if not is_readable(layer):
         return layer(x)[..., first:last]
-    return F.linear(x, layer.weight[first:last], None if layer.bias is None else layer.bias[first:last])
+    return F.linear(x, matrix_of(layer, first, last), None if layer.bias is None else layer.bias[first:last])
 
 
 def has_float16_weights(layer: nn.Module) -> bool:
-    weight = next(layer.parameters(), None)
-    return weight is not None and weight.dtype == torch.float16
+    return _dtype_of(layer) == torch.float16
 
 
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:

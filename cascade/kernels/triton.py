@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from triton.runtime import driver
 
 from cascade.kernels import compiled, plain
-from cascade.kernels.layers import is_hooked, is_ordinary
+from cascade.kernels.layers import is_hooked, is_ordinary, is_readable
 from cascade.kernels.plain import linear as linear
 from cascade.kernels.stream import Stream
 
@@ -105,7 +105,7 @@ def _is_complete(layer: nn.Module) -> bool:
 
 def _accumulates(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether cuBLAS can add the layer's product with activations of this dtype to a float32 stream."""
-    return is_ordinary(layer) and layer.weight.dtype == dtype and dtype in (torch.bfloat16, torch.float16)
+    return dtype in (torch.bfloat16, torch.float16) and is_readable(layer, dtype)
 
 
 @triton.jit
@@ -344,10 +344,14 @@ def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 @triton.jit
 def _attend(
-    q, acc, norm, top, key_ptr, value_ptr, bias_ptr, row, tokens, factor, root,
-    D: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr,
+    q, acc, norm, top, key_ptr, value_ptr, bias_ptr, row, tokens, hidden, hidden_tokens, factor, root,
+    D: tl.constexpr, DB: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    BIASED: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
-    """More keys and values for the running softmax of a block of queries: whole blocks, or (TAIL) what is left of them."""
+    """More keys and values for the running softmax of a block of queries: whole blocks, or (TAIL) what is left of them.
+
+    tokens: number of keys, without those that are left out: `hidden_tokens` from key `hidden` on.
+    """
     d = tl.arange(0, DB)
     whole = tokens // BN * BN
     for first in tl.range(whole if TAIL else 0, tokens if TAIL else whole, BN, num_stages=1 if TAIL else STAGES):
@@ -355,13 +359,13 @@ def _attend(
         inside = (d < D)[None, :]
         if TAIL:
             inside = inside & (n < tokens)[:, None]
-        place = n[:, None] * row + d[None, :]
+        at = n
+        if HIDES:
+            at += tl.where(n >= hidden, hidden_tokens, 0)
+        place = at[:, None] * row + d[None, :]
         score = tl.dot(q, tl.load(key_ptr + place, mask=inside, other=0.0).T)
         if BIASED:
-            # Finite: from a first block of keys that are all at -inf, inf - inf would follow. Small: a fused multiply-add rounds
-            # score * factor otherwise than the product alone, and the exponent below would be the error of that, 1e22 for -1e30.
-            bias = tl.maximum(tl.load(bias_ptr + n, mask=n < tokens, other=0.0), -3e4)
-            score += bias[None, :] * root
+            score += tl.load(bias_ptr + at, mask=n < tokens, other=0.0)[None, :] * root
         if TAIL:
             score = tl.where((n < tokens)[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1) * factor)
@@ -376,13 +380,19 @@ def _attend(
 
 @compiled.jit(do_not_specialize=["own", "queries", "context"])
 def _attention(
-    q_ptr, k_ptr, v_ptr, key_ptr, value_ptr, bias_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, key_ptr, value_ptr, bias_ptr, hidden_ptr, out_ptr,
     own, queries, context, factor, root,
     q_row, own_row, key_batch, key_head, key_row, out_row,
-    D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr,
+    D: tl.constexpr, DB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    BIASED: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
+    hidden = 0
+    hidden_tokens = 0
+    if HIDES:
+        hidden = tl.load(hidden_ptr + 2 * sample)
+        hidden_tokens = tl.load(hidden_ptr + 2 * sample + 1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.arange(0, DB)
     inside = (m < queries)[:, None] & (d < D)[None, :]
@@ -392,24 +402,26 @@ def _attention(
     top = tl.full((BM,), float("-inf"), tl.float32)
     at = sample * own * own_row + head * D
     acc, norm, top = _attend(
-        q, acc, norm, top, k_ptr + at, v_ptr + at, bias_ptr, own_row, own, factor, root,
-        D, DB, BN, False, STAGES, False,
+        q, acc, norm, top, k_ptr + at, v_ptr + at, bias_ptr, own_row, own, 0, 0, factor, root,
+        D, DB, BN, False, STAGES, False, False,
     )  # fmt: skip
     acc, norm, top = _attend(
-        q, acc, norm, top, k_ptr + at, v_ptr + at, bias_ptr, own_row, own, factor, root,
-        D, DB, BN, True, STAGES, False,
+        q, acc, norm, top, k_ptr + at, v_ptr + at, bias_ptr, own_row, own, 0, 0, factor, root,
+        D, DB, BN, True, STAGES, False, False,
     )  # fmt: skip
     at = sample * key_batch + head * key_head
     key_ptr += at
     value_ptr += at
-    bias_ptr += sample * context
+    if BIASED:
+        bias_ptr += sample * context
+    context -= hidden_tokens
     acc, norm, top = _attend(
-        q, acc, norm, top, key_ptr, value_ptr, bias_ptr, key_row, context, factor, root,
-        D, DB, BN, False, STAGES, BIASED,
+        q, acc, norm, top, key_ptr, value_ptr, bias_ptr, key_row, context, hidden, hidden_tokens, factor, root,
+        D, DB, BN, False, STAGES, BIASED, HIDES,
     )  # fmt: skip
     acc, norm, top = _attend(
-        q, acc, norm, top, key_ptr, value_ptr, bias_ptr, key_row, context, factor, root,
-        D, DB, BN, True, STAGES, BIASED,
+        q, acc, norm, top, key_ptr, value_ptr, bias_ptr, key_row, context, hidden, hidden_tokens, factor, root,
+        D, DB, BN, True, STAGES, BIASED, HIDES,
     )  # fmt: skip
     acc = acc / norm[:, None]
     out = (sample * queries + m)[:, None] * out_row + head * D + d[None, :]
@@ -424,15 +436,20 @@ def attention(
     value: Tensor,
     dropout: float = 0.0,
     bias: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
-    """See `plain.attention`."""
+    """See `plain.attention`.
+
+    Hidden keys cost nothing: a program reads their number, and steps over them. So a sample has, to the bit, the result that
+    it has without them.
+    """
     batch, queries, channels = query.shape
     _, heads, context, size = key.shape
     own_pair = () if own_key is None else (own_key, own_value)
     # Loads are of 16 bytes; and a replaced layer may return other strides.
     strides_fit = all(_has_even_rows(x) for x in (query, *own_pair)) and key.stride() == value.stride()
     if size % 8 or dropout or not strides_fit or key.stride(3) != 1 or len({x.stride(1) for x in own_pair}) > 1:
-        return plain.attention(query, own_key, own_value, key, value, dropout, bias)
+        return plain.attention(query, own_key, own_value, key, value, dropout, bias, hidden)
     out = query.new_empty(batch, queries, channels)
     own = 0 if own_key is None else own_key.shape[1]
     own_row = 0 if own_key is None else own_key.stride(1)
@@ -443,11 +460,13 @@ def attention(
     factor = size**-0.5 * LOG2E
     # On an H100 the fastest of eleven shapes, at 576 and at 1024 queries; cuDNN's kernel takes 15 to 30% longer.
     block = 64
+    bias, hidden = (None if given is None else given.contiguous() for given in (bias, hidden))
     _attention[(triton.cdiv(queries, block), heads, batch)](
-        query, own_key, own_value, key, value, query if bias is None else bias.contiguous(), out,
+        query, own_key, own_value, key, value, bias, hidden, out,
         own, queries, context, factor, size**0.5,
         query.stride(1), own_row, key.stride(0), key.stride(1), key.stride(2), out.stride(1),
-        D=size, DB=max(16, _power(size)), BM=block, BN=64, STAGES=3, BIASED=bias is not None, num_warps=4,
+        D=size, DB=max(16, _power(size)), BM=block, BN=64, STAGES=3,
+        BIASED=bias is not None, HIDES=hidden is not None, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -608,3 +627,28 @@ def mixing_block(x: Tensor, gammas: Tensor, depthwise: nn.Module, channelwise: n
         hidden = torch._addmm_activation(first.bias, of_rows, first.weight.t(), use_gelu=True)
         torch.addmm(rows, hidden, gated, out=rows)
     return mixed.permute(0, 3, 1, 2)
+
+
+@compiled.jit(do_not_specialize=["groups"])
+def _dequantise(
+    weight_ptr, scale_ptr, out_ptr, groups, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    one = tl.arange(0, PADDED)
+    inside = (group < groups)[:, None] & (one < GROUP)[None, :]
+    at = group[:, None] * GROUP + one[None, :]
+    scale = tl.load(scale_ptr + group, mask=group < groups, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out_ptr + at, (weight * scale[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `plain.dequantise`. A group divides a row, so the groups of all rows follow one another as the weights do."""
+    out = torch.empty_like(weight, dtype=dtype)
+    groups = scale.numel()
+    size = weight.numel() // groups
+    block = max(4096 // _power(size), 1)
+    _dequantise[(triton.cdiv(groups, block),)](
+        weight, scale, out, groups, GROUP=size, PADDED=_power(size), BLOCK=block, num_warps=8
+    )
+    return out

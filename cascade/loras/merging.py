@@ -1,9 +1,9 @@
 """Merges adapters into the weights of a loaded model.
 
-Weights become base + the sum of strength * (trained - base), computed in float32 and rounded once. They are written in
-place, where CUDA graphs and fused layers read them; for networks that are on the host, into host memory. Only tensors whose
-adapters change are written. Each is computed from the base weight, which is read again. So errors do not add up, and without
-adapters the weights equal the base to the bit.
+Weights become base + the sum of strength * (trained - base), computed in float32 and rounded once; to 8 bits where they are
+kept so. They are written in place, where CUDA graphs and fused layers read them; for networks that are on the host, into host
+memory. Only tensors whose adapters change are written. Each is computed from the base weight, which is read again. So errors
+do not add up, and without adapters the weights equal the base to the bit.
 
 The adapters of each tensor are recorded when it is written. If a request ends in the middle of a change, some tensors have
 the old adapters and some the new ones; the next request changes every tensor whose adapters are not that request's.
@@ -24,9 +24,10 @@ from cascade.limits import InputError
 from cascade.loras.lora import Lora
 from cascade.loras.selection import Chosen, Key, Library, Selection, word_vectors
 from cascade.loras.words import Words, distinct
-from cascade.networks.layout import published_names
+from cascade.networks.eight_bits import EightBits, in_float, quantise, scale_of
+from cascade.networks.layout import SCALE, published_names
 from cascade.running.runner import Runner
-from cascade.weights.base import BaseWeights, KeptWeights
+from cascade.weights.base import BaseWeights, KeptWeights, Stored
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.lora import NETWORKS, Change, Placed, merged
 from cascade.weights.lora.words import TABLE
@@ -128,7 +129,11 @@ class Loras:
 
     @cached_property
     def _library(self) -> Library:
-        return Library(self.folder, self._shapes, self.vocabulary)
+        weights = {
+            name: {key: shape for key, shape in shapes.items() if not key.endswith(SCALE)}
+            for name, shapes in self._shapes.items()
+        }
+        return Library(self.folder, weights, self.vocabulary)
 
     @cached_property
     def _places(self) -> dict[str, Mapping[str, _Place]]:
@@ -150,14 +155,17 @@ class Loras:
         places = self._places[name]
         with self.runner.editing(name, self.networks[name]) as tensors:
 
-            def current(key: str) -> Tensor:
+            def at(key: str) -> Tensor:
                 return tensors[places[key].parameter][places[key].rows]
+
+            def current(key: str) -> Stored:
+                scale = scale_of(key)
+                return EightBits(at(key), at(scale)) if scale in places else at(key)
 
             for key, base in self.base.read(name, stale, self.runner.device, current):
                 noted[key] = BEING_WRITTEN
-                weight, target = merged(base, changes[key]) if key in changes else base, current(key)
-                # For other tensors, torch first makes a copy on the host. It must be complete before it is read.
-                target.copy_(weight.to(target.dtype), non_blocking=target.is_contiguous())
+                weight = merged(in_float(base), changes[key]) if key in changes else base
+                _write(weight, current(key))
                 noted[key] = recipes.get(key, ())
         for key in stale:
             if not noted[key]:
@@ -173,6 +181,18 @@ class Loras:
         with self.runner.editing(name, self.networks[name]) as tensors:
             ((_, table),) = self.base.read(name, [TABLE], cpu, lambda key: tensors[key])
         return table
+
+
+def _write(weight: Stored, target: Stored) -> None:
+    """Write a weight in the form of `target`. What is in 8 bits already is kept to the bit."""
+    if isinstance(target, EightBits):
+        for one, place in zip(weight if isinstance(weight, EightBits) else quantise(weight), target, strict=True):
+            _write(one, place)
+        return
+    if isinstance(weight, EightBits):
+        weight = weight.restored(target.dtype)
+    # For other tensors, torch first makes a copy on the host. It must be complete before it is read.
+    target.copy_(weight.to(target.dtype), non_blocking=target.is_contiguous())
 
 
 def _places(network: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, _Place]:

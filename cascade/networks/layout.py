@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KINDS = ("weight", "bias")
+# The scale of a weight in 8 bits, see `eight_bits`. Its rows are those of the weight.
+SCALE = "weight_scale"
+KINDS = ("weight", "bias", SCALE)
 
 
 def publish(network: nn.Module, stacked: Mapping[str, Mapping[str, int]]) -> None:

@@ -53,6 +53,7 @@ class Conditions(NamedTuple):
     feature_map: Stage B's semantic and pixel maps, summed, float32 (B, h / patch, w / patch, channels); None in
         Stage C.
     bias: float32 (B, tokens), added to the logits of the keys in every attention block; None: zeros.
+    hidden: int32 (B, 2), the first of the tokens that the sample does not have, and their number; None: it has all.
     images: of an IP-Adapter, by the number of the attention block: one `ImageTokens` per image. None: there is no image.
     masks: for each of these images, its weight at each latent: float32 (1, 1, h, w); None: 1 everywhere.
     """
@@ -61,6 +62,7 @@ class Conditions(NamedTuple):
     values: tuple[Tensor | None, ...]
     feature_map: Tensor | None
     bias: Tensor | None = None
+    hidden: Tensor | None = None
     images: Mapping[int, tuple[ImageTokens, ...]] | None = None
     masks: tuple[Tensor | None, ...] = ()
 
@@ -216,6 +218,7 @@ class Attention(UsesKernels, nn.Module):
         value: Tensor,
         own: bool,
         bias: Tensor | None = None,
+        hidden: Tensor | None = None,
         images: Sequence[ImageTokens] = (),
         shares: Sequence[Tensor | None] = (),
     ) -> Tensor:
@@ -224,6 +227,7 @@ class Attention(UsesKernels, nn.Module):
         key, value: of the condition, as `key_value` returns them.
         own: whether the tokens attend to each other too.
         bias: float32 (B, condition tokens), added to the logits of the condition's keys.
+        hidden: int32 (B, 2), see `Conditions`.
         images: of an IP-Adapter. For each image, attention to its tokens alone is computed and added.
         shares: for each image, the factor on this result, (1, T, 1); None: 1.
         """
@@ -232,7 +236,7 @@ class Attention(UsesKernels, nn.Module):
         else:
             query, own_key, own_value = columns(self.to_qkv, tokens, 0, self.channels), None, None
         dropout = self.dropout if self.training else 0.0
-        attended = self.kernels.attention(query, own_key, own_value, key, value, dropout, bias)
+        attended = self.kernels.attention(query, own_key, own_value, key, value, dropout, bias, hidden)
         for image, share in zip(images, shares, strict=True):
             added = self.kernels.attention(query, None, None, image.key, image.value)
             attended = attended + added if share is None else torch.addcmul(attended, added, share.to(added.dtype))
@@ -266,16 +270,17 @@ class AttnBlock(UsesKernels, nn.Module):
         key: Tensor,
         value: Tensor | None,
         bias: Tensor | None = None,
+        hidden: Tensor | None = None,
         images: Sequence[ImageTokens] = (),
         masks: Sequence[Tensor | None] = (),
     ) -> Stream:
-        """stream: (B, H, W, C). key, value, bias, images, masks: one block's part of `Conditions`."""
+        """stream: (B, H, W, C). key, value, and the others: one block's part of `Conditions`."""
         if value is None:
             key, value = self.condition(key, self.kv_mapper, self.attention)
         (out,) = self.attention.to_out
         stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out)
         shares = [None if one is None else resize(one, normed.shape[1:3]).view(1, -1, 1) for one in masks]
-        attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn, bias, images, shares)
+        attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn, bias, hidden, images, shares)
         # The dtype that `norm` was told: a replaced to_qkv may return another.
         attended = attended.to(normed.dtype).view(normed.shape)
         return self.kernels.add_linear(stream, attended, out, after_norm=True)
@@ -557,6 +562,7 @@ class StableCascadeUNet(UsesKernels, Network):
         pixels: Tensor | None = None,
         latent_size: tuple[int, int] | None = None,
         clip_text_bias: Tensor | None = None,
+        clip_text_lengths: Tensor | None = None,
     ) -> Conditions:
         """Do the work that does not depend on the step. Differentiable.
 
@@ -567,8 +573,10 @@ class StableCascadeUNet(UsesKernels, Network):
         effnet: (B, E, h, w), semantic latents of any size. Stage B needs it.
         pixels: (B, 3, h, w), a low-resolution image of any size; None: zeros. Stage B only.
         latent_size: (height, width) of the sample. Needed together with `effnet`.
-        clip_text_bias: float32 (B, N), added to the logits of the text's keys: -inf hides padding, ln k makes a token
-            count k times. None: zeros.
+        clip_text_bias: float32 (B, N), finite, added to the logits of the text's keys: ln k makes a token count k times.
+            None: zeros.
+        clip_text_lengths: int32 (B,), how many tokens of the text each sample has; what follows is padding, which has no
+            effect. None: all.
         Raises ValueError if an input that the network needs is missing.
         """
         if self.effnet_mapper is not None and (effnet is None or latent_size is None):
@@ -593,10 +601,12 @@ class StableCascadeUNet(UsesKernels, Network):
             feature_map = feature_map + mapped
         if feature_map is not None:
             feature_map = channels_last(feature_map)
-        bias = None
+        bias = hidden = None
         if clip_text_bias is not None:  # the text is the first of the tokens
             bias = F.pad(clip_text_bias.float(), (0, tokens.shape[1] - clip_text_bias.shape[1]))
-        return Conditions(tuple(key for key, _ in pairs), tuple(value for _, value in pairs), feature_map, bias)
+        if clip_text_lengths is not None:
+            hidden = torch.stack([clip_text_lengths, clip_text.shape[1] - clip_text_lengths], dim=1)
+        return Conditions(tuple(key for key, _ in pairs), tuple(value for _, value in pairs), feature_map, bias, hidden)
 
     @property
     def _weight_dtype(self) -> torch.dtype:
@@ -666,7 +676,7 @@ class StableCascadeUNet(UsesKernels, Network):
         pairs = zip(conditions.keys, conditions.values, strict=True)
         for number, (block, pair) in enumerate(zip(attention, pairs, strict=True)):
             adapter = (images[number], conditions.masks) if number in images else ()
-            per_block[block] = (*pair, conditions.bias, *adapter)
+            per_block[block] = (*pair, conditions.bias, conditions.hidden, *adapter)
 
         stream = self._embed(sample, conditions.feature_map)
         residuals = controlnet_residuals or {}

@@ -2,8 +2,8 @@
 
 Stage C attends to its own latents, the text, the pooled text and the image prompts in one softmax. So the text's share of
 attention grows with its length, padding included: repeating or padding a text would change the picture. In a batch of
-different lengths, the shorter texts are padded, and `TextEmbeddings.bias`, which is added to the logits of the keys, is -inf
-for this padding. So a picture depends only on its own two texts, each at its own length.
+different lengths, the shorter texts are padded, and attention leaves out what follows `TextEmbeddings.lengths`. So a picture
+depends only on its own two texts, each at its own length.
 """
 
 import math
@@ -24,35 +24,49 @@ class TextEmbeddings(NamedTuple):
     Attributes:
         tokens: (B, 77 N, D) of N chunks: the last layer's hidden states, before the final layer norm, weighted.
         pooled: (B, 1, D), the projection of the first chunk's end-of-text token.
-        bias: float32 (B, 77 N), added to the logits of the tokens in Stage C's attention: -inf where a shorter text has
-            ended, ln k where the text counts k times. None: zeros.
+        bias: float32 (B, 77 N), added to the logits of the tokens in Stage C's attention: ln k where the text counts k times.
+            None: zeros.
+        lengths: int32 (B,), tokens of each text; what follows is padding. None: no text is padded.
     """
 
     tokens: Tensor
     pooled: Tensor
     bias: Tensor | None = None
+    lengths: Tensor | None = None
 
     def expand(self, batch: int) -> "TextEmbeddings":
         """Repeat one prompt's embeddings for a batch, without a copy."""
-        bias = None if self.bias is None else self.bias.expand(batch, -1)
-        return TextEmbeddings(self.tokens.expand(batch, -1, -1), self.pooled.expand(batch, -1, -1), bias)
+        return TextEmbeddings(
+            self.tokens.expand(batch, -1, -1),
+            self.pooled.expand(batch, -1, -1),
+            None if self.bias is None else self.bias.expand(batch, -1),
+            None if self.lengths is None else self.lengths.expand(batch),
+        )
 
 
 def joined(texts: Sequence[TextEmbeddings]) -> TextEmbeddings:
-    """Join several into one batch. Shorter texts are padded with zeros, which attention masks out."""
+    """Join several into one batch. Shorter texts are padded with zeros, which attention leaves out."""
     length = max(text.tokens.shape[1] for text in texts)
-    pooled = torch.cat([text.pooled for text in texts])
-    if all(text.tokens.shape[1] == length and text.bias is None for text in texts):
-        return TextEmbeddings(torch.cat([text.tokens for text in texts]), pooled)
-    tokens, biases = [], []
-    for text in texts:
-        missing = length - text.tokens.shape[1]
-        bias = text.bias
-        if bias is None:
-            bias = torch.zeros(text.tokens.shape[:2], dtype=torch.float32, device=text.tokens.device)
-        tokens.append(F.pad(text.tokens, (0, 0, 0, missing)))
-        biases.append(F.pad(bias, (0, missing), value=-math.inf))
-    return TextEmbeddings(torch.cat(tokens), pooled, torch.cat(biases))
+    missing = [length - text.tokens.shape[1] for text in texts]
+    bias = lengths = None
+    if any(text.bias is not None for text in texts):
+        bias = torch.cat([F.pad(_bias(text), (0, more)) for text, more in zip(texts, missing, strict=True)])
+    # With a bias, too: then Stage C has two kinds of attention besides the plain one instead of three.
+    if any(missing) or bias is not None or any(text.lengths is not None for text in texts):
+        lengths = torch.cat([_lengths(text) for text in texts])
+    tokens = [F.pad(text.tokens, (0, 0, 0, more)) for text, more in zip(texts, missing, strict=True)]
+    return TextEmbeddings(torch.cat(tokens), torch.cat([text.pooled for text in texts]), bias, lengths)
+
+
+def _bias(text: TextEmbeddings) -> Tensor:
+    """Float32 (B, 77 N), zeros without a bias."""
+    return text.tokens.new_zeros(text.tokens.shape[:2], dtype=torch.float32) if text.bias is None else text.bias
+
+
+def _lengths(text: TextEmbeddings) -> Tensor:
+    """Int32 (B,), also of a text without padding."""
+    batch, length, _ = text.tokens.shape
+    return text.tokens.new_full((batch,), length, dtype=torch.int32) if text.lengths is None else text.lengths
 
 
 def repeated(text: TextEmbeddings, negative: TextEmbeddings) -> tuple[TextEmbeddings, TextEmbeddings]:

@@ -18,6 +18,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 FLOAT16_FROM = (7, 0)
 
 
+# How weights are kept: "auto", as the model folder has them; "full", in the networks' dtype; "int8", in 8 bits.
+PRECISIONS = ("auto", "full", "int8")
+
+
 class SettingError(ValueError):
     """A setting has a value that is not allowed.
 
@@ -91,6 +95,12 @@ def choose_device(
         if place.type == "cuda" and machine.capabilities[place.index] < KERNELS_FROM:
             why_so += ", and its kernels are plain torch's"
     return Placement(place, DTYPES[chosen], f"{why_there}, and {why_so}")
+
+
+def check_precision(precision: str) -> None:
+    """Raise a SettingError if there is no such precision, see `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise SettingError("precision", precision, f"one of {', '.join(PRECISIONS)}")
 
 
 def _choose_place(wanted: str, machine: Machine) -> tuple[torch.device, str]:

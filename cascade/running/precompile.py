@@ -64,7 +64,10 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
             for pending in (False, True):
                 jobs[AttnBlock, channels, pending] = _attention_block(block, channels, pending, unet)
             if unet.config.clip_text_in_channels is not None:  # its batches may have texts of different lengths
-                jobs[AttnBlock, channels, "biased"] = _attention_block(block, channels, False, unet, biased=True)
+                for biased in (False, True):
+                    jobs[AttnBlock, channels, "hides", biased] = _attention_block(
+                        block, channels, False, unet, hides=True, biased=biased
+                    )
     for channels in unet.config.block_out_channels:
         for pending in (False, True):
             jobs["norm", channels, pending] = _norm(channels, pending, unet)
@@ -74,11 +77,11 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
 
 
 def _stream(channels: int, pending: bool, device: torch.device, dtype: torch.dtype) -> Stream:
-    x = torch.zeros(1, SIDE, SIDE, channels, device=device)
+    x = torch.zeros(1, SIDE, SIDE, channels, device=device, dtype=torch.float32)
     if not pending:
         return Stream(x)
     # Halves of one tensor, like the timestep mappers' results.
-    scale, shift = torch.zeros(1, 2 * channels, device=device).chunk(2, dim=1)
+    scale, shift = torch.zeros(1, 2 * channels, device=device, dtype=torch.float32).chunk(2, dim=1)
     return Stream(x, torch.zeros(channels, device=device, dtype=dtype), scale, shift)
 
 
@@ -91,20 +94,28 @@ def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device
 
 
 def _attention_block(
-    block: AttnBlock, channels: int, pending: bool, unet: StableCascadeUNet, biased: bool = False
+    block: AttnBlock,
+    channels: int,
+    pending: bool,
+    unet: StableCascadeUNet,
+    *,
+    hides: bool = False,
+    biased: bool = False,
 ) -> Callable[[], object]:
     def job() -> object:
         tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
         key_value = block.condition.forward(tokens, block.kv_mapper, block.attention)
-        bias = torch.zeros(tokens.shape[:2], device=unet.device) if biased else None
-        return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value, bias)
+        bias = torch.zeros(tokens.shape[:2], device=unet.device, dtype=torch.float32) if biased else None
+        hidden = torch.zeros(len(tokens), 2, dtype=torch.int32, device=unet.device) if hides else None
+        return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value, bias, hidden)
 
     return job
 
 
 def _maps(unet: StableCascadeUNet) -> Callable[[], object]:
     conditions = 1 + len(unet.config.timestep_conditioning_type)
-    times = torch.zeros(conditions, 1, unet.config.timestep_ratio_embedding_dim, device=unet.device)
+    size = (conditions, 1, unet.config.timestep_ratio_embedding_dim)
+    times = torch.zeros(size, device=unet.device, dtype=torch.float32)
     return lambda: unet.timestep_mappers.forward(times, unet.dtype)
 
 

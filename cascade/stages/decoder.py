@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cascade.networks.protocol import UNet
-from cascade.sampling import Noise, Sample, Step, beside_zeros, guide, sample, with_guidance
-from cascade.stages.tiles import Predict, Tiles, condition_in_bands, predict_tiles
+from cascade.sampling import Noise, Sampling, Step, beside_zeros, guide, with_guidance
+from cascade.stages.tiles import Part, Predict, Tiles, condition_in_bands, predict_tiles
 
 # How many samples the network gets together of a picture in tiles, while memory suffices: those of four tiles, or of two with
 # guidance. More are hardly faster: four pictures of 1024x1024 together take 13 % less time each than alone (H100).
@@ -30,9 +30,9 @@ def decoder_steps(
     shift: float = 1.0,
     rescale: float = 0.7,
     sampler: str = "ddpm",
-    sample: Sample = sample,
+    sampling: type[Sampling] = Sampling,
     at_once: int | None = None,
-) -> Iterator[Step | None]:
+) -> Iterator[Step | Part]:
     """Sample Stage B's latents (B, 4, h, w), step by step; `sampling.finish` takes all steps. B: the seeds of `noise`.
 
     Args:
@@ -43,11 +43,11 @@ def decoder_steps(
             computed.
         size: (height, width) of the latents, even, see `sizes.decoder_size`.
         noise: draws the initial noise, then a step's noise when its turn comes.
-        steps, shift, sampler: see `sampling.sample`.
+        steps, shift, sampler: see `Sampling`.
         guidance, rescale: see `sampling.guide`.
-        sample: takes the steps.
-        at_once: in tiles (`stages.tiles`), of which the network gets about so many together, both halves counted; then None is
-            yielded between them. None: as a whole.
+        sampling: takes the steps.
+        at_once: in tiles (`stages.tiles`), of which the network gets about so many together, both halves counted; then a
+            `Part` is yielded between them. None: as a whole.
 
     Raises:
         ValueError: an argument does not fit the others or lies outside of its range.
@@ -64,22 +64,14 @@ def decoder_steps(
     # In memory of their own: of a view that repeats one row, cuBLAS's products are rounded otherwise.
     texts = torch.cat([half.expand(batch, -1, -1) for half in halves])
     maps = beside_zeros(semantic, len(halves))
+    taken = sampling(x, steps=steps, shift=shift, sampler=sampler, noise=lambda _: noise(*shape))
     if at_once is None:
         model = _whole(decoder, texts, maps, size)
-        model = model if guidance <= 1 else with_guidance(model, guidance, rescale)
-    else:
-        tiles = Tiles(*size)
-        conditions = condition_in_bands(decoder, texts, maps, tiles)
-        model = predict_tiles(decoder, conditions, tiles, tiles_together(at_once, len(texts)))
-        model = model if guidance <= 1 else _guided(model, guidance, rescale)
-    return sample(
-        model,
-        x,
-        steps=steps,
-        shift=shift,
-        sampler=sampler,
-        noise=lambda _: noise(*shape),
-    )
+        return taken.steps(model if guidance <= 1 else with_guidance(model, guidance, rescale))
+    tiles = Tiles(*size)
+    conditions = condition_in_bands(decoder, texts, maps, tiles)
+    predict = predict_tiles(decoder, conditions, tiles, tiles_together(at_once, len(texts)))
+    return _steps_in_tiles(taken, predict if guidance <= 1 else _guided(predict, guidance, rescale))
 
 
 def tiles_together(at_once: int, samples: int) -> int:
@@ -100,11 +92,17 @@ def _whole(
     return model
 
 
-def _guided(model: Predict, scale: float, rescale: float) -> Predict:
-    """`sampling.with_guidance` for a model that pauses. The latents' deviation, by which it rescales, is that of the whole."""
+def _steps_in_tiles(sampling: Sampling, predict: Predict) -> Iterator[Step | Part]:
+    """`Sampling.steps` for a prediction in parts."""
+    while sampling.index < sampling.total:
+        yield sampling.take((yield from predict(sampling.x, sampling.t)))
 
-    def guided(x: Tensor, t: Tensor) -> Generator[None, None, Tensor]:
-        both = yield from model(torch.cat([x, x]), torch.cat([t, t]))
+
+def _guided(predict: Predict, scale: float, rescale: float) -> Predict:
+    """`sampling.with_guidance` for a prediction in parts. The latents' deviation, by which it rescales, is that of the whole."""
+
+    def guided(x: Tensor, t: Tensor) -> Generator[Part, None, Tensor]:
+        both = yield from predict(torch.cat([x, x]), torch.cat([t, t]))
         return guide(*both.chunk(2), scale, rescale)
 
     return guided

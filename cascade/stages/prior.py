@@ -14,7 +14,7 @@ from cascade.networks.ip_adapter import split_heads
 from cascade.networks.protocol import UNet
 from cascade.networks.unet import Conditions, ImageTokens, resize
 from cascade.prompts.text import TextEmbeddings, joined
-from cascade.sampling import Noise, Sample, Step, alpha_sigma, beside_zeros, diffuse, sample, with_guidance
+from cascade.sampling import Noise, Sampling, Step, alpha_sigma, beside_zeros, diffuse, with_guidance
 
 
 class Residuals(NamedTuple):
@@ -70,7 +70,7 @@ def prior_steps(
     free: Tensor | None = None,
     controls: Sequence[Residuals] = (),
     adapter: Sequence[AdapterImage] = (),
-    sample: Sample = sample,
+    sampling: type[Sampling] = Sampling,
 ) -> Iterator[Step]:
     """Sample semantic latents (B, 16, h, w), step by step; `sampling.finish` takes all steps. B is the number of seeds.
 
@@ -81,7 +81,7 @@ def prior_steps(
             for guidance above 1 only: otherwise the unconditional half is not computed.
         size: (h, w) of the latents, see `sizes.semantic_size`.
         noise: one seed per image. It draws the initial noise, then each step's.
-        steps, shift, sampler: see `sampling.sample`.
+        steps, shift, sampler: see `Sampling`.
         guidance, rescale: see `sampling.guide`.
         interval: step i of n, from 0, is guided if start <= i / n < end. The unconditional half of others is not computed.
         image: image embeddings (B or 1, N, D) of N image prompts. The unconditional half gets zeros.
@@ -92,7 +92,7 @@ def prior_steps(
             the step's time. None: all are made anew.
         controls: the residuals of ControlNets, added to both halves, as in the authors' code.
         adapter: what the images of an IP-Adapter add. The unconditional half gets nothing of them.
-        sample: takes the steps, see `sampling.sample`.
+        sampling: takes the steps.
 
     Raises:
         ValueError: an argument is out of range, or does not fit the others.
@@ -122,6 +122,7 @@ def prior_steps(
             clip_text_pooled=texts.pooled,
             clip_text=texts.tokens,
             clip_text_bias=texts.bias,
+            clip_text_lengths=texts.lengths,
             clip_img=None if image is None else beside_zeros(image.expand(batch, -1, -1), len(halves)),
         )
     taken = steps_taken(steps, strength)
@@ -148,8 +149,7 @@ def prior_steps(
         alpha, sigma = alpha_sigma(log_snr)
         return torch.where(free, x, alpha * start + sigma * first)
 
-    return sample(
-        model,
+    return sampling(
         x,
         steps=taken,
         shift=shift,
@@ -157,7 +157,7 @@ def prior_steps(
         t_start=strength,
         noise=lambda _: noise(*shape),
         hold=None if free is None else hold,
-    )
+    ).steps(model)
 
 
 def steps_taken(steps: int, strength: float) -> int:
@@ -174,6 +174,7 @@ def _first(conditions: Conditions, rows: int) -> Conditions:
         tuple(value[:rows] for value in conditions.values),
         None,
         None if conditions.bias is None else conditions.bias[:rows],
+        None if conditions.hidden is None else conditions.hidden[:rows],
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,20 @@ OVERLAP = 48
 # Tiles begin at multiples of this, except the last ones, so that they are shrunk as the whole would be.
 GRID = 16
 
-Predict = Callable[[Tensor, Tensor], Generator[None, None, Tensor]]
-"""A model for `sampling.sample` that pauses: (x, t) -> epsilon, yielding None where the caller may stop."""
+
+class Part(NamedTuple):
+    """Some tiles of a step have been predicted, and others are still to come.
+
+    Attributes:
+        done, total: the number of tiles predicted so far, and of all.
+    """
+
+    done: int
+    total: int
+
+
+Predict = Callable[[Tensor, Tensor], Generator[Part, None, Tensor]]
+"""(x, t) -> epsilon, as `Sampling` has them. Yields a `Part` wherever the caller may stop."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +153,11 @@ def predict_tiles(decoder: UNet, conditions: Conditions, tiles: Tiles, at_once: 
         """Tile by tile, and each of the whole batch."""
         return torch.cat([tiles.cut(x, tiles.places[number], shrunk) for number in group])
 
-    def predict(x: Tensor, t: Tensor) -> Generator[None, None, Tensor]:
+    def predict(x: Tensor, t: Tensor) -> Generator[Part, None, Tensor]:
         blended = torch.zeros_like(x)
-        for place, group in enumerate(groups):
-            if place:
-                yield
+        for group in groups:
+            if group[0]:
+                yield Part(group[0], len(tiles))
             with torch.no_grad():
                 own = cut(map_of_all, group, patch).permute(0, 2, 3, 1).contiguous()
                 made = decoder(cut(x, group), t.repeat(len(group)), given[len(group)]._replace(feature_map=own))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cascade.networks.eight_bits import EightBits, scale_of
 from cascade.weights.errors import WeightsError
 
 # Threads that read ahead, one tensor each.
@@ -27,15 +28,20 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
 }
+
+
+# A tensor in floating point, or a matrix in 8 bits.
+Stored = Tensor | EightBits
 
 
 class BaseWeights(Protocol):
     """Reads base weights."""
 
     def read(
-        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Stored]
+    ) -> Iterator[tuple[str, Stored]]:
         """Tensors of a network, as they were before any change.
 
         Args:
@@ -45,8 +51,8 @@ class BaseWeights(Protocol):
             current: returns a tensor's present value, by name.
 
         Yields:
-            Each name, in order, with its tensor in floating point. The caller must not change it, and may use it only
-            until the next one is yielded.
+            Each name, in order, with its tensor in floating point, or in 8 bits if it is kept so. The caller must not change
+            it, and may use it only until the next one is yielded.
 
         Raises:
             WeightsError: they can no longer be read.
@@ -57,16 +63,20 @@ class KeptWeights:
     """Copies tensors when they are first read; they must not have been changed before."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._kept: dict[tuple[str, str], Stored] = {}
 
     def read(
-        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Stored]
+    ) -> Iterator[tuple[str, Stored]]:
         """See `BaseWeights`."""
         for name in names:
             if (network, name) not in self._kept:
-                self._kept[network, name] = current(name).detach().to("cpu", copy=True)
-            yield name, self._kept[network, name].to(device)
+                self._kept[network, name] = _each(lambda one: one.detach().to("cpu", copy=True), current(name))
+            yield name, _each(lambda one: one.to(device), self._kept[network, name])
+
+
+def _each(change: Callable[[Tensor], Tensor], stored: Stored) -> Stored:
+    return change(stored) if isinstance(stored, Tensor) else EightBits(*map(change, stored))
 
 
 class _Stored(NamedTuple):
@@ -106,8 +116,8 @@ class FileWeights:
         self._tensors: dict[str, dict[str, _Stored]] = {}
 
     def read(
-        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
+        self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Stored]
+    ) -> Iterator[tuple[str, Stored]]:
         """See `BaseWeights`."""
         try:
             for path in self._files[network]:
@@ -117,7 +127,12 @@ class FileWeights:
                 self._tensors[network] = {
                     name: one for path in self._files[network] for name, one in _header(path).items()
                 }
-            yield from _read_ahead([(name, self._tensors[network][name]) for name in names], device)
+            stored = self._tensors[network]
+            every = [one for name in names for one in (name, scale_of(name)) if one in stored]
+            read = _read_ahead([(name, stored[name]) for name in every], device)
+            for name in names:
+                _, tensor = next(read)
+                yield name, EightBits(tensor, next(read)[1]) if scale_of(name) in stored else tensor
         except OSError as error:
             raise WeightsError(f"{error.filename or network} cannot be read: {error.strerror or error}.") from error
 

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from cascade.networks.controlnet import ControlNet
+from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
+from cascade.networks.eight_bits import in_eight_bits, rounded_names
 from cascade.safety import FOLDER as SAFETY_CHECKER
 from cascade.safety import SafetyChecker
 from cascade.weights.fitting import misfit
@@ -30,6 +33,7 @@ from cascade.weights.folder import (
     PUBLISHED_SAMPLER,
     PUBLISHED_SIZE,
     PUBLISHED_STAGE_A_SCALE,
+    TRANSFORMERS_CONFIGS,
     ModelFolder,
     WeightsError,
     check_channels,
@@ -37,8 +41,9 @@ from cascade.weights.folder import (
 )
 from cascade.weights.hashing import sha256
 from cascade.weights.manifest import Manifest
+from cascade.weights.names import STEMS, SUFFIX
 from cascade.weights.published import ALWAYS, PARTS, Part
-from cascade.weights.reading import read_header, read_json
+from cascade.weights.reading import find_weights, read_header, read_json, read_tensors
 from cascade.weights.single_file import controlnet_config
 from cascade.weights.sources import Source, find
 from cascade.weights.writing import replacement, save_component, write_model_json
@@ -63,7 +68,7 @@ SHARED = (
 )
 
 
-def save_model(download: Path, target: Path) -> None:
+def save_model(download: Path, target: Path, *, eight_bits: bool = False) -> None:
     """Make a model folder, or extend an existing one, with the files that ``download.json`` lists.
 
     Checks all files before it writes.
@@ -71,6 +76,7 @@ def save_model(download: Path, target: Path) -> None:
     Args:
         download: the folder of the download.
         target: the model folder.
+        eight_bits: whether weights are stored in 8 bits, see `store_in_eight_bits`.
 
     Raises:
         DownloadError: there is no complete download.
@@ -94,6 +100,8 @@ def save_model(download: Path, target: Path) -> None:
     with replacement(target, without=made, copy=link) as folder:
         for part in parts:
             place(download, part, folder / part.component)
+        if eight_bits:
+            store_in_eight_bits(folder)
         write_model_json(folder, **about)
         ModelFolder.open(folder)
 
@@ -129,13 +137,47 @@ def choose(asked: Mapping[str, Path], folders: list[Path], there: set[str]) -> d
     return {**more, **chosen}
 
 
+def store_in_eight_bits(folder: Path) -> None:
+    """Store the networks of a model folder in 8 bits, those that can be, see ``cascade.networks.eight_bits``.
+
+    Such a network becomes one file. Its old files are removed, not changed: they may be hard links.
+
+    Raises:
+        WeightsError: a weight is infinite or NaN, which 8 bits do not have.
+    """
+    for component in EIGHT_BIT_NETWORKS:
+        if not (folder / component).is_dir():
+            continue
+        files = find_weights(folder / component)
+        logger.info("Storing %s in 8 bits.", component)
+        tensors = read_tensors(files)
+        names = rounded_names(tensors, component)
+        for name, tensor in tensors.items():
+            if name in names and tensor.is_floating_point() and not tensor.isfinite().all():
+                raise WeightsError(f"{component} cannot be stored in 8 bits: {name} holds infinite or NaN values.")
+        made = folder / component / f"{STEMS[1 if component in TRANSFORMERS_CONFIGS else 0]}{SUFFIX}"
+        scratch = made.with_name(f".{made.name}")
+        save_file(in_eight_bits(tensors, names), scratch, metadata={"format": "pt"})
+        shutil.copymode(files[0], scratch)
+        for old in (*files, *(folder / component).glob(f"*{SUFFIX}.index*.json")):
+            old.unlink()
+        scratch.replace(made)
+
+
 def components_in(folder: Path) -> set[str]:
     """The components and extras of a model folder; none if it does not exist."""
     return {name for name in (*COMPONENTS, *EXTRAS) if (folder / name).is_dir()}
 
 
 def save_own(
-    asked: Mapping[str, Path], folders: list[Path], target: Path, *, base: Path, download: Path, name: str | None = None
+    asked: Mapping[str, Path],
+    folders: list[Path],
+    target: Path,
+    *,
+    base: Path,
+    download: Path,
+    name: str | None = None,
+    eight_bits: bool = False,
 ) -> None:
     """Make a model folder, or change an existing one, with the user's own files and folders.
 
@@ -147,6 +189,7 @@ def save_own(
         base: another model folder. It need not exist.
         download: the folder of a download. It need not exist.
         name: the model's new name; None: the name of the first file or folder that holds Stage C or B.
+        eight_bits: whether weights are stored in 8 bits, see `store_in_eight_bits`.
 
     Raises:
         DownloadError: the download is damaged.
@@ -201,6 +244,8 @@ def save_own(
         for component, source in sources.items():
             logger.info("Writing %s.", component)
             source.write(folder / component, known[component])
+        if eight_bits:
+            store_in_eight_bits(folder)
         write_model_json(folder, **about)
         ModelFolder.open(folder)
 

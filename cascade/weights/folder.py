@@ -27,6 +27,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,7 +46,18 @@ from transformers.initialization import no_init_weights
 
 from cascade.networks.controlnet import KINDS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
+from cascade.networks.eight_bits import (
+    bytes_of,
+    group_of,
+    in_eight_bits,
+    restored,
+    rounded_names,
+    scale_of,
+    use_eight_bits,
+)
 from cascade.networks.ip_adapter import IPAdapter
+from cascade.networks.layout import SCALE
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -242,13 +254,19 @@ class ModelFolder:
         return f"{sentence}. scripts/download-weights fetches all that is needed."
 
     def load_component(
-        self, component: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        component: str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        eight_bits: bool = False,
     ) -> Any:
         """Load one component.
 
         Args:
             component: one of ``COMPONENTS``.
             device, dtype: the device and dtype of the loaded weights. Ignored for the tokenizer and the feature extractor.
+            eight_bits: whether weights are kept in 8 bits, see ``cascade.networks.eight_bits``, whatever the files have.
 
         Returns:
             The network in evaluation mode, or the tokenizer or image processor.
@@ -268,7 +286,13 @@ class ModelFolder:
         weights = _weights_of(part)
         if not weights:
             raise no_weights(part)
-        tensors = read_tensors(weights, device, dtype, self._sums_of(weights) if self.checks else None)
+        sums = self._sums_of(weights) if self.checks else None
+        names = rounded_names(read_header(weights), component) if eight_bits else ()
+        change = partial(in_eight_bits, names=names) if eight_bits else dict
+        tensors = read_tensors(weights, device, dtype, sums, change)
+        check_eight_bits(weights[0], tensors)
+        if not eight_bits:
+            tensors = restored(tensors, dtype)
         if part.is_file():
             network = _single_file_network(component, part, tensors)
         else:
@@ -322,8 +346,13 @@ class ModelFolder:
         folders = {name: self.parts[name] for name in components if name in self.parts and self.parts[name].is_dir()}
         return {name: find_weights(folder) for name, folder in folders.items()}
 
-    def size(self, component: str, dtype: torch.dtype) -> int:
-        """Bytes of a network's tensors, with floating-point tensors in `dtype`. Reads only the file's header.
+    def has_eight_bits(self) -> bool:
+        """Whether a network is stored in 8 bits. Reads only the files' headers."""
+        files = self.standard_files(EIGHT_BIT_NETWORKS).values()
+        return any(name.endswith(SCALE) for paths in files for name in read_header(paths))
+
+    def size(self, component: str, dtype: torch.dtype, *, eight_bits: bool = False) -> int:
+        """Bytes of a network's tensors as `load_component` loads them. Reads only the file's header.
 
         Raises:
             WeightsError: the folder has no such component, or no weights for it.
@@ -333,8 +362,14 @@ class ModelFolder:
         weights = _weights_of(self.parts[component])
         if not weights:
             raise no_weights(self.parts[component])
-        total = 0
-        for shape, kind in read_header(weights).values():
+        total, header = 0, read_header(weights)
+        rounded = rounded_names(header, component) if eight_bits else ()
+        for name, (shape, kind) in header.items():
+            if name.endswith(SCALE):
+                continue
+            if name in rounded or scale_of(name) in header:
+                total += bytes_of(shape) if eight_bits else math.prod(shape) * dtype.itemsize
+                continue
             bits = re.search(r"\d+", kind)  # F8_E4M3 has 8; BOOL has no number
             itemsize = dtype.itemsize if "F" in kind else int(bits.group() if bits else 8) // 8
             total += math.prod(shape) * itemsize
@@ -358,6 +393,28 @@ class ModelFolder:
             actual = sha256(file)
             if actual != expected:
                 raise WeightsError(f"{file} has the checksum {actual}, but model.json says {expected}.")
+
+
+def check_eight_bits(weights: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Make sure that integers and scales of weights in 8 bits belong together.
+
+    Raises:
+        WeightsError: they do not.
+    """
+    for name, tensor in tensors.items():
+        scale = tensors.get(scale_of(name))
+        if scale is None:
+            if tensor.dtype == torch.int8:
+                raise WeightsError(f"{weights} has no tensor {scale_of(name)}, without which {name} cannot be used.")
+            continue
+        if tensor.dtype != torch.int8 or scale.dtype != torch.bfloat16:
+            kinds = " and ".join(str(one.dtype).removeprefix("torch.") for one in (tensor, scale))
+            raise WeightsError(
+                f"{weights}: {name} and its scale are stored as {kinds}; they must be int8 and bfloat16."
+            )
+        wanted = (*tensor.shape[:-1], tensor.shape[-1] // group_of(tensor.shape[-1]))
+        if tensor.ndim != 2 or tuple(scale.shape) != wanted:
+            raise WeightsError(f"{weights}: {scale_of(name)} has the shape {tuple(scale.shape)} instead of {wanted}.")
 
 
 def check_channels(weights: Path, component: str, channels: int) -> None:
@@ -390,7 +447,11 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
     with init_empty_weights(include_buffers=False), no_init_weights():
         try:
             if component in TRANSFORMERS_CONFIGS:
-                return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
+                described = TRANSFORMERS_CONFIGS[component].from_dict(config)
+                # For a dtype, transformers would change torch's default until the network is made, and other threads, which
+                # prepare kernels meanwhile, would get tensors of it.
+                described.dtype = None
+                return NETWORKS[component](described)
             return NETWORKS[component].from_config(current_names(config))
         except Exception as error:  # networks raise various errors for wrong settings
             said = f"it lacks {error}" if isinstance(error, KeyError) else shortened(error).rstrip(".")
@@ -527,6 +588,7 @@ def load_processor(component: str, folder: Path) -> Any:
 def _network(component: str, config_path: Path, weights: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Make a network in evaluation mode from a ``config.json`` and the tensors of `weights`."""
     network = empty_network(component, config_path)
+    use_eight_bits(network, tensors)
     wrong = misfit(_shapes(network.state_dict()), _shapes(tensors))
     if wrong is not None:
         raise WeightsError(f"{weights}{wrong}, by {config_path}{_what_else(component, tensors)}.")

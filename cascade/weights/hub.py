@@ -9,7 +9,6 @@ Errors are of three kinds, each with its own sentences: the disk (`DiskError`), 
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -39,6 +38,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 from cascade.weights.hashing import sha256
+from cascade.weights.locking import locked
 from cascade.weights.manifest import INCOMPLETE, LOCK, DownloadError, amount
 from cascade.weights.published import Repository
 
@@ -113,7 +113,11 @@ def fetched(files: list[RemoteFile], folder: Path) -> Iterator[dict[str, str]]:
     total, left = sum(file.size for file in files), sum(file.left(folder) for file in missing)
     logger.info("%s in %d files into %s; %s to fetch.", amount(total), len(files), folder, amount(left))
     check_free(folder, left)
-    with locked(folder):
+
+    def refuse() -> None:
+        raise HubError(f"Another download into {folder} is running: wait for it, or end it.")
+
+    with locked(folder / LOCK, refuse):  # because two downloads that append to one file would corrupt it
         for file in missing:
             with explained(file.repository):
                 fetch(file, folder)
@@ -148,18 +152,6 @@ def check_free(folder: Path, needed: int) -> None:
             f"{amount(needed)} are still to be fetched, but the disk of {folder} has only {amount(free)} free: "
             "free some, or name a folder on another disk with --output."
         )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and lock it against other downloads, because two that append to one file would corrupt it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HubError(f"Another download into {folder} is running: wait for it, or end it.") from None
-        yield
 
 
 def fetch(file: RemoteFile, folder: Path) -> None:

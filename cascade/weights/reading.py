@@ -4,16 +4,18 @@ Several threads read a file. They compare checksums before they copy tensors to 
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cascade.networks.layout import SCALE
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.names import PICKLES, STEMS, SUFFIX, VARIANTS, index_names
 from cascade.weights.sums import PIECE, READERS, Piece, divide
@@ -142,14 +144,17 @@ def read_tensors(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     sums: Mapping[Path, Sums] | None = None,
+    change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> dict[str, Tensor]:
     """All tensors of some safetensors files, by name.
 
     Args:
         files: paths.
         device: the tensors' device.
-        dtype: the dtype of floating-point tensors; None: as stored.
+        dtype: the dtype of floating-point tensors; None: as stored. Scales of tensors in 8 bits stay as they are.
         sums: checksums by file, compared during reading. Files without an entry are not checked.
+        change: returns what is kept of some tensors, which are as stored, on the device. One call runs at a time, so that the
+            memory that calls need does not add up.
 
     Raises:
         WeightsError: a file is truncated, not a safetensors file, or differs from its checksums.
@@ -157,15 +162,23 @@ def read_tensors(
     tensors: dict[str, Tensor] = {}
     for path in files:
         try:
-            tensors |= _read_file(path, device, (sums or {}).get(path))
+            tensors |= _read_file(path, device, (sums or {}).get(path), change)
         except (SafetensorError, OSError) as error:
             raise unreadable(path, error) from error
     if dtype is None:
         return tensors
-    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    return {
+        key: tensor.to(dtype) if tensor.is_floating_point() and not key.endswith(SCALE) else tensor
+        for key, tensor in tensors.items()
+    }
 
 
-def _read_file(path: Path, device: str | torch.device, sums: Sums | None) -> dict[str, Tensor]:
+def _read_file(
+    path: Path,
+    device: str | torch.device,
+    sums: Sums | None,
+    change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+) -> dict[str, Tensor]:
     pieces = divide(path, sums.least if sums else PIECE)
     # A damaged header can change the number of pieces.
     listed: Sequence[str | None] = [None] * len(pieces)
@@ -173,6 +186,7 @@ def _read_file(path: Path, device: str | torch.device, sums: Sums | None) -> dic
         if len(sums.listed) != len(pieces):
             raise _damaged(path, pieces[0], sums)
         listed = sums.listed
+    changing = Lock()
 
     def read(share: int) -> dict[str, Tensor]:
         read: dict[str, Tensor] = {}
@@ -181,7 +195,9 @@ def _read_file(path: Path, device: str | torch.device, sums: Sums | None) -> dic
                 stored = {key: file.get_tensor(key) for key in piece.keys}
                 if expected is not None and piece.sum(stored.values()) != expected:
                     raise _damaged(path, piece, sums)
-                read |= {key: tensor.to(device) for key, tensor in stored.items()}
+                there = {key: tensor.to(device) for key, tensor in stored.items()}
+                with changing:
+                    read |= change(there)
         return read
 
     with ThreadPoolExecutor(READERS) as threads:

@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVision
 
 from cascade.networks.controlnet import PUBLISHED_BLOCKS
 from cascade.networks.effnet import IMAGENET_MEAN, IMAGENET_STD, SemanticEncoder
+from cascade.networks.eight_bits import EightBits
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -294,7 +295,7 @@ def convert(state_dict: Mapping[str, Tensor]) -> StateDict:
 
 
 def _in_sixteen_bits(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Convert 8-bit floating point to bfloat16, and drop scales and other surplus tensors."""
+    """Convert 8-bit numbers with a scale, and 8-bit floating point, to bfloat16. Drop scales and other surplus tensors."""
     scales = {key: tensor for key, tensor in state_dict.items() if key.rpartition(".")[2] in SCALES}
     result: StateDict = {}
     for key, tensor in state_dict.items():
@@ -311,8 +312,16 @@ def _in_sixteen_bits(state_dict: Mapping[str, Tensor]) -> StateDict:
 
 
 def _scaled(key: str, tensor: Tensor, scale: Tensor) -> Tensor:
+    if tensor.dtype == torch.int8 and tensor.ndim == scale.ndim == 2:  # one per group of a row, or one per row
+        groups = scale.shape[1]
+        if len(scale) != len(tensor) or not groups or tensor.shape[1] % groups:
+            raise ValueError(f"{key} has scales of the shape {tuple(scale.shape)}; its own is {tuple(tensor.shape)}.")
+        return EightBits(tensor, scale).restored(torch.bfloat16)
     if tensor.dtype not in EIGHT_BITS:
-        raise ValueError(f"{key} has a scale, but is stored as {tensor.dtype}, not in 8-bit floating point.")
+        raise ValueError(
+            f"{key} has a scale, but is stored as {tensor.dtype}, not in 8-bit floating point, nor as int8 with a scale "
+            "for each group of a row."
+        )
     if tensor.ndim and scale.numel() == len(tensor):  # one per row
         scale = scale.reshape(-1, *[1] * (tensor.ndim - 1))
     elif scale.numel() != 1:

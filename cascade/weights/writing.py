@@ -8,13 +8,15 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from cascade.networks.layout import SCALE
 from cascade.weights.folder import COMPONENTS, StageSettings, component_files
 from cascade.weights.hashing import sha256
 from cascade.weights.names import SUFFIX
@@ -32,6 +34,7 @@ def save_model_folder(
     sampler: Mapping[str, StageSettings],
     stage_a_scale: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write components into a model folder, new or existing, and ``model.json`` with their checksums.
 
@@ -43,6 +46,7 @@ def save_model_folder(
         components: networks, tokenizer and image processor by name, see ``COMPONENTS``.
         name, license, native_size, sampler, stage_a_scale: see ``ModelFolder``.
         dtype: dtype of the stored parameters. Buffers, such as BatchNorm's statistics, keep theirs.
+        extras: content of files in folders of ``EXTRAS``, by path.
     """
     unknown = set(components) - set(COMPONENTS)
     if unknown:
@@ -50,6 +54,9 @@ def save_model_folder(
     with replacement(folder, without=components) as made:
         for component, item in components.items():
             save_component(made / component, item, dtype)
+        for path, content in extras.items():
+            (made / path).parent.mkdir(exist_ok=True)
+            (made / path).write_bytes(content)
         about = {"name": name, "license": license, "native_size": native_size, "stage_a_scale": stage_a_scale}
         write_model_json(made, sampler=sampler, **about)
 
@@ -87,14 +94,14 @@ def replacement(
 
 
 def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
-    """Write a network (parameters in ``dtype``), a tokenizer or an image processor into a new folder."""
+    """Write a network (parameters in ``dtype``, or in 8 bits), a tokenizer or an image processor into a new folder."""
     folder.mkdir(parents=True)
     if not isinstance(item, nn.Module):
         item.save_pretrained(folder)
         return
     buffers = {name for name, _ in item.named_buffers()}
     tensors = {
-        key: tensor.detach().to("cpu", tensor.dtype if key in buffers else dtype).contiguous()
+        key: tensor.detach().to("cpu", dtype if _is_converted(key, tensor, buffers) else tensor.dtype).contiguous()
         for key, tensor in item.state_dict().items()
     }
     transformers_made = isinstance(item, CLIPTextModelWithProjection | CLIPVisionModelWithProjection)
@@ -106,6 +113,10 @@ def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
     save_file(tensors, folder / file, metadata={"format": "pt"})
     _forget_origin(folder / "config.json")
     shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it readable by the owner only
+
+
+def _is_converted(key: str, tensor: Tensor, buffers: Collection[str]) -> bool:
+    return key not in buffers and tensor.is_floating_point() and not key.endswith(SCALE)
 
 
 def _forget_origin(config_path: Path) -> None:

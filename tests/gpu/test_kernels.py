@@ -127,28 +127,60 @@ def test_attention(triton: ModuleType, batch: int, tokens: int, context: int, he
         assert torch.equal(triton.attention(*dense), triton.attention(*given))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "context", "hidden"), [(576, 158, slice(77, 154)), (77, 316, slice(0, 250))])
-def test_attention_with_a_bias(
-    triton: ModuleType, tokens: int, context: int, hidden: slice, dtype: torch.dtype
-) -> None:
-    """-inf hides keys, whole blocks of them at the beginning, too; zeros change nothing, to the bit."""
-    torch.manual_seed(2)
+def attention_inputs(batch: int, tokens: int, context: int, dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
+    """With the image's own keys and without."""
     heads, head = 3, 64
-    query, own_key, own_value = draw(2, tokens, 3 * heads * head, dtype=dtype).chunk(3, dim=-1)
+    query, own_key, own_value = draw(batch, tokens, 3 * heads * head, dtype=dtype).chunk(3, dim=-1)
     key, value = (
         x.unflatten(-1, (heads, head)).transpose(1, 2)
-        for x in draw(2, context, 2 * heads * head, dtype=dtype).chunk(2, dim=-1)
+        for x in draw(batch, context, 2 * heads * head, dtype=dtype).chunk(2, dim=-1)
     )
-    bias = torch.zeros(2, context, device="cuda")
-    bias[0, hidden] = -torch.inf
+    return [(query, own_key, own_value, key, value), (query, None, None, key, value)]
+
+
+def exact_attention(given: tuple[Tensor | None, ...], **options: Tensor) -> Tensor:
+    return plain.attention(*(None if x is None else x.float() for x in given), 0.0, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [576, 77])
+def test_attention_with_a_bias(triton: ModuleType, tokens: int, dtype: torch.dtype) -> None:
+    """Zeros change nothing, to the bit."""
+    torch.manual_seed(2)
+    bias = torch.zeros(2, 158, device="cuda")
     bias[1, :77] = math.log(3)
-    for given in ((query, own_key, own_value, key, value), (query, None, None, key, value)):
-        expected = plain.attention(*(None if x is None else x.float() for x in given), 0.0, bias)
+    for given in attention_inputs(2, tokens, 158, dtype):
+        expected, without = exact_attention(given, bias=bias), triton.attention(*given)
         assert error(triton.attention(*given, 0.0, bias), expected) < ROUNDING[dtype]
-        without = triton.attention(*given)
         torch.testing.assert_close(triton.attention(*given, 0.0, torch.zeros_like(bias)), without, atol=0, rtol=0)
         assert error(without, expected) > ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [576, 77])
+@pytest.mark.parametrize("counted", [False, True])
+def test_attention_that_leaves_out_padding(triton: ModuleType, tokens: int, dtype: torch.dtype, counted: bool) -> None:
+    """Texts of 0 to 4 chunks in one batch: each has the result that it has alone, to the bit."""
+    torch.manual_seed(2)
+    lengths, longest, context = [77, 308, 154, 231, 64, 0], 308, 316
+    hidden = torch.tensor([[length, longest - length] for length in lengths], dtype=torch.int32, device="cuda")
+    options = {"hidden": hidden}
+    if counted:
+        options["bias"] = torch.zeros(len(lengths), context, device="cuda")
+        options["bias"][::2, :longest] = math.log(3)
+    for given in attention_inputs(len(lengths), tokens, context, dtype):
+        for padded in given[3:]:
+            for row, length in enumerate(lengths):
+                padded[row, :, length:longest] = 3e4
+        together = triton.attention(*given, **options)
+        assert error(together, exact_attention(given, **options)) < ROUNDING[dtype]
+        for row, length in enumerate(lengths):
+            left = [*range(length), *range(longest, context)]
+            alone = [None if x is None else x[row : row + 1] for x in given[:3]]
+            alone += [x[row : row + 1, :, left] for x in given[3:]]
+            bias = options["bias"][row : row + 1, left] if counted else None
+            assert torch.equal(together[row], triton.attention(*alone, bias=bias)[0])
+    assert torch.equal(triton.attention(*given, hidden=torch.zeros_like(hidden)), triton.attention(*given))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

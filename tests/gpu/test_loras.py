@@ -145,13 +145,17 @@ def test_changes_at_full_size(full_size: Path, tmp_path: Path, mode: str) -> Non
 
 @pytest.mark.usefixtures("exact_float32")
 def test_a_merged_prediction_is_as_exact_as_the_base(tmp_path: Path) -> None:
-    """In bfloat16, each against its float32: of a file in float32, and of one that has been rounded already."""
+    """In bfloat16, each against its float32: of a file in float32, and of one that has been rounded already.
+
+    The latter's base has no error of rounded weights, and with a LoRA it has: as much as a file in float32 has anyway.
+    """
     errors = merging_errors(
-        tmp_path, published_config("prior"), sizes.semantic_size(1024, 1024), rank=64, device="cuda"
+        tmp_path, published_config("prior"), sizes.semantic_size(1024, 1024), rank=64, device="cuda", draws=8
     )
     print(", ".join(f"{name} {value:.3%}" for name, value in errors.items()))
     assert errors["change"] > 0.05
     assert errors["merged"] <= 1.1 * errors["base"]
+    assert errors["rounded merged"] <= 1.1 * errors["base"]
 
 
 class Stored(NamedTuple):
@@ -167,27 +171,42 @@ class Stored(NamedTuple):
 
 
 def merging_errors(
-    folder: Path, config: dict[str, Any], size: tuple[int, int], *, rank: int, device: str
+    folder: Path, config: dict[str, Any], size: tuple[int, int], *, rank: int, device: str, draws: int
 ) -> dict[str, float]:
     """Relative errors of bfloat16 predictions: "base" and "merged" of float32 weights, rounded once; "rounded base" and
     "rounded merged" of weights that bfloat16 has exactly, where only what is merged is rounded. "change": what the LoRA does.
+
+    What rounded weights do is much the same at every pixel, so it has few degrees of freedom, and differs by a sixth between
+    draws of weights. These are root mean squares over `draws` of them.
     """
     rounded = make_unet(config, latent_size=size, semantic_size=size, seed=1, device=device)
-    exact = copy.deepcopy(rounded)
-    generator = torch.Generator(device).manual_seed(7)
-    with torch.no_grad():
-        for tensor in exact.parameters():  # by up to a quarter of the last place that bfloat16 has
-            tensor.mul_(1 + 2**-9 * (2 * torch.rand(tensor.shape, generator=generator, device=device) - 1))
-    shapes = {name: tuple(tensor.shape) for name, tensor in exact.state_dict().items()}
-    lora = write_lora(folder / "lora.safetensors", {"prior": shapes}, rank, size=0.005)
-    found = {}
-    for kind, stored in (("", exact), ("rounded ", rounded)):
-        base = predictions(stored, size)
-        found[f"{kind}base"] = error(predictions(halved(stored), size), base)
-        merged = [predictions(with_lora(stored, half, lora), size) for half in (False, True)]
-        found[f"{kind}merged"] = error(merged[1], merged[0])
-        found["change"] = error(merged[0], base)
-    return found
+    shapes = {name: tuple(tensor.shape) for name, tensor in rounded.state_dict().items()}
+    found: dict[str, list[float]] = {}
+    for draw in range(draws):
+        lora = write_lora(folder / f"{draw}.safetensors", {"prior": shapes}, rank, seed=draw, size=0.005)
+        for kind, stored in (("", unrounded(rounded, seed=draw)), ("rounded ", rounded)):
+            base = predictions(stored, size)
+            merged = [predictions(with_lora(stored, half, lora), size) for half in (False, True)]
+            errors = {
+                f"{kind}base": error(predictions(halved(stored), size), base),
+                f"{kind}merged": error(merged[1], merged[0]),
+                "change": error(merged[0], base),
+            }
+            for name, value in errors.items():
+                found.setdefault(name, []).append(value)
+    return {name: float(np.sqrt(np.mean(np.square(values)))) for name, values in found.items()}
+
+
+@torch.no_grad()
+def unrounded(network: StableCascadeUNet, seed: int) -> StableCascadeUNet:
+    """The network with weights that bfloat16 does not have: changed by up to 1.6 %, which is 2 to 4 of its last places, so that
+    rounding errs as it does for any number, evenly up to half of the last place.
+    """
+    changed = copy.deepcopy(network)
+    generator = torch.Generator(network.device).manual_seed(seed)
+    for tensor in changed.parameters():
+        tensor.mul_(1 + 2**-6 * (2 * torch.rand(tensor.shape, generator=generator, device=tensor.device) - 1))
+    return changed
 
 
 def halved(network: StableCascadeUNet) -> StableCascadeUNet:

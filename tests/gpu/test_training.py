@@ -63,7 +63,7 @@ def test_stages_run_at_once_each_on_a_gpu_of_its_own(tmp_path: Path) -> None:
     kept = ("model", "data", "tokenizer", "vqgan", "text_encoder", "image_encoder", "stage_a", "clip")
     changes = [*plain, *(f"- {name}" for name in tables if name not in kept)]
     assert train_all(write_config(tmp_path, "\n".join(changes)), pictures, output, at_once=2) == 0
-    gpus = {one["gpu"] for one in Ledger.load(output).processes if one["stage"] in ("stage_a", "clip")}
+    gpus = {gpu for one in Ledger.load(output).processes if one["stage"] in ("stage_a", "clip") for gpu in one["gpus"]}
     assert len(gpus) == 2
     assert costs(output)["stages"]["clip"]["devices"] == [torch.cuda.get_device_name()]
 

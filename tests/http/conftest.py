@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.http.serving import MINI, Receiver, Server
+from tests.serving.web import Web
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,6 +63,14 @@ def server(shared_server: Server) -> Server:
     """The shared server, idle, whatever the test before did to it."""
     shared_server.wait_until("READY")
     return shared_server
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """Hosts of pictures, good and bad."""
+    web = Web()
+    yield web
+    web.stop()
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ MINI = ROOT / "weights" / "mini"
 Image.init()  # fills Image.MIME
 # Generous: they end tests that would never end, and measure nothing.
 START, ANSWER = 300, 120
+# An end is heard after 0.1 to 1.1 s on an idle machine; one that is not heard takes 60.
+SOON = 15
 
 SMALL = {"width": 64, "height": 64, "steps_prior": 1, "steps_decoder": 1}
 SLOW = {"width": 256, "height": 256, "steps_prior": 50, "steps_decoder": 50, "num_images": 4}
@@ -111,6 +113,17 @@ class Server:
         prediction = answer.json()
         assert prediction["status"] == "succeeded", prediction
         return prediction
+
+    def error(self, **inputs: Any) -> str:
+        """The sentence of a small request that must fail."""
+        self.wait_until("READY")
+        prediction = self.post({**SMALL, **inputs}).json()
+        assert prediction["status"] == "failed", prediction
+        return prediction["error"].partition("Error: ")[2]
+
+    def files(self) -> list[Path]:
+        """What lies in the temporary folder, but for the pictures that were made last."""
+        return [path for path in self.temporary.rglob("*") if path.is_file() and not path.match("cascade-*/out-*")]
 
     @contextlib.contextmanager
     def beginning(self) -> Iterator[None]:

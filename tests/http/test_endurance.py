@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -141,11 +142,12 @@ def test_no_body_crashes_the_server(shared_server: Server, body: Any) -> None:
     assert shared_server.status() == "READY"
 
 
-def test_nothing_piles_up(server: Server) -> None:
-    """100 predictions of many sizes, with bad inputs, cancels and clients that go away in between."""
+def test_nothing_piles_up(server: Server, pytestconfig: pytest.Config) -> None:
+    """Predictions of many sizes, with bad inputs, cancels and clients that go away in between."""
     mine = f"soak-{os.getpid()}"
     memory = []
-    for i in range(100):
+    count = 600 if pytestconfig.getoption("--long") else 60
+    for i in range(count):
         inputs = {**SMALL, "width": 64 + 8 * (i % 13), "height": 64 + 8 * (i % 7), "num_images": 1 + i % 2}
         server.wait_until("READY")
         answer = server.put(f"{mine}-{i}", inputs)

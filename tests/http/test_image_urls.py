@@ -2,40 +2,15 @@
 
 import itertools
 import os
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
 
-from tests.http.serving import ANSWER, SMALL, Receiver, Server, data_url, picture, wait_for
+from tests.http.serving import ANSWER, SMALL, SOON, Receiver, Server, data_url, picture, wait_for
 from tests.serving import web as hosts
 from tests.serving.web import Web
-
-# Seconds. An end is heard after 0.1 to 1.1 s on an idle machine; one that is not heard takes 60.
-SOON = 15
-
-
-@pytest.fixture
-def web() -> Iterator[Web]:
-    web = Web()
-    yield web
-    web.stop()
-
-
-def files(server: Server) -> list[Path]:
-    """What lies in the temporary folder, but for the pictures that were made last."""
-    return [path for path in server.temporary.rglob("*") if path.is_file() and not path.match("cascade-*/out-*")]
-
-
-def error(server: Server, **inputs: object) -> str:
-    server.wait_until("READY")
-    prediction = server.post({**SMALL, **inputs}).json()
-    assert prediction["status"] == "failed", prediction
-    _, _, sentence = prediction["error"].partition("Error: ")
-    return sentence
 
 
 def test_urls_files_and_data_are_the_same_picture(server: Server, web: Web) -> None:
@@ -50,7 +25,7 @@ def test_urls_files_and_data_are_the_same_picture(server: Server, web: Web) -> N
     assert picture(made[0]).size == (64, 64)
     assert {headers["User-Agent"].partition("/")[0] for headers in web.headers} == {"python-httpx"}
     assert "secret" not in server.log.read_text()
-    assert files(server) == []
+    assert server.files() == []
 
 
 def test_failed_downloads_leave_nothing(server: Server, web: Web) -> None:
@@ -71,14 +46,14 @@ def test_failed_downloads_leave_nothing(server: Server, web: Web) -> None:
         ),
     ]
     for inputs, sentence in itertools.islice(itertools.cycle(cases), 20):
-        assert error(server, **inputs) == sentence
-        assert files(server) == []
+        assert server.error(**inputs) == sentence
+        assert server.files() == []
     assert web.sent < 150e6
     assert "secret" not in server.log.read_text()
 
 
 def test_more_pictures_than_allowed_are_not_downloaded(server: Server, web: Web) -> None:
-    assert "9" in error(server, image_prompts=[f"{web.url}/picture"] * 9)
+    assert "9" in server.error(image_prompts=[f"{web.url}/picture"] * 9)
     assert not web.asked
 
 
@@ -105,42 +80,13 @@ def test_cancel_and_a_client_that_goes_are_heard_while_downloading(
     start = time.monotonic()
     server.wait_until("READY")
     assert time.monotonic() - start < SOON
-    assert files(server) == []
-
-
-def test_limits_and_the_end_of_the_server(tmp_path: Path, web: Web) -> None:
-    """Limits as an operator sets them; SIGTERM while a client waits for a download."""
-    server = Server(tmp_path, CASCADE_URL_SECONDS="2.5", CASCADE_URL_MEGABYTES="0.5")
-    host = web.url.removeprefix("http://")
-    try:
-        assert error(server, image=f"{web.url}/endless") == (
-            f"image could not be downloaded from {host}: it is larger than 0.5 MB."
-        )
-        assert error(server, image=f"{web.url}/drip", mask=f"{web.url}/picture") == (
-            f"image could not be downloaded from {host}: it took longer than 2.5 seconds."
-        )
-        assert files(server) == []
-        answers: list[requests.Response] = []
-        slow = {**SMALL, "image": f"{web.url}/slow-body"}
-        server.wait_until("READY")
-        client = threading.Thread(target=lambda: answers.append(server.post(slow)))
-        client.start()
-        wait_for(lambda: web.asked["/slow-body"], ANSWER, "the download's beginning")
-        start = time.monotonic()
-        server.process.terminate()
-        assert server.process.wait(ANSWER) == 0
-        assert time.monotonic() - start < SOON
-        client.join()
-        assert answers[0].json()["error"].endswith("The server is shutting down; no more is downloaded.")
-        assert files(server) == []
-    finally:
-        server.stop()
+    assert server.files() == []
 
 
 def test_public_addresses_only(cautious: Server, web: Web) -> None:
     for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]"):
         for port in (web.server_port, 9):
-            assert error(cautious, image=f"http://{host}:{port}/picture") == (
+            assert cautious.error(image=f"http://{host}:{port}/picture") == (
                 f"image could not be downloaded from {host}:{port}: its host has no public address."
             )
     assert not web.asked

@@ -5,15 +5,19 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 import yaml
 from PIL import Image
 
-from tests.http.serving import ANSWER, MINI, ROOT, SLOW, SMALL, Receiver, Server, wait_for
+from tests.http.serving import ANSWER, MINI, ROOT, SLOW, SMALL, SOON, Receiver, Server, wait_for
+from tests.serving.web import Web
 
 # Grace for the worker; a server that has to be killed takes for ever.
 END = 300
@@ -32,7 +36,7 @@ def healthcheck(server: Server, *options: str) -> tuple[int, str]:
 def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     servers = []
 
-    def start_one(*options: str, **more: Path) -> Server:
+    def start_one(*options: str, **more: Any) -> Server:
         servers.append(Server(tmp_path, *options, **more))
         return servers[-1]
 
@@ -41,8 +45,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         server.stop()
 
 
-def test_from_start_to_sigterm(start: Callable[..., Server]) -> None:
-    server = start()
+def test_from_start_to_sigterm(start: Callable[..., Server], web: Web) -> None:
+    """With limits of downloads as an operator sets them; SIGTERM comes while a client waits for a download."""
+    server = start(CASCADE_URL_SECONDS="2.5", CASCADE_URL_MEGABYTES="0.5")
     assert server.wait_until("STARTING", "READY") == "STARTING"
     assert (healthcheck(server), healthcheck(server, "--ready")) == ((0, ""), (1, "The server is STARTING.\n"))
     early = server.post(SMALL)
@@ -62,8 +67,26 @@ def test_from_start_to_sigterm(start: Callable[..., Server]) -> None:
     assert worker.environ()["PATH"].startswith(f"{Path(sys.executable).parent}:")
     server.predict(**SMALL)
     assert list(server.temporary.glob("cascade-*/*"))
+    host = web.url.removeprefix("http://")
+    assert server.error(image=f"{web.url}/endless") == (
+        f"image could not be downloaded from {host}: it is larger than 0.5 MB."
+    )
+    assert server.error(image=f"{web.url}/drip", mask=f"{web.url}/picture") == (
+        f"image could not be downloaded from {host}: it took longer than 2.5 seconds."
+    )
+    assert server.files() == []
+    answers: list[requests.Response] = []
+    slow = {**SMALL, "image": f"{web.url}/slow-body"}
+    server.wait_until("READY")
+    client = threading.Thread(target=lambda: answers.append(server.post(slow)))
+    client.start()
+    wait_for(lambda: web.asked["/slow-body"], ANSWER, "the download's beginning")
+    began = time.monotonic()
     server.process.terminate()
     assert server.process.wait(END) == 0
+    assert time.monotonic() - began < SOON
+    client.join()
+    assert answers[0].json()["error"].endswith("The server is shutting down; no more is downloaded.")
     assert [path for path in server.temporary.rglob("*") if path.is_file()] == []
 
 

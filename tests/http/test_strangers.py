@@ -1,6 +1,5 @@
 """What strangers send to keep the server busy, or to fill its memory: bounded in time, in memory and in what is logged."""
 
-import gzip
 import threading
 import time
 from collections.abc import Iterator
@@ -13,11 +12,16 @@ import requests
 from PIL import Image
 
 from tests.http.serving import ANSWER, SMALL, Server, data_url, wait_for
-from tests.images.files import FIXTURES
+from tests.images.files import fixture
 
 Image.init()  # the names of all formats
-MANY_PIXELS = data_url((FIXTURES / "64-megapixels.webp").read_bytes(), "WEBP")
-SCANS = gzip.decompress((FIXTURES / "many-scans.jpg.gz").read_bytes())
+# Lossless, of 34 bytes; lossless with transparency, the most that a decoder holds; and AVIF.
+MANY_PIXELS = [
+    data_url(fixture("64-megapixels.webp"), "WEBP"),
+    data_url(fixture("64-megapixels-alpha.webp.gz"), "WEBP"),
+    data_url(fixture("64-megapixels.avif.gz"), "AVIF"),
+]
+SCANS = fixture("many-scans.jpg.gz")
 MANY_SCANS = data_url(SCANS, "JPEG")
 # As many as are let through: 15 s of a processor.
 SLOW_SCANS = data_url(b"\xff\xda".join(SCANS.split(b"\xff\xda")[:101]), "JPEG")
@@ -103,8 +107,13 @@ def test_a_long_prompt_is_quoted_in_part(server: Server) -> None:
 
 def test_nine_pictures_of_64_megapixels_in_one_request(server: Server) -> None:
     """Each would take 1.2 GB, were it read by Pillow in the worker."""
-    images = {"image": MANY_PIXELS, "image_prompts": [MANY_PIXELS] * 4, "control_images": [MANY_PIXELS] * 4}
-    server.predict(**SMALL, image=MANY_PIXELS)
+    small, transparent, avif = MANY_PIXELS
+    images = {
+        "image": avif,
+        "image_prompts": [small, small, transparent, avif],
+        "control_images": [small, transparent, transparent, avif],
+    }
+    server.predict(**SMALL, image=small)
     server.wait_until("READY")
     before = worker_memory(server)
     with watched(server) as sizes:

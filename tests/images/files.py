@@ -1,5 +1,6 @@
 """Files that Pillow reads but cannot write: profiles, PNG and TIFF of unusual depths. Also the fixtures' descriptions."""
 
+import gzip
 import struct
 import zlib
 from pathlib import Path
@@ -11,6 +12,12 @@ D50 = (0.9642, 1.0, 0.8249)
 # XYZ, adapted to D50, of the red, green and blue of Display P3 and of sRGB.
 DISPLAY_P3 = ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))
 SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141))
+
+
+def fixture(name: str) -> bytes:
+    """The content of a fixture, decompressed if its name ends in .gz."""
+    content = (FIXTURES / name).read_bytes()
+    return gzip.decompress(content) if name.endswith(".gz") else content
 
 
 def profile(space: str, tags: dict[str, bytes], connection: str = "XYZ ", kind: str = "mntr") -> bytes:

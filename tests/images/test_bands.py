@@ -27,7 +27,9 @@ def whole_scaled(image: Image.Image, needed: tuple[int, int]) -> Image.Image:
     left = (image.width - min(image.width, image.height * ratio)) / 2
     above = (image.height - min(image.height, image.width / ratio)) / 2
     box = (left, above, image.width - left, image.height - above)
-    return image.resize(needed, Image.Resampling.LANCZOS, box, AVERAGED_TO)
+    # Pillow 13 does so by itself; 12 premultiplies, too, but then does not average.
+    colours = image.convert("RGBa") if image.mode == "RGBA" and image.size != needed else image
+    return colours.resize(needed, Image.Resampling.LANCZOS, box, AVERAGED_TO).convert(image.mode)
 
 
 @settings(deadline=None)

@@ -64,7 +64,7 @@ def test_pairs_for_the_ip_adapter(tmp_path: Path) -> None:
     [
         (
             "data.scene = 3",
-            "[data] has an unknown name scene; it may hold size, other_sizes, source, scenes, unseen, seed,",
+            "[data] has an unknown name scene; it may hold size, other_sizes, other_sizes_every, source, scenes, unseen, seed,",
         ),
         ("data.unseen = 0", "[data] unseen is 0; it must be at least 1."),
         ("data.scenes = 1.5", "[data] scenes is 1.5; it must be a whole number."),

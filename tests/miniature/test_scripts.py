@@ -3,14 +3,17 @@
 import io
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from cascade.weights import DISTILLED
 from miniature.icons import ICON_SETS, STYLES, load_drawings, load_objects
 from scripts import build_mini_data, evaluate_mini, train_mini
+from scripts.stand_ins import shapes_of, write_lora
 
 NAMES = ("cat", "dog", "owl", "fox")
 
@@ -112,6 +115,12 @@ def test_comparison(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: py
         assert (len(values["object first"]), len(values["both objects first"])) == (2, 1)
     assert evaluate_mini.main([*options[:-2], "turbo"]) == 1
     assert capsys.readouterr().err.startswith("speed is 'turbo', which needs distilled weights")
+    folder = shutil.copytree(quick_mini, tmp_path / "mini")
+    (folder / DISTILLED).parent.mkdir()
+    write_lora(folder / DISTILLED, shapes_of(folder, ("prior", "decoder")), 2)
+    options[options.index(str(quick_mini))] = str(folder)
+    assert evaluate_mini.main([*options[:-2], "turbo"]) == 0
+    assert "\n| score | exact | turbo |\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from cascade.weights import ModelFolder
 from tests.miniature.small import DRAWN, pack
 from tests.training.small import OWN_CLOCK, train, write_config
 from training import run, statistics
-from training.recipe import copy_stage, costs, costs_table
+from training.recipe import Ledger, copy_stage, costs, costs_table, train_all
 from training.record import Record
 from training.stages import waits_for
 
@@ -116,9 +117,11 @@ def test_stage_a_latents_have_the_scale_that_diffusion_expects(trained: Path) ->
 
 def test_a_model_folder_is_made_of_them(trained: Path) -> None:
     ModelFolder.open(trained / "weights").verify()
+    cascade = Cascade.load(trained / "weights", device="cpu")
     request = Request(prompt="an apple", width=128, height=192, steps_prior=1, steps_decoder=1)
-    (image,) = Cascade.load(trained / "weights", device="cpu").generate(request)
-    assert image.size == (128, 192)
+    ((image,), (turbo,)) = (cascade.generate(replace(request, speed=speed)) for speed in ("exact", "turbo"))
+    assert image.size == turbo.size == (128, 192)
+    assert image != turbo
 
 
 def test_steps_and_times_are_beside_the_weights(trained: Path) -> None:
@@ -245,6 +248,22 @@ def test_several_processes_train_together(trained: Path, tmp_path: Path) -> None
     one, two = (StableCascadeUNet.from_pretrained(folder / "model" / "prior") for folder in (trained, tmp_path))
     assert all(torch.isfinite(value).all() for value in two.state_dict().values())
     assert not torch.equal(one.clf[1].weight, two.clf[1].weight)
+
+
+def test_gpus_divide_a_batch(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many processes as the stage's GPUs; here, they compute on the CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
+    tables = tomllib.loads((trained.parent / "config.toml").read_text())
+    others = [f"- {stage}" for stage in run.STAGES if stage in tables and stage != "stage_a"]
+    lines = [*others, "stage_a.options.batch_size = 4", "stage_a.options.gpus = 2"]
+    config, output = write_config(tmp_path, DRAWN + "\n".join(lines)), tmp_path / "run"
+    assert train_all(config, trained.parent / "drawings.zip", output) == 0
+    assert Record.load(output / "stage_a").sessions[0].processes == 2
+    (process,) = (one for one in Ledger.load(output).processes if one["stage"] == "stage_a")
+    assert process["gpus"] == ["4", "7"]
+    made = costs(output)["stages"]["stage_a"]
+    assert made["samples_per_step"] == 4
+    assert made["process_seconds"] == 2 * process["seconds"]
 
 
 def test_accelerate_says_that_it_starts_one_process_without_gpus(trained: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_absent_image_is_a_zero_embedding():
 
 @torch.no_grad()
 def test_texts_of_unlike_lengths_in_one_batch():
-    """What -inf hides has no effect, and ln k counts a text k times, as repeating its tokens does."""
+    """Padding has no effect, and ln k counts a text k times, as repeating its tokens does."""
     network = make(STAGE_C)
     sample, ratio, given = torch.randn(2, 16, 5, 4), torch.tensor([0.3, 0.9]), inputs(STAGE_C)
     text = given.pop("clip_text")
@@ -134,27 +134,36 @@ def test_texts_of_unlike_lengths_in_one_batch():
         alone = network(sample, ratio, **given, clip_text=text[:, :3])
         twice = network(sample, ratio, **given, clip_text=text[:, :3].repeat(1, 2, 1))
 
-        def biased(text: torch.Tensor, bias: list[list[float]]) -> torch.Tensor:
-            conditions = network.condition(**given, clip_text=text, clip_text_bias=torch.tensor(bias))
+        def predicted(
+            text: torch.Tensor, lengths: list[int] | None = None, bias: list[list[float]] | None = None
+        ) -> torch.Tensor:
+            conditions = network.condition(
+                **given,
+                clip_text=text,
+                clip_text_lengths=None if lengths is None else torch.tensor(lengths, dtype=torch.int32),
+                clip_text_bias=None if bias is None else torch.tensor(bias),
+            )
             return network(sample, ratio, conditions)
 
-        log2, hidden = math.log(2), -math.inf
-        torch.testing.assert_close(biased(text, [[0] * 3 + [hidden] * 4] * 2), alone)
-        torch.testing.assert_close(biased(text[:, :3], [[log2] * 3] * 2), twice)
-        mixed = biased(text, [[log2] * 3 + [hidden] * 4, [0] * 3 + [hidden] * 4])
+        log2 = math.log(2)
+        whole = network(sample, ratio, **given, clip_text=text)
+        torch.testing.assert_close(predicted(text, [3, 3]), alone)
+        torch.testing.assert_close(predicted(text, [3, 7]), torch.cat([alone[:1], whole[1:]]))
+        torch.testing.assert_close(predicted(text[:, :3], bias=[[log2] * 3] * 2), twice)
+        mixed = predicted(text, [3, 3], [[log2] * 3 + [9] * 4, [0] * 7])
         torch.testing.assert_close(mixed, torch.cat([twice[:1], alone[1:]]))
-        torch.testing.assert_close(biased(text[:, :3], [[0] * 3] * 2), alone)
+        torch.testing.assert_close(predicted(text[:, :3], bias=[[0] * 3] * 2), alone)
     assert (twice - alone).abs().max() > 1e-3
+    assert (whole - alone).abs().max() > 1e-3
 
 
-def test_the_bias_of_a_text_lets_gradients_pass():
+def test_a_text_with_padding_lets_gradients_pass():
     network = make(STAGE_C)
     network.enable_gradient_checkpointing()
     given = inputs(STAGE_C)
     text = given["clip_text"].requires_grad_()
-    bias = torch.zeros(2, 7)
-    bias[:, 5:] = -math.inf
-    conditions = network.condition(**given, clip_text_bias=bias)
+    lengths = torch.full((2,), 5, dtype=torch.int32)
+    conditions = network.condition(**given, clip_text_bias=torch.zeros(2, 7), clip_text_lengths=lengths)
     network(torch.randn(2, 16, 3, 3), torch.rand(2), conditions).square().sum().backward()
     assert text.grad[:, :5].abs().sum(dim=2).min() > 0
     assert not text.grad[:, 5:].any()

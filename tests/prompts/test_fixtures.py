@@ -134,7 +134,9 @@ def predicted(*texts: TextEmbeddings) -> Tensor:
     data, network = comfyui.tensors("pairs"), comfyui.stage_c()
     together = joined(texts)
     x, r, images = (data[name].expand(len(texts), *data[name].shape[1:]) for name in ("x", "r", "clip_img"))
-    conditions = network.condition(together.pooled, together.tokens, images, clip_text_bias=together.bias)
+    conditions = network.condition(
+        together.pooled, together.tokens, images, clip_text_bias=together.bias, clip_text_lengths=together.lengths
+    )
     return network(x, r, conditions)
 
 

@@ -1,7 +1,6 @@
 """Long and weighted prompts and embeddings, from a request to its pictures."""
 
 import logging
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,21 +190,21 @@ def test_embeddings_lie_in_the_model_folder(model_folder: Path, tmp_path: Path) 
         )
 
 
-def test_what_hides_padding_is_finite_elsewhere(cascade: Cascade) -> None:
-    """In Stage C's attention, to be sure: a request of unlike lengths is biased, one of like lengths is not."""
-    biases = []
+def test_padding_is_hidden_in_stage_c(cascade: Cascade) -> None:
+    """In a request of unlike lengths; in one of like lengths, there is none."""
+    seen = []
     condition = type(cascade.prior).condition
 
     def watched(network: Any, *args: Any, **options: Any) -> Any:
         made = condition(network, *args, **options)
-        biases.append(made.bias)
+        seen.append((made.bias, made.hidden))
         return made
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(cascade.prior), "condition", watched)
         semantic(cascade, Request("a cat", LONG * 2, **SMALL))
         semantic(cascade, Request("a cat", "rain", **SMALL))
-    (unlike, _), (alike, _) = biases[:2], biases[2:]
-    assert alike is None
-    assert unlike[0].tolist() == [0] * 77 + [-math.inf] * 231 + [0] * 8
-    assert not unlike[1].any()
+    ((bias, hidden), _), (alike, _) = seen[:2], seen[2:]
+    assert bias is None
+    assert hidden.tolist() == [[77, 231], [308, 0]]
+    assert alike == (None, None)

@@ -16,7 +16,7 @@ from cascade.sampling import Noise, Step, finish
 from cascade.stages import tiles
 from cascade.stages.decoder import decoder_steps, tiles_together
 from cascade.stages.pixels import decode_pixels
-from cascade.stages.tiles import GRID, OVERLAP, TILE, Tiles, condition_in_bands, ramps, starts
+from cascade.stages.tiles import GRID, OVERLAP, TILE, Part, Tiles, condition_in_bands, ramps, starts
 from miniature.evaluate_large import seam
 from tests.conftest import MINI
 from tests.tiny import count_calls
@@ -43,7 +43,7 @@ def semantic(batch: int = 1) -> Tensor:
     return torch.randn(batch, 16, 5, 6, generator=torch.Generator().manual_seed(3))
 
 
-def steps(decoder: StableCascadeUNet, at_once: int | None, **options: Any) -> list[Step | None]:
+def steps(decoder: StableCascadeUNet, at_once: int | None, **options: Any) -> list[Step | Part]:
     batch = options.pop("batch", 1)
     noise = Noise(range(batch))
     options = {"size": SIZE, "noise": noise, "steps": 3, "at_once": at_once, **options}
@@ -117,7 +117,8 @@ def test_tiles_are_predicted_in_groups_with_pauses_between_them(
     groups = Tiles(*SIZE).groups(tiles_together(4, halves))
     assert len(Tiles(*SIZE)) == 6
     assert shapes == 3 * [(halves * len(group), 4, 32, 32) for group in groups]
-    assert [step is None for step in taken] == 3 * [*[True] * (len(groups) - 1), False]
+    parts = [Part(group[0], 6) for group in groups[1:]]
+    assert [step if isinstance(step, Part) else step.index for step in taken] == [*parts, 0, *parts, 1, *parts, 2]
     assert mapped == [halves] * 2, "once for the picture, in bands of 16 rows"
     assert taken[-1].x.shape == (1, 4, *SIZE)
 

@@ -1,24 +1,30 @@
-"""The miniature's page, served in this process, and a browser for it."""
+"""The miniature's page, served in this process, and a browser for it.
+
+Imports of Gradio, Playwright and torch stand in functions: whoever runs other tests reads this file, too.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from scripts.chromium import NAMES, OPTIONS, PROGRAM, find_chromium
-from studio import door
-from studio.session import Session
 from tests.conftest import MINI
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request
+
+    from studio.session import Session
 
 # Milliseconds: a busy machine is no fault of the page.
 PATIENCE = 60_000
-expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="package")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Session]":
+    from studio import door
+
     if not (MINI / "model.json").is_file():
         pytest.skip("weights/mini is not there")
     with pytest.MonkeyPatch.context() as patch:
@@ -32,13 +38,20 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 
 
 @pytest.fixture(scope="package")
-def address(session: Session) -> Iterator[str]:
+def address(session: "Session") -> Iterator[str]:
+    from studio import door
+
     with door.served(session) as address:
         yield address
 
 
 @pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
+def browser() -> "Iterator[Browser]":
+    from playwright.sync_api import expect, sync_playwright
+
+    from scripts.chromium import NAMES, OPTIONS, PROGRAM, find_chromium
+
+    expect.set_options(timeout=PATIENCE)
     chromium = find_chromium()
     if chromium is None:
         pytest.skip(f"there is no Chromium: none of {', '.join(NAMES)} is in PATH, and {PROGRAM} names none")
@@ -48,33 +61,53 @@ def browser() -> Iterator[Browser]:
         opened.close()
 
 
-@pytest.fixture
-def look() -> dict[str, object]:
-    """How the browser is set up; a test may parametrise it."""
-    return {}
+@pytest.fixture(scope="package")
+def tab(browser: "Browser") -> "Page":
+    """One tab for all tests: there, the page is loaded again in a third of the time that it takes in a new one."""
+    tab = browser.new_page()
+    tab.set_default_timeout(PATIENCE)
+    return tab
 
 
 @pytest.fixture
-def opened(browser: Browser, address: str, look: dict[str, object]) -> Iterator[Page]:
+def look() -> dict[str, Any]:
+    """The size of the window and the system's colours; a test may parametrise it."""
+    return {"viewport": {"width": 1280, "height": 900}, "colors": "light"}
+
+
+@pytest.fixture
+def opened(tab: "Page", address: str, look: dict[str, Any]) -> "Iterator[Page]":
     """The page in a browser. Fails if the page asked another host for anything, or a script of it failed."""
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **look})
-    context.set_default_timeout(PATIENCE)
-    tab = context.new_page()
     hosts, complaints = set(), []
-    tab.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    # What the page's policy forbids is not requested, but reported.
-    tab.on("console", lambda said: complaints.append(said.text) if "Content Security Policy" in said.text else None)
+
+    def asked(request: "Request") -> None:
+        hosts.add(urlsplit(request.url).netloc)
+
+    def failed(error: "Error") -> None:
+        complaints.append(str(error))
+
+    def said(message: "ConsoleMessage") -> None:
+        # What the page's policy forbids is not requested, but reported.
+        if "Content Security Policy" in message.text:
+            complaints.append(message.text)
+
+    listeners = {"request": asked, "pageerror": failed, "console": said}
+    for event, listener in listeners.items():
+        tab.on(event, listener)
+    tab.set_viewport_size(look["viewport"])
+    tab.emulate_media(color_scheme=look["colors"])
     tab.goto(address)
     tab.locator("#make").wait_for()
     yield tab
-    context.close()
+    tab.goto("about:blank")  # ends what the test left running
+    for event, listener in listeners.items():
+        tab.remove_listener(event, listener)
     assert hosts - {""} == {urlsplit(address).netloc}
     assert complaints == []
 
 
 @pytest.fixture
-def apple(session: Session, tmp_path: Path) -> Path:
+def apple(session: "Session", tmp_path: Path) -> Path:
     """A picture that the session does not know: not ours, and in a format that Pillow writes."""
     file = tmp_path / "apple.png"
     request = {"prompt": "a red apple on a green background", "seed": 5, "steps_prior": 2, "steps_decoder": 1}

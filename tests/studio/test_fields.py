@@ -9,8 +9,7 @@ import pytest
 
 from cascade.limits import LIMITS, InputError
 from serving.inputs import PICTURES, check_inputs
-from studio.fields import Field, inputs_of, named_in, read_fields, unwrapped
-from studio.page import FOLDS, fold_for
+from studio.fields import FOLDS, Field, fold_for, inputs_of, named_in, read_fields, unwrapped
 
 FIELDS = read_fields()
 

@@ -146,6 +146,12 @@ options = { steps = 8, batch_size = 2, learning_rate = 1e-3 }
 [ip_adapter.task]
 weight = { kind = "p2" }
 drop_text = 0.3
+[distil_c]
+options = { steps = 8, batch_size = 4, learning_rate = 1e-3 }
+task = { rank = 2, paths = 12, substeps = 2, own = 0.5, drop_text = 0.3, keep_image = 0.5 }
+[distil_b]
+options = { steps = 8, batch_size = 3, learning_rate = 1e-3 }
+task = { rank = 2, paths = 12, substeps = 2, own = 0.5, semantic_noise = 0.1 }
 """
 
 # The second process's clock runs ten times as fast: by its own, it would save and stop at other steps than the first.

@@ -9,6 +9,7 @@ import pytest
 from tests.training.small import train, write_config, write_pictures
 from training.agreement import check_agreement
 from training.configuration import check_tables, read_configuration
+from training.errors import TrainingError
 from training.options import Options
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,6 +38,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("stage_c.options.steps = 8.5", "[stage_c] options steps is 8.5; it must be a whole number."),
         ('vqgan.embed_dim = "16"', "[vqgan] embed_dim is '16'; it must be a whole number."),
         ('vision.task.naming = "no"', "[vision] task naming is 'no'; it must be a number."),
+        ("distil_c.task.own = 2.0", "[distil_c] task own is 2.0; it must be from 0 to 1."),
+        ("distil_b.task.rank = 0", "[distil_b] task rank is 0; it must be from 1 to 512."),
+        ("distil_b.task.settings = {}", "[distil_b] task has an unknown name settings; it may hold rank, paths,"),
         ("controlnet_inpainting.control.inverted = 25", "control inverted is 25; it must be from 0 to 1."),
         ('stage_b.task.weight.kind = "adapt"', "weight.kind is 'adapt'; it must be one of p2, adaptive."),
         ("stage_b.task.weight.kind = [0]", "weight.kind is [0]; it must be one of p2, adaptive."),
@@ -46,7 +50,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("model.decoder.shift = -1", "[model] decoder: shift is -1; it must be a number above 0."),
         ("model.decoder.rescale = 2", "[model] decoder: rescale is 2; it must be a number from 0 to 1."),
         ("semantic.task.weight.kk = 1.0", "[semantic] task: weight has an unknown name kk; it may hold k, floor."),
-        ("data.seeds = 0", "[data] has an unknown name seeds; it may hold size, other_sizes, source."),
+        (
+            "data.seeds = 0",
+            "[data] has an unknown name seeds; it may hold size, other_sizes, other_sizes_every, source.",
+        ),
         ("stage_b.options.seed = -1", "[stage_b] options: seed is -1; it must be from 0 to 4294967295."),
         ('stage_b.options.compile = "yes"', "compile is 'yes'; it must be true or false or 'auto'."),
         (
@@ -191,11 +198,11 @@ def test_what_the_model_folder_has_counts(tmp_path: Path) -> None:
 
 def test_fewer_steps_keep_the_schedules_shape() -> None:
     options = Options(**read_configuration(MINI)["stage_c"]["options"])
-    for steps in (1, 7, 100, 5000, 54000, 108000):
+    for steps in (1, 7, 100, 5000, options.steps, 2 * options.steps):
         scaled = options.scaled(steps)
         assert scaled.steps == steps
-        assert scaled.decay == steps // 2
-        assert scaled.warmup == 500 * steps // 54000
+        assert scaled.decay == options.decay * steps // options.steps
+        assert scaled.warmup == options.warmup * steps // options.steps
 
 
 def test_a_short_training_warms_up_in_a_tenth_of_it() -> None:
@@ -203,3 +210,11 @@ def test_a_short_training_warms_up_in_a_tenth_of_it() -> None:
     assert Options(steps=100, **common).warmup == 10
     assert Options(steps=5000, **common).warmup == 200
     assert Options(steps=10, decay=10, **common).warmup == 0
+
+
+def test_processes_divide_a_batch_if_the_stage_is_for_several_gpus() -> None:
+    one, several = (Options(steps=1, batch_size=6, learning_rate=1.0, gpus=gpus) for gpus in (1, 3))
+    assert [one.batch_of_one(processes) for processes in (1, 2)] == [6, 6]
+    assert [several.batch_of_one(processes) for processes in (1, 2, 3)] == [6, 3, 2]
+    with pytest.raises(TrainingError, match=r"^batch_size is 6; 4 processes cannot divide it equally\.$"):
+        several.batch_of_one(4)

@@ -78,6 +78,8 @@ NEEDS = {
     "controlnet_canny": "tokenizer, clip, semantic, stage_c",
     "controlnet_inpainting": "tokenizer, clip, semantic, stage_c",
     "ip_adapter": "tokenizer, clip, semantic, stage_c",
+    "distil_c": "tokenizer, clip, semantic, stage_c",
+    "distil_b": "tokenizer, stage_a, clip, semantic",
 }
 
 

@@ -67,7 +67,7 @@ def test_a_folder_is_read_as_pictures_whatever_the_source(tmp_path: Path) -> Non
         ),
         (
             f"{SOURCE}\ndata.shades = 1",
-            "[data] has an unknown name shades; it may hold size, other_sizes, source, every, share.",
+            "[data] has an unknown name shades; it may hold size, other_sizes, other_sizes_every, source, every, share.",
         ),
         ("stage_a.data = { every = 5 }", "[stage_a] data has an unknown name every; it may hold none."),
         (

@@ -139,6 +139,19 @@ def test_loaded_networks_compute_the_same(model_folder: Path, components: dict[s
     assert torch.equal(*image)
 
 
+def test_loading_leaves_torch_s_default_dtype(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads compute meanwhile. transformers would set the default to what the configuration says."""
+    for component in ("text_encoder", "image_encoder"):
+        config = copy / component / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))
+    write_model_json(copy, **ABOUT)
+    changed: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "set_default_dtype", changed.append)
+    for component in NETWORKS:
+        ModelFolder.open(copy).load_component(component)
+    assert changed == []
+
+
 def test_dtype_is_the_caller_s(model_folder: Path) -> None:
     network = ModelFolder.open(model_folder).load_component("effnet", dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.bfloat16, torch.int64}

@@ -1,6 +1,7 @@
 """scripts/convert-lora: one file of any format, which changes a model as the source does."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cascade.weights.lora import Adapter, Placed, merged, place
 from cascade.weights.lora.writing import write
 from scripts.convert_lora import main
-from tests.readme import ROOT
+from tests.readme import ROOT, block, commands
 from tests.weights.lora.networks import FOLDER, description, shapes, text_encoder, unet
 from tests.weights.lora.test_fixtures import NAMES, file_of, place_authors, vocabulary
 
@@ -116,3 +118,17 @@ def test_others_can_read_what_is_written(tmp_path: Path) -> None:
     write(place(Adapter.read(FOLDER / "kohya.adapter.safetensors"), known), known, tmp_path / "one.safetensors")
     (tmp_path / "other").touch()
     assert (tmp_path / "one.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With files of the kinds that they name: a folder that PEFT wrote, and the authors' file and settings."""
+    monkeypatch.chdir(tmp_path)
+    network = torch.nn.ModuleDict({"clip_txt_mapper": torch.nn.Linear(1280, 2048)})
+    get_peft_model(network, LoraConfig(r=1, target_modules=["clip_txt_mapper"])).save_pretrained("step1000")
+    example(tmp_path).rename("lora_fernando_10k.safetensors")
+    page = ROOT / "docs" / "lora.md"
+    Path("fernando.json").write_text(block(page, "json", "[fernando]"))
+    given = [shlex.split(line)[1:] for line in commands(page) if line.startswith("scripts/convert-lora ")]
+    assert [main(arguments) for arguments in given] == [0, 0]
+    assert len(load_file("style.safetensors")) == 3
+    assert len(load_file("fernando.safetensors")) == 3 * 256 + 2

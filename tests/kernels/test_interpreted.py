@@ -1,0 +1,110 @@
+"""The attention kernel in Triton's interpreter, which runs it on a CPU, against plain torch."""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cascade import kernels
+from cascade.kernels import plain
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+HEADS, HEAD = 2, 16
+# Of other condition tokens, behind the text.
+OTHERS = 8
+
+
+def mend() -> None:
+    """Let Triton 3.6's interpreter take the bounds of a loop: int() of an array with one number fails since numpy 2.4."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def mended(tensor: type, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = mended
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Executor]:
+    """A process in which Triton interprets: it decides that when it is imported."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ProcessPoolExecutor(1, get_context("spawn"), initializer=mend) as processes,
+    ):
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield processes
+
+
+def run(*given: Tensor | None, bias: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return kernels.load("triton").attention(*given, 0.0, bias, hidden)
+
+
+def drawn(batch: int, queries: int, context: int, own: bool) -> list[Tensor | None]:
+    """Float16: queries, the image's own keys and values, and keys and values of the condition."""
+    torch.manual_seed(0)
+    query, own_key, own_value = torch.randn(batch, queries, 3 * HEADS * HEAD).half().chunk(3, dim=-1)
+    key, value = (
+        x.unflatten(-1, (HEADS, HEAD)).transpose(1, 2)
+        for x in torch.randn(batch, context, 2 * HEADS * HEAD).half().chunk(2, dim=-1)
+    )
+    return [query, *((own_key, own_value) if own else (None, None)), key, value]
+
+
+def exact(given: list[Tensor | None], **options: Tensor | None) -> Tensor:
+    return plain.attention(*(None if x is None else x.float() for x in given), 0.0, **options)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.float(), expected, atol=2e-3, rtol=2e-3)
+
+
+# Texts of 1 to 4 chunks; all of them; two that end within one block of 64 keys; none, and one, at which a block begins.
+LENGTHS = [(77, 154, 231, 308), (308, 308, 308, 308), (100, 120, 308, 77), (0, 1, 64, 128)]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "condition alone"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("counted", [False, True], ids=["", "counted"])
+def test_padding_of_a_text(interpreter: Executor, lengths: tuple[int, ...], own: bool, counted: bool) -> None:
+    """Each sample has the result that it has alone, at its own length, to the bit, whatever the padding holds."""
+    longest = max(lengths)
+    given = drawn(len(lengths), 70, longest + OTHERS, own)
+    for padded in given[3:]:
+        for row, length in enumerate(lengths):
+            padded[row, :, length:longest] = 3e4
+    hidden = torch.tensor([[length, longest - length] for length in lengths], dtype=torch.int32)
+    bias = None
+    if counted:
+        bias = torch.zeros(len(lengths), longest + OTHERS)
+        bias[::2, :longest] = math.log(3)
+    together = interpreter.submit(run, *given, bias=bias, hidden=hidden).result()
+    close(together, exact(given, bias=bias, hidden=hidden))
+    for row, length in enumerate(lengths):
+        left = [*range(length), *range(longest, longest + OTHERS)]
+        single = [None if x is None else x[row : row + 1] for x in given[:3]]
+        single += [x[row : row + 1, :, left] for x in given[3:]]
+        own_bias = None if bias is None else bias[row : row + 1, left]
+        alone = interpreter.submit(run, *single, bias=own_bias).result()
+        assert torch.equal(together[row], alone[0])
+        close(together[row : row + 1], exact(single, bias=own_bias))
+
+
+def test_nothing_is_hidden(interpreter: Executor) -> None:
+    given = drawn(2, 65, 85, own=True)
+    without = interpreter.submit(run, *given).result()
+    close(without, exact(given))
+    for number in (0, 85):  # of the first key that could be hidden
+        hidden = torch.tensor([[number, 0]] * 2, dtype=torch.int32)
+        assert torch.equal(interpreter.submit(run, *given, hidden=hidden).result(), without)
+    zeros = torch.zeros(2, 85)
+    assert torch.equal(interpreter.submit(run, *given, bias=zeros).result(), without)

@@ -1,0 +1,99 @@
+"""Adapters in weights of 8 bits: the sum of matrix and adapters is rounded to 8 bits, and the base restored to the bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cascade import Cascade, Lora
+from cascade.running.placement import MemoryMode
+from scripts.save_weights import main
+from tests.components import components_in_eight_bits, restored_from
+from tests.loras.files import lora
+from tests.loras.test_loras import REQUEST, request, same, trained
+from tests.running.test_memory import make_cached, pack
+from tests.tiny import make_cascade
+
+ADAPTED = ("prior", "decoder", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def eight(components: dict[str, Any]) -> dict[str, Any]:
+    return components_in_eight_bits(components)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, components: dict[str, Any]) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("loras")
+    return {
+        "a": lora(components, folder / "a.safetensors", 1, size=1.0),
+        "b": lora(components, folder / "b.safetensors", 2, "decoder", size=1.0),
+    }
+
+
+def matrices(components: dict[str, Any], eight: dict[str, Any]) -> dict[str, Any]:
+    """Ordinary networks, with the matrices that weights in 8 bits stand for."""
+    return components | {name: restored_from(eight[name], components[name]) for name in ADAPTED}
+
+
+def make(eight: dict[str, Any], mode: str) -> Cascade:
+    if mode == "resident":
+        return make_cascade(eight)
+    size = pack(eight)["prior"].size // 2 if mode == "stream" else None
+    return make_cached(eight, MemoryMode(mode, size))
+
+
+@pytest.mark.parametrize("mode", ["resident", "offload", "stream"])
+def test_pictures_are_those_of_rounded_sums(
+    mode: str, components: dict[str, Any], eight: dict[str, Any], files: dict[str, Path]
+) -> None:
+    cascade, base = make(eight, mode), matrices(components, eight)
+    plain = make_cascade(eight).generate(REQUEST)
+    for loras in [(), (Lora(files["a"]),), (Lora(files["b"], 0.5), Lora(files["a"], -1)), ()]:
+        with_them = trained(base, *((one.path, one.scale) for one in loras))
+        expected = make_cascade(components_in_eight_bits(with_them) if loras else eight).generate(REQUEST)
+        made = cascade.generate(request(*loras))
+        assert same(made, expected), loras
+        assert same(made, plain) == (not loras)
+
+
+@pytest.mark.parametrize("stored", ["full", "int8"])
+def test_the_base_is_restored_from_its_files(
+    stored: str, model_folder: Path, files: dict[str, Path], components: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = model_folder
+    if stored == "int8":
+        folder = tmp_path / "model"
+        assert main(["--precision", "int8", "--base", str(model_folder), "--output", str(folder)]) == 0
+    cascade = Cascade.load(folder, "cpu", "bfloat16", precision="int8")
+    networks = {"prior": cascade.prior, "decoder": cascade.decoder, "text_encoder": cascade.text.encoder}
+    before = {
+        name: {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        for name, network in networks.items()
+    }
+    base = cascade.generate(REQUEST)
+    assert not same(cascade.generate(request(Lora(files["a"]), Lora(files["b"]))), base)
+    assert all(
+        any(not torch.equal(tensor, before[name][key]) for key, tensor in network.state_dict().items())
+        for name, network in networks.items()
+    )
+    assert same(cascade.generate(REQUEST), base)
+    for name, network in networks.items():
+        for key, tensor in network.state_dict().items():
+            assert torch.equal(tensor, before[name][key]), key
+
+
+def test_a_base_in_8_bits_may_be_loaded_in_full(
+    model_folder: Path, files: dict[str, Path], components: dict[str, Any], eight: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its files are read again: the matrices that they stand for are restored, and get the adapters."""
+    folder = tmp_path / "model"
+    assert main(["--precision", "int8", "--base", str(model_folder), "--output", str(folder)]) == 0
+    cascade = Cascade.load(folder, "cpu", "float32", precision="full")
+    base = cascade.generate(REQUEST)
+    expected = make_cascade(trained(matrices(components, eight), (files["a"], 1.0)))
+    cascade.generate(request(Lora(files["a"])))
+    for key, tensor in expected.prior.state_dict().items():
+        assert torch.equal(cascade.prior.state_dict()[key], tensor), key
+    assert same(cascade.generate(REQUEST), base)
