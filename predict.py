@@ -220,7 +220,7 @@ class Predictor(BaseRunner):
         """Make the pictures. Their files are deleted when the next run starts, because Cog has sent them by then.
 
         Raises:
-            ValueError: an input is not allowed, a file is no picture, the model lacks a network that the inputs need,
+            ValueError: an input is not allowed, a file is not a picture, the model lacks a network that the inputs need,
                 the GPU's memory does not suffice, or the safety checker flagged every picture.
         """
         given = dict(locals())

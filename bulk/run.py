@@ -43,7 +43,7 @@ class Run:
         shard: rows of each shard; the last may have fewer.
         batch: most pictures that are made together.
         seed: of the seeds of rows that have none.
-        keep: types of the columns that are no inputs, see `Survey`.
+        keep: types of the columns that are not inputs, see `Survey`.
         folder: of which paths of pictures in the table are relative.
         model: name and sha256 of the model, as in metadata.
     """
@@ -81,7 +81,7 @@ def name(shard: int) -> str:
 
 
 def usual_shard(rows: int, batch: int) -> int:
-    """Rows of a shard: at most `SHARD`, and so few that there are about `SHARDS`; a multiple of `batch` if it can be."""
+    """The default rows per shard: enough for about `SHARDS` shards, at most `SHARD`; a multiple of `batch` if possible."""
     wanted = min(SHARD, -(-rows // SHARDS))
     return max(wanted // batch, 1) * batch
 

@@ -128,7 +128,7 @@ def written(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_words(picture: Any) -> str:
-    """A picture's URL or path; of a data URL, what is before the data."""
+    """A picture's URL or path. A data URL is cut off before its data."""
     text = str(picture)
     return f"{text.partition(',')[0]}," if text[:5].lower() == "data:" else text
 

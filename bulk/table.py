@@ -90,7 +90,7 @@ class Table:
             raise TableError(f"PROMPTS, {shown(self.url)}, cannot be read: {' '.join(str(error).split())}.") from error
 
     def sha256(self) -> str:
-        """Of the file's bytes."""
+        """The sha256 of the file, in hexadecimal."""
         found = hashlib.sha256()
         with fsspec.open(self.url, "rb") as file:
             while block := file.read(1 << 20):
@@ -101,7 +101,7 @@ class Table:
         """Read the table once, and see what is in it. Values of inputs are not checked.
 
         Args:
-            keep: columns that are no inputs and go into the results unchanged.
+            keep: columns that are not inputs and go into the results unchanged.
 
         Raises:
             TableError: the table has no rows, or a column that is neither an input nor kept; or it lacks a kept one.
@@ -114,7 +114,7 @@ class Table:
                 name = min(unknown)
                 advice = similar_inputs(name) or "inputs are listed by scripts/predict -i help."
                 raise TableError(
-                    f"PROMPTS has a column {shown(name)}, which is no input; {advice} "
+                    f"PROMPTS has a column {shown(name)}, which is not an input; {advice} "
                     f"--keep {name} copies it into the results."
                 )
             for name in kinds.keys() & row.values.keys():
@@ -144,7 +144,7 @@ def parquet_rows(file: Any) -> Iterator[Row]:
 
 
 def json_rows(file: Any) -> Iterator[Row]:
-    """Lines without any text are no rows."""
+    """Lines without any text are not rows."""
     for number, line in enumerate(file, 1):
         if line.strip():
             yield json_row(number, line)

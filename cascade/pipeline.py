@@ -79,7 +79,7 @@ class Given:
         texts: one a request, each of one row and at its own length.
         image_prompts: (1, N, D), times their strengths.
         start: semantic latents, float32 (1, 16, h, w), of the start image.
-        free: bool (1, 1, h, w), the latents that are made anew; None: all.
+        free: bool (1, 1, h, w), the latents that are repainted; None: all.
         residuals: what the ControlNets add.
         adapter: what the images of the IP-Adapter add.
     """
@@ -102,7 +102,7 @@ class Given:
         )
 
     def with_known(self, latents: Tensor) -> Tensor:
-        """Semantic latents, those of the start image where nothing is made anew."""
+        """Semantic latents, those of the start image where nothing is repainted."""
         return latents if self.free is None else torch.where(self.free, latents, self.start)
 
 
@@ -380,7 +380,7 @@ class Cascade:
     def _with_loras(
         self, selection: Selection, work: Generator[Progress, None, None]
     ) -> Generator[Progress, None, None]:
-        """Work whose every step finds a request's adapters in the weights, whoever set others since the last."""
+        """Work; before every step, the request's adapters are put into the weights, as another request may have set its own."""
         with contextlib.closing(work):
             while True:
                 self._loras.apply(selection)
@@ -514,7 +514,7 @@ class Cascade:
         return Texts(*(repeated(*texts) if request.repeat_prompts else texts))
 
     def _encode_image_prompts(self, request: Request) -> Tensor:
-        """(1, N, D), times their strengths."""
+        """The embeddings of the image prompts, (1, N, D), times their strengths."""
         images = [to_rgb(image) for image in request.image_prompts]
         embeddings = self.image_prompts.encode(images, partial(self.runner.run_for_any_size, "image_encoder"))
         strengths = request.image_prompt_strengths or (1.0,) * len(images)

@@ -68,7 +68,7 @@ class Plan:
         prior, decoder, interval: how the stages are sampled, see `Sampling`.
         loras: those of the request, and the distilled weights that its speed needs.
         strength: how much of the start image is changed, 0 to 1; 1 without one.
-        mask: bool (height, width), the part of the start image that is made anew; None: all.
+        mask: bool (height, width), the part of the start image that is repainted; None: all.
         controls: those of the request, and the one that a mask adds.
         references: those of the request that have a scale above 0.
     """
@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def request(self) -> Request:
-        """For what all requests have in common."""
+        """The first of the requests, which are equal in all but prompts, seeds and numbers of pictures."""
         return self.requests[0]
 
     @cached_property
@@ -179,7 +179,7 @@ class Planner:
     def latent_sizes(
         self, size: sizes.Size, compression: float = sizes.SEMANTIC_PIXELS
     ) -> tuple[sizes.Size, sizes.Size, sizes.Size]:
-        """Of Stage C's and Stage B's latents, and of the part that is cut out of Stage A's pixels."""
+        """The sizes of Stage C's latents, of Stage B's, and of the part that is cut out of Stage A's pixels."""
         native = sizes.native_size(*size)
         return sizes.semantic_size(*native, compression), sizes.decoder_size(*native), size
 

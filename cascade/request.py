@@ -73,7 +73,7 @@ class Request:
         prompt_strength: 0 to 1, how much of `image` changes. Its latents are noised to this time, and this share of
             `steps_prior` is taken from there, at least one step. 1 starts from noise, as without an image. 0 skips Stage C:
             Stages B and A decode the image's latents.
-        mask: inpainting: where the mask is white, `image` is made anew. Grey of 128 or more counts as white, transparency
+        mask: inpainting: where the mask is white, `image` is repainted. Grey of 128 or more counts as white, transparency
             does not. It has the image's aspect ratio, any size and any mode; "alpha": the pixels of `image` that are at
             least half transparent. With a mask, pictures have the image's size, and exactly its pixels outside of the mask.
         controls: up to 4, see `Control`. The kind "inpainting" needs a mask. With a mask and no control of that kind, the

@@ -67,7 +67,7 @@ class IconObject:
     also: tuple[str, ...] = ()
 
 
-# Slugs that no caption tells apart from others, that are mostly lettering, or that one set draws as its neighbour.
+# Slugs to leave out: captions cannot tell them from others, they are mostly lettering, or one set draws another object.
 _LEFT_OUT = re.compile(
     r"""
     .*-(oclock|thirty|facing-right|skin-tone) | keycap-.* | input-.* | japanese-(?!castle|dolls|post-office).* | (men|women)-.*

@@ -224,7 +224,7 @@ def _draw(n: int, n_objects: int, n_styles: int, rng: np.random.Generator, split
 
 
 def elsewhere(plans: Plans, names: Sequence[str], seed: int) -> Plans:
-    """The objects of `plans` in their styles, each in another scene: place, size, relation and background are drawn anew.
+    """The objects of `plans` in their styles, each in another scene: place, size, relation and background are drawn again.
 
     Backgrounds of held-out pairs (`HeldOut`) become white.
     """

@@ -65,7 +65,7 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Estimate:
     """
     first, second = (np.asarray(values, np.float64) for values in (before, after))
     if first.shape != second.shape:
-        raise ValueError(f"There are {len(first)} values before and {len(second)} after; pairs need as many.")
+        raise ValueError(f"There are {len(first)} values before and {len(second)} after; pairs need equal numbers.")
     change, count = second - first, len(first)
     mean = float(change.mean())
     if not (np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()):

@@ -1,4 +1,4 @@
-"""The words of the captions, for the model folder's `vocabulary.json`: whoever uses the miniature must know them."""
+"""The words of the captions, for the model folder's `vocabulary.json`: users of the miniature must know them."""
 
 from collections.abc import Sequence
 

@@ -269,7 +269,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 @contextlib.contextmanager
 def replaced(network: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """A context in which some layers of a network are others."""
+    """A context in which some layers of a network are replaced."""
     before = {name: network.get_submodule(name) for name in layers}
     try:
         for name, layer in layers.items():

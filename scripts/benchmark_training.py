@@ -210,7 +210,7 @@ def saved_and_further(state: PartialState, trainer: Trainer, steps: int) -> dict
 
 
 def loaded_and_further(state: PartialState, recipe: Recipe, pictures: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """Makes the training anew, from the checkpoint, which is deleted then, and trains further; see `further`."""
+    """Makes the training again, from the checkpoint, which is deleted then, and trains further; see `further`."""
     start = time.perf_counter()
     trainer = make_trainer(recipe, pictures, folder, state.device)
     report(state, part="loaded", seconds=time.perf_counter() - start, step=trainer.progress.step)

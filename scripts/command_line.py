@@ -59,7 +59,7 @@ def read_inputs(assignments: list[str]) -> dict[str, Any]:
 
 
 def read_value(name: str, text: str, limits: Limits) -> Any:
-    """One input's value, or one element of a list, from its text. A text that is no value of its kind stays a text.
+    """One input's value, or one element of a list, from its text: see `from_text`. @FILE is a file's content, or a picture.
 
     Raises:
         InputError: a file cannot be read.
@@ -80,7 +80,7 @@ def read_text(name: str, file: Path) -> str:
     """A file's text, without a newline at its end. Its encoding is that of its byte order mark, else UTF-8.
 
     Raises:
-        InputError: the file cannot be read, or is no text.
+        InputError: the file cannot be read, or is not a text.
     """
     try:
         content = file.read_bytes()
@@ -91,7 +91,7 @@ def read_text(name: str, file: Path) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:  # for example UTF-16 without a byte order mark
-        raise InputError(f"{name}: {shown(str(file))} is no text in UTF-8, nor in UTF-16 with a byte order mark.")
+        raise InputError(f"{name}: {shown(str(file))} is not a text in UTF-8, or in UTF-16 with a byte order mark.")
     return re.sub("\r\n?", "\n", text).removesuffix("\n")
 
 

@@ -80,7 +80,7 @@ def compiled(architecture: int, models: list[Path], dtype: torch.dtype) -> tuple
 def compile_modules(python: str) -> None:
     """Compile the modules that the container imports to bytecode, which is used if the source has not changed.
 
-    It is compared by the source's hash: a copy into a container may change its time.
+    The bytecode is checked by the source's hash, not by its time, which a copy into a container may change.
     """
     options = ["-q", "--invalidation-mode", "checked-hash"]
     subprocess.run([python, "-m", "compileall", *options, "cascade", "serving", "predict.py"], cwd=ROOT, check=True)

@@ -53,7 +53,7 @@ SETTINGS = (
     "guidance_interval",
     "speed",
 )
-# How the settings that are no numbers with a fraction are read.
+# How the settings are read that are not numbers with a fraction.
 KINDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     **dict.fromkeys(("steps_prior", "steps_decoder"), ("a whole number", int)),
     **dict.fromkeys(("sampler", "speed"), ("a name", str)),
@@ -205,7 +205,7 @@ def compare_settings(options: argparse.Namespace) -> str:
         cascade.planner.loras(Request("", **settings))
     prompts = make_prompts(judge.names, judge.styles, options.seed, 2 * options.count, options.count)
     judged = compare(cascade, judge, drawings, prompts, options.compared)
-    # Few drawings may not make as many pairs as are asked for.
+    # With few drawings, there may be fewer pairs than requested.
     two = sum(len(prompt.objects) == 2 for prompt in prompts)
     lines = [
         f"{len(prompts) - two} prompts of one object and {two} of two, --seed {options.seed}, on {cascade.device.type}.",
@@ -388,7 +388,7 @@ def summary(options: argparse.Namespace, judged: Sequence[Mapping[str, Any]]) ->
 
 
 def write_sheets(made: Pictures, folder: Path) -> None:
-    """Writes all pictures, `SHEET` to a file, ten to a row."""
+    """Writes all pictures as sheets of `SHEET`, ten to a row."""
     for stage, pictures in made.items():
         for number, first in enumerate(range(0, len(pictures), SHEET)):
             file = f"{stage.replace(' + ', '').replace(' ', '-').lower()}-{number}.png"

@@ -53,7 +53,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--seed", type=int, default=0, help="decides the seeds of rows that have none (default: %(default)s)"
     )
     parser.add_argument(
-        "--keep", action="append", default=[], metavar="COLUMN", help="copy a column that is no input into the results"
+        "--keep",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="copy a column that is not an input into the results",
     )
     parser.add_argument("--address", help="join the Ray cluster there, such as auto, instead of starting Ray here")
     options = parser.parse_args(arguments)

@@ -61,7 +61,9 @@ def add_training(document: dict[str, Any], source: str, function: str = "train")
     schemas = document["components"]["schemas"]
     for name in enums:
         if name in schemas:
-            raise SchemaError(f"The input {name} of {function}() has choices, and something else has its name.")
+            raise SchemaError(
+                f"The input {name} of {function}() has choices, so its name must not be that of another schema."
+            )
     answer = schemas["PredictionResponse"]["properties"]
     schemas |= {
         "TrainingInput": inputs,

@@ -26,7 +26,7 @@ PLACES = {
     "effnet": "stable-cascade/effnet_encoder.safetensors",
     "controlnet_canny": "stable-cascade/controlnet/canny.safetensors",
 }
-# Without which no picture is made, besides the tokenizer.
+# The components that every picture needs, except the tokenizer.
 NEEDED = ("text_encoder", "prior", "decoder", "vqgan")
 DEVIATION = 0.02
 

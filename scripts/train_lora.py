@@ -21,7 +21,7 @@ from training.run import start_processes
 
 logger = logging.getLogger(__name__)
 
-# By name of the value: its type on the command line, and its help. All else is said in a recipe.
+# By name of the value: its type on the command line, and its help. Everything else is set in a recipe.
 OF_LORA: dict[str, tuple[Any, str]] = {
     "rank": (int, "rank of every layer's LoRA (default: 16)"),
     "alpha": (float, "the change is alpha / rank times the product (default: rank)"),

@@ -212,7 +212,7 @@ def as_proxy(proxy: str) -> httpcore.Proxy:
     except httpx.InvalidURL:
         url = None
     if url is None or url.scheme not in SCHEMES or not url.host:
-        raise DownloadError("the proxy that the environment names is no http or https URL")
+        raise DownloadError("the proxy that the environment names is not an http or https URL")
     auth = (url.username, url.password) if url.username else None
     return httpcore.Proxy(
         httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=b"/"),

@@ -186,7 +186,7 @@ def pairs(values: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def similar_inputs(name: str) -> str:
-    """A question for someone who named an input that there is not: whether one of a similar name was meant; or ""."""
+    """A question whether an input with a similar name was meant, for a name that is not an input; "" if none is similar."""
     similar = difflib.get_close_matches(name, LIMITS)
     return f"did you mean {' or '.join(similar)}?" if similar else ""
 

@@ -159,7 +159,7 @@ class Service:
             The files, in the order of the metric "seeds".
 
         Raises:
-            ValueError: an input is not allowed, a file is no picture, the model lacks a network that the inputs need,
+            ValueError: an input is not allowed, a file is not a picture, the model lacks a network that the inputs need,
                 the GPU's memory does not suffice, or the safety checker flagged every picture.
         """
         self.outputs.cleanup()
@@ -179,7 +179,7 @@ class Service:
             given: the inputs by name, see `inputs.check_inputs`.
 
         Raises:
-            InputError: an input is not allowed, or a file is no picture.
+            InputError: an input is not allowed, or a file is not a picture.
         """
         given = current(given)
         checked = check_inputs(given)

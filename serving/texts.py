@@ -6,9 +6,9 @@ from cascade.limits import Limits
 
 
 def from_text(text: str, limits: Limits) -> Any:
-    """One input's value, or one element of a list, from its text: true, false and numbers where the input has such.
+    """The value of an input, or one element of a list, as a bool or number where the input's kind is one.
 
-    A text that is no value of its kind stays a text, which `serving.inputs.check_inputs` refuses.
+    Text that is not a value of that kind is returned unchanged; `serving.inputs.check_inputs` refuses it.
     """
     if limits.kind is bool:
         return {"true": True, "false": False}.get(text, text)

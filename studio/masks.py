@@ -32,7 +32,7 @@ def rectangle(text: str, image: Path | None) -> Image.Image:
 
     Raises:
         InputError: the text says no rectangle in the image.
-        ValueError: the file is no picture.
+        ValueError: the file is not a picture.
     """
     if image is None:
         raise InputError("mask needs image, which is left out.")

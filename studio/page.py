@@ -182,7 +182,7 @@ class Page:
         self.compare.input(views.compared, self.compare, self.slider, **quick)
         for name in ("image", "mask"):
             image, seen = self.inputs[name], [self.inputs[name], self.notes[name], self.brush]
-            # Unprocessed: Gradio would open the file, and say nothing useful of one that is no picture.
+            # Unprocessed: Gradio would open the file, and have no useful message for one that is not a picture.
             image.input(functools.partial(self._look, name), image, seen, preprocess=False, **quick)
 
         filling = [*form, self.recalled, *folds]
@@ -194,7 +194,7 @@ class Page:
                 filled.then(js=f"() => window.studio.show('{TARGETS[name]}')")
             else:
                 filled.then(**making)
-        recalling = [*filling, self.dropped, self.drop_note, self.lacking]
+        recalling = [*filling, self.drop, self.dropped, self.drop_note, self.lacking]
         self.drop.upload(self._drop, self.drop, recalling, **quick)
         self.lacking.upload(self._add, [self.dropped, self.lacking], recalling, **quick)
         self.blocks.load(self._open, None, picture, **quick)
@@ -284,7 +284,7 @@ class Page:
         return self._shown(next(at for at, one in enumerate(self.session.made) if one.path.name == name))
 
     def _open(self) -> Updates:
-        """What a page shows that was loaded anew."""
+        """What a page shows after it was loaded again."""
         return self._shown(len(self.session.made) - 1)
 
     def _cancel(self, request: gr.Request) -> None:
@@ -292,7 +292,7 @@ class Page:
             one.set()
 
     def _look(self, name: str, file: dict[str, Any] | None) -> Updates:
-        """An image was chosen or removed: lay it under the brush, or take away what is no picture and say so."""
+        """An image was chosen or removed: lay it under the brush, or remove a file that is not a picture, and say so."""
         updates = {self.notes[name]: gr.update(visible=False)}
         path = file and file["path"]
         try:
@@ -373,8 +373,9 @@ class Page:
             return {self.drop_note: views.beside(str(error), "error"), self.lacking: gr.update(visible=False)}
         lacking = [f"{name} (sha256 {digest[:12] or 'not recorded'})" for name, digest in found.lacking]
         asked = f"It was made from images that are not here: {', '.join(lacking)}. Drop them below." if lacking else ""
-        text = " ".join(("The settings are back.", *found.remarks, asked)).strip()
+        text = " ".join((f"The settings of {Path(file).name} are back.", *found.remarks, asked)).strip()
         return self._filled(found.inputs, found.exact) | {
+            self.drop: None,  # ready for the next
             self.dropped: file,
             self.drop_note: views.beside(text),
             self.lacking: gr.update(visible=bool(lacking), value=None),

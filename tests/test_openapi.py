@@ -248,7 +248,7 @@ def test_what_is_read_of_train_py_is_what_python_makes_of_it() -> None:
         ),
         (
             "class O(BaseModel):\n    w: Path\ndef train(output_format: str = Input(default='a', choices=['a'])) -> O:\n    pass",
-            "something else has its name",
+            "its name must not be that of another schema",
         ),
     ],
 )

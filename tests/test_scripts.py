@@ -237,7 +237,9 @@ def test_a_file_that_is_no_text(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "p").write_bytes(content)
     with pytest.raises(InputError) as caught:
         read_inputs([f"prompt=@{tmp_path}/p"])
-    assert re.fullmatch(r"prompt: '.*' is no text in UTF-8, nor in UTF-16 with a byte order mark\.", str(caught.value))
+    assert re.fullmatch(
+        r"prompt: '.*' is not a text in UTF-8, or in UTF-16 with a byte order mark\.", str(caught.value)
+    )
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,11 @@ class AdaptiveLossWeight(nn.Module):
         self.losses.copy_(torch.where(count > 0, self.losses * self.momentum + mean * (1 - self.momentum), self.losses))
 
 
-WEIGHTS = {"p2": P2Weight, "adaptive": AdaptiveLossWeight}
+LossWeight = P2Weight | AdaptiveLossWeight
+WEIGHTS: dict[str, type[LossWeight]] = {"p2": P2Weight, "adaptive": AdaptiveLossWeight}
 
 
-def loss_weight(kind: str, **arguments: Any) -> P2Weight | AdaptiveLossWeight:
+def loss_weight(kind: str, **arguments: Any) -> LossWeight:
     """The weight of a configuration's table ``weight``, such as ``{ kind = "p2", k = 1.0 }``.
 
     Raises:

@@ -301,7 +301,7 @@ class passing_signals_to:
 
 
 def process_seconds(entry: Mapping[str, Any]) -> float:
-    """The seconds of all processes that an entry of the ledger stands for: one a GPU."""
+    """The seconds of all processes of a ledger's entry, added up. Each GPU has one process; without GPUs there is one."""
     return entry["seconds"] * max(1, len(entry["gpus"]))
 
 

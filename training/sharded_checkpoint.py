@@ -1,6 +1,6 @@
 """Checkpoints of sharded trainings: every process writes its rows, with torch.distributed.checkpoint.
 
-A checkpoint may be continued by another number of processes: rows are distributed anew.
+A checkpoint may be continued by another number of processes: rows are distributed again.
 """
 
 import logging

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from training.objective import LossWeight
+
 
 def frozen(**networks: nn.Module) -> dict[str, nn.Module]:
     """Networks that a task uses and does not train: in evaluation mode, without gradients, in channels_last."""
@@ -62,3 +64,16 @@ class Task(nn.Module, ABC):
 
         If the training is sharded, all processes call it, and the first one writes (`sharding.whole`).
         """
+
+
+class DiffusionTask(Task):
+    """A task whose batches have ``timesteps`` (B,), and whose outputs have ``errors`` (B,), by which the loss weight may change.
+
+    Attributes:
+        weight: see `objective.loss_weight`.
+    """
+
+    weight: LossWeight
+
+    def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        self.weight.update(batch["timesteps"], outputs["errors"])

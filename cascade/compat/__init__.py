@@ -1,1 +1,1 @@
-"""Other programs' ways of sampling, for comparison and for whoever moves from there. Nothing else imports this folder."""
+"""Other programs' ways of sampling, for comparison, and for users who come from there. Nothing else imports this folder."""

@@ -102,7 +102,7 @@ def inpainting(pixels: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         pixels: pictures (B, 3, H, W).
-        mask: bool (B, 1, H, W), true where the picture is made anew.
+        mask: bool (B, 1, H, W), true where the picture is repainted.
 
     Raises:
         ValueError: the mask has another shape or dtype.

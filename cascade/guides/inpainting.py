@@ -1,6 +1,6 @@
 """Masks: reads them, finds the masked semantic latents, and pastes a made picture into the original.
 
-A mask of pixels is a bool array (H, W), true where the picture is made anew.
+A mask of pixels is a bool array (H, W), true where the picture is repainted.
 """
 
 from typing import Literal
@@ -47,7 +47,7 @@ def check_mask(mask: Image.Image, width: int, height: int) -> Image.Image:
     check_shape(mask.size, width, height)
     read = read_mask(mask, width, height)
     if not read.any():
-        raise InputError("mask has no white, so that nothing of image would be made anew.")
+        raise InputError("mask has no white, so nothing of image would be repainted.")
     return Image.fromarray(read)
 
 
@@ -142,7 +142,7 @@ def extend(
 
     Args:
         image: of any size and mode.
-        mask: the part of the image to make anew too, as in `Request`; None: nothing.
+        mask: the part of the image to repaint too, as in `Request`; None: nothing.
         left, above, right, below: pixels to add, 0 to 4096, not all 0.
 
     Returns:

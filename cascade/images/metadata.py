@@ -96,7 +96,7 @@ def save_picture(image: Image.Image, path: Path, metadata: Iterable[Metadata], q
 
 
 def read_description(path: Path) -> str:
-    """The description in a PNG, JPEG or WebP file; "" if it has none, or is no such file. Decodes no pixels.
+    """The description in a PNG, JPEG or WebP file; "" if it has none, or is a file of another format. Decodes no pixels.
 
     Raises:
         FileNotFoundError: there is no such file.

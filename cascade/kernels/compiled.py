@@ -111,7 +111,7 @@ def _checked(folder: Path, name: str) -> Path | None:
     if expected is None:
         return None
     if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
-        logger.warning("%s is missing or damaged, so it is compiled anew.", file)
+        logger.warning("%s is missing or damaged, so it is compiled again.", file)
         return None
     return file
 
@@ -174,7 +174,7 @@ def build_launcher(
             _count("launchers read")
             return str(ours)
         except OSError as error:  # of another libc, for example
-            logger.warning("%s cannot be loaded, so it is compiled anew: %s", ours, error)
+            logger.warning("%s cannot be loaded, so it is compiled again: %s", ours, error)
     _count("launchers made")
     with _lock:
         knobs.build.impl = None

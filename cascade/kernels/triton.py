@@ -440,7 +440,7 @@ def attention(
 ) -> Tensor:
     """See `plain.attention`.
 
-    Hidden keys cost nothing: a program reads their number, and steps over them. So a sample has, to the bit, the result that
+    Hidden keys cost nothing: a program reads their number, and steps over them. So a sample has exactly the result that
     it has without them.
     """
     batch, queries, channels = query.shape

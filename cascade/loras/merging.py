@@ -3,7 +3,7 @@
 Weights become base + the sum of strength * (trained - base), computed in float32 and rounded once; to 8 bits where they are
 kept so. They are written in place, where CUDA graphs and fused layers read them; for networks that are on the host, into host
 memory. Only tensors whose adapters change are written. Each is computed from the base weight, which is read again. So errors
-do not add up, and without adapters the weights equal the base to the bit.
+do not add up, and without adapters the weights equal the base weights exactly.
 
 The adapters of each tensor are recorded when it is written. If a request ends in the middle of a change, some tensors have
 the old adapters and some the new ones; the next request changes every tensor whose adapters are not that request's.
@@ -184,7 +184,7 @@ class Loras:
 
 
 def _write(weight: Stored, target: Stored) -> None:
-    """Write a weight in the form of `target`. What is in 8 bits already is kept to the bit."""
+    """Write a weight in the form of `target`. Weights that are in 8 bits already are kept exactly."""
     if isinstance(target, EightBits):
         for one, place in zip(weight if isinstance(weight, EightBits) else quantise(weight), target, strict=True):
             _write(one, place)

@@ -133,6 +133,6 @@ def _states(path: Path, settings: Sequence[Path]) -> Iterator[tuple[str, int, in
 def word_vectors(placed: Placed, table: Tensor | None) -> list[tuple[str, Tensor]]:
     """The words of an adapter, float32 (n, D) on the CPU.
 
-    table: the text encoder's words, on the CPU; needed by words that begin from known ones.
+    table: the text encoder's word embeddings, on the CPU; needed if words were trained from known ones.
     """
     return [(word.name, word.vectors if table is None else word.rows(table)) for word in placed.words]

@@ -24,7 +24,7 @@ def encode_pixels(
 ) -> Tensor:
     """Pictures (B, 3, H, W) in 0..1 -> semantic latents, float32 (B, 16, h, w), such as Stage C makes for H x W pixels.
 
-    A size that is no multiple of 8 is padded to one, where `Cascade.generate` would crop.
+    A size that is not a multiple of 8 is padded to one, where `Cascade.generate` would crop.
 
     Args:
         effnet: the semantic encoder.

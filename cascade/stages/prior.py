@@ -88,8 +88,8 @@ def prior_steps(
         start: image-to-image: semantic latents (B or 1, 16, h, w) of the start image, instead of noise.
         strength: in (0, 1], the time to which `start` is noised. Takes `steps_taken(steps, strength)` steps from there.
         start_shift: shift of the schedule by which `start` is noised; None: `shift`. The authors noise at 1 and sample at 2.
-        free: bool (1, 1, h, w), the latents to make anew. After every step, the others are set to those of `start`, noised to
-            the step's time. None: all are made anew.
+        free: bool (1, 1, h, w), the latents to repaint. After every step, the others are set to those of `start`, noised to
+            the step's time. None: all are repainted.
         controls: the residuals of ControlNets, added to both halves, as in the authors' code.
         adapter: what the images of an IP-Adapter add. The unconditional half gets nothing of them.
         sampling: takes the steps.

@@ -1,11 +1,11 @@
-"""Reads the weights that a model was loaded with again, so that changed weights can be restored to the bit.
+"""Reads the weights that a model was loaded with again, so that changed weights can be restored exactly.
 
 A copy would take as much memory as the networks. So several threads read the files again, into pinned buffers, from which
 a GPU copies at its full rate.
 """
 
+import contextlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from cascade.networks.eight_bits import EightBits, scale_of
+from cascade.weights import blocks
 from cascade.weights.errors import WeightsError
 
-# Threads that read ahead, one tensor each.
-READERS = 8
+# Maximum bytes that are read ahead, and of those that are on their way to the GPU, unless one tensor has more. Torch keeps
+# pinned memory for later, so what is needed once stays.
+AHEAD = 128 << 20
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -155,38 +157,65 @@ def _size(one: Mapping[str, Any]) -> int:
     return stop - start
 
 
-def _read(stored: _Stored, pinned: bool) -> Tensor:
-    """Read a tensor into new memory. torch's allocator keeps pinned memory, and reuses it when copies from it are done."""
-    memory = torch.empty(stored.size, dtype=torch.uint8, pin_memory=pinned)
-    target = memory.numpy()
-    descriptor = os.open(stored.path, os.O_RDONLY)
-    try:
-        done = 0
-        while done < stored.size:
-            count = os.preadv(descriptor, [memoryview(target[done:])], stored.start + done)
-            if not count:
-                raise WeightsError(f"{stored.path} is shorter than when it was loaded; load the model again.")
-            done += count
-    finally:
-        os.close(descriptor)
-    return memory.view(stored.dtype).view(stored.shape)
+class _Reading(NamedTuple):
+    """A tensor that is being read."""
+
+    name: str
+    stored: _Stored
+    memory: Tensor
+    begun: list[Future[None]]
 
 
 def _read_ahead(wanted: Sequence[tuple[str, _Stored]], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors in order, each into new memory. torch's allocator reuses pinned memory when copies from it are done."""
     pinned = device.type == "cuda"
-    pool = ThreadPoolExecutor(READERS)
-    ahead: deque[tuple[str, Future[Tensor]]] = deque()
-    try:
+    with contextlib.ExitStack() as stack:
+        paths = {stored.path for _, stored in wanted}
+        files = {path: stack.enter_context(path.open("rb", buffering=0)).fileno() for path in paths}
+        pool = ThreadPoolExecutor(blocks.READERS)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        uploads = _Uploads(device)
+        ahead: deque[_Reading] = deque()
+        size = 0
         for name, stored in wanted:
-            if len(ahead) > READERS:
-                yield _next(ahead, device)
-            ahead.append((name, pool.submit(_read, stored, pinned)))
+            while ahead and size + stored.size > AHEAD:
+                size -= ahead[0].stored.size
+                yield _next(ahead, uploads)
+            memory = torch.empty(stored.size, dtype=torch.uint8, pin_memory=pinned)
+            begun = blocks.begin(pool, files[stored.path], stored.start, memory)
+            ahead.append(_Reading(name, stored, memory, begun))
+            size += stored.size
         while ahead:
-            yield _next(ahead, device)
-    finally:
-        pool.shutdown(cancel_futures=True)
+            yield _next(ahead, uploads)
 
 
-def _next(ahead: "deque[tuple[str, Future[Tensor]]]", device: torch.device) -> tuple[str, Tensor]:
-    name, read = ahead.popleft()
-    return name, read.result().to(device, non_blocking=True)
+def _next(ahead: "deque[_Reading]", uploads: "_Uploads") -> tuple[str, Tensor]:
+    name, stored, memory, begun = ahead.popleft()
+    try:
+        blocks.finish(begun)
+    except EOFError as error:
+        raise WeightsError(f"{stored.path} is shorter than when it was loaded; load the model again.") from error
+    return name, uploads.upload(memory.view(stored.dtype).view(stored.shape))
+
+
+class _Uploads:
+    """Copies tensors to a device. On a GPU, no call waits for the copy, but for earlier ones if they have over `AHEAD` bytes:
+    a GPU that is slower than the disk would make pinned memory grow without bounds.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._copies: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._size = 0
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        while self._copies and self._size + tensor.nbytes > AHEAD:
+            size, done = self._copies.popleft()
+            done.synchronize()
+            self._size -= size
+        there = tensor.to(self.device, non_blocking=True)
+        self._copies.append((tensor.nbytes, torch.cuda.current_stream(self.device).record_event()))
+        self._size += tensor.nbytes
+        return there

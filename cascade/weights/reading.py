@@ -132,7 +132,7 @@ def read_header(files: Iterable[Path]) -> Header:
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is not a mapping)
                 header |= {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
         except (SafetensorError, OSError) as error:
             raise unreadable(path, error) from error

@@ -72,7 +72,7 @@ def replacement(
 
     Args:
         folder: the directory; it need not exist.
-        without: names in ``folder`` that are not copied to the new one. Everything else is.
+        without: names in ``folder`` that are not copied to the new one. Everything else is copied.
         copy: copies a file.
     """
     target = Path(folder).resolve()  # so that a symbolic link stays one

@@ -74,7 +74,7 @@ def test_bad_lines_are_rows_with_an_error(tmp_path: Path) -> None:
 def test_a_column_that_is_no_input_is_refused_unless_it_is_kept(tmp_path: Path, ending: str) -> None:
     table = Table(str(write(tmp_path, ending, [{"prompt": "a", "promt": "b"}])))
     with pytest.raises(
-        TableError, match=r"^PROMPTS has a column 'promt', which is no input; did you mean prompt\? --keep"
+        TableError, match=r"^PROMPTS has a column 'promt', which is not an input; did you mean prompt\? --keep"
     ):
         table.survey()
     assert table.survey(["promt"]).kept == {"promt": "str"}

@@ -109,6 +109,18 @@ def test_merged_weights_are_rounded_once(files: dict[str, Path]) -> None:
         assert (made.float() - exact).abs().max() <= exact.abs().max() * 2**-8
 
 
+def test_merging_does_not_wait_for_the_gpu(files: dict[str, Path]) -> None:
+    """Otherwise the GPU would be idle while the next tensors are read and launched."""
+    loaded = Cascade.load(MINI, "cuda", torch.bfloat16, memory="resident")
+    loaded.generate(REQUEST)
+    selection = loaded._loras.select(asked(files, "ab").loras)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loaded._loras.apply(selection)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ---- full size ----
 
 

@@ -163,7 +163,7 @@ def test_masks_that_were_made_by_resizing_the_image_have_its_shape(width: int, h
             InputError,
             "mask is 'white'; it must be an image (PIL.Image.Image) or 'alpha'.",
         ),
-        ({"image": photo(80, 80), "mask": Image.new("L", (80, 80))}, ValueError, "mask has no white, so that nothing"),
+        ({"image": photo(80, 80), "mask": Image.new("L", (80, 80))}, ValueError, "mask has no white, so nothing"),
         (
             {"image": photo(80, 80), "mask": Image.new("L", (80, 40), 255)},
             ValueError,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,6 +50,12 @@ def asked(**options: Any) -> Request:
 def made(cascade: Cascade, request: Request) -> bytes:
     (image,) = cascade.generate(request)
     return image.tobytes()
+
+
+def near(one: bytes, other: bytes) -> bool:
+    """Whether pictures are equal, except for rounding: weights at other addresses may be multiplied in another order."""
+    values = (np.frombuffer(pixels, np.uint8).astype(int) for pixels in (one, other))
+    return len(one) == len(other) and np.abs(np.subtract(*values)).max() <= 1
 
 
 def test_every_input_changes_the_picture(cascade: Cascade) -> None:
@@ -204,7 +211,7 @@ def test_memory_modes_change_no_picture(components: dict[str, Any], cascade: Cas
         ip_adapter_ends=(0.5, 1),
     )
     for request in (PLAIN, asked(), two, replace(two, controls=(Control("canny", photo(90, 70)),)), PLAIN):
-        assert made(cached, request) == made(cascade, request)
+        assert near(made(cached, request), made(cascade, request))
 
 
 @pytest.mark.slow
@@ -256,7 +263,7 @@ def rewrite(folder: Path, change: Any) -> None:
 
 def test_from_a_folder_and_back(components: dict[str, Any], cascade: Cascade, folder: Path) -> None:
     loaded = Cascade.load(folder, device="cpu")
-    assert made(loaded, asked()) == made(cascade, asked())
+    assert near(made(loaded, asked()), made(cascade, asked()))
     shutil.rmtree(folder / "ip_adapter")
     description = (folder / "model.json").read_text()
     (folder / "model.json").write_text("\n".join(x for x in description.splitlines() if '"ip_adapter/' not in x))

@@ -129,7 +129,7 @@ WHITE = data_url(Image.new("L", (80, 72), 255))
         ({"outpaint": [8, 8, 8, 8]}, "outpaint needs image, which is left out."),
         (
             {"image": IMAGE, "mask": data_url(Image.new("L", (80, 72)))},
-            "mask has no white, so that nothing of image would be made anew.",
+            "mask has no white, so nothing of image would be repainted.",
         ),
         (
             {"image": IMAGE, "mask": data_url(Image.new("L", (80, 40), 255))},

@@ -89,5 +89,5 @@ def test_what_opencv_decodes_as_what_pillow_does(mode: str, size: tuple[int, int
     image = noise(mode, *size)
     pixels = np.asarray(image)[..., [2, 1, 0, 3][: len(mode)]]
     with mock.patch("cascade.images.bands.BAND_PIXELS", band_pixels):
-        joined = Upright(Array(pixels, {}), turn).joined()
+        joined = Upright(Array(pixels, mode, {"RGB": "BGR", "RGBA": "BGRA"}[mode], {}), turn).joined()
     assert (np.asarray(joined) == np.asarray(image if turn is None else image.transpose(turn))).all()

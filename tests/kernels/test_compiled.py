@@ -81,7 +81,7 @@ def test_damaged_files_are_compiled_anew(jobs: Jobs, folder: Path, caplog: pytes
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
         assert run(jobs, 80) == {"read": count - 1, "made": 1}
-    assert f"{damaged} is missing or damaged, so it is compiled anew." in caplog.messages
+    assert f"{damaged} is missing or damaged, so it is compiled again." in caplog.messages
 
 
 def key(architecture: int = 90, signature: str = "*bf16", channels: int = 32, path: str = "/a/libdevice.bc") -> str:

@@ -295,4 +295,4 @@ def test_proxies(web: Web, target: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(asked) == 1
     target.unlink()
     monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
-    assert fail("http://behind.invalid/", target) == "the proxy that the environment names is no http or https URL"
+    assert fail("http://behind.invalid/", target) == "the proxy that the environment names is not an http or https URL"

@@ -72,11 +72,11 @@ def tab(browser: "Browser") -> "Page":
 @pytest.fixture
 def look() -> dict[str, Any]:
     """The size of the window and the system's colours; a test may parametrise it."""
-    return {"viewport": {"width": 1280, "height": 900}, "colors": "light"}
+    return {"viewport": {"width": 800, "height": 600}, "colors": "light"}
 
 
 @pytest.fixture
-def opened(tab: "Page", address: str, look: dict[str, Any]) -> "Iterator[Page]":
+def opened(tab: "Page", address: str, session: "Session", look: dict[str, Any]) -> "Iterator[Page]":
     """The page in a browser. Fails if the page asked another host for anything, or a script of it failed."""
     hosts, complaints = set(), []
 
@@ -96,6 +96,7 @@ def opened(tab: "Page", address: str, look: dict[str, Any]) -> "Iterator[Page]":
         tab.on(event, listener)
     tab.set_viewport_size(look["viewport"])
     tab.emulate_media(color_scheme=look["colors"])
+    session.made.clear()  # a long gallery takes time to show
     tab.goto(address)
     tab.locator("#make").wait_for()
     yield tab

@@ -152,38 +152,37 @@ def test_a_mask_is_painted_and_all_else_stays(opened: Page, session: Session) ->
         opened.wait_for_function(WHERE, arg=share)
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-def test_a_dropped_file_brings_back_its_settings(opened: Page, session: Session, tmp_path: Path, ending: str) -> None:
-    """The file is one that the service made for anybody; made again on the page, it is the same to the byte."""
-    said = {
-        "prompt": "an octopus, “crème” 🐙 on a blue background",
-        "negative_prompt": "a leaf",
-        "aspect_ratio": "3:2",
-        "num_images": 2,
-        "seed": 2**32 - 1,
-        "steps_prior": 2,
-        "steps_decoder": 1,
-        "guidance_scale_prior": 3,
-        "output_format": ending,
-        "output_quality": 55,
-        "prompt_weighting": True,
-    }
-    given = {name: one.default for name, one in read_fields().items()} | said
-    files = session.service.predict(given, lambda *_: None)
-    originals = [file.read_bytes() for file in files]
-    dropped = tmp_path / f"any.{ending}"
-    dropped.write_bytes(originals[1])
+def test_a_dropped_file_brings_back_its_settings(opened: Page, session: Session, tmp_path: Path) -> None:
+    """The files are ones that the service made for anybody; made again on the page, they are the same to the byte."""
+    defaults = {name: one.default for name, one in read_fields().items()}
+    for number, ending in enumerate(("png", "jpg", "webp")):
+        said = {
+            "prompt": f"{number} “crème” 🐙 on a blue background",
+            "negative_prompt": f"a leaf {number}",
+            "aspect_ratio": "3:2",
+            "num_images": 2,
+            "seed": 2**32 - 1 - number,
+            "steps_prior": 2 + number,
+            "steps_decoder": 1,
+            "guidance_scale_prior": 3,
+            "output_format": ending,
+            "output_quality": 55 + number,
+            "prompt_weighting": number != 1,
+        }
+        files = session.service.predict(defaults | said, lambda *_: None)
+        originals = [file.read_bytes() for file in files]
+        dropped = tmp_path / f"any.{ending}"
+        dropped.write_bytes(originals[1])
 
-    opened.locator("#drop input[type=file]").set_input_files(dropped)
-    expect(opened.locator("#drop-note")).to_have_text("The settings are back.")
-    expect(field(opened, "prompt")).to_have_value(said["prompt"])
-    expect(field(opened, "seed")).to_have_value(str(2**32 - 1))
-    expect(field(opened, "negative_prompt")).to_have_value("a leaf")
-    expect(field(opened, "steps_prior")).to_have_value("2")
-    expect(opened.locator("#output_quality input[type=number]")).to_have_value("55")
-    expect(field(opened, "prompt_weighting")).to_be_checked()
-    made = make(opened, session, 2)
-    assert [one.path.read_bytes() for one in made] == originals
+        opened.locator("#drop input[type=file]").set_input_files(dropped)
+        expect(field(opened, "prompt")).to_have_value(said["prompt"])
+        expect(opened.locator("#drop-note")).to_have_text(f"The settings of any.{ending} are back.")
+        for name in ("seed", "negative_prompt", "steps_prior"):
+            expect(field(opened, name)).to_have_value(str(said[name]))
+        expect(opened.locator("#output_quality input[type=number]")).to_have_value(str(said["output_quality"]))
+        expect(field(opened, "prompt_weighting")).to_be_checked(checked=said["prompt_weighting"])
+        made = make(opened, session, 2)
+        assert [one.path.read_bytes() for one in made] == originals
 
 
 def test_a_file_made_of_images_asks_for_them(opened: Page, session: Session, apple: Path, tmp_path: Path) -> None:
@@ -200,12 +199,12 @@ def test_a_file_made_of_images_asks_for_them(opened: Page, session: Session, app
     opened.locator("#lacking input[type=file]").set_input_files(tmp_path / "other.png")
     expect(opened.locator("#drop-note .error")).to_contain_text("other.png")
     opened.locator("#lacking input[type=file]").set_input_files(apple)
-    expect(opened.locator("#drop-note")).to_have_text("The settings are back.")
+    expect(opened.locator("#drop-note")).to_have_text("The settings of made.webp are back.")
     (made,) = make(opened, session)
     assert made.path.read_bytes() == original
 
 
-def test_an_error_stands_beside_its_input(opened: Page, session: Session) -> None:
+def test_an_error_and_unknown_words_stand_beside_their_inputs(opened: Page, session: Session) -> None:
     before = len(session.made)
     fill(opened, height="5000")
     opened.locator("#make").click()
@@ -218,33 +217,29 @@ def test_an_error_stands_beside_its_input(opened: Page, session: Session) -> Non
     expect(error).to_be_in_viewport()
     check_colours(opened, dark=False)
     assert len(session.made) == before
-    fill(opened, height="", **FEW)
+    fill(opened, height="", prompt="a red apple beside a cathedral", **FEW)
     make(opened, session)
     expect(error).to_have_count(0)
-
-
-@pytest.mark.parametrize("name", ["image", "mask"])
-def test_what_is_no_picture_is_refused_at_once(opened: Page, tmp_path: Path, name: str) -> None:
-    (tmp_path / "no.png").write_text("no picture")
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    opened.locator(".fold button.label-wrap").filter(has=opened.get_by_text("Start from an image", exact=True)).click()
-    upload = opened.locator(f"#{name} input[type=file]")
-    upload.set_input_files(tmp_path / "no.png")
-    expect(opened.locator(f"#{name}-note .error")).to_contain_text(f"{name} is not a picture in one of the formats")
-    expect(opened.get_by_role("alert")).to_have_count(1)  # and no other of Gradio
-    expect(opened.locator(f"#{name} img")).to_have_count(0)
-    upload.set_input_files(tmp_path / "red.png")
-    expect(opened.locator(f"#{name}-note .error")).to_have_count(0)
-    expect(opened.locator(f"#{name} img")).to_be_visible()
-    expect(opened.locator("#brush")).to_be_visible(visible=name == "image")
-
-
-def test_words_that_the_model_does_not_know_are_named(opened: Page, session: Session) -> None:
-    fill(opened, prompt="a red apple beside a cathedral", **FEW)
-    make(opened, session)
     expect(opened.locator("#prompt-note")).to_have_text("Stable Cascade mini does not know: cathedral.")
     opened.locator("#known button.label-wrap").click()
     expect(opened.locator("#known")).to_contain_text("accordion")
+
+
+def test_what_is_no_picture_is_refused_at_once(opened: Page, tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_text("no picture")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    opened.locator(".fold button.label-wrap").filter(has=opened.get_by_text("Start from an image", exact=True)).click()
+    for name in ("mask", "image"):
+        upload, error = opened.locator(f"#{name} input[type=file]"), opened.locator(f"#{name}-note .error")
+        upload.set_input_files(tmp_path / "no.png")
+        expect(error).to_contain_text(f"{name} is not a picture in one of the formats")
+        expect(opened.get_by_role("alert")).to_have_count(1)  # and no other of Gradio
+        expect(opened.locator(f"#{name} img")).to_have_count(0)
+        expect(opened.locator("#brush")).to_be_hidden()
+        upload.set_input_files(tmp_path / "red.png")
+        expect(error).to_have_count(0)
+        expect(opened.locator(f"#{name} img")).to_be_visible()
+    expect(opened.locator("#brush")).to_be_visible()
 
 
 def test_a_picture_is_made_into_others(opened: Page, session: Session) -> None:
@@ -356,8 +351,8 @@ def test_a_narrow_window_in_the_dark(opened: Page, session: Session, look: dict[
     tops = [opened.locator(one).bounding_box()["y"] for one in ("#prompt", "#make", "#view", "#gallery", "#seed")]
     assert tops == sorted(tops)
     # What a button fills is shown, even if it is below the window.
-    opened.get_by_role("button", name="Inpaint").click()
-    expect(opened.locator("#brush")).to_be_in_viewport()
+    opened.get_by_role("button", name="As image prompt").click()
+    expect(opened.locator("#image_prompts img")).to_be_in_viewport()
     fill(opened, height="5000")
     opened.locator("#make").click()
     expect(opened.locator("#height-note .error")).to_be_in_viewport()

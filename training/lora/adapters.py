@@ -62,7 +62,7 @@ def add_lora(
     The random state decides "down"; "up" is zero.
 
     Args:
-        layers: names of Linear layers, of which the network must have some.
+        layers: names of Linear layers; the network must have at least one of them.
 
     Returns:
         The trained parameters by name: "LAYER.down" and "LAYER.up".
@@ -78,7 +78,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias="none",
-        # A regular expression: by a list, PEFT would take layers whose names only end alike.
+        # A regular expression, because PEFT compares a list's entries with the ends of layers' names.
         target_modules="|".join(re.escape(name) for name in layers),
     )
     inject_adapter_in_model(config, network, adapter_name=ADAPTER)

@@ -30,7 +30,7 @@ from training.objective import diffusion_losses, loss_weight
 from training.pictures import grid
 from training.sampling import text_to_semantic
 from training.shapes import Shapes
-from training.task import Task, frozen
+from training.task import DiffusionTask, frozen
 from training.tasks.stage_c import prior_batch
 from training.values import Amount, Share
 
@@ -129,7 +129,7 @@ def new_controlnet(
     return network
 
 
-class ControlNetTask(Task):
+class ControlNetTask(DiffusionTask):
     """Weighted epsilon error of Stage C with the ControlNet's residuals.
 
     Args:
@@ -206,9 +206,6 @@ class ControlNetTask(Task):
             controlnet_residuals=self.controlnet(control),
         )
         return diffusion_losses(epsilon, noise, self.weight(timesteps))
-
-    def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        self.weight.update(batch["timesteps"], outputs["errors"])
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         """Mean squared errors of sampled latents with the ControlNet and without; rows: pictures, controls, with, without."""

@@ -32,7 +32,7 @@ from training.latents import BATCH, Encoded
 from training.objective import diffusion_losses, keep_mask, loss_weight, sample_timesteps
 from training.pictures import grid, normalise
 from training.shapes import Shapes
-from training.task import Task, frozen
+from training.task import DiffusionTask, frozen
 from training.values import Share
 
 LOOKED_AT = 64
@@ -103,7 +103,7 @@ class References:
         return made.hidden_states[-2].half()
 
 
-class IPAdapterTask(Task):
+class IPAdapterTask(DiffusionTask):
     """Weighted epsilon error of Stage C with the adapter's keys and values.
 
     Args:
@@ -162,9 +162,6 @@ class IPAdapterTask(Task):
         noisy = diffuse(latents, noise, timesteps)
         epsilon = predict(self.frozen["prior"], self.ip_adapter, noisy, timesteps, text, pooled, features)
         return diffusion_losses(epsilon, noise, self.weight(timesteps))
-
-    def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        self.weight.update(batch["timesteps"], outputs["errors"])
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         """Epsilon errors on held-out pictures without captions, with the adapter and without; rows: references, and previews of

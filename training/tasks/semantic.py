@@ -23,12 +23,12 @@ from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps
 from training.pictures import for_previewer, grid, psnr
-from training.task import Task
+from training.task import DiffusionTask
 from training.tasks.stage_b import repaint
 from training.values import Amount, Share
 
 
-class SemanticTask(Task):
+class SemanticTask(DiffusionTask):
     """Weighted epsilon error of Stage B plus the previewer's pixel error; the semantic encoder gets the gradients of both.
 
     Args:
@@ -114,9 +114,6 @@ class SemanticTask(Task):
         )
         losses = diffusion_losses(epsilon, noise, self.weight(timesteps))
         return {**losses, "loss": losses["loss"] + self.preview_weight * preview, "preview": preview.detach()}
-
-    def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        self.weight.update(batch["timesteps"], outputs["errors"])
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         pixels, semantic, restored = repaint(self.decoder, effnet=self.effnet, unseen=self.unseen, **self.frozen)

@@ -23,7 +23,7 @@ from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid
 from training.pictures import grid, psnr
 from training.sampling import semantic_to_pixels
 from training.shapes import Shapes
-from training.task import Task
+from training.task import DiffusionTask
 from training.values import Amount, Share
 
 SCALES = (32.0, 36.6, 51.2, 64.0)
@@ -56,7 +56,7 @@ def repaint(
     return pixels, semantic, semantic_to_pixels(decoder, vqgan, semantic, pooled, pixels.shape[-2:])
 
 
-class StageBTask(Task):
+class StageBTask(DiffusionTask):
     """Weighted epsilon error of Stage B.
 
     Args:
@@ -123,9 +123,6 @@ class StageBTask(Task):
         """``latents`` and ``noise`` (B, 4, H/4, W/4), ``semantic`` (B, 16, H/8, W/8), ``pooled`` (B, 1, D)."""
         epsilon = self.decoder(diffuse(latents, noise, timesteps), timesteps, clip_text_pooled=pooled, effnet=semantic)
         return diffusion_losses(epsilon, noise, self.weight(timesteps))
-
-    def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        self.weight.update(batch["timesteps"], outputs["errors"])
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
         """PSNR in dB of repainted pictures, at 42.67 pixels a latent and at the ends of `SCALES`; rows: true, repainted."""

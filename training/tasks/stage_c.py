@@ -22,7 +22,7 @@ from training.objective import diffusion_losses, keep_mask, loss_weight, sample_
 from training.pictures import grid
 from training.sampling import text_to_semantic
 from training.shapes import Shapes
-from training.task import Task
+from training.task import DiffusionTask
 from training.values import Share
 
 
@@ -54,7 +54,7 @@ def prior_batch(
     return batch, tuple(rest)
 
 
-class PriorTask(Task):
+class PriorTask(DiffusionTask):
     """Trains Stage C by its weighted epsilon error.
 
     Args:
@@ -75,9 +75,6 @@ class PriorTask(Task):
             diffuse(latents, noise, timesteps), timesteps, clip_text_pooled=pooled, clip_text=text, clip_img=image
         )
         return diffusion_losses(epsilon, noise, self.weight(timesteps))
-
-    def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        self.weight.update(batch["timesteps"], outputs["errors"])
 
 
 class StageCTask(PriorTask):

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,11 +13,13 @@ from torch import Tensor
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.lora import authors, files, formats, parts, peft
 from cascade.weights.lora.changes import finite
-from cascade.weights.lora.files import LARGE, READERS, Package, Stored
+from cascade.weights.lora.files import Package, Stored
 
 # Keys of words that were learned with an adapter (OneTrainer): "bundle_emb.", the word, and one of these.
 BUNDLED = "bundle_emb."
 VECTORS, OUTPUTS = "clip_g", "clip_g_out"
+# Values that are checked at a time: so many that all cores of the CPU take part, and a copy in float32 is small.
+PIECE = 1 << 22
 # torch lacks operators for other dtypes, such as unsigned ones of 16 bits and more, float4 and bare exponents.
 KINDS_OF_NUMBERS = (
     torch.float64,
@@ -143,7 +144,7 @@ def _read(package: Package, file: Stored, several: bool) -> Adapter:
     where = f"{package.path}: {file.name}" if several else str(package.path)
     if not file.tensors:
         raise WeightsError(f"{where} holds no tensors.")
-    _check_numbers(where, file.tensors)
+    _check_numbers(where, file)
     keys = authors.numbered(list(file.tensors))
     words, rows, inversion = _words(package, file)
     used = {key for pair in keys.values() for key in pair.values()} | words.keys() | rows.keys()
@@ -173,16 +174,16 @@ def _read(package: Package, file: Stored, several: bool) -> Adapter:
     )
 
 
-def _check_numbers(where: str, tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
+def _check_numbers(where: str, file: Stored) -> None:
+    for key, tensor in file.tensors.items():
         if tensor.dtype not in KINDS_OF_NUMBERS:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise WeightsError(f"{where}: {shortened(key, 80)} is stored as {kind}, which no adapter is.")
-    threads = READERS if sum(tensor.nbytes for tensor in tensors.values()) >= LARGE else 1
-    with ThreadPoolExecutor(threads) as pool:
-        for key, fine in zip(tensors, pool.map(finite, tensors.values()), strict=True):
-            if not fine:
-                raise WeightsError(f"{where}: {shortened(key, 80)} holds values that are infinite or no numbers (NaN).")
+    if all(finite(piece) for run in file.runs for piece in run.split(PIECE)):
+        return
+    for key, tensor in file.tensors.items():
+        if not finite(tensor):
+            raise WeightsError(f"{where}: {shortened(key, 80)} holds values that are infinite or no numbers (NaN).")
 
 
 def _words(package: Package, file: Stored) -> tuple[dict[str, tuple[str, str]], dict[str, Tensor], bool]:

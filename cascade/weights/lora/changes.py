@@ -88,7 +88,7 @@ class Change:
         Raises ValueError, RuntimeError or IndexError if the adapter is of another shape.
         """
         tensors = {
-            name: tensor.to(weight.device) if name == INDICES else _beside(tensor, weight)
+            name: _on(weight.device, tensor) if name == INDICES else _beside(tensor, weight)
             for name, tensor in self.tensors.items()
         }
         delta = self.function(weight, tensors, self.scale)
@@ -108,7 +108,15 @@ class Change:
 
 def _beside(tensor: Tensor, weight: Tensor) -> Tensor:
     # Moved in its stored dtype: in one call, torch would convert it on the host first, and move twice the bytes.
-    return tensor.to(weight.device).to(torch.float32)
+    return _on(weight.device, tensor).to(torch.float32)
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # From other memory, the copy would wait for all work of the GPU, and this thread for the copy. torch reuses the pinned
+        # memory when the copy is done.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def scale_of(kind: Kind, tensors: Mapping[str, Tensor]) -> float:
@@ -153,11 +161,10 @@ def merged(weight: Tensor, changes: Iterable[tuple[Change, float]]) -> Tensor:
         weight: the base weight, of any floating-point dtype.
         changes: each with the strength of its adapter. Strength 0 leaves the weight as it is.
     """
-    base = weight.float()
-    result = base.clone()
+    base = result = weight.float()
     for change, strength in changes:
         if strength:
-            result.add_(change.delta(base), alpha=1.0 if change.whole else strength)
+            result = torch.add(result, change.delta(base), alpha=1.0 if change.whole else strength)
     return result
 
 
@@ -165,5 +172,6 @@ def finite(tensor: Tensor) -> bool:
     """Whether all values of a tensor are finite in float32, the dtype of the computation."""
     if not tensor.is_floating_point():
         return True
-    numbers = tensor.float()
+    # These are summed as they are: a copy in float32 takes longer than the sum. A sum that is too large proves nothing.
+    numbers = tensor if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else tensor.float()
     return math.isfinite(float(numbers.sum())) or bool(numbers.isfinite().all())

@@ -5,18 +5,23 @@ temporary file of its size, which is removed after reading.
 """
 
 import json
+import os
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cascade.weights import blocks
+from cascade.weights.base import DTYPES
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.lora.whole import clause, whole_networks
 from cascade.weights.names import PICKLES, SUFFIX
@@ -36,9 +41,6 @@ HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-# Threads that read a file of so many bytes.
-READERS = 8
-LARGE = 16 << 20
 # Bytes of a member that are unpacked at a time.
 BLOCK = 1 << 20
 PEFT_CONFIG = "adapter_config.json"
@@ -54,13 +56,15 @@ class Stored:
 
     Attributes:
         name: its name and folder, within what was read.
-        tensors: by key, as stored.
+        tensors: by key, as stored. They are parts of one block of memory.
         metadata: its texts by name.
+        runs: the values of all tensors of floating point again: those of neighbours of one dtype are one tensor (n).
     """
 
     name: PurePosixPath
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
+    runs: Sequence[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,18 +159,22 @@ def _whole_networks(path: Path) -> list[str]:
         return []
 
 
-def _copies(path: Path, keys: Sequence[str], threads: int) -> dict[str, Tensor]:
-    """The tensors of a file, in its order. They are copies: if a memory-mapped file were changed meanwhile, the tensors would
-    change, or the process would end.
-    """
+def _content(file: Path) -> tuple[dict[str, Any], Tensor]:
+    """The header of a safetensors file, as JSON has it, and its data, uint8 (n)."""
+    with file.open("rb", buffering=0) as opened, ThreadPoolExecutor(blocks.READERS) as pool:
+        size = os.fstat(opened.fileno()).st_size
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(min(length, size)))
+        data = torch.empty(max(size - 8 - length, 0), dtype=torch.uint8)
+        blocks.finish(blocks.begin(pool, opened.fileno(), 8 + length, data))
+    header.pop("__metadata__", None)
+    return header, data
 
-    def read(share: int) -> dict[str, Tensor]:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key).clone() for key in keys[share::threads]}
 
-    with ThreadPoolExecutor(threads) as pool:
-        found = {key: tensor for share in pool.map(read, range(threads)) for key, tensor in share.items()}
-    return {key: found[key] for key in keys}
+def _part(data: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Bytes of a file's data as numbers; a copy if they lie where none of this dtype may."""
+    part = data[first:last]
+    return (part.clone() if first % dtype.itemsize else part).view(dtype)
 
 
 def _refused(origin: Path, name: str, start: bytes, error: Exception) -> WeightsError:
@@ -322,12 +330,32 @@ def _checked(path: Path, members: Iterator[Member]) -> Package:
 
 
 def _stored(origin: Path, name: PurePosixPath, file: Path) -> Stored:
-    """A safetensors file. origin: what it is part of."""
+    """A safetensors file. origin: what it is part of.
+
+    It is copied into memory: if a memory-mapped file were changed meanwhile, its tensors would change, or the process would
+    end.
+    """
     try:
-        with safe_open(file, framework="pt") as opened:
-            keys, metadata = list(opened.keys()), opened.metadata() or {}
-        threads = READERS if file.stat().st_size >= LARGE else 1
-        return Stored(name, _copies(file, keys, threads), metadata)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        with safe_open(file, framework="pt") as opened:  # checks the header
+            header, data = _content(file)
+            places = {key: (one["dtype"], *one["data_offsets"]) for key, one in header.items()}
+            tensors = {}
+            for key in opened.keys():  # noqa: SIM118 (the file is no mapping)
+                kind, first, last = places[key]
+                if kind in DTYPES:
+                    tensors[key] = _part(data, first, last, DTYPES[kind]).view(header[key]["shape"])
+                else:  # integers, which are few, and what is refused
+                    tensors[key] = opened.get_tensor(key).clone()
+            return Stored(name, tensors, opened.metadata() or {}, list(_runs(data, places.values())))
+    except (SafetensorError, OSError, EOFError, ValueError, RuntimeError, LookupError) as error:
         with file.open("rb") as opened:
             raise _refused(origin, name.as_posix(), opened.read(4), error) from error
+
+
+def _runs(data: Tensor, places: Iterable[tuple[str, int, int]]) -> Iterator[Tensor]:
+    """The values of neighbouring tensors of one dtype. places: of each tensor, its dtype and its bytes of the data."""
+    ordered = sorted(places, key=lambda place: place[1:])  # without gaps
+    for kind, run in groupby(ordered, key=lambda place: place[0]):
+        if kind in DTYPES and DTYPES[kind].is_floating_point:
+            ends = [end for _, *both in run for end in both]
+            yield _part(data, ends[0], ends[-1], DTYPES[kind])

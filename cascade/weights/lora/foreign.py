@@ -19,7 +19,7 @@ WIDTHS = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "Stable
 STABLE_DIFFUSION = re.compile(
     r"(input|output|middle)_blocks?[._]\d|(down|up)_blocks[._]\d+[._](attentions|resnets)|mid_block[._]"
 )
-# Of these, several models have such names.
+# Several models have such names.
 TRANSFORMER = re.compile(r"(^|[._])transformer_blocks[._]\d")
 
 

@@ -13,7 +13,7 @@ Shapes = Mapping[str, Sequence[int]]
 # The output of attention: Stability-AI/StableCascade and ComfyUI; kohya, 22 to 25 February 2024; OneTrainer, 20 to 23
 # February 2024.
 OUTPUTS = ("out_proj", "to_out", "to_out_proj", "to_out.0")
-# q, k and v: parts of one matrix in the authors' files, which OneTrainer has numbered.
+# q, k and v are parts of one matrix in the authors' files. OneTrainer numbers them.
 INPUTS = {"to_q": "in_proj.0", "to_k": "in_proj.1", "to_v": "in_proj.2"}
 
 

@@ -54,7 +54,7 @@ def scales(config: Mapping[str, Any], layers: Sequence[str], where: object) -> d
     """
     kind = config.get("peft_type")
     if kind not in KINDS:
-        raise WeightsError(f"{where}: peft_type is {shortened(repr(kind), 40)}; read are {', '.join(KINDS)}.")
+        raise WeightsError(f"{where}: peft_type is {shortened(repr(kind), 40)}; only {', '.join(KINDS)} can be read.")
     if kind == "IA3":
         inputs = _feedforward(config, layers, where)
         return {name: 0.0 if name in inputs else 1.0 for name in layers}

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from cascade.weights.errors import WeightsError, shortened
@@ -42,7 +43,7 @@ MEANINGLESS: tuple[tuple[str, Callable[[Group, Sequence[int] | None], bool]], ..
         "of CLIP's logit_scale, which only training reads",
         lambda group, shape: group.place.layer.endswith("logit_scale"),
     ),
-    ("of lists of positions, which are no weights", lambda group, shape: group.place.layer.endswith("position_ids")),
+    ("of lists of positions, which are not weights", lambda group, shape: group.place.layer.endswith("position_ids")),
 )
 
 
@@ -213,7 +214,7 @@ def _of_weights(kind: Kind, tensors: Mapping[str, Tensor], scale: float | None, 
     cannot be such."""
     try:
         change = change_of(kind, tensors, scale)
-    except (ValueError, RuntimeError, TypeError, ZeroDivisionError):  # alpha is no number, or the rank 0
+    except (ValueError, RuntimeError, TypeError, ZeroDivisionError):  # alpha is not a number, or the rank is 0
         return None
     if parts == 1:
         return [change]
@@ -284,7 +285,7 @@ def _place_words(
         if not name.strip() or not fits or not alike:
             found.unplaced += [key for key in adapter.shapes if _is_of_word(key, name, kinds)]
             continue
-        words.append(Word(name, vectors.float(), None, None if outputs is None else outputs.float()))
+        words.append(Word(name, _copied(vectors), None, None if outputs is None else _copied(outputs)))
     if adapter.rows is None:
         return tuple(words)
     learned = _place_rows(adapter, adapter.rows, table, vocabulary, found)
@@ -292,6 +293,11 @@ def _place_words(
         found.unplaced += [authors.VECTORS, authors.INDICES]
         return tuple(words)
     return (*words, *learned)
+
+
+def _copied(vectors: Tensor) -> Tensor:
+    """In float32. Words outlive the file's memory, of which its tensors are parts."""
+    return vectors.to(torch.float32, copy=True)
 
 
 def _is_of_word(key: str, name: str, kinds: Mapping[str, Tensor]) -> bool:

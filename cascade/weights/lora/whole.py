@@ -25,8 +25,8 @@ def whole_networks(keys: Iterable[str]) -> list[str]:
 
 
 def clause(components: Iterable[str]) -> str:
-    """What is said of a file with these components, and the command that uses it."""
+    """The clause for errors about a file with these components: what it is, and the command that uses it."""
     components = list(components)
     titles = " and ".join(TITLES[one] for one in components)
     options = " ".join(f"--{one.replace('_', '-')} FILE" for one in components)
-    return f"is no adapter but holds {titles} whole; scripts/save-weights {options} makes a model folder with it"
+    return f"is not an adapter but holds {titles} whole; scripts/save-weights {options} makes a model folder with it"

@@ -436,7 +436,7 @@ def test_words_of_another_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"peft_type": "VERA"}, "peft_type is 'VERA'; read are LORA, LOHA, LOKR, OFT, IA3"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA'; only LORA, LOHA, LOKR, OFT, IA3"),
         ({"lora_alpha": "x"}, "lora_alpha is 'x'; it must be a positive number"),
         ({"r": 0}, "r is 0; it must be a positive number"),
         ({"alpha_pattern": []}, None),
@@ -521,7 +521,7 @@ def test_a_whole_network_is_called_what_it_is(
     save_file(tensors, tmp_path / "one.safetensors")
     for most in (files.MOST, 10_000):
         monkeypatch.setattr(files, "MOST", most)
-        with pytest.raises(WeightsError, match=re.escape(f"is no adapter but holds {said}")):
+        with pytest.raises(WeightsError, match=re.escape(f"is not an adapter but holds {said}")):
             placed(tmp_path / "one.safetensors")
 
 
@@ -631,6 +631,63 @@ def test_every_wrong_file_gives_one_sentence(data: st.DataObject, tmp_path_facto
     path = tmp_path_factory.mktemp("one") / "one.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in stored.items()}, path)
     check_outcome(path)
+
+
+def stored_as(path: Path, tensors: Mapping[str, tuple[str, list[int], bytes]]) -> Path:
+    """A safetensors file with the tensors in this order, which `save_file` would change."""
+    header, data = {}, b""
+    for key, (kind, shape, content) in tensors.items():
+        header[key] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def test_tensors_may_lie_anywhere_in_a_file(tmp_path: Path) -> None:
+    """Also where no tensor of their dtype may lie in memory; several threads read them in blocks."""
+    matrix, bias = torch.randn(64, 64), torch.randn(64).half()
+    path = stored_as(
+        tmp_path / "one.safetensors",
+        {
+            "a.x": ("U8", [3], b"abc"),
+            "b.x": ("F32", [64, 64], matrix.numpy().tobytes()),
+            "c.x": ("F16", [64], bias.numpy().tobytes()),
+            "d.x": ("F32", [0, 4], b""),
+            "e.x": ("F32", [], torch.tensor(2.5).numpy().tobytes()),
+            "f.x": ("I64", [1], torch.tensor([7]).numpy().tobytes()),
+        },
+    )
+    (stored,) = files.read(path).files
+    assert torch.equal(stored.tensors["a.x"], torch.tensor(list(b"abc"), dtype=torch.uint8))
+    assert torch.equal(stored.tensors["b.x"], matrix)
+    assert torch.equal(stored.tensors["c.x"], bias)
+    assert stored.tensors["d.x"].shape == (0, 4)
+    assert stored.tensors["e.x"] == 2.5
+    assert stored.tensors["f.x"].tolist() == [7]
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan])
+def test_the_tensor_with_a_wrong_number_is_named(kind: torch.dtype, wrong: float, tmp_path: Path) -> None:
+    """Not its neighbours, whose values are finite, though their sums are not."""
+    most = torch.finfo(kind if kind.itemsize < 8 else torch.float32).max
+    tensors = {f"x{i}.diff": torch.full((300,), most).to(kind) for i in range(4)}
+    save_file(tensors, tmp_path / "one.safetensors")
+    assert len(Adapter.read(tmp_path / "one.safetensors").groups) == 4
+    tensors["x2.diff"][299] = wrong
+    save_file(tensors, tmp_path / "one.safetensors")
+    with pytest.raises(WeightsError, match=r"one\.safetensors: x2\.diff holds values that are infinite or no numbers"):
+        Adapter.read(tmp_path / "one.safetensors")
+
+
+def test_words_do_not_keep_the_memory_of_their_file(tmp_path: Path) -> None:
+    width = networks()["text_encoder"][TABLE][1]
+    words = {f"bundle_emb.<{name}>.{kind}": torch.ones(2, width) for name in "ab" for kind in ("clip_g", "clip_g_out")}
+    save_file(words, tmp_path / "one.safetensors")
+    for word in placed(tmp_path / "one.safetensors").words:
+        assert word.vectors.untyped_storage().nbytes() == 2 * width * 4
+        assert word.outputs.untyped_storage().nbytes() == 2 * width * 4
 
 
 def check_outcome(path: Path) -> None:
