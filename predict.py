@@ -18,6 +18,8 @@ from serving.cog_files import takes_urls  # noqa: E402
 from serving.service import Service  # noqa: E402
 from serving.settings import Settings  # noqa: E402
 
+early.end()
+
 RATIOS = ["1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16", "9:21"]
 SAMPLERS = ["default", "ddpm", "ddim", "ddim_cosine", "lcm"]
 SPEEDS = ["exact", "fast", "turbo"]

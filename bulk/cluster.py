@@ -9,7 +9,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ray.actor import ActorHandle
 
 from bulk.maker import GpuLostError, Maker
 from bulk.run import RunError
+from bulk.tally import Done, Tally
 
 ROOT = Path(__file__).resolve().parent.parent
 # How often a shard may be begun. A worker may be killed, but a row that kills each worker must not go on for ever.
@@ -33,51 +33,6 @@ STORE = 100_000_000
 STARTS = 3
 # Seconds between looks at what the workers tell.
 LOOK = 1.0
-
-
-@dataclass(frozen=True)
-class Done:
-    """What is done of the shards that were begun by this call.
-
-    Attributes:
-        rows, pictures, failed: rows, pictures, and lines with an error.
-    """
-
-    rows: int = 0
-    pictures: int = 0
-    failed: int = 0
-
-    def __add__(self, other: "Done") -> "Done":
-        return Done(self.rows + other.rows, self.pictures + other.pictures, self.failed + other.failed)
-
-
-class Tally:
-    """Counts what the workers have done. An actor of its own, so that it outlives them."""
-
-    def __init__(self) -> None:
-        self.finished = Done()
-        self.running: dict[int, Done] = {}
-        self.attempts: dict[int, int] = {}
-
-    def begin(self, shard: int) -> int:
-        """How often the shard was begun, with this time."""
-        self.running[shard] = Done()
-        self.attempts[shard] = self.attempts.get(shard, 0) + 1
-        return self.attempts[shard]
-
-    def report(self, shard: int, rows: int, pictures: int, failed: int) -> None:
-        """What is done of a shard."""
-        self.running[shard] = Done(rows, pictures, failed)
-
-    def finish(self, shard: int, rows: int) -> None:
-        """All rows of a shard are done."""
-        last = self.running.pop(shard, Done())
-        self.attempts.pop(shard, None)
-        self.finished += Done(rows, last.pictures, last.failed)
-
-    def done(self) -> Done:
-        """What is done of all shards."""
-        return sum(self.running.values(), self.finished)
 
 
 class ShardActor:

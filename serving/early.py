@@ -1,6 +1,7 @@
-"""Reading weights while Python still imports modules."""
+"""What makes a start shorter: weights are read while Python still imports modules, and no garbage is looked for in them."""
 
 import contextlib
+import gc
 import os
 import threading
 from pathlib import Path
@@ -17,9 +18,19 @@ def find_weights() -> Path:
 
 
 def begin() -> None:
-    """Begin to read the weights ahead, on a thread. What fails here is reported when the model loads."""
+    """Before the imports: begin to read the weights ahead, on a thread. What fails here is reported when the model loads.
+
+    Until `end`, no garbage is collected. Imports make a million objects and next to no garbage; looking for it took 0.9 s of 5.7.
+    """
+    gc.disable()
     if hasattr(os, "posix_fadvise"):
         threading.Thread(target=read_ahead, name="read ahead", daemon=True).start()
+
+
+def end() -> None:
+    """After the imports: collect garbage, but never among what was imported. To do so as Python ends took another 1.3 s."""
+    gc.freeze()
+    gc.enable()
 
 
 def read_ahead() -> None:

@@ -3,10 +3,12 @@
 Imports of torch and of the engine stand in functions: the process that only hands out tests would wait for them, too.
 """
 
+import gc
 import json
 import os
 import shutil
 import signal
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ MINI = Path(__file__).parent.parent / "weights" / "mini"
 # Groups of tests that take long; they are begun first.
 LONGEST = (
     "tests/http",
+    "tests/studio",
+    "tests/bulk/test_cluster.py",
     "tests/miniature/test_stages.py",
     "tests/test_readme.py",
     "tests/test_predict.py",
@@ -53,10 +57,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(group) if (group := group_of(item.nodeid)) in LONGEST else len(LONGEST))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Collects no garbage among what tests import, neither now nor later: it is a million objects and next to no garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def group_of(nodeid: str) -> str:
-    """What one of several processes runs: a file, for its fixtures; all that uses one server, or the one GPU."""
+    """What one of several processes runs: a file, for its fixtures; all that uses one server, one page, or the one GPU."""
     file = nodeid.partition("::")[0]
-    return next((room for room in ("tests/gpu", "tests/http") if file.startswith(f"{room}/")), file)
+    return next((room for room in ("tests/gpu", "tests/http", "tests/studio") if file.startswith(f"{room}/")), file)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -7,6 +7,7 @@ which stage needs which. ``accelerate launch -m training.run ...`` runs the same
 """
 
 import argparse
+import gc
 import logging
 import math
 import os
@@ -177,4 +178,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # so that Python ends without looking for garbage in everything that was imported, for 1.3 s
     sys.exit(main())

@@ -14,11 +14,15 @@ import psutil
 import pytest
 
 from bulk import cluster
-from bulk.cluster import ATTEMPTS, Done, Tally, reason, resources
+from bulk.cluster import ATTEMPTS, reason, resources
 from bulk.run import RunError
+from bulk.tally import Done, Tally
 from tests.bulk.tables import SMALL, lines_of, make_run, pictures_of
 from tests.readme import ROOT
 
+# Seconds, after which a test ends that would never end. On a machine with ten times as many processes as cores, a worker's
+# start alone took eight minutes.
+PATIENCE = 3600
 # Rows that take a while each, so that a worker can be killed in the middle of a shard.
 SLOW = {**SMALL, "steps_prior": 20, "steps_decoder": 20}
 ROWS: list[dict[str, Any] | str] = [
@@ -39,12 +43,13 @@ class Driver:
 
     Args:
         folder: has the table, and gets the output.
+        workers: how many.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, workers: int) -> None:
         self.log = folder / "log.txt"
         command = [sys.executable, ROOT / "scripts" / "generate-many", "table.jsonl", "out", "--keep", "id"]
-        options = ["--workers", "2", "--shard", "4", "--batch", "2"]
+        options = ["--workers", str(workers), "--shard", "4", "--batch", "2"]
         with self.log.open("a") as log:
             self.process = subprocess.Popen([*command, *options], cwd=folder, stdout=log, stderr=log)
         self.family: list[psutil.Process] = []
@@ -55,7 +60,7 @@ class Driver:
         return [one for one in self.family if titled(one, "ShardActor")]
 
     def wait_for(self, found: Callable[[], Any]) -> Any:
-        end = time.monotonic() + 600
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end and self.process.poll() is None:
             if result := found():
                 return result
@@ -79,15 +84,15 @@ def runs(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[Driver]:
+def started(folder: Path, workers: int) -> Iterator[Driver]:
     """A driver; at the end, none of its processes is left."""
-    driver = Driver(folder)
+    driver = Driver(folder, workers)
     try:
         yield driver
     finally:
         driver.process.kill()
         driver.process.wait()
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE
         while (left := [one for one in driver.family if runs(one)]) and time.monotonic() < end:
             time.sleep(0.2)
         for one in left:
@@ -107,7 +112,7 @@ def test_kills_lose_nothing_and_make_nothing_twice(
     folder.mkdir()
     (folder / "table.jsonl").write_bytes((tmp_path / "one" / "table.jsonl").read_bytes())
 
-    with started(folder) as driver:
+    with started(folder, workers=2) as driver:
         driver.wait_for(lambda: list(done.glob("*_stats.json")))
         (victim, *_) = driver.wait_for(driver.workers)
         victim.send_signal(signal.SIGKILL)
@@ -118,8 +123,8 @@ def test_kills_lose_nothing_and_make_nothing_twice(
     made = {file.name: file.stat().st_mtime_ns for file in done.glob("0*")}
     whole = {file.name[:5] for file in done.glob("*_stats.json")}
     assert 2 <= len(whole) < 6
-    with started(folder) as driver:
-        assert driver.process.wait(600) == 0, driver.log.read_text()
+    with started(folder, workers=1) as driver:
+        assert driver.process.wait(PATIENCE) == 0, driver.log.read_text()
 
     assert pictures_of(done) == pictures_of(tmp_path / "one" / "out")
     same = [{**line, "seconds": 0} for line in lines_of(done)]

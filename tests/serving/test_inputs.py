@@ -27,6 +27,8 @@ from tests.tiny import make_cascade
 
 # The sentence's numbers differ: one server gives everybody less.
 NARROWED = ("num_images", "seed", "steps_prior", "steps_decoder")
+# Of each input.
+EXAMPLES = settings.default.max_examples // 5
 
 texts = st.text(max_size=100) | st.sampled_from(
     [
@@ -96,7 +98,7 @@ def sentence_of(ask: Callable[..., Any], **given: Any) -> str | None:
 
 
 @pytest.mark.parametrize("name", LIMITS)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     value=json_values,
     base=st.sampled_from([(), ("image",), ("image", "mask"), ("control_images",), ("image_prompts",)]),
@@ -116,7 +118,7 @@ def test_any_json_value_is_a_request_or_one_sentence_that_names_the_input(
 
 
 @pytest.mark.parametrize("name", [name for name in ALLOWED if name in LIMITS and LIMITS[name].kind is not Image.Image])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=json_values)
 def test_python_says_the_same(made: Callable[..., Request], name: str, value: Any) -> None:
     over_http = sentence_of(made, **{name: value})

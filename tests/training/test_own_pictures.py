@@ -3,10 +3,14 @@
 import logging
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from PIL import Image
 
 from cascade.weights import ModelFolder
@@ -65,6 +69,27 @@ def test_the_log_says_what_it_does(
     assert "clip: not compiled, because there is no GPU." in caplog.text
     (figures,) = [message for message in caplog.messages if "unseen_accuracy" in message]
     assert figures.endswith("(on 4 held-out pictures, too few to say much)")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_one_process_without_gpus_and_training_says_so(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In this process, with the variables that the launcher would give to the one that it starts."""
+    given = ["--num_processes", "2", "--cpu", "-m", "training.run", "config.toml", "tokenizer"]
+    options, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
+    assert not options.multi_gpu
+    command, variables = prepare_simple_launcher_cmd_env(options)
+    assert command == [sys.executable, *given[3:]]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)  # so that they are read
+    try:
+        assert train(trained / "config.toml", "tokenizer", trained / "pictures", tmp_path) == 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    said = "One process trains: without GPUs, accelerate launch starts no more."
+    assert sum(said in message for message in caplog.messages) == 1
 
 
 NEEDS = {
