@@ -1,6 +1,7 @@
 """docs/architecture.md is true: its tree, and the way imports go."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@functools.cache
 def imported(name: str) -> set[str]:
     """Our modules that a module imports, anywhere in it."""
     found = set()
