@@ -115,7 +115,7 @@ def timed_steps(trainer: Trainer, count: int) -> list[float]:
         synchronise(trainer.device)
         dist.barrier()
         start = time.perf_counter()
-        trainer._step()
+        trainer.step()
         synchronise(trainer.device)
         longest = torch.tensor(time.perf_counter() - start, device=trainer.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
@@ -193,14 +193,14 @@ def _bytes(value: Tensor) -> bytes:
 
 def further(trainer: Trainer, steps: int) -> dict[str, Any]:
     """Trains further steps; the loss of each, of the first process, and the digest at the end."""
-    losses = [trainer._step()["loss"].item() for _ in range(steps)]
+    losses = [trainer.step()["loss"].item() for _ in range(steps)]
     return {"losses": losses, "digest": digest(trainer)}
 
 
 def saved_and_further(state: PartialState, trainer: Trainer, steps: int) -> dict[str, Any]:
     """Saves, and trains further; see `further`."""
     start = time.perf_counter()
-    trainer._save()
+    trainer.save()
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in trainer.checkpoint.path.iterdir())
     report(state, part="saved", gigabytes=size / 1e9, seconds=seconds, step=trainer.progress.step)

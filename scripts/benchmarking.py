@@ -59,6 +59,7 @@ BY_CONTENDER = {
     "diffusers, torch.compile": CASES[:1],
     "diffusers, reduce-overhead": CASES[:1],
     "ours": CASES + FASTER + WITH_IMAGE + GROWTH + LARGE,
+    "ours, int8": CASES,
     "ours, offload": [CASES[0], GROWTH[4], *LARGE],
     "ours, stream": [CASES[0], GROWTH[4], *LARGE],
 }

@@ -27,9 +27,9 @@ STEPS_PRIOR, STEPS_DECODER, GUIDANCE = 20, 10, 4.0
 Make = Callable[[dict[str, Any]], Any]
 
 
-def ours(folder: Path, lite: bool, memory: str) -> Make:
+def ours(folder: Path, lite: bool, memory: str, precision: str = "full") -> Make:
     stages = ("prior", "decoder") if lite else ()
-    cascade = Cascade.load(folder, "cuda", torch.bfloat16, lite=stages, memory=memory)
+    cascade = Cascade.load(folder, "cuda", torch.bfloat16, lite=stages, memory=memory, precision=precision)
 
     noise = Image.effect_noise((1024, 1024), 64).convert("RGB")
     inputs = {
@@ -127,6 +127,7 @@ CONTENDERS: dict[str, Callable[[Path, bool], Make]] = {
     "diffusers, torch.compile": lambda folder, lite: diffusers(folder, lite, compile_mode="default"),
     "diffusers, reduce-overhead": lambda folder, lite: diffusers(folder, lite, compile_mode="reduce-overhead"),
     "ours": lambda folder, lite: ours(folder, lite, "resident"),
+    "ours, int8": lambda folder, lite: ours(folder, lite, "resident", "int8"),
     "ours, offload": lambda folder, lite: ours(folder, lite, "offload"),
     "ours, stream": lambda folder, lite: ours(folder, lite, "stream"),
 }

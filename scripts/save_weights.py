@@ -77,16 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--base",
         type=Path,
-        default=MODEL_FOLDER,
         metavar="DIR",
-        help="the model folder from which missing components are taken (default: %(default)s)",
+        help=f"the model folder from which missing components are taken (default: {MODEL_FOLDER})",
     )
     parser.add_argument(
         "--precision",
         choices=("full", "int8"),
         default="full",
-        help="int8: store the large networks in 8 bits, in half of the space; alone, those of the model folder --base or, if "
-        "there is one, --output (default: as they are)",
+        help="int8: store the large networks in 8 bits, in half of the space; without a download, or with --base alone, those "
+        "of model folders that exist (default: as they are)",
     )
     parser.add_argument("--name", help="the model's name (default: that of its file)")
     parser.add_argument(
@@ -121,11 +120,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         own = asked or options.repository
         eight_bits = options.precision == "int8"
+        base = options.base or MODEL_FOLDER
         # Nothing but the precision changes.
-        again = eight_bits and any((folder / "model.json").is_file() for folder in (options.output, options.base))
+        again = eight_bits and (options.base is not None or not Manifest.file(options.download).is_file())
         if own or again:
             folders = [repository_folder(name, options.download) for name in options.repository]
-            more = {"base": options.base, "download": options.download, "name": options.name}
+            more = {"base": base, "download": options.download, "name": options.name}
             save_own(asked, folders, options.output, eight_bits=eight_bits, **more)
         else:
             save_model(options.download, options.output, eight_bits=eight_bits)

@@ -93,7 +93,7 @@ class ShardedCheckpoint(Checkpoint):
             torch.set_rng_state(states["cpu"])
             if "cuda" in states:
                 torch.cuda.set_rng_state(states["cuda"])
-        else:
+        elif self.accelerator.is_main_process:
             logger.warning(
                 "The checkpoint is of %d processes, and %d continue it: they see other batches than it would have seen.",
                 writers,

@@ -187,14 +187,14 @@ class Trainer:
                         time.time() - saved > self.options.checkpoint_seconds,
                     )
                     if interrupted:
-                        self._save()
+                        self.save()
                         raise Stopped(interruption.signal or signal.SIGTERM, self.progress.step)
                     if late:
                         break
                     if due and self.progress.step > first:
-                        self._save()
+                        self.save()
                         saved = time.time()
-                outputs = self._step()
+                outputs = self.step()
                 if self.progress.step == first + 1:
                     self.clock.lap("compile")
                 bar.update()
@@ -203,11 +203,11 @@ class Trainer:
                 if step % self.options.evaluate_every == 0 and step < self.options.steps:
                     # The checkpoint comes first: after a kill in between, the next start must not take the components just
                     # written for those of an earlier training.
-                    self._save()
+                    self.save()
                     saved = time.time()
-                    self._review()
-        self._save()
-        self._review()
+                    self.review()
+        self.save()
+        self.review()
         self.accelerator.end_training()
         return self.progress.step >= self.options.steps
 
@@ -239,7 +239,7 @@ class Trainer:
         with self.accelerator.autocast(), torch.compiler.set_stance("force_eager" if plain else "default"):
             return self.network(**batch)
 
-    def _step(self) -> dict[str, Tensor]:
+    def step(self) -> dict[str, Tensor]:
         """One optimizer step; returns the outputs of its last micro-batch."""
         step, options = self.progress.step, self.options
         for group in self.optimizer.param_groups:
@@ -290,7 +290,7 @@ class Trainer:
         values = torch.tensor(wishes, dtype=torch.float32, device=self.device)
         return (self.accelerator.reduce(values) > 0).tolist()
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Saves a checkpoint and the record."""
         self.clock.lap("train")
         if any(self._agree(not all(parameter.isfinite().all() for parameter in local(self.trained)))):
@@ -307,7 +307,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.record.save(self.folder)
 
-    def _review(self) -> None:
+    def review(self) -> None:
         """Evaluates the averaged weights, and writes the components with them."""
         self.ema.store(local(self.trained))
         self.ema.copy_to(local(self.trained))

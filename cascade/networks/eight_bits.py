@@ -81,10 +81,11 @@ def quantise(matrix: Tensor) -> EightBits:
     The largest value of a group becomes 127 or -127. Scales are rounded to bfloat16 first, so the integers fit to them.
     """
     groups = matrix.float().unflatten(1, (-1, group_of(matrix.shape[1])))
-    scale = (groups.abs().amax(dim=2) / LARGEST).bfloat16()
+    scale = (torch.linalg.vector_norm(groups, torch.inf, dim=2) / LARGEST).bfloat16()
     # A group of zeros, or of values that bfloat16 has no scale for, has the scale 0.
     factors = torch.where(scale > 0, scale.float(), torch.inf)
-    weight = (groups / factors.unsqueeze(2)).round().clamp(-LARGEST, LARGEST)
+    # In place: while networks are loaded, memory may be short.
+    weight = groups.div(factors.unsqueeze(2)).round_().clamp_(-LARGEST, LARGEST)
     return EightBits(weight.flatten(1).to(torch.int8), scale)
 
 

@@ -23,16 +23,6 @@ from cascade.weights.errors import WeightsError
 # Maximum bytes that are read ahead, and of those that are on their way to the GPU, unless one tensor has more. Torch keeps
 # pinned memory for later, so what is needed once stays.
 AHEAD = 128 << 20
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-}
-
 
 # A tensor in floating point, or a matrix in 8 bits.
 Stored = Tensor | EightBits
@@ -146,9 +136,11 @@ def _header(path: Path) -> dict[str, _Stored]:
         content: dict[str, Any] = json.loads(file.read(length))
     content.pop("__metadata__", None)
     return {
-        name: _Stored(path, 8 + length + one["data_offsets"][0], _size(one), DTYPES[one["dtype"]], tuple(one["shape"]))
+        name: _Stored(
+            path, 8 + length + one["data_offsets"][0], _size(one), blocks.DTYPES[one["dtype"]], tuple(one["shape"])
+        )
         for name, one in content.items()
-        if one["dtype"] in DTYPES
+        if one["dtype"] in blocks.DTYPES
     }
 
 

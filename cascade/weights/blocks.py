@@ -8,10 +8,21 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 READERS = 8
 BLOCK = 8 << 20
+# Of weights, by safetensors' names.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+}
 
 
 def begin(pool: ThreadPoolExecutor, descriptor: int, start: int, target: Tensor) -> list[Future[None]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cascade.guides.controls import Control
 from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.eight_bits import has_eight_bits
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.pipeline import Cascade
@@ -172,6 +173,20 @@ def test_the_lite_networks(lite: Path, target: Path) -> None:
     assert list(folder.load_component("prior").config.block_out_channels) == [8, 8]
     assert list(folder.load_component("decoder").config.block_out_channels) == [8, 8, 8, 8]
     assert make_picture(target).std() > 1
+
+
+def test_a_download_in_8_bits(lite: Path, target: Path) -> None:
+    before = snapshot(lite)
+    save_weights(lite, target, "--precision", "int8")
+    assert snapshot(lite) == before
+    folder = ModelFolder.open(target)
+    folder.verify()
+    assert has_eight_bits(folder.load_component("decoder", eight_bits=True))
+    assert folder.has_eight_bits()
+    assert make_picture(target).std() > 1
+    # The same command in full makes it anew from the download.
+    save_weights(lite, target)
+    assert not ModelFolder.open(target).has_eight_bits()
 
 
 def test_a_predictor_of_it(

@@ -138,7 +138,7 @@ def test_a_block_adds_a_second_softmax_before_its_projection(prior: StableCascad
     share = torch.rand(1, 24, 1, generator=generator)
     with torch.no_grad():
         plain = attention(tokens, *context, True)
-        made = attention(tokens, *context, True, None, (image,), (share,))
+        made = attention(tokens, *context, True, images=(image,), shares=(share,))
         query = attention.to_qkv(tokens)[..., :32].unflatten(-1, (4, 8)).transpose(1, 2)
         weights = (query @ image.key.transpose(-1, -2) / 8**0.5).softmax(dim=-1)
         expected = plain + share * (weights @ image.value).transpose(1, 2).flatten(2)
@@ -156,7 +156,7 @@ def test_scales_are_linear_in_a_block_and_images_are_summed(prior: StableCascade
         with torch.no_grad():
             plain = block.attention(tokens, key, value, True)
             masks = [None if mask is None else mask.view(1, -1, 1) for mask in made.masks]
-            return block.attention(tokens, key, value, True, None, made.images[0], masks) - plain
+            return block.attention(tokens, key, value, True, images=made.images[0], shares=masks) - plain
 
     one, other = image_of(adapter, 3), image_of(adapter, 4)
     assert added(one).abs().mean() > 0.01

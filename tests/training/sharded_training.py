@@ -121,9 +121,9 @@ def train(
     """Trains up to a step, and writes a checkpoint and Stage C. `Trainer.run` would also end the processes' connection."""
     trainer = make_trainer(pictures, folder, options, **others)
     while trainer.progress.step < until:
-        trainer._step()
-    trainer._save()
-    trainer._review()
+        trainer.step()
+    trainer.save()
+    trainer.review()
     return state_of(trainer)
 
 
@@ -165,9 +165,9 @@ def main(folder: Path, runs: list[str]) -> None:
             for accumulate in (1, 3):
                 options = replace(OPTIONS, accumulate=accumulate)
                 trainer = make_trainer(pictures, folder / f"counted-{accumulate}", options, dropout=0.0)
-                trainer._step()
+                trainer.step()
                 with Reductions() as reductions:
-                    trainer._step()
+                    trainer.step()
                 counts.append(reductions.seen)
             (folder / f"counts-{dist.get_rank()}.json").write_text(json.dumps(counts))
             continue

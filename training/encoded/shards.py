@@ -166,4 +166,10 @@ class EncodedPictures:
             opened = _opened(self.files[number])
             for part in PARTS:
                 rows[part].append(opened.get_slice(f"{height}x{width}.{part}")[row])
-        return {part: torch.stack(some).to(self.device).float() for part, some in rows.items()}
+        return {part: self._on_device(torch.stack(some)) for part, some in rows.items()}
+
+    def _on_device(self, value: Tensor) -> Tensor:
+        """float32, on the device. From pinned memory, because copies from other memory wait for the GPU's work before them."""
+        if self.device.type == "cuda":
+            value = value.pin_memory()
+        return value.to(self.device, non_blocking=True).float()

@@ -93,7 +93,8 @@ def recompute_layers(prior: StableCascadeUNet, share: float) -> None:
     layers = -1
     for block in prior.blocks():
         layers += isinstance(block, ResBlock)  # the first block of a layer
-        if int((layers + 1) * share) > int(layers * share):
+        # A TimestepBlock keeps nothing that its neighbours do not keep.
+        if int((layers + 1) * share) > int(layers * share) and isinstance(block, ResBlock | AttnBlock):
             chosen.add(block)
 
     def run(block: nn.Module, *arguments: Any) -> Any:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cascade.weights import blocks
-from cascade.weights.base import DTYPES
+from cascade.weights.blocks import DTYPES
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.lora.whole import clause, whole_networks
 from cascade.weights.names import PICKLES, SUFFIX
