@@ -146,7 +146,7 @@ def test_nothing_piles_up(server: Server, pytestconfig: pytest.Config) -> None:
     """Predictions of many sizes, with bad inputs, cancels and clients that go away in between."""
     mine = f"soak-{os.getpid()}"
     memory = []
-    count = 600 if pytestconfig.getoption("--long") else 60
+    count = 600 if pytestconfig.getoption("--long") else 100
     for i in range(count):
         inputs = {**SMALL, "width": 64 + 8 * (i % 13), "height": 64 + 8 * (i % 7), "num_images": 1 + i % 2}
         server.wait_until("READY")
