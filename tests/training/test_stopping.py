@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def again(begun: Path, output: Path, *options: str) -> int:
 NURSERY = """
 import json, os, signal, sys, time
 from training import run
+print("ready", flush=True)
 for line in sys.stdin:
     arguments, errors, number, there, pause = json.loads(line)
     child = os.fork()
@@ -79,6 +81,7 @@ def nursery() -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
+        assert process.stdout.readline() == "ready\n"
         yield process
         process.stdin.close()
 
@@ -110,9 +113,11 @@ def test_killed_at_any_moment_it_goes_on(begun: Path, tmp_path: Path, nursery: s
     """SIGKILL while it does nothing but train a step, save, evaluate and write the component, again and again."""
     output, whole = (shutil.copytree(begun / "run", tmp_path / name) for name in ("run", "whole"))
     # By a child too: with another number of threads than here, the last bits of sums differ.
+    start = time.monotonic()
     assert in_child(nursery, begun / "config.toml", whole)[0] == 0
+    taken = time.monotonic() - start
     draws = random.Random(0)
-    pauses = [draws.uniform(0.2, 1.5) for _ in range(5)]
+    pauses = [draws.uniform(0.1, 0.8) * taken for _ in range(5)]
     codes = [in_child(nursery, begun / "config.toml", output, signal.SIGKILL, pause=pause)[0] for pause in pauses]
     assert -signal.SIGKILL in codes
     code, said = in_child(nursery, begun / "config.toml", output)
