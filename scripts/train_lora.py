@@ -11,8 +11,7 @@ from typing import Any
 from accelerate import PartialState
 
 from serving.early import find_weights
-from training.errors import TrainingError
-from training.interruption import Stopped
+from training import command
 from training.lora.file import FILE
 from training.lora.pictures import find_pictures
 from training.lora.run import train_lora
@@ -94,24 +93,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; ``arguments`` default to the process's. Returns the exit code."""
     options = parse(arguments)
     deadline = time.time() + 60 * options.minutes
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    try:
+
+    def work() -> None:
         recipe, state = recipe_of(options), start_processes()
         pictures = _pictures(options, state)
         finished = train_lora(options.weights, pictures, options.output, recipe, lite=options.lite, deadline=deadline)
-    except TrainingError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except Stopped as stopped:
-        sys.stderr.write(f"Stopped and saved at step {stopped.step}; call again to go on.\n")
-        return 128 + stopped.signal
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted; the last checkpoint is kept. Call again to go on.\n")
-        return 130
-    if state.is_main_process:
-        logger.info("%s is written%s.", options.output / FILE, "" if finished else "; call again to go on")
-    return 0
+        if state.is_main_process:
+            logger.info("%s is written%s.", options.output / FILE, "" if finished else "; call again to go on")
+
+    return command.run(work)
 
 
 def _pictures(options: argparse.Namespace, state: PartialState) -> Path:

@@ -7,10 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+from training import command
 from training.encoded.recipe import read_recipe
 from training.encoded.run import train_stage_c
-from training.errors import TrainingError
-from training.interruption import Stopped
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -36,9 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; ``arguments`` default to the process's. Returns the exit code."""
     options = parse(arguments)
     deadline = time.time() + 60 * options.minutes
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    try:
+
+    def work() -> None:
         finished = train_stage_c(
             read_recipe(options.config),
             options.pictures,
@@ -48,18 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
             steps=options.steps,
             deadline=deadline,
         )
-    except TrainingError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except Stopped as stopped:
-        sys.stderr.write(f"Stopped and saved at step {stopped.step}; call again to go on.\n")
-        return 128 + stopped.signal
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted; the last checkpoint is kept. Call again to go on.\n")
-        return 130
-    if not finished:
-        logging.getLogger(__name__).info("Stopped at the time limit; call again to go on.")
-    return 0
+        if not finished:
+            logging.getLogger(__name__).info("Stopped at the time limit; call again to go on.")
+
+    return command.run(work)
 
 
 if __name__ == "__main__":

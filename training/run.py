@@ -19,12 +19,12 @@ import torch
 from accelerate import PartialState
 
 from cascade.weights.writing import save_component
+from training import command
 from training.agreement import check_agreement
 from training.checkpoint import has_checkpoint
 from training.configuration import read_configuration
-from training.errors import TrainingError, writing
+from training.errors import writing
 from training.files import write_components
-from training.interruption import Stopped
 from training.options import Options
 from training.stages import ORDER, STAGES, check_needs
 from training.tasks.tokenizer import train_tokenizer
@@ -157,24 +157,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns the exit code."""
     options = parse(arguments)
     deadline = time.time() + 60 * options.minutes
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs six lines a checkpoint
-    try:
+
+    def work() -> None:
         finished = train(
             options.config, options.stage, options.data, options.output, deadline=deadline, steps=options.steps
         )
-    except TrainingError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except Stopped as stopped:
-        sys.stderr.write(f"{options.stage}: stopped and saved at step {stopped.step}; call again to go on.\n")
-        return 128 + stopped.signal
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{options.stage}: interrupted; the last checkpoint is kept. Call again to go on.\n")
-        return 130
-    if not finished:
-        logger.info("%s: stopped at the time limit; call again to go on", options.stage)
-    return 0
+        if not finished:
+            logger.info("%s: stopped at the time limit; call again to go on", options.stage)
+
+    return command.run(work, options.stage)
 
 
 if __name__ == "__main__":

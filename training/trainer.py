@@ -83,9 +83,10 @@ def shapes(batch: dict[str, Tensor]) -> dict[str, torch.Size]:
 def make_accelerator(options: Options, folder: Path, *, compiled: bool) -> Accelerator:
     """accelerate, set up for one stage. Sharded networks have their own precision, and compile their blocks."""
     compiled = compiled and not options.sharded
-    # Otherwise the network is compiled in parts, so that gradients of one part are averaged while the next is computed. The
-    # miniature's gradients are less than the 25 MB of a part.
-    torch._dynamo.config.optimize_ddp = False
+    if compiled:
+        # Otherwise the network is compiled in parts, so that gradients of one part are averaged while the next is computed. The
+        # miniature's gradients are less than the 25 MB of a part.
+        torch._dynamo.config.optimize_ddp = False
     return Accelerator(
         mixed_precision=options.precision if torch.cuda.is_available() and not options.sharded else "no",
         gradient_accumulation_steps=options.accumulate,

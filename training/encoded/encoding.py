@@ -55,10 +55,9 @@ def decode(picture: Picture, resolution: int) -> Decoded | str:
     """Decodes a picture, scaled and cropped to the size of its shape (`training.lora.pictures.bucket_size`); or says what is
     wrong with it."""
     try:
-        content = io.BytesIO(picture.content)
-        height, width = bucket_size(*PictureFile(content, picture.name).size(), resolution)
-        content.seek(0)
-        image = PictureFile(content, picture.name).decode(needed=(width, height))
+        file = PictureFile(io.BytesIO(picture.content), picture.name)
+        height, width = bucket_size(*file.size(), resolution)
+        image = file.decode(needed=(width, height))
     except PictureError as error:
         return str(error)
     return Decoded(image, picture.caption, (height, width))
