@@ -24,6 +24,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from cascade.kernels.compiled import PATHS, SUMS, Kernel, architecture_folder, launcher_folder, launcher_key
+from cascade.kernels.parallel import in_threads
 
 # Compute capabilities without the point. One missing here is compiled when a process starts.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -97,8 +98,7 @@ def compile_kernels(architecture: int, jobs: Collection[Callable[[], object]]) -
         try:
             with tempfile.TemporaryDirectory() as cache, knobs.cache.scope():
                 knobs.cache.dir = cache
-                with ThreadPoolExecutor(os.cpu_count()) as threads:
-                    list(threads.map(lambda job: job(), jobs))
+                in_threads(jobs)
         finally:
             Kernel.on_compiled = None
     files = {f"{key}.cubin": kernel.asm["cubin"] for key, kernel in made.items()}

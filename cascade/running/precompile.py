@@ -6,15 +6,14 @@ A kernel takes about 0.5 s to compile, and a model has some twenty. `kernels.com
 
 import functools
 import logging
-import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 
 from cascade.kernels import origin
+from cascade.kernels.parallel import in_threads
 from cascade.kernels.stream import Stream
 from cascade.networks.stage_a import MixingBlock, StageA
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
@@ -33,8 +32,7 @@ def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
         return
     start = time.perf_counter()
     jobs = jobs_of(unets, vqgan)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        list(threads.map(lambda job: job(), jobs))
+    in_threads(jobs)
     torch.cuda.synchronize(vqgan.device)
     taken = time.perf_counter() - start
     logger.info("Prepared the kernels of %d blocks in %.1f s: %s.", len(jobs), taken, origin(vqgan.device))
