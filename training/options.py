@@ -44,7 +44,7 @@ class Options:
         evaluate_every: steps between evaluations; there is always one at the end.
         checkpoint_seconds: seconds between checkpoints.
         sharded: whether the parameters, their averages and the optimizer's state are divided among the processes, see
-            `sharding.shard`; for networks that do not fit a GPU otherwise.
+            `weights.fsdp.shard`; for networks that do not fit a GPU otherwise.
         seed: decides the initial weights and all random draws.
 
     Raises:

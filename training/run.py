@@ -21,7 +21,6 @@ from accelerate import PartialState
 from cascade.weights.writing import save_component
 from training import command
 from training.agreement import check_agreement
-from training.checkpoint import has_checkpoint
 from training.configuration import read_configuration
 from training.errors import writing
 from training.files import write_components
@@ -29,6 +28,7 @@ from training.options import Options
 from training.stages import ORDER, STAGES, check_needs
 from training.tasks.tokenizer import train_tokenizer
 from training.trainer import fit
+from training.weights.checkpoint import has_checkpoint
 from training.workshop import Workshop, load_component
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from cascade.networks.unet import StableCascadeUNet
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
 from training.options import Options
 from training.run import start_processes
-from training.sharding import local, shard, whole
 from training.tasks.encoded_stage_c import EncodedStageCTask
 from training.trainer import Trainer
+from training.weights.fsdp import shard, whole
 
 STEPS = 4
 OPTIONS = Options(
@@ -108,7 +108,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     found = {}
     for name in ("weights", "averages"):
         if name == "averages":
-            trainer.ema.copy_to(local(trainer.trained))
+            trainer.weights.ema.copy_to(trainer.weights.own())
         network = whole(trainer.task.prior)
         if network is not None:
             found |= {f"{name}.{key}": value.detach().clone() for key, value in network.named_parameters()}

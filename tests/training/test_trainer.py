@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from training.errors import TrainingError
 from training.options import Options, learning_rate_factor
+from training.randomness import step_generator
 from training.record import Record
 from training.task import Task
-from training.trainer import fit, step_generator
+from training.trainer import fit
 
 OPTIONS = Options(
     steps=8, batch_size=16, learning_rate=1e-2, warmup=2, decay=3, precision="no", compile=False, evaluate_every=5

@@ -14,7 +14,6 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from cascade.weights import ModelFolder, WeightsError
-from training.checkpoint import has_checkpoint
 from training.errors import TrainingError, writing
 from training.files import whole_file
 from training.lora.adapters import adapted_layers, add_lora, linear_layers
@@ -26,6 +25,7 @@ from training.lora.words import Captions, first_vectors
 from training.run import start_processes
 from training.tasks.lora import LoraTask
 from training.trainer import fit
+from training.weights.checkpoint import has_checkpoint
 
 logger = logging.getLogger(__name__)
 

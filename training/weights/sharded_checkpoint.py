@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from training.checkpoint import Checkpoint, Progress
 from training.errors import FILE_ERRORS, summary
-from training.sharding import sharded_like, share_buffers
 from training.task import Task
+from training.weights.checkpoint import Checkpoint, Progress
+from training.weights.fsdp import sharded_like, share_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class ShardedCheckpoint(Checkpoint):
         accelerator, folder: see `Checkpoint`.
         task: sharded.
         optimizer: of its parameters.
-        ema: of this process's rows of them (`sharding.local`).
+        ema: of this process's rows of them (`fsdp.local`).
         progress: of the training.
     """
 
