@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +176,48 @@ def test_accumulated_micro_batches_make_one_step_of_all(tmp_path: Path) -> None:
         fit(tasks[accumulate], options, tmp_path / f"run{accumulate}", tmp_path / f"model{accumulate}")
     for one, other in zip(tasks[1].parameters(), tasks[2].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+class Product(torch.autograd.Function):
+    """``weight * x``, whose gradient of the weight is written to the same memory at every call, as CUDA graphs do."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, memory: Tensor) -> Tensor:
+        ctx.save_for_backward(x, memory)
+        return weight * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, memory = ctx.saved_tensors
+        return memory.copy_((gradient * x).sum().view(1, 1)), None, None
+
+
+class Graphed(Line):
+    """Its gradient is in the memory ``kept``, or in new memory every time."""
+
+    def __init__(self, kept: Tensor | None = None) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        made = Product.apply(self.line.weight, x, torch.empty(1, 1) if self.kept is None else self.kept)
+        return {"loss": (made + self.line.bias - y).square().mean()}
+
+
+def test_gradients_are_accumulated_though_the_next_overwrites_their_memory(tmp_path: Path) -> None:
+    """torch announces the outputs of a CUDA graph to autograd, which makes them a parameter's gradient without copying."""
+    memory = torch.zeros(1, 1)
+    torch._C._set_cached_tensors_enabled(True)
+    torch._C._add_cached_tensor(memory)
+    try:
+        weights = []
+        for name, task in {"new": Graphed(), "kept": Graphed(memory)}.items():
+            fit(task, replace(OPTIONS, accumulate=3), tmp_path / name, tmp_path / "model")
+            weights.append(task.line.weight.item())
+    finally:
+        torch._C._remove_cached_tensor(memory)
+        torch._C._set_cached_tensors_enabled(False)
+    assert weights[0] == weights[1]
 
 
 def test_a_training_goes_on_with_another_number_of_micro_batches(tmp_path: Path) -> None:

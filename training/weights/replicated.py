@@ -1,7 +1,7 @@
 """Weights of which every process has all: torch's DistributedDataParallel, if there are several processes."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +18,17 @@ from training.weights.trained import Batch, TrainedWeights, make_accelerator
 
 def shapes(batch: Batch) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in batch.items()}
+
+
+def own_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Copies gradients to memory of their own, to which those of further micro-batches are added.
+
+    A CUDA graph's outputs are in memory that its next replay overwrites, and autograd makes them gradients without copying them
+    (torch 2.11, ``AccumulateGrad``). So the gradient of the first micro-batch would be lost in the second one.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
 
 
 class ReplicatedWeights(TrainedWeights):
@@ -60,6 +71,8 @@ class ReplicatedWeights(TrainedWeights):
     def micro_batch(self, number: int) -> Iterator[None]:
         with self.accelerator.accumulate(self.network):
             yield
+        if number == 0 and self.options.accumulate > 1:
+            own_gradients(self.trained)
 
     def forward(self, batch: Batch) -> Batch:
         """The network's outputs. Only batches of the usual shapes run compiled.
