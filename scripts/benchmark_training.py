@@ -131,7 +131,7 @@ def measure_speed(state: PartialState, trainer: Trainer, recipe: Recipe, steps: 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds = timed_steps(trainer, steps)
-    samples = options.batch_size * options.accumulate * state.num_processes
+    samples = options.samples(state.num_processes)
     rate = samples / statistics.median(seconds)
     each = FORWARDS * work * rate / state.num_processes
     found = {

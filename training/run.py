@@ -101,26 +101,27 @@ def train(
     with state.main_process_first():
         shop.check_data()
     if stage == "tokenizer":
-        with writing(model):
+        if state.is_main_process:
             tokenizer = train_tokenizer(shop.source().captions(), config["tokenizer"]["vocabulary"])
-            write_components(model, stage, lambda made: tokenizer.save_pretrained(made / "tokenizer"))
-        logger.info("tokenizer: %d tokens", len(tokenizer))
+            with writing(model):
+                write_components(model, stage, lambda made: tokenizer.save_pretrained(made / "tokenizer"))
+            logger.info("tokenizer: %d tokens", len(tokenizer))
         finished = True
     else:
         options = Options(**config[stage]["options"])
         if steps is not None:
             options = options.scaled(steps)
         task = shop.build(stage, options, resumes=has_checkpoint(folder))
-        trained = sum(parameter.numel() for parameter in task.parameters())
-        logger.info(
-            "%s: %.2f M parameters, %d steps of %d, on %d pictures and %d held-out ones",
-            stage,
-            trained / 1e6,
-            options.steps,
-            options.batch_size,
-            len(task.dataset),
-            len(task.unseen),
-        )
+        if state.is_main_process:
+            logger.info(
+                "%s: %.2f M parameters, %d steps of %d, on %d pictures and %d held-out ones",
+                stage,
+                sum(parameter.numel() for parameter in task.parameters()) / 1e6,
+                options.steps,
+                options.samples(state.num_processes),
+                len(task.dataset),
+                len(task.unseen),
+            )
         finished = fit(task, options, folder, model, deadline=deadline, began=began)
     if finished and state.is_main_process:
         if stage != "tokenizer" and not STAGES[stage].adapts:

@@ -223,7 +223,7 @@ class Trainer:
     def _evaluate(self) -> tuple[dict[str, float], Image.Image | None]:
         """The task's evaluation, with the weights as they are."""
         with self.weights.evaluating(), same_random_state(self.device):
-            batches = range(statistics_batches(self.task, self.options))
+            batches = range(statistics_batches(self.task, self.batch_size))
             refresh_statistics(self.task, map(self._batch, batches))
             self.task.eval()
             return self.task.evaluate()

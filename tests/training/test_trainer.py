@@ -1,5 +1,7 @@
 """The shared loop: exact resumption, gradient accumulation, schedule."""
 
+import logging
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -228,6 +230,34 @@ def test_a_training_goes_on_with_another_number_of_micro_batches(tmp_path: Path)
     assert fit(task, replace(options, steps=4, accumulate=2), tmp_path / "run", tmp_path / "model")
     assert len(task.seen) == 2
     assert not torch.equal(task.line.weight, before["line.weight"])
+
+
+def test_a_training_goes_on_with_its_new_options(tmp_path: Path) -> None:
+    """And not with those of the checkpoint."""
+    folders = (tmp_path / "run", tmp_path / "model")
+    assert not fit(Line(), OPTIONS, *folders, deadline=0.0)
+    changed = replace(OPTIONS, learning_rate=1e-3, beta2=0.9, weight_decay=0.5, ema=0.0)
+    kept = Line()
+    assert fit(kept, changed, *folders)
+    fresh = Line()
+    assert fit(fresh, changed, tmp_path / "fresh", tmp_path / "fresh_model")
+    assert torch.equal(kept.line.weight, fresh.line.weight)
+    first, second = (load_file(tmp_path / name / "line.safetensors") for name in ("model", "fresh_model"))
+    assert torch.equal(first["weight"], second["weight"])
+
+
+def test_another_number_of_processes_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folders = (tmp_path / "run", tmp_path / "model")
+    fit(Line(), OPTIONS, *folders, deadline=0.0)
+    with caplog.at_level(logging.WARNING, logger="training"):
+        fit(Line(), OPTIONS, *folders, deadline=0.0)
+        assert not caplog.messages
+        state = tmp_path / "run" / "state"
+        shutil.copy(state / "random_states_0.pkl", state / "random_states_1.pkl")
+        fit(Line(), OPTIONS, *folders, deadline=0.0)
+    assert caplog.messages == [
+        "The checkpoint is of 2 processes, and 1 continue it: they see other batches than it would have seen."
+    ]
 
 
 def test_learning_rate_rises_stays_and_falls_to_nothing() -> None:

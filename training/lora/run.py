@@ -79,7 +79,7 @@ class _Preparation:
 
     def __init__(self, folder: ModelFolder, recipe: Recipe, output: Path, state: PartialState) -> None:
         self.folder, self.recipe, self.settings, self.output = folder, recipe, recipe.lora, output
-        self.device = state.device
+        self.device, self.processes = state.device, state.num_processes
         on_gpu = self.device.type == "cuda"
         precision = recipe.options.precision
         if precision == "fp16":
@@ -143,7 +143,7 @@ class _Preparation:
             settings.rank,
             sum(value.numel() for value in trained.values()) / 1e6,
             options.steps,
-            options.batch_size,
+            options.samples(self.processes),
             len(found),
             len(latents.groups),
             f", and {len(preserved)} of {settings.preserve!r}" if preserved else "",

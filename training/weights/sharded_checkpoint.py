@@ -3,7 +3,6 @@
 A checkpoint may be continued by another number of processes: rows are distributed again.
 """
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from training.errors import FILE_ERRORS, summary
 from training.task import Task
 from training.weights.checkpoint import Checkpoint, Progress
 from training.weights.fsdp import sharded_like, share_buffers
-
-logger = logging.getLogger(__name__)
 
 OWN_STATE = re.compile(r"random\.(\d+)\.cpu")
 
@@ -76,7 +73,7 @@ class ShardedCheckpoint(Checkpoint):
         except CheckpointException as error:
             raise _first(error) from error
 
-    def _read(self, folder: Path) -> None:
+    def _read(self, folder: Path) -> int:
         try:
             names = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
             writers = sum(OWN_STATE.fullmatch(name) is not None for name in names)
@@ -93,12 +90,7 @@ class ShardedCheckpoint(Checkpoint):
             torch.set_rng_state(states["cpu"])
             if "cuda" in states:
                 torch.cuda.set_rng_state(states["cuda"])
-        elif self.accelerator.is_main_process:
-            logger.warning(
-                "The checkpoint is of %d processes, and %d continue it: they see other batches than it would have seen.",
-                writers,
-                dist.get_world_size(),
-            )
+        return writers
 
 
 def _first(error: CheckpointException) -> BaseException:

@@ -67,17 +67,14 @@ class TrainedWeights(ABC):
     def __init__(self, task: Task, options: Options, accelerator: Accelerator) -> None:
         self.task, self.options, self.accelerator = task, options, accelerator
         self.trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+        self.settings = {"betas": (0.9, options.beta2), "weight_decay": options.weight_decay}
         self.optimizer = torch.optim.AdamW(
-            self.trained,
-            lr=options.learning_rate,
-            betas=(0.9, options.beta2),
-            weight_decay=options.weight_decay,
-            fused=accelerator.device.type == "cuda",
+            self.trained, lr=options.learning_rate, fused=accelerator.device.type == "cuda", **self.settings
         )
         self.ema = EMAModel(self.own(), decay=options.ema, use_ema_warmup=True, power=0.75, foreach=True)
 
     def load(self) -> bool:
-        """Loads the checkpoint; False if there is none.
+        """Loads the checkpoint; False if there is none. Training goes on with these options, not with those that it had.
 
         Raises:
             TrainingError: it cannot be read, or does not fit the networks.
@@ -85,6 +82,9 @@ class TrainedWeights(ABC):
         if not self.checkpoint.load():
             return False
         self.ema.to(self.accelerator.device)
+        self.ema.decay = self.options.ema
+        for group in self.optimizer.param_groups:
+            group.update(self.settings)
         # accelerate counts micro-batches. A checkpoint lies between steps, also if its steps had another number of them.
         self.accelerator.step = 0
         return True
