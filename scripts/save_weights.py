@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from cascade.weights.build import compare, save_model, save_own, verify
 from cascade.weights.download import download_repository, named_repository
-from cascade.weights.folder import WeightsError
+from cascade.weights.errors import WeightsError
 from cascade.weights.manifest import DownloadError, Manifest, amount, remove_download
 from cascade.weights.single_file import TITLES
 from scripts.download_weights import DOWNLOAD

@@ -22,28 +22,17 @@ from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.eight_bits import in_eight_bits, rounded_names
 from cascade.safety import FOLDER as SAFETY_CHECKER
 from cascade.safety import SafetyChecker
+from cascade.weights.components import COMPONENTS, CONTROLNETS, EXTRAS, NEEDED, NETWORKS, TRANSFORMERS_CONFIGS
+from cascade.weights.errors import WeightsError
 from cascade.weights.fitting import misfit
-from cascade.weights.folder import (
-    COMPONENTS,
-    CONTROLNETS,
-    EXTRAS,
-    NEEDED,
-    NETWORKS,
-    PUBLISHED_LICENSE,
-    PUBLISHED_SAMPLER,
-    PUBLISHED_SIZE,
-    PUBLISHED_STAGE_A_SCALE,
-    TRANSFORMERS_CONFIGS,
-    ModelFolder,
-    WeightsError,
-    check_channels,
-    empty_network,
-)
+from cascade.weights.folder import ModelFolder
 from cascade.weights.hashing import sha256
+from cascade.weights.making import check_channels, empty_network
 from cascade.weights.manifest import Manifest
 from cascade.weights.names import STEMS, SUFFIX
 from cascade.weights.published import ALWAYS, PARTS, Part
 from cascade.weights.reading import find_weights, read_header, read_json, read_tensors
+from cascade.weights.settings import PUBLISHED_LICENSE, PUBLISHED_SAMPLER, PUBLISHED_SIZE, PUBLISHED_STAGE_A_SCALE
 from cascade.weights.single_file import controlnet_config
 from cascade.weights.sources import Source, find
 from cascade.weights.writing import replacement, save_component, write_model_json

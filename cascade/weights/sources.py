@@ -14,15 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cascade.networks.controlnet import KINDS, ControlNet
+from cascade.weights.components import COMPONENTS, PROCESSORS
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.fitting import misfit
-from cascade.weights.folder import (
-    COMPONENTS,
-    PROCESSORS,
-    check_channels,
-    empty_network,
-    load_processor,
-)
+from cascade.weights.making import check_channels, empty_network, load_processor
 from cascade.weights.names import PICKLES, STEMS, SUFFIX
 from cascade.weights.reading import find_weights, no_weights, pickle_error, read_index, read_tensors, unreadable
 from cascade.weights.single_file import (

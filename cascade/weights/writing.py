@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from cascade.networks.layout import SCALE
-from cascade.weights.folder import COMPONENTS, StageSettings, component_files
+from cascade.weights.components import COMPONENTS, component_files
 from cascade.weights.hashing import sha256
 from cascade.weights.names import SUFFIX
 from cascade.weights.reading import read_json
+from cascade.weights.settings import StageSettings
 from cascade.weights.sums import ALGORITHM, PIECE, sums_of
 
 
