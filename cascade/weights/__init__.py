@@ -5,7 +5,8 @@
 - ``reading``: reads safetensors files. ``sums``: checksums of their pieces, compared during reading. ``hashing``: sha256.
   ``locking``: a lock that one process at a time holds.
 - ``base``: reads weights of a loaded network again, in ``blocks``, with several threads.
-- ``single_file``: finds networks in other programs' checkpoints. ``sources``: the user's own files and folders.
+- ``variants``: the configurations of the published networks. ``single_file``: finds networks in other programs' checkpoints.
+  ``sources``: the user's own files and folders.
   ``recognise``: names the model in a file that holds no network of Stable Cascade.
 - ``published``: tables of the published repositories. ``download`` fetches these and other repositories from the ``hub``.
   ``manifest`` lists the downloaded files. ``build`` makes a model folder from a download and the user's own files.

@@ -33,8 +33,8 @@ from cascade.weights.names import STEMS, SUFFIX
 from cascade.weights.published import ALWAYS, PARTS, Part
 from cascade.weights.reading import find_weights, read_header, read_json, read_tensors
 from cascade.weights.settings import PUBLISHED_LICENSE, PUBLISHED_SAMPLER, PUBLISHED_SIZE, PUBLISHED_STAGE_A_SCALE
-from cascade.weights.single_file import controlnet_config
 from cascade.weights.sources import Source, find
+from cascade.weights.variants import controlnet_config
 from cascade.weights.writing import replacement, save_component, write_model_json
 
 logger = logging.getLogger(__name__)

@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.eight_bits import use_eight_bits
-from cascade.weights import single_file
 from cascade.weights.components import CONTROLNETS, NETWORKS, PROCESSOR_FILES, PROCESSORS, TRANSFORMERS_CONFIGS
 from cascade.weights.errors import WeightsError, shortened
-from cascade.weights.fitting import current_names, misfit
+from cascade.weights.fitting import OPTIONAL_KEYS, current_names, misfit
 from cascade.weights.reading import read_json
+from cascade.weights.single_file import convert, split
+from cascade.weights.variants import controlnet_config, what_it_is
+
+CONFIG_CLASSES = {NETWORKS[component]: config for component, config in TRANSFORMERS_CONFIGS.items()}
 
 
 def standard_network(component: str, config_path: Path, weights: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -29,7 +33,7 @@ def standard_network(component: str, config_path: Path, weights: Path, tensors: 
     wrong = misfit(_shapes(network.state_dict()), _shapes(tensors))
     if wrong is not None:
         raise WeightsError(f"{weights}{wrong}, by {config_path}{_what_else(component, tensors)}.")
-    return single_file.filled(network, tensors)
+    return filled(network, tensors)
 
 
 def single_file_network(component: str, path: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -40,10 +44,10 @@ def single_file_network(component: str, path: Path, tensors: Mapping[str, Tensor
     """
     network, config = NETWORKS[component], {}
     try:
-        tensors = single_file.convert(tensors)
+        tensors = convert(tensors)
         if network is ControlNet:  # the kinds differ in their configuration
-            config = single_file.controlnet_config(_shapes(tensors))
-        return single_file.build(tensors, network, config)
+            config = controlnet_config(_shapes(tensors))
+        return build(tensors, network, config)
     except ValueError as error:
         raise WeightsError(f"{path} is not the published {component}: {error}") from error
 
@@ -77,6 +81,41 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
             raise WeightsError(f"{config_path} does not describe the {component}: {said}.") from error
 
 
+def make(network: type[nn.Module], config: Mapping[str, Any], device: str | torch.device = "meta") -> nn.Module:
+    """Make a network from its class and configuration. On the meta device, its parameters have no values."""
+    with torch.device(device):
+        if network in CONFIG_CLASSES:
+            return network(CONFIG_CLASSES[network](**config))
+        return network(**config)
+
+
+def build(state_dict: Mapping[str, Tensor], network: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
+    """Make a network in evaluation mode from a converted state dict. Uses its tensors without a copy.
+
+    Args:
+        state_dict: the tensors of one component.
+        network, config: its class and configuration.
+
+    Raises:
+        ValueError: a tensor is missing, surplus or of another shape. The sentence names the first one.
+    """
+    model = make(network, config)
+    wrong = misfit(_shapes(model.state_dict()), _shapes(state_dict))
+    if wrong is not None:
+        raise ValueError(f"it does not fit {network.__name__}:{wrong.removeprefix(':')}.")
+    return filled(model, state_dict)
+
+
+def filled(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Put tensors into an empty network, without a copy, and set evaluation mode. They must fit, see `misfit`."""
+    expected = network.state_dict()
+    device = next(iter(tensors.values())).device
+    counters = {key: torch.tensor(0, device=device) for key in expected if key.endswith(OPTIONAL_KEYS)}
+    known = {key: tensor for key, tensor in tensors.items() if key in expected}
+    network.load_state_dict({**counters, **known}, assign=True)
+    return network.eval()
+
+
 def check_channels(weights: Path, component: str, channels: int) -> None:
     """Make sure that a ControlNet reads the number of channels that its kind has.
 
@@ -108,8 +147,8 @@ def load_processor(component: str, folder: Path) -> Any:
 def _what_else(component: str, tensors: Mapping[str, Tensor]) -> str:
     """The end of an error message: the model that a misfitting file holds; "" if it is unknown."""
     try:
-        (held,) = single_file.split({key: tensor.to("meta") for key, tensor in tensors.items()}).values()
-        return f"; it is {single_file.what_it_is(held)}"
+        (held,) = split({key: tensor.to("meta") for key, tensor in tensors.items()}).values()
+        return f"; it is {what_it_is(held)}"
     except ValueError as error:
         said = str(error)
         return f"; {said.rstrip('.')}" if said.startswith("it is ") else ""
