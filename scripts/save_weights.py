@@ -7,8 +7,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cascade.weights.build import compare, save_model, save_own, verify
+from cascade.weights.build import save_model, save_own, verify
 from cascade.weights.download import download_repository, named_repository
+from cascade.weights.downloaded import compare
 from cascade.weights.errors import WeightsError
 from cascade.weights.manifest import DownloadError, Manifest, amount, remove_download
 from cascade.weights.variants import TITLES

@@ -9,7 +9,8 @@
   ``sources``: the user's own files and folders.
   ``recognise``: names the model in a file that holds no network of Stable Cascade.
 - ``published``: tables of the published repositories. ``download`` fetches these and other repositories from the ``hub``.
-  ``manifest`` lists the downloaded files. ``build`` makes a model folder from a download and the user's own files.
+  ``manifest`` lists the downloaded files, and ``downloaded`` checks them. ``build`` makes a model folder from a download and
+  the user's own files.
 
 The names in `EXPORTED` can be imported from here. They are loaded on first use, because downloads need neither torch nor
 transformers, which take seconds to import.

@@ -94,6 +94,15 @@ def replacement(
         made.rename(target)
 
 
+def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Make a hard link to a file, or a copy where the disk does not allow links."""
+    source = os.path.realpath(source)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
     """Write a network (parameters in ``dtype``, or in 8 bits), a tokenizer or an image processor into a new folder."""
     folder.mkdir(parents=True)
