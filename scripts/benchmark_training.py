@@ -41,6 +41,7 @@ from cascade.sizes import semantic_size
 from scripts.benchmarking import matmul_rate
 from scripts.environment import ROOT
 from scripts.stand_ins import DEVIATION
+from training.command import AtLeastOne
 from training.encoded.recipe import Recipe, read_recipe
 from training.encoded.run import new_prior
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
@@ -334,9 +335,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", type=Path, default=ROOT / "training" / "published.toml", help="default: %(default)s"
     )
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (default: %(default)s)")
+    parser.add_argument("--steps", action=AtLeastOne, default=20, help="timed steps (default: %(default)s)")
     parser.add_argument("--profile", action="store_true", help="also print the kernels of one step")
-    parser.add_argument("--further", type=int, default=3, help="steps after the checkpoint (default: %(default)s)")
+    parser.add_argument(
+        "--further", action=AtLeastOne, default=3, help="steps after the checkpoint (default: %(default)s)"
+    )
     parser.add_argument("--side", type=int, default=1024, help="of the pictures in pixels (default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=int, help="pictures in a micro-batch of a GPU, instead of the configuration's"
