@@ -7,10 +7,9 @@ serves all steps of a picture. Their BatchNorms use running statistics: keep the
 
 from typing import Any
 
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from cascade.networks.base import Network
+from cascade.networks.base import Network, register_to_config
 from cascade.networks.effnet import SemanticEncoder
 
 # The ResBlocks to which the published networks add residuals, in Stage C's execution order: 0-31 down and 32-63 up.

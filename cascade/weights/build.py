@@ -33,7 +33,6 @@ from cascade.weights.folder import (
     PUBLISHED_SAMPLER,
     PUBLISHED_SIZE,
     PUBLISHED_STAGE_A_SCALE,
-    TRANSFORMERS_CONFIGS,
     ModelFolder,
     WeightsError,
     check_channels,
@@ -41,7 +40,7 @@ from cascade.weights.folder import (
 )
 from cascade.weights.hashing import sha256
 from cascade.weights.manifest import Manifest
-from cascade.weights.names import STEMS, SUFFIX
+from cascade.weights.names import SUFFIX
 from cascade.weights.published import ALWAYS, PARTS, Part
 from cascade.weights.reading import find_weights, read_header, read_json, read_tensors
 from cascade.weights.single_file import controlnet_config
@@ -155,7 +154,7 @@ def store_in_eight_bits(folder: Path) -> None:
         for name, tensor in tensors.items():
             if name in names and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise WeightsError(f"{component} cannot be stored in 8 bits: {name} holds infinite or NaN values.")
-        made = folder / component / f"{STEMS[1 if component in TRANSFORMERS_CONFIGS else 0]}{SUFFIX}"
+        made = folder / component / f"{NETWORKS[component].weights_name}{SUFFIX}"
         scratch = made.with_name(f".{made.name}")
         save_file(in_eight_bits(tensors, names), scratch, metadata={"format": "pt"})
         shutil.copymode(files[0], scratch)

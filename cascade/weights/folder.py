@@ -32,18 +32,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
-from transformers.initialization import no_init_weights
 
+from cascade.images.preprocessing import ClipPreprocessor
+from cascade.networks.base import without_values
+from cascade.networks.clip import TextTower, VisionTower
 from cascade.networks.controlnet import KINDS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
@@ -61,6 +54,7 @@ from cascade.networks.layout import SCALE
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
+from cascade.prompts.tokenizer import ClipTokenizer
 from cascade.sampling import SAMPLERS
 from cascade.sizes import SMALLEST, WHOLE
 from cascade.weights import single_file
@@ -85,8 +79,8 @@ logger = logging.getLogger(__name__)
 # The number of channels that each ControlNet reads.
 CONTROLNETS = {f"controlnet_{kind}": channels for kind, channels in KINDS.items()}
 NETWORKS = {
-    "text_encoder": CLIPTextModelWithProjection,
-    "image_encoder": CLIPVisionModelWithProjection,
+    "text_encoder": TextTower,
+    "image_encoder": VisionTower,
     "prior": StableCascadeUNet,
     "decoder": StableCascadeUNet,
     "vqgan": StageA,
@@ -95,7 +89,7 @@ NETWORKS = {
     **dict.fromkeys(CONTROLNETS, ControlNet),
     "ip_adapter": IPAdapter,
 }
-PROCESSORS = {"tokenizer": CLIPTokenizer, "feature_extractor": CLIPImageProcessorPil}
+PROCESSORS = {"tokenizer": ClipTokenizer, "feature_extractor": ClipPreprocessor}
 PROCESSOR_FILES = {
     "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "feature_extractor": (("preprocessor_config.json",),),
@@ -106,7 +100,6 @@ DISTILLED = "turbo/turbo.safetensors"
 # Folders that other modules load. This module only lists and checks their files.
 EXTRAS = ("safety_checker", "turbo")
 
-TRANSFORMERS_CONFIGS = {"text_encoder": CLIPTextConfig, "image_encoder": CLIPVisionConfig}
 # The components that every model needs, and the published repository that has each.
 NEEDED = {
     "tokenizer": "stable-cascade-prior",
@@ -442,16 +435,8 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise WeightsError(f"{config_path} does not describe the {component}: it is not a JSON object.")
-    # Buffers get their values, because no file holds some of them, such as CLIP's position ids. Parameters get none: for the
-    # meta device, torch computes initial values by code that imports its compiler, in 1.5 s.
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with torch.device("meta"), without_values():
         try:
-            if component in TRANSFORMERS_CONFIGS:
-                described = TRANSFORMERS_CONFIGS[component].from_dict(config)
-                # For a dtype, transformers would change torch's default until the network is made, and other threads, which
-                # prepare kernels meanwhile, would get tensors of it.
-                described.dtype = None
-                return NETWORKS[component](described)
             return NETWORKS[component].from_config(current_names(config))
         except Exception as error:  # networks raise various errors for wrong settings
             said = f"it lacks {error}" if isinstance(error, KeyError) else shortened(error).rstrip(".")
@@ -575,12 +560,11 @@ def load_processor(component: str, folder: Path) -> Any:
     Raises:
         WeightsError: a file is missing or damaged.
     """
-    # Without its files, transformers returns an empty tokenizer, for which every word is unknown.
     if not any(all((folder / name).is_file() for name in names) for names in PROCESSOR_FILES[component]):
         wanted = ", or ".join(" and ".join(names) for names in PROCESSOR_FILES[component])
         raise WeightsError(f"{folder} lacks {wanted}.")
     try:
-        return PROCESSORS[component].from_pretrained(folder, local_files_only=True)
+        return PROCESSORS[component].from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise WeightsError(f"{folder} holds no readable {component}: {shortened(error)}") from error
 

@@ -10,16 +10,17 @@ The authors' names are `cascade.networks`' with three exceptions: fused attentio
 have any, and become bfloat16.
 """
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from cascade.networks.base import Network, without_values
+from cascade.networks.clip import TextTower, VisionTower
 from cascade.networks.controlnet import PUBLISHED_BLOCKS
 from cascade.networks.effnet import IMAGENET_MEAN, IMAGENET_STD, SemanticEncoder
 from cascade.networks.eight_bits import EightBits
@@ -134,7 +135,6 @@ _IMAGE_ENCODER = {  # openai/clip-vit-large-patch14
     "projection_dim": 768,
     "hidden_act": "quick_gelu",
 }
-CONFIG_CLASSES = {CLIPTextModelWithProjection: CLIPTextConfig, CLIPVisionModelWithProjection: CLIPVisionConfig}
 _UNET_WIDTH = "down_blocks.1.0.depthwise.weight"
 
 # Sizes: Stability-AI/StableCascade train/train_c.py and train/train_b.py.
@@ -192,7 +192,7 @@ VARIANTS = (
     Variant(
         "text_encoder",
         "text_encoder",
-        CLIPTextModelWithProjection,
+        TextTower,
         "text_model.final_layer_norm.weight",
         1280,
         _TEXT_ENCODER,
@@ -200,7 +200,7 @@ VARIANTS = (
     Variant(
         "image_encoder",
         "image_encoder",
-        CLIPVisionModelWithProjection,
+        VisionTower,
         "vision_model.post_layernorm.weight",
         1024,
         _IMAGE_ENCODER,
@@ -408,13 +408,12 @@ def controlnet_config(
 
 def make(network: type[nn.Module], config: Mapping[str, Any], device: str | torch.device = "meta") -> nn.Module:
     """Make a network from its class and configuration. On the meta device, its parameters have no values."""
-    with torch.device(device):
-        if network in CONFIG_CLASSES:
-            return network(CONFIG_CLASSES[network](**config))
+    empty = without_values() if torch.device(device).type == "meta" else contextlib.nullcontext()
+    with torch.device(device), empty:
         return network(**config)
 
 
-def build(state_dict: Mapping[str, Tensor], network: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
+def build(state_dict: Mapping[str, Tensor], network: type[Network], config: Mapping[str, Any]) -> Network:
     """Make a network in evaluation mode from a converted state dict. Uses its tensors without a copy.
 
     Args:
