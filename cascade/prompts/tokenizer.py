@@ -16,8 +16,9 @@ from tokenizers.models import BPE
 WHOLE = "tokenizer.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 SETTINGS = "tokenizer_config.json"
-# Older folders have the special tokens here too.
-SPECIAL = "special_tokens_map.json"
+# Folders of older versions, whose settings do not list the added tokens, have special and added tokens here.
+SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
+LISTED = "added_tokens_decoder"
 LONGEST = 77
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -31,7 +32,7 @@ class ClipTokenizer:
     Args:
         tokenizer: with CLIP's vocabulary. Its steps before and after are replaced by CLIP's.
         folder: where it was read.
-        settings: of `SETTINGS` and `SPECIAL`.
+        settings: of `SETTINGS`, `SPECIAL` and `ADDED`.
 
     Attributes:
         bos_token_id, eos_token_id, pad_token_id: begin and end of text, and padding.
@@ -45,7 +46,7 @@ class ClipTokenizer:
         self._tokenizer, self._folder = tokenizer, folder
         names = {"bos": BEGIN, "eos": END, "pad": END, "unk": END}
         names = {kind: _content(settings.get(f"{kind}_token") or default) for kind, default in names.items()}
-        added = sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+        added = sorted((settings.get(LISTED) or {}).items(), key=lambda item: int(item[0]))
         tokenizer.add_tokens([_added(token) for _, token in added])
         vocabulary = tokenizer.get_vocab()
         for kind, name in names.items():
@@ -83,10 +84,11 @@ class ClipTokenizer:
         Raises:
             Exception: a file is missing or damaged; the library has no narrower type.
         """
-        folder, settings = Path(folder), {}
-        for name in (SPECIAL, SETTINGS):
-            if (folder / name).is_file():
-                settings |= json.loads((folder / name).read_text(encoding="utf-8"))
+        folder = Path(folder)
+        settings = _read(folder / SETTINGS)
+        if LISTED not in settings:
+            settings |= _read(folder / SPECIAL)
+            settings[LISTED] = {place: {"content": token} for token, place in _read(folder / ADDED).items()}
         if (folder / WHOLE).is_file():
             return cls(Tokenizer.from_file(str(folder / WHOLE)), folder, settings)
         unknown = _content(settings.get("unk_token") or END)
@@ -120,9 +122,13 @@ class ClipTokenizer:
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Copy the files from which it was read into a folder, which is made."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in (WHOLE, VOCABULARY, MERGES, SETTINGS, SPECIAL):
+        for name in (WHOLE, VOCABULARY, MERGES, SETTINGS, SPECIAL, ADDED):
             if (self._folder / name).is_file():
                 shutil.copyfile(self._folder / name, Path(folder, name))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _content(token: str | dict[str, Any]) -> str:

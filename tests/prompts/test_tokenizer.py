@@ -79,6 +79,22 @@ def test_tokens_of_two_files_equal_transformers(tmp_path: Path) -> None:
     assert ours(["<new>"], add_special_tokens=False)["input_ids"] == [[count]]
 
 
+def test_files_of_older_versions_equal_transformers(tmp_path: Path) -> None:
+    folder = in_two_files(tmp_path, model_max_length=77, pad_token="<|endoftext|>")
+    count = len(ClipTokenizer.from_pretrained(folder).get_vocab())
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": count}))
+    pad = {"content": "!", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": pad, "eos_token": "<|endoftext|>"}))
+    equal(folder)
+    ours = ClipTokenizer.from_pretrained(folder)
+    assert ours(["<new>"], add_special_tokens=False)["input_ids"] == [[count]]
+
+
+def test_one_text_is_refused() -> None:
+    with pytest.raises(TypeError, match="texts must be a list of texts, but is the text 'a'"):
+        ClipTokenizer.from_pretrained(MINI / "tokenizer")("a")
+
+
 def test_limit_is_clips_where_the_file_has_none(tmp_path: Path) -> None:
     for settings in ({}, {"model_max_length": 10**30}):
         assert ClipTokenizer.from_pretrained(in_two_files(tmp_path, **settings)).model_max_length == 77
