@@ -11,8 +11,9 @@ from transformers import CLIPVisionModelWithProjection
 
 from training.dataset import Dataset
 from training.options import Options
+from training.randomness import step_generator
 from training.tasks.vision import VisionTask
-from training.trainer import fit, step_generator
+from training.trainer import fit
 from training.workshop import load_component
 
 CPU = torch.device("cpu")
