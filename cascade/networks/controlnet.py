@@ -129,6 +129,5 @@ class ControlNet(Network):
         Returns {k: (B, out_channels, h, w)} in the weights' dtype, for `StableCascadeUNet.forward`. h and w are H and W, or
         with the "effnet" backbone about a 32nd of them.
         """
-        # Not self.dtype: diffusers searches all layers for it.
-        features = self.backbone(control.to(next(self.parameters()).dtype))
+        features = self.backbone(control.to(self.dtype))
         return {k: project(features) for k, project in zip(self.config.proj_blocks, self.projections, strict=True)}

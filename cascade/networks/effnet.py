@@ -127,5 +127,4 @@ class SemanticEncoder(Network):
         # Numbers instead of tensors: a CUDA graph cannot capture copies from pageable host memory.
         channels = zip(pixels.unbind(dim=1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
         images = torch.stack([(x - mean) / std for x, mean, std in channels], dim=1)
-        # Not self.dtype: diffusers searches all layers for it.
-        return self.mapper(self.backbone(images.to(self.mapper[0].weight.dtype)))
+        return self.mapper(self.backbone(images.to(self.dtype)))
