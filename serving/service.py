@@ -143,12 +143,17 @@ class Service:
 
     def _make_unasked(self) -> None:
         """Make a picture that nobody has asked for, until somebody asks for one."""
+        if self._asked.is_set():
+            return
         # One step of each stage captures all graphs of the native size, and loads what libraries load late.
         side = self.cascade.native_size
         steps = self.cascade.steps(Request("", width=side, height=side, steps_prior=1, steps_decoder=1))
         try:
-            while not self._asked.is_set() and next(steps, None) is not None:
-                pass
+            for progress in steps:
+                if progress.image is not None and self.safety is not None:
+                    self.cascade.runner.with_room(partial(self.safety.flags, progress.image))
+                if self._asked.is_set():
+                    break
         except RuntimeError as error:  # a prediction reports it
             logger.info("No picture was made at the start, so the first takes longer: %s", shortened(error))
         finally:
