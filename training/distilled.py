@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors.torch
 
 from cascade.weights import DISTILLED, WeightsError, replacement, write_model_json
-from cascade.weights.build import describe, link
+from cascade.weights.build import TURBO, describe, link
 from training.errors import FILE_ERRORS, TrainingError, summary, writing
 from training.stages import STAGES, advice
 from training.tasks.distil import FILE
@@ -52,7 +52,7 @@ def add(trained: Path, folder: Path) -> None:
     if content is None:
         raise TrainingError(f"{trained} has no {', '.join(ADAPTERS)}: {advice(list(ADAPTERS))}.")
     about = describe([], folder)
-    with writing(folder), replacement(folder, without=(DISTILLED.split("/")[0],), copy=link) as made:
+    with writing(folder), replacement(folder, without=(TURBO,), copy=link) as made:
         (made / DISTILLED).parent.mkdir()
         (made / DISTILLED).write_bytes(content)
         write_model_json(made, **about)

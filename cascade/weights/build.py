@@ -9,7 +9,8 @@ other files of the old one are kept.
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cascade.weights.fitting import misfit
 from cascade.weights.folder import (
     COMPONENTS,
     CONTROLNETS,
+    DISTILLED,
     EXTRAS,
     NEEDED,
     NETWORKS,
@@ -51,6 +53,8 @@ from cascade.weights.writing import replacement, save_component, write_model_jso
 logger = logging.getLogger(__name__)
 
 STAGES = ("prior", "decoder")
+# The folder of the adapter for the speed "turbo".
+TURBO = DISTILLED.split("/")[0]
 # Components that are often fine-tuned. A file that holds one replaces the model's, even if another was asked for. Its other
 # components are used only where the model has none: ComfyUI's files hold the published encoders in half the precision.
 TRAINED = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
@@ -100,6 +104,7 @@ def save_model(download: Path, target: Path, *, eight_bits: bool = False) -> Non
     with replacement(target, without=made, copy=link) as folder:
         for part in parts:
             place(download, part, folder / part.component)
+        leave_out_distilled(folder, target, made)
         if eight_bits:
             store_in_eight_bits(folder)
         write_model_json(folder, **about)
@@ -162,6 +167,33 @@ def store_in_eight_bits(folder: Path) -> None:
         for old in (*files, *(folder / component).glob(f"*{SUFFIX}.index*.json")):
             old.unlink()
         scratch.replace(made)
+
+
+def leave_out_distilled(folder: Path, origin: Path, others: Collection[str]) -> None:
+    """Remove the adapter for the speed "turbo" from a new model folder if Stages C and B are not those that it was made for.
+
+    Args:
+        folder: the new model folder.
+        origin: the model folder that the adapter came from.
+        others: components of `folder` that did not come from there. They may still be the same.
+    """
+    if not (folder / DISTILLED).is_file():
+        return
+    for stage in STAGES:
+        if stage in others and not same_files(folder / stage, origin / stage):
+            logger.info(
+                "Leaving out the adapter for the speed turbo, which was made for another %s; docs/training.md says how to make "
+                "one.",
+                stage,
+            )
+            shutil.rmtree(folder / TURBO)
+            return
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders have the same safetensors files."""
+    first, second = ({file.name: file for file in folder.glob(f"*{SUFFIX}")} for folder in (one, other))
+    return first.keys() == second.keys() and all(cmp(first[name], second[name], shallow=False) for name in first)
 
 
 def components_in(folder: Path) -> set[str]:
@@ -244,6 +276,8 @@ def save_own(
         for component, source in sources.items():
             logger.info("Writing %s.", component)
             source.write(folder / component, known[component])
+        came_from = base if TURBO in copied else target
+        leave_out_distilled(folder, came_from, set(STAGES) - copied if TURBO in copied else set(sources))
         if eight_bits:
             store_in_eight_bits(folder)
         write_model_json(folder, **about)
