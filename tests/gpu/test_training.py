@@ -94,7 +94,7 @@ def test_two_gpus_save_and_stop_together(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_train_compiled(tmp_path: Path) -> None:
-    """As scripts/train-mini starts a stage with ``gpus = 2``: one graph for the usual size, none for the other; saved, resumed."""
+    """As scripts/train-mini starts a stage with ``gpus = 2``: one graph for the usual size, none for others; resumed."""
     pictures, output = write_pictures(tmp_path / "pictures", 40), tmp_path / "run"
     earlier = ("stage_a", "clip", "semantic")
     kept = ("model", "data", "tokenizer", "vqgan", "text_encoder", "image_encoder", "effnet", "previewer_network")
