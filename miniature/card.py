@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascade.weights import DISTILLED, ModelFolder
-from cascade.weights.folder import empty_network
+from cascade.weights.making import empty_network
 from miniature.evaluate_images import HEADINGS
 from miniature.fingerprint import fingerprint
 from training.distilled import ADAPTERS

@@ -27,9 +27,9 @@ from cascade.networks.eight_bits import GROUP, EightBits, group_of, rounded_name
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.running.precompile import jobs_of
 from cascade.weights import ModelFolder
-from cascade.weights.folder import empty_network
+from cascade.weights.making import empty_network
 from cascade.weights.reading import read_header
-from cascade.weights.single_file import VARIANTS
+from cascade.weights.variants import VARIANTS
 from scripts.environment import ROOT
 
 # The Python of the container, by cog.yaml.

@@ -11,9 +11,10 @@ from pathlib import Path
 import safetensors.torch
 
 from cascade.weights import DISTILLED, WeightsError, replacement, write_model_json
-from cascade.weights.build import TURBO, describe, link
+from cascade.weights.build import TURBO, describe
 from cascade.weights.hashing import sha256
 from cascade.weights.names import SUFFIX
+from cascade.weights.writing import link
 from training.errors import FILE_ERRORS, TrainingError, summary, writing
 from training.stages import STAGES, advice
 from training.tasks.distil import FILE

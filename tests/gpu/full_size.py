@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
-from cascade.weights.single_file import VARIANTS
+from cascade.weights.variants import VARIANTS
 
 TIMESTEP_DEVIATION = 0.03  # of the scale and of the shift of each block
 RESPONSE_DEVIATION = 0.2  # of the response norms' parameters
@@ -35,7 +35,7 @@ LATENT_DEVIATION, PIXEL_DEVIATION = 10.0, 0.2  # of what goes into Stage A, abou
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """The configuration of a published network, by its name in `single_file.VARIANTS`."""
+    """The configuration of a published network, by its name in `variants.VARIANTS`."""
     return next(variant.config for variant in VARIANTS if variant.name == name)
 
 

@@ -23,8 +23,8 @@ from cascade.networks.eight_bits import (
     rounded_names,
 )
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
-from cascade.weights.single_file import VARIANTS
-from cascade.weights.single_file import make as make_empty
+from cascade.weights.making import make as make_empty
+from cascade.weights.variants import VARIANTS
 from tests.components import in_eight_bits_of, restored_from
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
