@@ -261,16 +261,16 @@ def draw_ip_adapter(cascade: Cascade) -> Image.Image:
     for prompt in REFERENCES:
         (source,) = cascade.generate(Request(prompt, seed=SEED))
         used = {"ip_adapter_images": (source,), "seed": SEED}
-        mode = "style" if cascade.ip_adapter.blocks_of("style") else "all"
         requests = {
             "as image prompt": Request("", image_prompts=(source,), seed=SEED),
             "IP-Adapter": Request("", **used),
             **{f"IP-Adapter: {text}": Request(text, **used) for text in BESIDE},
-            f"{mode} only: {BESIDE[1]}": Request(BESIDE[1], ip_adapter_mode=mode, **used),
         }
+        if cascade.ip_adapter.blocks_of("style"):
+            requests[f"its style only: {BESIDE[-1]}"] = Request(BESIDE[-1], ip_adapter_mode="style", **used)
         pictures += [source, *(cascade.generate(request)[0] for request in requests.values())]
         captions += ["a reference", *requests]
-    return sheet(pictures, COLUMNS, captions)
+    return sheet(pictures, len(pictures) // len(REFERENCES), captions)
 
 
 def draw_loras(cascade: Cascade) -> Image.Image:

@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    options = parse(arguments)
+    options, made = parse(arguments), None
     try:
         # A copy, so that the folder stays as it is if anything fails.
         with writing(options.folder), replacement(options.folder) as made:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_card(made, Scores(*scores), new)
             try_out(made)
     except (TrainingError, WeightsError, InputError) as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(str(error).replace(str(made), str(options.folder)) + "\n")
         return 1
     for name, size in sizes(options.folder).items():
         print(f"Size {name}: {size / 1e6:.2f} MB.")
