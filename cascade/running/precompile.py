@@ -162,4 +162,6 @@ def _stage_a_jobs(vqgan: StageA) -> list[Callable[[], object]]:
         return lambda: block(x.contiguous(memory_format=torch.channels_last))
 
     blocks = {block.channelwise[0].in_features: block for block in vqgan.up_blocks if isinstance(block, MixingBlock)}
-    return [job(block, channels) for channels, block in blocks.items()]
+    # The whole decoder, because its other convolutions load cuDNN, which the first picture would wait for.
+    latents = torch.zeros(1, vqgan.config.latent_channels, SIDE, SIDE, device=vqgan.device, dtype=vqgan.dtype)
+    return [*(job(block, channels) for channels, block in blocks.items()), lambda: vqgan.decode(latents)]
