@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.weights import CONTROLNETS, ModelFolder, StageSettings, save_model_folder
+from cascade.weights import CONTROLNETS, DISTILLED, ModelFolder, StageSettings, save_model_folder
 from scripts.stand_ins import shapes_of, write_lora
 from tests.conftest import MINI
 
@@ -211,9 +212,31 @@ def save_components(folder: Path, components: dict[str, Any]) -> None:
     save_model_folder(folder, components, sampler=SAMPLER, dtype=torch.float32, **about)
 
 
+def copy_mini(folder: Path, *without: str, copy: Callable[[str, str], object] = shutil.copy2) -> Path:
+    """Copies the miniature without what it may have or not: IP-Adapter, adapter for few steps, LoRAs.
+
+    Args:
+        folder: the new folder, which is returned.
+        without: further components to leave out.
+        copy: copies a file.
+    """
+    left = ("ip_adapter", DISTILLED.split("/")[0], "loras", "model.json", *without)
+    shutil.copytree(
+        MINI,
+        folder,
+        ignore=lambda where, names: set(names).intersection(left) if Path(where) == MINI else (),
+        copy_function=copy,
+    )
+    content = json.loads((MINI / "model.json").read_text())
+    for listed, name in ((content, "files"), (content["pieces"], "sums")):
+        listed[name] = {path: digest for path, digest in listed[name].items() if path.split("/")[0] not in left}
+    (folder / "model.json").write_text(json.dumps(content))
+    return folder
+
+
 def save_mini_with_controlnets(folder: Path) -> None:
     """The miniature with ControlNets, an IP-Adapter and LoRAs that have learned nothing, but add something."""
-    opened = ModelFolder.open(shutil.copytree(MINI, folder))
+    opened = ModelFolder.open(copy_mini(folder))
     prior = json.loads((MINI / "prior" / "config.json").read_text())
     width = prior["block_out_channels"][0]
     controlnets = {}

@@ -1,5 +1,6 @@
 """Builds the task of a stage from the configuration, the data and the model folder."""
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
 from cascade.networks.base import Network
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.ip_adapter import IPAdapter
+from cascade.networks.stage_a import StageA
 from cascade.weights import NETWORKS, StageSettings
 from training.agreement import table_of
 from training.dataset import Dataset, Split
@@ -54,11 +56,33 @@ def load_component(model: Path, name: str) -> Any:
             return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         kind = TRAINED[name]
         own = {} if issubclass(kind, Network) else {"local_files_only": True, "use_safetensors": True}
-        return kind.from_pretrained(folder, **own).float()
+        network = kind.from_pretrained(folder, **own).float()
     except FILE_ERRORS as error:
         raise TrainingError(
             f"{folder} cannot be read ({summary(error)}); remove it and run the stage {maker(name)} again."
         ) from error
+    if name == "vqgan":
+        set_scale(network, model)
+    return network
+
+
+def set_scale(vqgan: StageA, model: Path) -> None:
+    """Puts a model folder's own scale of Stage A's latents, if ``model.json`` has one, into Stage A's configuration.
+
+    The published configuration has another scale than the one that Stage B was trained with.
+
+    Raises:
+        TrainingError: ``model.json`` cannot be read.
+    """
+    file = model / "model.json"
+    if not file.is_file():
+        return
+    try:
+        scale = json.loads(file.read_text(encoding="utf-8")).get("stage_a_scale")
+        if scale is not None:
+            vqgan.register_to_config(scale_factor=float(scale))
+    except (*FILE_ERRORS, AttributeError) as error:
+        raise TrainingError(f"{file} cannot be read: {summary(error)}.") from error
 
 
 class Workshop:
@@ -183,9 +207,12 @@ class Workshop:
         try:
             if component in ("text_encoder", "image_encoder"):
                 return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-            return kind.from_config(kind.load_config(folder))
+            network = kind.from_config(kind.load_config(folder))
         except FILE_ERRORS as error:
             raise TrainingError(f"{folder} cannot be read ({summary(error)}).") from error
+        if component == "vqgan":
+            set_scale(network, self.model)
+        return network
 
     def tokens(self) -> dict[str, int]:
         """The special tokens' ids and the vocabulary size, as CLIP's configurations name them."""

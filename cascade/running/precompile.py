@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from cascade.kernels import origin
 from cascade.kernels.parallel import in_threads
@@ -23,31 +24,35 @@ from cascade.running.device import current
 
 logger = logging.getLogger(__name__)
 SIDE = 8  # height and width of the blocks' inputs
-PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten._addmm_activation}
+PRODUCTS = (F.linear, torch.addmm, torch._addmm_activation)
 
 
-class WithoutProducts(TorchDispatchMode):
+class WithoutProducts(TorchFunctionMode):
     """A context, of one thread, in which matrix products compute nothing: their results have no values.
 
     torch keeps a workspace for each thread that has called cuBLAS, as long as the process lives: 32 MiB on an H100, 8 on other
     GPUs. Sixteen threads would keep half a GiB, to multiply what nobody reads. To free the workspaces afterwards would also free
-    those that the captured graphs of another model in this process use.
+    those that the captured graphs of another model in this process use. Several `TorchDispatchMode` in threads would leave a flag
+    of torch's set for the whole process, and import its compiler.
     """
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # torch would import its compiler to keep it from compiling this mode: a second of a processor
-
-    def __torch_dispatch__(
-        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if function.overloadpacket not in PRODUCTS:
+        if function not in PRODUCTS:
             return function(*args, **kwargs)
         if "out" in kwargs:
             return kwargs["out"]
-        first, second = args[-2:]
-        return first.new_empty(*first.shape[:-1], second.shape[-1])
+        if function is F.linear:
+            x, weight = args[:2]
+            return x.new_empty(*x.shape[:-1], weight.shape[0])
+        _, first, second = args[:3]
+        return first.new_empty(first.shape[0], second.shape[1])
 
 
 def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
