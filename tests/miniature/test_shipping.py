@@ -4,6 +4,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.conftest import MINI
 from tests.training.small import write_config
 from training.distilled import ADAPTERS
 from training.errors import TrainingError
+from training.options import Options
 from training.run import FINISHED, ORDER
 from training.stages import STAGES, trained_by
 from training.tasks.distil import FILE
@@ -92,7 +94,8 @@ def finish(trained: Path, *stages: str) -> None:
             "first": 0,
             "last": 7,
         }
-        record = {"stage": stage, "options": {"batch_size": 2, "accumulate": 1, "gpus": 1}, "sessions": [session]}
+        options = asdict(Options(steps=7, batch_size=2, learning_rate=1e-3))
+        record = {"stage": stage, "options": options, "sessions": [session]}
         if stage != "tokenizer":
             (trained / stage / "record.json").write_text(json.dumps(record))
     processes = [{"stage": stage, "started": "", "gpus": [], "seconds": 60.0} for stage in stages]
@@ -290,9 +293,8 @@ def test_loras_and_scores(ship: Ship, shipped: Path, tmp_path: Path, capsys: pyt
     (scores / "scores.json").write_text(json.dumps({"weights": "others'"}))
     before = snapshot(shipped)
     assert ship("--scores", scores) == 1
-    assert capsys.readouterr().err.startswith(
-        f"{scores / 'scores.json'} has the scores of other weights than those in "
-    )
+    said = f"{scores / 'scores.json'} has the scores of other weights than those in {shipped}.\n"
+    assert capsys.readouterr().err.endswith(said)
     assert snapshot(shipped) == before
 
 
