@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -20,6 +19,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cascade.images.preprocessing import ClipPreprocessor
+from cascade.networks.base import Network
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.eight_bits import NETWORKS, in_eight_bits, restored, rounded_names, use_eight_bits
@@ -82,9 +83,13 @@ def make_image_encoder() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(config).eval()
 
 
-def make_image_processor() -> CLIPImageProcessorPil:
-    size = {"height": 32, "width": 32}
-    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+def make_image_processor() -> ClipPreprocessor:
+    return ClipPreprocessor(size=32, crop=(32, 32))
+
+
+def make_their_processor() -> CLIPImageProcessorPil:
+    """transformers' processor with the settings of `make_image_processor`."""
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
 def make_prior() -> StableCascadeUNet:
@@ -144,7 +149,7 @@ def make_ip_adapter(**options: Any) -> IPAdapter:
     return IPAdapter(**{**sizes, "attention_head_dim": 4, "conditioning_dim": 16, **blocks, **options})
 
 
-def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
+def shuffle(network: Network, seed: int) -> Network:
     """Give every parameter a random value: as initialised, many branches are closed and conditions say nothing."""
     generator = torch.Generator().manual_seed(seed)
     buffers = dict(network.named_buffers())

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPImageProcessorPil
-
+from cascade.images.preprocessing import ClipPreprocessor
 from cascade.weights import CONTROLNETS, DISTILLED, NETWORKS, StageSettings, save_model_folder
 from training.configuration import read_configuration
 from training.distilled import distilled, earlier
@@ -41,9 +40,7 @@ def assemble(config: Mapping[str, Any], trained: Path, folder: Path) -> None:
     names += [name for name in EXTRAS if (trained / name).is_dir()]
     components = {name: load_component(trained, name) for name in names}
     size = components["image_encoder"].config.image_size
-    components["feature_extractor"] = CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
+    components["feature_extractor"] = ClipPreprocessor(size=size, crop=(size, size))
     model = config["model"]
     with writing(folder):
         save_model_folder(

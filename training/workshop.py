@@ -17,6 +17,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cascade.networks.base import Network
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.stage_a import StageA
@@ -33,6 +34,13 @@ from training.task import Task
 from training.tasks.controlnet import CONTROL_KINDS, new_controlnet
 from training.tasks.ip_adapter import new_ip_adapter
 
+# Trained as transformers' classes, which begin with CLIP's initial weights.
+TRAINED = {
+    **NETWORKS,
+    "text_encoder": CLIPTextModelWithProjection,
+    "image_encoder": CLIPVisionModelWithProjection,
+}
+
 
 def load_component(model: Path, name: str) -> Any:
     """Loads a network (float32, on the CPU) or the tokenizer from a model folder. Never asks the Hub.
@@ -46,7 +54,9 @@ def load_component(model: Path, name: str) -> Any:
     try:
         if name == "tokenizer":
             return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        network = NETWORKS[name].from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
+        kind = TRAINED[name]
+        own = {} if issubclass(kind, Network) else {"local_files_only": True, "use_safetensors": True}
+        network = kind.from_pretrained(folder, **own).float()
     except FILE_ERRORS as error:
         raise TrainingError(
             f"{folder} cannot be read ({summary(error)}); remove it and run the stage {maker(name)} again."
@@ -169,7 +179,7 @@ class Workshop:
 
     def network(self, component: str, *, anew: bool = False, resumes: bool = False) -> nn.Module:
         """A component to be trained: the model folder's, or a new one with random weights and the configuration's sizes."""
-        kind, folder = NETWORKS[component], self.model / component
+        kind, folder = TRAINED[component], self.model / component
         if folder.is_dir() and not anew:
             return (self._empty(component) if resumes else load_component(self.model, component)).train()
         sizes = self.config[table_of(component)]
@@ -193,11 +203,11 @@ class Workshop:
 
     def _empty(self, component: str) -> nn.Module:
         """A component with the model folder's sizes and random weights."""
-        kind, folder = NETWORKS[component], self.model / component
+        kind, folder = TRAINED[component], self.model / component
         try:
             if component in ("text_encoder", "image_encoder"):
                 return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-            network = kind.from_config(kind.load_config(folder, local_files_only=True))
+            network = kind.from_config(kind.load_config(folder))
         except FILE_ERRORS as error:
             raise TrainingError(f"{folder} cannot be read ({summary(error)}).") from error
         if component == "vqgan":

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.eight_bits import in_eight_bits, rounded_names
-from cascade.weights.components import COMPONENTS, DISTILLED, EXTRAS, NEEDED, TRANSFORMERS_CONFIGS
+from cascade.weights.components import COMPONENTS, DISTILLED, EXTRAS, NEEDED, NETWORKS
 from cascade.weights.downloaded import check_part, place
 from cascade.weights.errors import WeightsError
 from cascade.weights.folder import ModelFolder
 from cascade.weights.making import empty_network
 from cascade.weights.manifest import Manifest
-from cascade.weights.names import STEMS, SUFFIX
+from cascade.weights.names import SUFFIX
 from cascade.weights.published import ALWAYS, PARTS, Part
 from cascade.weights.reading import find_weights, read_json, read_tensors
 from cascade.weights.settings import PUBLISHED_LICENSE, PUBLISHED_SAMPLER, PUBLISHED_SIZE, PUBLISHED_STAGE_A_SCALE
@@ -336,7 +336,7 @@ def store_in_eight_bits(folder: Path) -> None:
         for name, tensor in tensors.items():
             if name in names and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise WeightsError(f"{component} cannot be stored in 8 bits: {name} holds infinite or NaN values.")
-        made = folder / component / f"{STEMS[1 if component in TRANSFORMERS_CONFIGS else 0]}{SUFFIX}"
+        made = folder / component / f"{NETWORKS[component].weights_name}{SUFFIX}"
         scratch = made.with_name(f".{made.name}")
         save_file(in_eight_bits(tensors, names), scratch, metadata={"format": "pt"})
         shutil.copymode(files[0], scratch)
