@@ -25,11 +25,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels
-from cascade.kernels.layers import columns, put_channels_side_by_side
+from cascade.kernels.e4m3 import norm_factor
+from cascade.kernels.layers import columns, is_hooked, put_channels_side_by_side
 from cascade.kernels.plain import EPS, layer_norm
-from cascade.kernels.stream import Stream
+from cascade.kernels.stream import Product, Stream
 from cascade.networks import layout
 from cascade.networks.base import Network
+from cascade.networks.fp8 import multiplies
 
 TIMESTEP_CONDITIONS = ("sca", "crp")
 
@@ -145,11 +147,30 @@ class ResBlock(UsesKernels, nn.Module):
 
     def forward(self, stream: Stream, skip: Tensor | None = None) -> Stream:
         """stream: (B, H, W, C). skip: float32 (B, H, W, skip_channels)."""
+        if skip is None and self._multiplies_in_e4m3():
+            return self._in_e4m3(stream)
         first, _, response, dropout, last = self.channelwise
         dtype = response.gamma.dtype  # the weights' dtype. A replaced linear layer may store another one.
         stream, normed = self.kernels.depthwise_norm(stream, self.depthwise, dtype, skip)
         hidden = dropout(response(self.kernels.linear(first, normed, dtype)))
         return self.kernels.add_linear(stream, hidden, last)
+
+    def _multiplies_in_e4m3(self) -> bool:
+        """Whether both layers of the MLP can do that, and nothing between them must be called."""
+        first, _, _, dropout, last = self.channelwise
+        between = (self.channelwise, *self.channelwise[1:4])
+        return multiplies(first, last) and not dropout.training and not any(map(is_hooked, between))
+
+    def _in_e4m3(self, stream: Stream) -> Stream:
+        """`forward` without a skip connection, with products in e4m3: see `networks.fp8`."""
+        first, _, response, _, last = self.channelwise
+        stream, normed = self.kernels.depthwise_norm(stream, self.depthwise, first.dtype, e4m3=True)
+        product = first.product(normed, 1 / norm_factor(first.in_features))
+        hidden, of_samples = self.kernels.gelu_response_e4m3(
+            product, first.weight_scale.view(-1), first.bias, response.gamma, response.beta
+        )
+        added = Product(last.product(hidden), of_samples, last.weight_scale.view(-1))
+        return stream._replace(bias=last.bias, product=added)
 
 
 class TimestepBlock(nn.Module):
@@ -224,6 +245,7 @@ class Attention(UsesKernels, nn.Module):
     ) -> Tensor:
         """Attention of tokens (B, T, C), before `to_out`: (B, T, C).
 
+        tokens: in the weights' dtype, or in e4m3 for an `Fp8Linear`.
         key, value: of the condition, as `key_value` returns them.
         own: whether the tokens attend to each other too.
         bias: float32 (B, condition tokens), added to the logits of the condition's keys.
@@ -278,11 +300,12 @@ class AttnBlock(UsesKernels, nn.Module):
         if value is None:
             key, value = self.condition(key, self.kv_mapper, self.attention)
         (out,) = self.attention.to_out
-        stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out)
+        e4m3 = self.self_attn and multiplies(self.attention.to_qkv) and not is_hooked(self.attention)
+        stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out, e4m3=e4m3)
         shares = [None if one is None else resize(one, normed.shape[1:3]).view(1, -1, 1) for one in masks]
         attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn, bias, hidden, images, shares)
         # The dtype that `norm` was told: a replaced to_qkv may return another.
-        attended = attended.to(normed.dtype).view(normed.shape)
+        attended = attended.to(key.dtype).view(normed.shape)
         return self.kernels.add_linear(stream, attended, out, after_norm=True)
 
 

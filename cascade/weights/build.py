@@ -19,7 +19,7 @@ from torch import nn
 
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
-from cascade.networks.eight_bits import in_eight_bits, rounded_names
+from cascade.networks.precisions import converted, forms_of, rounded, without_scale
 from cascade.safety import FOLDER as SAFETY_CHECKER
 from cascade.safety import SafetyChecker
 from cascade.weights.fitting import misfit
@@ -68,7 +68,7 @@ SHARED = (
 )
 
 
-def save_model(download: Path, target: Path, *, eight_bits: bool = False) -> None:
+def save_model(download: Path, target: Path, *, precision: str = "full") -> None:
     """Make a model folder, or extend an existing one, with the files that ``download.json`` lists.
 
     Checks all files before it writes.
@@ -76,7 +76,7 @@ def save_model(download: Path, target: Path, *, eight_bits: bool = False) -> Non
     Args:
         download: the folder of the download.
         target: the model folder.
-        eight_bits: whether weights are stored in 8 bits, see `store_in_eight_bits`.
+        precision: how weights are stored: "full", as they are; "int8" or "fp8", see `store_in_eight_bits`.
 
     Raises:
         DownloadError: there is no complete download.
@@ -100,8 +100,8 @@ def save_model(download: Path, target: Path, *, eight_bits: bool = False) -> Non
     with replacement(target, without=made, copy=link) as folder:
         for part in parts:
             place(download, part, folder / part.component)
-        if eight_bits:
-            store_in_eight_bits(folder)
+        if precision != "full":
+            store_in_eight_bits(folder, precision)
         write_model_json(folder, **about)
         ModelFolder.open(folder)
 
@@ -137,8 +137,8 @@ def choose(asked: Mapping[str, Path], folders: list[Path], there: set[str]) -> d
     return {**more, **chosen}
 
 
-def store_in_eight_bits(folder: Path) -> None:
-    """Store the networks of a model folder in 8 bits, those that can be, see ``cascade.networks.eight_bits``.
+def store_in_eight_bits(folder: Path, precision: str) -> None:
+    """Store the networks of a model folder in 8 bits, those that can be, see ``cascade.networks.precisions``.
 
     Such a network becomes one file. Its old files are removed, not changed: they may be hard links.
 
@@ -151,13 +151,14 @@ def store_in_eight_bits(folder: Path) -> None:
         files = find_weights(folder / component)
         logger.info("Storing %s in 8 bits.", component)
         tensors = read_tensors(files)
-        names = rounded_names(tensors, component)
+        forms = forms_of({name: tensor.shape for name, tensor in tensors.items()}, component, precision)
+        new = without_scale(forms, tensors)
         for name, tensor in tensors.items():
-            if name in names and tensor.is_floating_point() and not tensor.isfinite().all():
+            if name in new and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise WeightsError(f"{component} cannot be stored in 8 bits: {name} holds infinite or NaN values.")
         made = folder / component / f"{STEMS[1 if component in TRANSFORMERS_CONFIGS else 0]}{SUFFIX}"
         scratch = made.with_name(f".{made.name}")
-        save_file(in_eight_bits(tensors, names), scratch, metadata={"format": "pt"})
+        save_file(converted(rounded(tensors, new), forms, torch.bfloat16), scratch, metadata={"format": "pt"})
         shutil.copymode(files[0], scratch)
         for old in (*files, *(folder / component).glob(f"*{SUFFIX}.index*.json")):
             old.unlink()
@@ -177,7 +178,7 @@ def save_own(
     base: Path,
     download: Path,
     name: str | None = None,
-    eight_bits: bool = False,
+    precision: str = "full",
 ) -> None:
     """Make a model folder, or change an existing one, with the user's own files and folders.
 
@@ -189,7 +190,7 @@ def save_own(
         base: another model folder. It need not exist.
         download: the folder of a download. It need not exist.
         name: the model's new name; None: the name of the first file or folder that holds Stage C or B.
-        eight_bits: whether weights are stored in 8 bits, see `store_in_eight_bits`.
+        precision: how weights are stored: "full", as they are; "int8" or "fp8", see `store_in_eight_bits`.
 
     Raises:
         DownloadError: the download is damaged.
@@ -244,8 +245,8 @@ def save_own(
         for component, source in sources.items():
             logger.info("Writing %s.", component)
             source.write(folder / component, known[component])
-        if eight_bits:
-            store_in_eight_bits(folder)
+        if precision != "full":
+            store_in_eight_bits(folder, precision)
         write_model_json(folder, **about)
         ModelFolder.open(folder)
 
