@@ -62,7 +62,7 @@ def test_both_have_the_same_functions() -> None:
     }
     assert names == {
         "norm", "linear", "add_linear", "depthwise_norm", "gelu_response", "attention", "timestep_maps", "mixing_block",
-        "dequantise",
+        "dequantise", "gelu_response_e4m3",
     }  # fmt: skip
     for name in names:
         assert inspect.signature(getattr(triton, name)) == inspect.signature(getattr(plain, name)), name
