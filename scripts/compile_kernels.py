@@ -31,9 +31,9 @@ from cascade.networks.precisions import forms_of, use_forms
 from cascade.networks.unet import StableCascadeUNet
 from cascade.running.precompile import jobs_of
 from cascade.weights import ModelFolder
-from cascade.weights.folder import empty_network
+from cascade.weights.making import empty_network
 from cascade.weights.reading import read_header
-from cascade.weights.single_file import VARIANTS
+from cascade.weights.variants import VARIANTS
 from scripts.environment import ROOT
 
 # The Python of the container, by cog.yaml.

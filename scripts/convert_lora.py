@@ -10,12 +10,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cascade.weights import single_file
 from cascade.weights.errors import WeightsError
 from cascade.weights.folder import ModelFolder
 from cascade.weights.lora import NETWORKS, Adapter, Placed, place
 from cascade.weights.lora.writing import write
+from cascade.weights.making import make
 from cascade.weights.reading import read_header
+from cascade.weights.variants import VARIANTS
 from scripts.save_weights import MODEL_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,9 @@ def models(folder: Path | None) -> Iterator[tuple[Shapes, Mapping[str, int]]]:
         return
     for ending in ("", "_lite"):
         shapes = {}
-        for variant in single_file.VARIANTS:
+        for variant in VARIANTS:
             if variant.name in (f"prior{ending}", f"decoder{ending}", "text_encoder"):
-                network = single_file.make(variant.network, variant.config)
+                network = make(variant.network, variant.config)
                 shapes[variant.component] = {key: tuple(one.shape) for key, one in network.state_dict().items()}
         yield shapes, {str(row): row for row in range(PUBLISHED_WORDS)}
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cascade.networks.precisions import IN_8_BITS
-from cascade.weights.build import compare, save_model, save_own, verify
+from cascade.weights.build import save_model, save_own, verify
 from cascade.weights.download import download_repository, named_repository
-from cascade.weights.folder import WeightsError
+from cascade.weights.downloaded import compare
+from cascade.weights.errors import WeightsError
 from cascade.weights.manifest import DownloadError, Manifest, amount, remove_download
-from cascade.weights.single_file import TITLES
+from cascade.weights.variants import TITLES
 from scripts.download_weights import DOWNLOAD
 from scripts.environment import ROOT
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from cascade.networks.controlnet import ControlNet
 from cascade.weights import ModelFolder, save_component
+from cascade.weights.making import make
 from cascade.weights.reading import read_header
-from cascade.weights.single_file import VARIANTS, make
+from cascade.weights.variants import VARIANTS
 from scripts.environment import ROOT
 
 PLACES = {

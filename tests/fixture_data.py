@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cascade.networks.unet import StableCascadeUNet
-from cascade.weights import single_file
+from cascade.weights import making, single_file, variants
 
 FOLDER = Path(os.environ.get("CASCADE_FIXTURES") or Path(__file__).parent / "fixtures")
 SEED = int(os.environ.get("CASCADE_FIXTURES_SEED") or 0)
@@ -84,5 +84,5 @@ def unet(name: str, config: dict[str, Any], weights: dict[str, Tensor]) -> Stabl
             "timestep_conditioning_type": ["sca"],
         }
     state_dict = single_file.convert(weights)
-    assert single_file.component_of(state_dict) == ("prior" if stage_c else "decoder")
-    return single_file.build(state_dict, StableCascadeUNet, names)
+    assert variants.component_of(state_dict) == ("prior" if stage_c else "decoder")
+    return making.build(state_dict, StableCascadeUNet, names)

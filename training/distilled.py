@@ -10,7 +10,8 @@ from pathlib import Path
 import safetensors.torch
 
 from cascade.weights import DISTILLED, WeightsError, replacement, write_model_json
-from cascade.weights.build import describe, link
+from cascade.weights.build import describe
+from cascade.weights.writing import link
 from training.errors import FILE_ERRORS, TrainingError, summary, writing
 from training.stages import STAGES, advice
 from training.tasks.distil import FILE

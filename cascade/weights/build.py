@@ -7,46 +7,29 @@ other files of the old one are kept.
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
-from cascade.networks.controlnet import ControlNet
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.precisions import converted, forms_of, rounded, without_scale
-from cascade.safety import FOLDER as SAFETY_CHECKER
-from cascade.safety import SafetyChecker
-from cascade.weights.fitting import misfit
-from cascade.weights.folder import (
-    COMPONENTS,
-    CONTROLNETS,
-    EXTRAS,
-    NEEDED,
-    NETWORKS,
-    PUBLISHED_LICENSE,
-    PUBLISHED_SAMPLER,
-    PUBLISHED_SIZE,
-    PUBLISHED_STAGE_A_SCALE,
-    TRANSFORMERS_CONFIGS,
-    ModelFolder,
-    WeightsError,
-    check_channels,
-    empty_network,
-)
-from cascade.weights.hashing import sha256
+from cascade.weights.components import COMPONENTS, EXTRAS, NEEDED, TRANSFORMERS_CONFIGS
+from cascade.weights.downloaded import check_part, place
+from cascade.weights.errors import WeightsError
+from cascade.weights.folder import ModelFolder
+from cascade.weights.making import empty_network
 from cascade.weights.manifest import Manifest
 from cascade.weights.names import STEMS, SUFFIX
 from cascade.weights.published import ALWAYS, PARTS, Part
-from cascade.weights.reading import find_weights, read_header, read_json, read_tensors
-from cascade.weights.single_file import controlnet_config
+from cascade.weights.reading import find_weights, read_json, read_tensors
+from cascade.weights.settings import PUBLISHED_LICENSE, PUBLISHED_SAMPLER, PUBLISHED_SIZE, PUBLISHED_STAGE_A_SCALE
 from cascade.weights.sources import Source, find
-from cascade.weights.writing import replacement, save_component, write_model_json
+from cascade.weights.writing import link, replacement, write_model_json
 
 logger = logging.getLogger(__name__)
 
@@ -95,15 +78,141 @@ def save_model(download: Path, target: Path, *, precision: str = "full") -> None
     about = describe(manifest.parts, target)
     for part in parts:
         logger.info("Checking %s.", part.component)
-        check_files(download, part, manifest.files)
-        check_content(download, part)
+        check_part(download, part, manifest.files)
     with replacement(target, without=made, copy=link) as folder:
         for part in parts:
             place(download, part, folder / part.component)
-        if precision != "full":
-            store_in_eight_bits(folder, precision)
-        write_model_json(folder, **about)
-        ModelFolder.open(folder)
+        _complete(folder, about, precision=precision)
+
+
+def save_own(
+    asked: Mapping[str, Path],
+    folders: list[Path],
+    target: Path,
+    *,
+    base: Path,
+    download: Path,
+    name: str | None = None,
+    precision: str = "full",
+) -> None:
+    """Make a model folder, or change an existing one, with the user's own files and folders.
+
+    Missing components are kept from `target`, else copied from `base`, else taken from `download`.
+
+    Args:
+        asked, folders: see `choose`.
+        target: the model folder.
+        base: another model folder. It need not exist.
+        download: the folder of a download. It need not exist.
+        name: the model's new name; None: the name of the first file or folder that holds Stage C or B.
+        precision: how weights are stored: "full", as they are; "int8" or "fp8", see `store_in_eight_bits`.
+
+    Raises:
+        DownloadError: the download is damaged.
+        WeightsError: see `save_model` and `sources.find`.
+        OSError, SafetensorError: the folder cannot be written.
+    """
+    check_target(target)
+    origins = _Origins.choose(asked, folders, target, base, download)
+    configs = origins.check()
+    about = origins.describe(configs, name)
+    with replacement(target, without=set(origins.own), copy=link) as folder:
+        origins.write(folder)
+        _complete(folder, about, precision=precision)
+
+
+@dataclass(frozen=True)
+class _Origins:
+    """Where each component of a model folder comes from.
+
+    Attributes:
+        target: the model folder.
+        base: another model folder.
+        download: the folder of a download.
+        based: whether there is such another folder.
+        own: components from the user's own files and folders.
+        kept: components that the model folder has already; those in `own` replace them.
+        copied: components from the base.
+        parts: those from the download.
+        checksums: sha256 of the download's files, by path.
+    """
+
+    target: Path
+    base: Path
+    download: Path
+    based: bool
+    own: Mapping[str, Source]
+    kept: set[str]
+    copied: set[str]
+    parts: list[Part]
+    checksums: Mapping[str, str]
+
+    @classmethod
+    def choose(
+        cls, asked: Mapping[str, Path], folders: list[Path], target: Path, base: Path, download: Path
+    ) -> "_Origins":
+        """See `save_own`. Raises a WeightsError if a needed component comes from nowhere."""
+        based = base.resolve() != target.resolve() and (base / "model.json").is_file()
+        kept = components_in(target)
+        copied = (components_in(base) if based else set()) - kept
+        listed = Manifest.read(download) if Manifest.file(download).is_file() else Manifest([], {})
+        parts = [PARTS[part] for part in listed.parts if PARTS[part].component not in kept | copied]
+        own = choose(asked, folders, kept | copied | {part.component for part in parts})
+        copied -= set(own)
+        parts = [part for part in parts if part.component not in own]
+        missing = set(NEEDED) - kept - copied - {part.component for part in parts} - set(own)
+        if missing:
+            raise WeightsError(
+                f"{target} would have no {' and no '.join(sorted(missing))}: run scripts/download-weights first, or name a "
+                "model folder that has them with --base."
+            )
+        return cls(target, base, download, based, own, kept, copied, parts, listed.files)
+
+    def known(self, component: str) -> list[Path]:
+        """The ``config.json`` files of a component in the model folder and in its base."""
+        files = (folder / component / "config.json" for folder in (self.target, self.base))
+        return [file for file in files if file.is_file()]
+
+    def check(self) -> dict[str, Any]:
+        """Check all components that come from elsewhere. Returns the configurations of the user's own.
+
+        Raises:
+            WeightsError: a file does not fit, or two components do not fit each other.
+        """
+        configs: dict[str, Any] = {}
+        for component, source in self.own.items():
+            logger.info("Checking %s in %s.", component, source.origin)
+            network = source.check(self.known(component))
+            if network is not None:
+                configs[component] = network.config
+        for part in self.parts:
+            check_part(self.download, part, self.checksums)
+        others = {part.component: self.download / part.paths[0] for part in self.parts}
+        others |= {component: self.base / component / "config.json" for component in self.copied}
+        others |= {component: self.target / component / "config.json" for component in self.kept}
+        check_agreement(configs, others, self.target)
+        return configs
+
+    def describe(self, configs: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+        """The fields of ``model.json`` besides checksums. `configs`: see `check`; `name`: see `save_own`."""
+        about = describe([], self.target if self.kept or not self.based else self.base)
+        stage = next((self.own[one].origin for one in STAGES if one in self.own), None)
+        if name or stage:
+            about["name"] = name or stage.stem
+        if "vqgan" in self.own:
+            scale = about["stage_a_scale"]
+            about["stage_a_scale"] = stage_a_scale(self.own["vqgan"], configs["vqgan"], self.known("vqgan"), scale)
+        return about
+
+    def write(self, folder: Path) -> None:
+        """Write the components that come from elsewhere into a copy of the model folder."""
+        for component in self.copied:
+            shutil.copytree(self.base / component, folder / component, copy_function=link)
+        for part in self.parts:
+            place(self.download, part, folder / part.component)
+        for component, source in self.own.items():
+            logger.info("Writing %s.", component)
+            source.write(folder / component, self.known(component))
 
 
 def choose(asked: Mapping[str, Path], folders: list[Path], there: set[str]) -> dict[str, Source]:
@@ -137,6 +246,44 @@ def choose(asked: Mapping[str, Path], folders: list[Path], there: set[str]) -> d
     return {**more, **chosen}
 
 
+def components_in(folder: Path) -> set[str]:
+    """The components and extras of a model folder; none if it does not exist."""
+    return {name for name in (*COMPONENTS, *EXTRAS) if (folder / name).is_dir()}
+
+
+def check_agreement(configs: Mapping[str, Any], others: Mapping[str, Path], target: Path) -> None:
+    """Make sure that new components fit each other and the existing ones.
+
+    Args:
+        configs: the configurations of the new networks.
+        others: the ``config.json`` files of the existing networks.
+        target: the model folder, for the error.
+
+    Raises:
+        WeightsError: two components differ in a setting of `SHARED`.
+    """
+    for first, setting, second, other in SHARED:
+        values = []
+        for component, name in ((first, setting), (second, other)):
+            if component in configs:
+                values.append(getattr(configs[component], name))
+            elif component in others:
+                values.append(getattr(empty_network(component, others[component]).config, name))
+        if {first, second} & configs.keys() and len(values) == 2 and values[0] != values[1]:
+            raise WeightsError(
+                f"In {target}, {first} and {second} would not fit each other: {setting} of {first} is {values[0]}, but "
+                f"{other} of {second} is {values[1]}."
+            )
+
+
+def _complete(folder: Path, about: Mapping[str, Any], *, precision: str) -> None:
+    """Store weights in 8 bits, if that is wanted, and write ``model.json``."""
+    if precision != "full":
+        store_in_eight_bits(folder, precision)
+    write_model_json(folder, **about)
+    ModelFolder.open(folder)
+
+
 def store_in_eight_bits(folder: Path, precision: str) -> None:
     """Store the networks of a model folder in 8 bits, those that can be, see ``cascade.networks.precisions``.
 
@@ -165,108 +312,6 @@ def store_in_eight_bits(folder: Path, precision: str) -> None:
         scratch.replace(made)
 
 
-def components_in(folder: Path) -> set[str]:
-    """The components and extras of a model folder; none if it does not exist."""
-    return {name for name in (*COMPONENTS, *EXTRAS) if (folder / name).is_dir()}
-
-
-def save_own(
-    asked: Mapping[str, Path],
-    folders: list[Path],
-    target: Path,
-    *,
-    base: Path,
-    download: Path,
-    name: str | None = None,
-    precision: str = "full",
-) -> None:
-    """Make a model folder, or change an existing one, with the user's own files and folders.
-
-    Missing components are kept from `target`, else copied from `base`, else taken from `download`.
-
-    Args:
-        asked, folders: see `choose`.
-        target: the model folder.
-        base: another model folder. It need not exist.
-        download: the folder of a download. It need not exist.
-        name: the model's new name; None: the name of the first file or folder that holds Stage C or B.
-        precision: how weights are stored: "full", as they are; "int8" or "fp8", see `store_in_eight_bits`.
-
-    Raises:
-        DownloadError: the download is damaged.
-        WeightsError: see `save_model` and `sources.find`.
-        OSError, SafetensorError: the folder cannot be written.
-    """
-    check_target(target)
-    based = base.resolve() != target.resolve() and (base / "model.json").is_file()
-    there = components_in(target)
-    copied = (components_in(base) if based else set()) - there
-    listed = Manifest.read(download) if Manifest.file(download).is_file() else Manifest([], {})
-    parts = [PARTS[part] for part in listed.parts if PARTS[part].component not in there | copied]
-    sources = choose(asked, folders, there | copied | {part.component for part in parts})
-    copied -= set(sources)
-    parts = [part for part in parts if part.component not in sources]
-    missing = set(NEEDED) - there - copied - {part.component for part in parts} - set(sources)
-    if missing:
-        raise WeightsError(
-            f"{target} would have no {' and no '.join(sorted(missing))}: run scripts/download-weights first, or name a "
-            "model folder that has them with --base."
-        )
-    known = {
-        component: [file for folder in (target, base) if (file := folder / component / "config.json").is_file()]
-        for component in sources
-    }
-    configs: dict[str, Any] = {}
-    for component, source in sources.items():
-        logger.info("Checking %s in %s.", component, source.origin)
-        network = source.check(known[component])
-        if network is not None:
-            configs[component] = network.config
-    for part in parts:
-        check_files(download, part, listed.files)
-        check_content(download, part)
-    others = {part.component: download / part.paths[0] for part in parts}
-    others |= {component: base / component / "config.json" for component in copied}
-    others |= {component: target / component / "config.json" for component in there}
-    check_agreement(configs, others, target)
-    about = describe([], target if there else base if based else target)
-    stage = next((sources[one].origin for one in STAGES if one in sources), None)
-    if name or stage:
-        about["name"] = name or stage.stem
-    if "vqgan" in sources:
-        about["stage_a_scale"] = stage_a_scale(
-            sources["vqgan"], configs["vqgan"], known["vqgan"], about["stage_a_scale"]
-        )
-    with replacement(target, without=set(sources), copy=link) as folder:
-        for component in copied:
-            shutil.copytree(base / component, folder / component, copy_function=link)
-        for part in parts:
-            place(download, part, folder / part.component)
-        for component, source in sources.items():
-            logger.info("Writing %s.", component)
-            source.write(folder / component, known[component])
-        if precision != "full":
-            store_in_eight_bits(folder, precision)
-        write_model_json(folder, **about)
-        ModelFolder.open(folder)
-
-
-def stage_a_scale(source: Source, config: Any, known: list[Path], before: float | None) -> float | None:
-    """The ``stage_a_scale`` of ``model.json`` for the user's own Stage A; None: its ``config.json`` has the right scale.
-
-    Args:
-        source, config: the new Stage A, and its configuration.
-        known: the ``config.json`` of the target's and of the base's Stage A.
-        before: the ``stage_a_scale`` of the old ``model.json``.
-    """
-    if source.config is None:  # so `config` is the published one, or one of `known`
-        same = [file for file in known if read_json(file).get("scale_factor") == config.scale_factor]
-        return before if same else None
-    # Fine-tuned networks have the published configuration, with the scale that is not the one to use.
-    width, scale = PUBLISHED_STAGE_A
-    return PUBLISHED_STAGE_A_SCALE if (config.embed_dim, config.scale_factor) == (width, scale) else None
-
-
 def verify(target: Path) -> None:
     """Compare every file of a model folder with its sha256. Then add the pieces' checksums, if ``model.json`` lacks them.
 
@@ -277,37 +322,6 @@ def verify(target: Path) -> None:
     opened.verify()
     if not opened.sums:
         write_model_json(target, **describe([], target))
-
-
-def check_agreement(configs: Mapping[str, Any], others: Mapping[str, Path], target: Path) -> None:
-    """Make sure that new components fit each other and the existing ones.
-
-    Args:
-        configs: the configurations of the new networks.
-        others: the ``config.json`` files of the existing networks.
-        target: the model folder, for the error.
-
-    Raises:
-        WeightsError: two components differ in a setting of `SHARED`.
-    """
-    for first, setting, second, other in SHARED:
-        values = []
-        for component, name in ((first, setting), (second, other)):
-            if component in configs:
-                values.append(getattr(configs[component], name))
-            elif component in others:
-                values.append(getattr(empty_network(component, others[component]).config, name))
-        if {first, second} & configs.keys() and len(values) == 2 and values[0] != values[1]:
-            raise WeightsError(
-                f"In {target}, {first} and {second} would not fit each other: {setting} of {first} is {values[0]}, but "
-                f"{other} of {second} is {values[1]}."
-            )
-
-
-def check_target(target: Path) -> None:
-    """Raise a WeightsError if `target` has files but is not a model folder."""
-    if target.is_dir() and any(target.iterdir()) and not (target / "model.json").is_file():
-        raise WeightsError(f"{target} is not a model folder, and not empty: name another folder with --output.")
 
 
 def describe(parts: list[str], target: Path) -> dict[str, Any]:
@@ -327,98 +341,23 @@ def describe(parts: list[str], target: Path) -> dict[str, Any]:
     }
 
 
-def check_files(download: Path, part: Part, checksums: dict[str, str]) -> None:
-    """Compare a part's files with the Hub's checksums."""
-    compare(download, {path: checksums[path] for path in part.paths})
+def check_target(target: Path) -> None:
+    """Raise a WeightsError if `target` has files but is not a model folder."""
+    if target.is_dir() and any(target.iterdir()) and not (target / "model.json").is_file():
+        raise WeightsError(f"{target} is not a model folder, and not empty: name another folder with --output.")
 
 
-def compare(download: Path, checksums: Mapping[str, str]) -> None:
-    """Compare downloaded files with their sha256.
+def stage_a_scale(source: Source, config: Any, known: list[Path], before: float | None) -> float | None:
+    """The ``stage_a_scale`` of ``model.json`` for the user's own Stage A; None: its ``config.json`` has the right scale.
 
     Args:
-        download: the folder of the download.
-        checksums: sha256 by path in that folder.
-
-    Raises:
-        WeightsError: a file is missing or damaged.
+        source, config: the new Stage A, and its configuration.
+        known: the ``config.json`` of the target's and of the base's Stage A.
+        before: the ``stage_a_scale`` of the old ``model.json``.
     """
-    for path, expected in checksums.items():
-        file = download / path
-        if not file.is_file():
-            raise WeightsError(f"{file} is missing: run scripts/download-weights again.")
-        if sha256(file) != expected:
-            raise WeightsError(f"{file} is damaged: delete it, and run scripts/download-weights again.")
-
-
-def check_content(download: Path, part: Part) -> None:
-    """Make sure that a part's files can be loaded as its component.
-
-    Raises:
-        WeightsError: they cannot.
-    """
-    files = [download / path for path in part.paths]
-    if part.component == SAFETY_CHECKER:
-        SafetyChecker.load(files[0].parent)
-    elif part.component in CONTROLNETS:
-        check_tensors(files[0], controlnet_of(files[0], part.component), part.dtype)
-    elif part.dtype is None:
-        ModelFolder.open(download).load_component(part.component)
-    elif part.is_checkpoint:
-        with torch.device("meta"):
-            check_tensors(files[0], NETWORKS[part.component](), part.dtype)
-    else:
-        config, weights = files
-        check_tensors(weights, empty_network(part.component, config), part.dtype)
-
-
-def controlnet_of(file: Path, component: str) -> ControlNet:
-    """The ControlNet in a file, on the meta device.
-
-    Raises:
-        WeightsError: the file holds no ControlNet, or one of another kind than `component`.
-    """
-    try:
-        config = controlnet_config({name: shape for name, (shape, _) in read_header([file]).items()})
-    except ValueError as error:
-        raise WeightsError(f"{file} holds no published ControlNet. {error}") from error
-    check_channels(file, component, config["in_channels"])
-    with torch.device("meta"):
-        return ControlNet(**config)
-
-
-def check_tensors(weights: Path, network: nn.Module, dtype: str) -> None:
-    """Compare name, shape and dtype of every tensor in a file with the network's.
-
-    Raises:
-        WeightsError: a tensor differs. The sentence names the first one.
-    """
-    stored = read_header([weights])
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    wrong = misfit(expected, {name: shape for name, (shape, _) in stored.items()})
-    if wrong is not None:
-        raise WeightsError(f"{weights}{wrong}.")
-    buffers = {name for name, _ in network.named_buffers()}
-    for name, (_, kind) in stored.items():
-        # BatchNorm's statistics may be float32, and its counters are integers.
-        allowed = (dtype, "F32", "I64") if name in buffers else (dtype,)
-        if name in expected and kind not in allowed:
-            raise WeightsError(f"{weights}: {name} has the dtype {kind} instead of {dtype}.")
-
-
-def place(download: Path, part: Part, folder: Path) -> None:
-    """Make a component's folder: links to the published files, or a converted single-file checkpoint."""
-    if part.is_checkpoint:
-        save_component(folder, ModelFolder.open(download).load_component(part.component), torch.float32)
-        return
-    folder.mkdir()
-    for path in part.paths:
-        link(download / path, folder / Path(path).name.replace(".bf16.", "."))
-
-
-def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Make a hard link to a file, or a copy where the disk does not allow links."""
-    source = os.path.realpath(source)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    if source.config is None:  # so `config` is the published one, or one of `known`
+        same = [file for file in known if read_json(file).get("scale_factor") == config.scale_factor]
+        return before if same else None
+    # Fine-tuned networks have the published configuration, with the scale that is not the one to use.
+    width, scale = PUBLISHED_STAGE_A
+    return PUBLISHED_STAGE_A_SCALE if (config.embed_dim, config.scale_factor) == (width, scale) else None

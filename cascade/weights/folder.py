@@ -32,45 +32,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
-from transformers.initialization import no_init_weights
+from torch import Tensor
 
-from cascade.networks.controlnet import KINDS, ControlNet
-from cascade.networks.effnet import SemanticEncoder
+from cascade.networks.controlnet import KINDS
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.eight_bits import scale_of
-from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.layout import SCALE
-from cascade.networks.precisions import (
-    FORMS,
-    bytes_of,
-    converted,
-    forms_in,
-    forms_of,
-    precision_of,
-    rounded,
-    use_forms,
-    without_scale,
-)
-from cascade.networks.previewer import Previewer
-from cascade.networks.stage_a import StageA
-from cascade.networks.unet import StableCascadeUNet
-from cascade.sampling import SAMPLERS
+from cascade.networks.precisions import FORMS, bytes_of, converted, forms_of, precision_of, rounded, without_scale
 from cascade.sizes import SMALLEST, WHOLE
-from cascade.weights import single_file
 from cascade.weights.blocks import DTYPES
+from cascade.weights.components import COMPONENTS, CONTROLNETS, DISTILLED, NEEDED, PROCESSORS, component_files
 from cascade.weights.errors import WeightsError, shortened
-from cascade.weights.fitting import current_names, misfit
 from cascade.weights.hashing import sha256
+from cascade.weights.making import check_channels, load_processor, single_file_network, standard_network
 from cascade.weights.names import PICKLES, SUFFIX
 from cascade.weights.reading import (
     Sums,
@@ -82,91 +56,18 @@ from cascade.weights.reading import (
     read_json,
     read_tensors,
 )
+from cascade.weights.settings import (
+    PUBLISHED_LICENSE,
+    PUBLISHED_SAMPLER,
+    PUBLISHED_SIZE,
+    PUBLISHED_STAGE_A_SCALE,
+    StageSettings,
+)
 from cascade.weights.sums import ALGORITHM, sums_of
 
 logger = logging.getLogger(__name__)
 
-# The number of channels that each ControlNet reads.
-CONTROLNETS = {f"controlnet_{kind}": channels for kind, channels in KINDS.items()}
-NETWORKS = {
-    "text_encoder": CLIPTextModelWithProjection,
-    "image_encoder": CLIPVisionModelWithProjection,
-    "prior": StableCascadeUNet,
-    "decoder": StableCascadeUNet,
-    "vqgan": StageA,
-    "effnet": SemanticEncoder,
-    "previewer": Previewer,
-    **dict.fromkeys(CONTROLNETS, ControlNet),
-    "ip_adapter": IPAdapter,
-}
-PROCESSORS = {"tokenizer": CLIPTokenizer, "feature_extractor": CLIPImageProcessorPil}
-PROCESSOR_FILES = {
-    "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
-    "feature_extractor": (("preprocessor_config.json",),),
-}
-COMPONENTS = (*PROCESSORS, *NETWORKS)
-# The adapter that makes few steps suffice, in an extra folder.
-DISTILLED = "turbo/turbo.safetensors"
-# Folders that other modules load. This module only lists and checks their files.
-EXTRAS = ("safety_checker", "turbo")
-
-TRANSFORMERS_CONFIGS = {"text_encoder": CLIPTextConfig, "image_encoder": CLIPVisionConfig}
-# The components that every model needs, and the published repository that has each.
-NEEDED = {
-    "tokenizer": "stable-cascade-prior",
-    "text_encoder": "stable-cascade-prior",
-    "prior": "stable-cascade-prior",
-    "decoder": "stable-cascade",
-    "vqgan": "stable-cascade",
-}
 CHECK = "CASCADE_CHECK_WEIGHTS"
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """A stage's default sampler settings, used where a request leaves them out.
-
-    Attributes:
-        steps: number of steps, at least 1.
-        guidance: guidance scale, at least 0; 1 or less turns guidance off.
-        shift: shift of the noise schedule, above 0.
-        rescale: guidance rescale, 0 to 1, see `sampling.guide`.
-        sampler: a key of `sampling.SAMPLERS`.
-
-    Raises:
-        ValueError: a value has the wrong type or is out of range.
-    """
-
-    steps: int
-    guidance: float
-    shift: float
-    rescale: float
-    sampler: str = "ddpm"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {shortened(repr(self.sampler))}; it must be one of {', '.join(SAMPLERS)}")
-        if type(self.steps) is not int or self.steps < 1:
-            raise ValueError(f"steps is {shortened(repr(self.steps))}; it must be a whole number, at least 1")
-        for name, allowed, fits in (
-            ("guidance", "at least 0", lambda value: 0 <= value < math.inf),
-            ("shift", "above 0", lambda value: 0 < value < math.inf),
-            ("rescale", "from 0 to 1", lambda value: 0 <= value <= 1),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
-                raise ValueError(f"{name} is {shortened(repr(value))}; it must be a number {allowed}")
-
-
-# The authors' text-to-image settings for their own weights.
-PUBLISHED_SAMPLER = {
-    "prior": StageSettings(steps=20, guidance=4.0, shift=2.0, rescale=0.7),
-    "decoder": StageSettings(steps=10, guidance=1.1, shift=1.0, rescale=0.7),
-}
-PUBLISHED_LICENSE = "Stability AI Non-Commercial Research Community License"
-PUBLISHED_SIZE = 1024
-# The authors train and decode with 0.43. The published vqgan/config.json has 0.3764, its class's default.
-PUBLISHED_STAGE_A_SCALE = 0.43
 
 
 @dataclass(frozen=True)
@@ -298,9 +199,9 @@ class ModelFolder:
         check_eight_bits(weights[0], tensors)
         tensors = converted(tensors, forms, dtype)
         if part.is_file():
-            network = _single_file_network(component, part, tensors)
+            network = single_file_network(component, part, tensors)
         else:
-            network = _network(component, part / "config.json", weights[0], tensors)
+            network = standard_network(component, part / "config.json", weights[0], tensors)
         if component in CONTROLNETS:
             check_channels(weights[0], component, network.config.in_channels)
         return network.to(device)
@@ -432,81 +333,14 @@ def check_eight_bits(weights: Path, tensors: Mapping[str, Tensor]) -> None:
             raise WeightsError(f"{weights}: {scale_of(name)} has the shape {tuple(scale.shape)} instead of {wanted}.")
 
 
-def check_channels(weights: Path, component: str, channels: int) -> None:
-    """Make sure that a ControlNet reads the number of channels that its kind has.
-
-    Raises:
-        WeightsError: it does not, so it is a ControlNet of another kind.
-    """
-    if channels != CONTROLNETS[component]:
-        raise WeightsError(
-            f"{weights} is not a {component}: it reads {channels} channels, not {CONTROLNETS[component]}."
-        )
-
-
-def empty_network(component: str, config_path: Path) -> nn.Module:
-    """Make a network from a ``config.json``, with parameters on the meta device, so without values.
-
-    Args:
-        component: a key of ``NETWORKS``.
-        config_path: the ``config.json``.
-
-    Raises:
-        WeightsError: the file is missing, is not JSON, or does not describe such a network.
-    """
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise WeightsError(f"{config_path} does not describe the {component}: it is not a JSON object.")
-    # Buffers get their values, because no file holds some of them, such as CLIP's position ids. Parameters get none: for the
-    # meta device, torch computes initial values by code that imports its compiler, in 1.5 s.
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        try:
-            if component in TRANSFORMERS_CONFIGS:
-                described = TRANSFORMERS_CONFIGS[component].from_dict(config)
-                # For a dtype, transformers would change torch's default until the network is made, and other threads, which
-                # prepare kernels meanwhile, would get tensors of it.
-                described.dtype = None
-                return NETWORKS[component](described)
-            return NETWORKS[component].from_config(current_names(config))
-        except Exception as error:  # networks raise various errors for wrong settings
-            said = f"it lacks {error}" if isinstance(error, KeyError) else shortened(error).rstrip(".")
-            raise WeightsError(f"{config_path} does not describe the {component}: {said}.") from error
-
-
 def _open_own(root: Path) -> ModelFolder:
     path = root / "model.json"
     content = read_json(path)
     try:
-        checksums = dict(content["files"])
-        sampler = {}
-        for stage in ("prior", "decoder"):
-            values = content["sampler"][stage]
-            try:
-                sampler[stage] = StageSettings(**values)
-            except ValueError as error:
-                raise WeightsError(f"{path}: in the sampler of {stage}, {error}.") from error
-        for name in ("name", "license"):
-            if not isinstance(content[name], str):
-                raise WeightsError(f"{path}: {name} is {shortened(repr(content[name]))}; it must be a text.")
-        size = content["native_size"]
-        if type(size) is not int or not SMALLEST <= size <= WHOLE:
-            raise WeightsError(
-                f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {WHOLE}."
-            )
-        opened = ModelFolder(
-            root=root,
-            name=content["name"],
-            license=content["license"],
-            native_size=size,
-            sampler=sampler,
-            parts={component: root / component for component in COMPONENTS if (root / component).is_dir()},
-            checksums=checksums,
-            sums=_read_sums(content.get("pieces"), path),
-            stage_a_scale=None if content.get("stage_a_scale") is None else float(content["stage_a_scale"]),
-        )
+        opened = _described(root, content, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} lacks a field or has one of the wrong kind: {error}.") from error
-    for listed in checksums:
+    for listed in opened.checksums:
         if PurePosixPath(listed).is_absolute() or ".." in PurePosixPath(listed).parts:
             raise WeightsError(f"{path} lists {listed!r}, which is outside of the folder.")
         if listed.endswith(PICKLES):
@@ -514,6 +348,38 @@ def _open_own(root: Path) -> ModelFolder:
         if not (root / listed).is_file():
             raise WeightsError(f"{root / listed}, which model.json lists, is missing.")
     return opened
+
+
+def _described(root: Path, content: Mapping[str, Any], path: Path) -> ModelFolder:
+    """The folder that the content of a ``model.json`` describes."""
+    checksums = dict(content["files"])
+    sampler = {stage: _settings(content["sampler"][stage], stage, path) for stage in ("prior", "decoder")}
+    for name in ("name", "license"):
+        if not isinstance(content[name], str):
+            raise WeightsError(f"{path}: {name} is {shortened(repr(content[name]))}; it must be a text.")
+    size = content["native_size"]
+    if type(size) is not int or not SMALLEST <= size <= WHOLE:
+        raise WeightsError(
+            f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {WHOLE}."
+        )
+    return ModelFolder(
+        root=root,
+        name=content["name"],
+        license=content["license"],
+        native_size=size,
+        sampler=sampler,
+        parts={component: root / component for component in COMPONENTS if (root / component).is_dir()},
+        checksums=checksums,
+        sums=_read_sums(content.get("pieces"), path),
+        stage_a_scale=None if content.get("stage_a_scale") is None else float(content["stage_a_scale"]),
+    )
+
+
+def _settings(values: Mapping[str, Any], stage: str, path: Path) -> StageSettings:
+    try:
+        return StageSettings(**values)
+    except ValueError as error:
+        raise WeightsError(f"{path}: in the sampler of {stage}, {error}.") from error
 
 
 def _read_sums(pieces: Any, path: Path) -> dict[str, Sums]:
@@ -582,61 +448,3 @@ def _published_repository(root: Path, name: str) -> Path:
 def _weights_of(part: Path) -> list[Path]:
     """The safetensors files of a component: its single file, or those in its folder; [] if there are none."""
     return [part] if part.is_file() else find_weights(part)
-
-
-def load_processor(component: str, folder: Path) -> Any:
-    """Load the tokenizer or image processor in a folder.
-
-    Raises:
-        WeightsError: a file is missing or damaged.
-    """
-    # Without its files, transformers returns an empty tokenizer, for which every word is unknown.
-    if not any(all((folder / name).is_file() for name in names) for names in PROCESSOR_FILES[component]):
-        wanted = ", or ".join(" and ".join(names) for names in PROCESSOR_FILES[component])
-        raise WeightsError(f"{folder} lacks {wanted}.")
-    try:
-        return PROCESSORS[component].from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise WeightsError(f"{folder} holds no readable {component}: {shortened(error)}") from error
-
-
-def _network(component: str, config_path: Path, weights: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Make a network in evaluation mode from a ``config.json`` and the tensors of `weights`."""
-    network = empty_network(component, config_path)
-    use_forms(network, forms_in(tensors))
-    wrong = misfit(_shapes(network.state_dict()), _shapes(tensors))
-    if wrong is not None:
-        raise WeightsError(f"{weights}{wrong}, by {config_path}{_what_else(component, tensors)}.")
-    return single_file.filled(network, tensors)
-
-
-def _single_file_network(component: str, path: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Make a network of the published size, in evaluation mode, from the authors' file, which has no configuration."""
-    network, config = NETWORKS[component], {}
-    try:
-        tensors = single_file.convert(tensors)
-        if network is ControlNet:  # the kinds differ in their configuration
-            config = single_file.controlnet_config(_shapes(tensors))
-        return single_file.build(tensors, network, config)
-    except ValueError as error:
-        raise WeightsError(f"{path} is not the published {component}: {error}") from error
-
-
-def _what_else(component: str, tensors: Mapping[str, Tensor]) -> str:
-    """The end of an error message: the model that a misfitting file holds; "" if it is unknown."""
-    try:
-        (held,) = single_file.split({key: tensor.to("meta") for key, tensor in tensors.items()}).values()
-        return f"; it is {single_file.what_it_is(held)}"
-    except ValueError as error:
-        said = str(error)
-        return f"; {said.rstrip('.')}" if said.startswith("it is ") else ""
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in tensors.items()}
-
-
-def component_files(root: Path) -> list[str]:
-    """The files of all components and extras, as paths relative to ``root``, sorted."""
-    files = (file for component in (*COMPONENTS, *EXTRAS) for file in (root / component).rglob("*") if file.is_file())
-    return sorted(file.relative_to(root).as_posix() for file in files)

@@ -14,27 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cascade.networks.controlnet import KINDS, ControlNet
+from cascade.weights.components import COMPONENTS, PROCESSORS
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.fitting import misfit
-from cascade.weights.folder import (
-    COMPONENTS,
-    PROCESSORS,
-    check_channels,
-    empty_network,
-    load_processor,
-)
+from cascade.weights.making import check_channels, empty_network, filled, load_processor, make
 from cascade.weights.names import PICKLES, STEMS, SUFFIX
 from cascade.weights.reading import find_weights, no_weights, pickle_error, read_index, read_tensors, unreadable
-from cascade.weights.single_file import (
-    TITLES,
-    StateDict,
-    controlnet_config,
-    filled,
-    make,
-    split,
-    variant_of,
-    what_it_is,
-)
+from cascade.weights.single_file import StateDict, split
+from cascade.weights.variants import TITLES, controlnet_config, variant_of, what_it_is
 from cascade.weights.writing import save_component
 
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors)", re.IGNORECASE)

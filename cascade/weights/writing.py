@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from cascade.networks.eight_bits import is_in_8_bits
-from cascade.weights.folder import COMPONENTS, StageSettings, component_files
+from cascade.weights.components import COMPONENTS, component_files
 from cascade.weights.hashing import sha256
 from cascade.weights.names import SUFFIX
 from cascade.weights.reading import read_json
+from cascade.weights.settings import StageSettings
 from cascade.weights.sums import ALGORITHM, PIECE, sums_of
 
 
@@ -91,6 +92,15 @@ def replacement(
         if target.is_dir():
             target.rename(Path(scratch) / "old")
         made.rename(target)
+
+
+def link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Make a hard link to a file, or a copy where the disk does not allow links."""
+    source = os.path.realpath(source)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
-from cascade.weights.single_file import VARIANTS
+from cascade.weights.variants import VARIANTS
 
 TIMESTEP_DEVIATION = 0.03  # of the scale and of the shift of each block
 RESPONSE_DEVIATION = 0.2  # of the response norms' parameters

@@ -16,6 +16,7 @@ from cascade.request import Request
 from cascade.running.graphs import GraphCache
 from cascade.running.packing import HostWeights
 from cascade.running.placement import GIB, MemoryMode, available
+from cascade.running.precompile import precompile
 from cascade.stages.pixels import decode_pixels
 from tests.conftest import MINI
 from tests.gpu.full_size import make_stage_a, published_config
@@ -184,6 +185,19 @@ def test_tiles_have_no_seams(exact_float32: None, dtype: torch.dtype) -> None:
         assert (whole - tiled).abs().mean() <= (0.5 / 255 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_preparing_kernels_keeps_little_memory(precision: str) -> None:
+    """Of many threads, one calls cuBLAS, for each of which torch keeps a workspace: 32 MiB on an H100, and 1 for cuBLASLt."""
+    loaded = Cascade.load(MINI, "cuda", torch.bfloat16, memory="resident", precision=precision)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    kept = torch.cuda.memory_allocated()
+    print(f"{precision}: cuBLAS's workspaces have {(before - kept) / 2**20:.0f} MiB.")
+    precompile([loaded.prior, loaded.decoder], loaded.vqgan)
+    assert torch.cuda.memory_allocated() - kept <= 40 * 2**20
+
+
 # ---- full size ----
 
 
@@ -237,6 +251,33 @@ def test_peaks_at_full_size(full_size: Path, pictures: dict[int, Image.Image], m
         print(f"{loaded.runner.description}: {peak:.2f} GiB")
         assert peak <= bound
         del loaded
+
+
+def test_weights_in_8_bits_leave_room_on_a_card_of_8_gib(full_size: Path) -> None:
+    """What a second picture takes, whose graphs are captured: at most 7 GiB, but for the image encoder and the networks that
+    only image inputs need."""
+    request = Request("An astronaut on a horse", width=1024, height=1024, guidance_scale_decoder=1.0)
+    with limited(40):
+        loaded = Cascade.load(full_size, memory="resident", precision="int8")
+        loaded.generate(request)
+        torch.cuda.reset_peak_memory_stats()
+        loaded.generate(request)
+        others = (loaded.image_prompts.encoder, loaded.effnet, loaded.previewer)
+        without = sum(tensor.nbytes for network in others for tensor in network.state_dict().values())
+        peak, weights = torch.cuda.max_memory_allocated() - without, loaded_bytes(loaded)
+        stats = torch.cuda.memory_stats()
+        slack = stats["allocated_bytes.all.current"] - stats["requested_bytes.all.current"]
+        print(
+            f"{peak / GIB:.2f} GiB, of which weights {weights / GIB:.2f}; blocks are {slack / 2**20:.0f} MiB too large."
+        )
+        assert peak <= 7 * GIB
+        del loaded, others
+
+
+def loaded_bytes(loaded: Cascade) -> int:
+    """Of the weights that every picture needs."""
+    networks = (loaded.text.encoder, loaded.prior, loaded.decoder, loaded.vqgan)
+    return sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
 
 
 @pytest.mark.parametrize(("gib", "modes"), [(16, "resident"), (12, "offload"), (8, "offload stream"), (6, "stream")])

@@ -11,7 +11,7 @@ from cascade.kernels.stream import Stream
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.unet import ResBlock
-from cascade.weights import single_file
+from cascade.weights import making, single_file, variants
 from tests import fixture_data
 from tests.networks.test_encoders import SMALL
 from tests.networks.test_reference import TOLERANCE
@@ -38,9 +38,9 @@ def test_against_the_authors(kind):
     name = f"controlnet_{kind}"
     theirs, data = fixture_data.description(name)["config"], fixture_data.tensors(name)
     weights = single_file.convert(fixture_data.weights(name))
-    config = single_file.controlnet_config({key: value.shape for key, value in weights.items()}, theirs["proj_blocks"])
+    config = variants.controlnet_config({key: value.shape for key, value in weights.items()}, theirs["proj_blocks"])
     assert config["bottleneck_mode"] == theirs["bottleneck_mode"]
-    residuals = single_file.build(weights, ControlNet, config)(data["image"])
+    residuals = making.build(weights, ControlNet, config)(data["image"])
     assert list(residuals) == theirs["proj_blocks"]
     for k, residual in residuals.items():
         torch.testing.assert_close(residual, data[f"out_{k}"], atol=TOLERANCE, rtol=0)

@@ -22,8 +22,8 @@ from cascade.networks.eight_bits import (
 )
 from cascade.networks.precisions import bytes_of, precision_in
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
-from cascade.weights.single_file import VARIANTS
-from cascade.weights.single_file import make as make_empty
+from cascade.weights.making import make as make_empty
+from cascade.weights.variants import VARIANTS
 from tests.components import in_eight_bits_of, restored_from
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 

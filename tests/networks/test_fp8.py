@@ -18,8 +18,8 @@ from cascade.networks.eight_bits import EightBitLinear, rounded_names
 from cascade.networks.fp8 import Fp8Linear
 from cascade.networks.precisions import converted, forms_of, precision_in, rounded, without_scale
 from cascade.networks.unet import AttnBlock, GeluResponse, ResBlock, StableCascadeUNet
-from cascade.weights.single_file import VARIANTS
-from cascade.weights.single_file import make as make_empty
+from cascade.weights.making import make as make_empty
+from cascade.weights.variants import VARIANTS
 from tests.components import equal, in_eight_bits_of, restored_from
 from tests.networks.test_eight_bits import STAGES, matrix
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make

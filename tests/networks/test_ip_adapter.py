@@ -9,7 +9,7 @@ from torch import Tensor
 from cascade.networks.ip_adapter import PUBLISHED_BLOCKS, IPAdapter, attention_blocks
 from cascade.networks.unet import Conditions, ImageTokens, StableCascadeUNet
 from cascade.stages.prior import AdapterImage, images_by_step
-from cascade.weights.single_file import VARIANTS
+from cascade.weights.variants import VARIANTS
 from tests.components import make_image_encoder, make_ip_adapter, make_prior, shuffle
 from tests.networks.test_unet import STAGE_C, inputs, make
 

@@ -7,7 +7,7 @@ from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.weights import single_file
+from cascade.weights import making, single_file
 from tests import fixture_data
 
 TOLERANCE = 1e-4
@@ -46,7 +46,7 @@ def test_stage_a():
     config, data = fixture_data.description("stage_a")["config"], fixture_data.tensors("stage_a")
     codebook = torch.zeros(config["codebook_size"], config["c_latent"])
     weights = single_file.convert({**fixture_data.weights("stage_a"), "vquantizer.codebook.weight": codebook})
-    network = single_file.build(
+    network = making.build(
         weights,
         StageA,
         {
@@ -64,7 +64,7 @@ def test_stage_a():
 
 
 def test_effnet():
-    network = single_file.build(single_file.convert(fixture_data.weights("effnet")), SemanticEncoder, {})
+    network = making.build(single_file.convert(fixture_data.weights("effnet")), SemanticEncoder, {})
     assert isinstance(network, SemanticEncoder)
     data = fixture_data.tensors("effnet")
     preprocess = fixture_data.description("effnet")["preprocess"]
@@ -73,7 +73,7 @@ def test_effnet():
 
 
 def test_previewer():
-    network = single_file.build(single_file.convert(fixture_data.weights("previewer")), Previewer, {})
+    network = making.build(single_file.convert(fixture_data.weights("previewer")), Previewer, {})
     assert isinstance(network, Previewer)
     data = fixture_data.tensors("previewer")
     close(network(data["latent"]), data["out"])

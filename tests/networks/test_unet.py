@@ -8,7 +8,7 @@ import torch
 from diffusers.models.unets.unet_stable_cascade import StableCascadeUNet as Reference
 
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet, timestep_embedding
-from cascade.weights.single_file import VARIANTS
+from cascade.weights.variants import VARIANTS
 
 RES, TIME, ATTN = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
 STAGE_C = {

@@ -18,7 +18,7 @@ from cascade.networks.unet import StableCascadeUNet
 from cascade.stages.encoder import encode_pixels
 from cascade.stages.text import TextEncoder
 from cascade.weights import ModelFolder
-from cascade.weights.single_file import VARIANTS
+from cascade.weights.variants import VARIANTS
 from scripts import encode_pictures, train_stage_c
 from tests.training.sharded_training import SIZES, WIDTH, write_pictures
 from training.encoded.recipe import read_recipe

@@ -6,7 +6,7 @@ import torch
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
-from cascade.weights import single_file
+from cascade.weights import making, single_file, variants
 from tests import fixture_data
 
 
@@ -35,11 +35,11 @@ def test_renamed(theirs, ours):
     assert list(single_file.convert({theirs: torch.zeros(3)})) == [ours]
 
 
-@pytest.mark.parametrize("name", [variant.name for variant in single_file.VARIANTS])
+@pytest.mark.parametrize("name", [variant.name for variant in variants.VARIANTS])
 def test_published_variants_are_told_apart(name):
-    variant = next(variant for variant in single_file.VARIANTS if variant.name == name)
-    state_dict = single_file.make(variant.network, variant.config).state_dict()
-    assert single_file.variant_of(state_dict) is variant
+    variant = next(variant for variant in variants.VARIANTS if variant.name == name)
+    state_dict = making.make(variant.network, variant.config).state_dict()
+    assert variants.variant_of(state_dict) is variant
     assert list(single_file.split(state_dict)) == [variant.component]
 
 
@@ -62,7 +62,7 @@ def test_combined_file():
         assert all(torch.equal(tensor, components[name][key]) for key, tensor in expected.items())
     assert set(components["text_encoder"]) == {"text_model.final_layer_norm.weight", "text_projection.weight"}
     assert torch.equal(components["text_encoder"]["text_projection.weight"], text.T)
-    assert isinstance(single_file.build(components["previewer"], Previewer, {}), Previewer)
+    assert isinstance(making.build(components["previewer"], Previewer, {}), Previewer)
 
 
 def test_combined_file_of_stage_b():
@@ -74,7 +74,7 @@ def test_combined_file_of_stage_b():
 def test_built_network_is_around_the_given_tensors():
     source = StageA(embed_dim=16, bottleneck_blocks=1, num_vq_embeddings=4).to(torch.bfloat16)
     state_dict = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
-    built = single_file.build(state_dict, StageA, {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 4})
+    built = making.build(state_dict, StageA, {"embed_dim": 16, "bottleneck_blocks": 1, "num_vq_embeddings": 4})
     assert not built.training
     assert built.dtype == torch.bfloat16
     assert built.out_block[0].weight.data_ptr() == state_dict["out_block.0.weight"].data_ptr()
@@ -83,17 +83,17 @@ def test_built_network_is_around_the_given_tensors():
 
 def test_unpublished_width():
     with pytest.raises(ValueError, match=r"it is Stage C \(prior\) of width 64; published widths are 2048 or 1536\."):
-        single_file.variant_of(single_file.convert(fixture_data.weights("stage_c")))
+        variants.variant_of(single_file.convert(fixture_data.weights("stage_c")))
 
     with pytest.raises(ValueError, match=r"it has no tensor down_blocks\.1\.0\.depthwise\.weight, which Stage B"):
-        single_file.variant_of({"effnet_mapper.0.weight": torch.zeros(1)})
+        variants.variant_of({"effnet_mapper.0.weight": torch.zeros(1)})
 
 
 def test_tensors_that_do_not_fit():
     weights = single_file.convert(fixture_data.weights("previewer"))
     del weights["blocks.0.bias"]
     with pytest.raises(ValueError, match=r"it does not fit Previewer: has no tensor blocks\.0\.bias\."):
-        single_file.build(weights, Previewer, {})
+        making.build(weights, Previewer, {})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_controlnets_are_told_apart(in_channels, mode):
         network = ControlNet(in_channels=in_channels, out_channels=1536, bottleneck_mode=mode)
     state_dict = network.state_dict()
     assert list(single_file.split(state_dict)) == ["controlnet"]
-    config = single_file.controlnet_config({key: tensor.shape for key, tensor in state_dict.items()})
+    config = variants.controlnet_config({key: tensor.shape for key, tensor in state_dict.items()})
     assert config == {
         key: network.config[key] for key in ("in_channels", "out_channels", "proj_blocks", "bottleneck_mode")
     }
@@ -113,26 +113,26 @@ def test_controlnets_are_told_apart(in_channels, mode):
 def test_controlnet_of_a_file():
     source = ControlNet(in_channels=2, out_channels=6, bottleneck_mode="simple")
     weights = single_file.split({f"control.{key}": tensor for key, tensor in source.state_dict().items()})["controlnet"]
-    config = single_file.controlnet_config({key: tensor.shape for key, tensor in weights.items()})
-    built = single_file.build(weights, ControlNet, config)
+    config = variants.controlnet_config({key: tensor.shape for key, tensor in weights.items()})
+    built = making.build(weights, ControlNet, config)
     assert isinstance(built, ControlNet)
     assert not built.training
     assert all(torch.equal(tensor, built.state_dict()[key]) for key, tensor in source.state_dict().items())
 
     del weights["projections.7.0.weight"]
     with pytest.raises(ValueError, match=r"it does not fit ControlNet: has no tensor projections\.7\.0\.weight\."):
-        single_file.build(weights, ControlNet, config)
+        making.build(weights, ControlNet, config)
     with pytest.raises(ValueError, match="controlnet has no variants that its width tells apart"):
-        single_file.variant_of(weights)
+        variants.variant_of(weights)
 
 
 def test_controlnet_that_says_too_little():
     network = ControlNet(in_channels=2, out_channels=6, proj_blocks=tuple(range(64)), bottleneck_mode="simple")
     shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
     with pytest.raises(ValueError, match=r"has 64 projections, for ResBlocks \(0, 4, 8, 12, 51, 55, 59, 63\)"):
-        single_file.controlnet_config(shapes)
-    assert single_file.controlnet_config(shapes, range(64))["proj_blocks"] == tuple(range(64))
+        variants.controlnet_config(shapes)
+    assert variants.controlnet_config(shapes, range(64))["proj_blocks"] == tuple(range(64))
     with pytest.raises(ValueError, match=r"not a ControlNet's: backbone\.0\.0\.weight and"):
-        single_file.controlnet_config({"projections.0.2.weight": (6, 2, 1, 1)})
+        variants.controlnet_config({"projections.0.2.weight": (6, 2, 1, 1)})
     with pytest.raises(ValueError, match=r"backbone\.0\.weight has the shape \(2,\); it must have 4 dimensions"):
-        single_file.controlnet_config({**shapes, "backbone.0.weight": (2,)}, range(64))
+        variants.controlnet_config({**shapes, "backbone.0.weight": (2,)}, range(64))

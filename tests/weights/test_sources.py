@@ -19,7 +19,8 @@ from cascade.networks.stage_a import StageA
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.weights import ModelFolder, write_model_json
-from cascade.weights.single_file import VARIANTS, make
+from cascade.weights.making import make
+from cascade.weights.variants import VARIANTS
 from scripts.save_weights import main
 
 StateDict = dict[str, Tensor]

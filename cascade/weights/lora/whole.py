@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from cascade.weights.recognise import recognise
-from cascade.weights.single_file import SIGNATURES, TITLES
+from cascade.weights.variants import SIGNATURES, TITLES
 
 
 def whole_networks(keys: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from cascade.networks.unet import StableCascadeUNet
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.weights import ModelFolder
-from cascade.weights.single_file import VARIANTS
+from cascade.weights.variants import VARIANTS
 from scripts.save_weights import main as save_weights
 from tests.components import make_ip_adapter
 from tests.training.small import train, write_config, write_pictures

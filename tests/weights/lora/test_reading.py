@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from cascade.networks.unet import StableCascadeUNet
-from cascade.weights import single_file
+from cascade.weights import making, variants
 from cascade.weights.errors import WeightsError
 from cascade.weights.lora import Adapter, Placed, algorithms, files, merged, patterns, place
 from cascade.weights.lora.layers import Layers
@@ -527,8 +527,8 @@ def test_a_whole_network_is_called_what_it_is(
 
 @cache
 def published(name: str) -> dict[str, tuple[int, ...]]:
-    (variant,) = (one for one in single_file.VARIANTS if one.name == name)
-    return shapes(single_file.make(variant.network, variant.config))
+    (variant,) = (one for one in variants.VARIANTS if one.name == name)
+    return shapes(making.make(variant.network, variant.config))
 
 
 def test_the_other_size_is_named(tmp_path: Path) -> None:
@@ -739,7 +739,7 @@ def test_shapes_alone_place_an_adapter_of_the_published_size(tmp_path: Path) -> 
     save_file(stored, tmp_path / "one.safetensors")
     adapter = place(Adapter.read(tmp_path / "one.safetensors"), {"prior": published("prior")})
     assert len(adapter.changes["prior"]) == len(names)
-    assert issubclass(single_file.VARIANTS[0].network, StableCascadeUNet)
+    assert issubclass(variants.VARIANTS[0].network, StableCascadeUNet)
 
 
 @given(

@@ -1,0 +1,158 @@
+"""Makes a component of a model from its files: a network from its configuration and tensors, or a tokenizer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from cascade.networks.controlnet import ControlNet
+from cascade.networks.precisions import forms_in, use_forms
+from cascade.weights.components import CONTROLNETS, NETWORKS, PROCESSOR_FILES, PROCESSORS, TRANSFORMERS_CONFIGS
+from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.fitting import OPTIONAL_KEYS, current_names, misfit
+from cascade.weights.reading import read_json
+from cascade.weights.single_file import convert, split
+from cascade.weights.variants import controlnet_config, what_it_is
+
+CONFIG_CLASSES = {NETWORKS[component]: config for component, config in TRANSFORMERS_CONFIGS.items()}
+
+
+def standard_network(component: str, config_path: Path, weights: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Make a network in evaluation mode from a ``config.json`` and the tensors of `weights`, on their device.
+
+    Raises:
+        WeightsError: the tensors do not fit the configuration.
+    """
+    network = empty_network(component, config_path)
+    use_forms(network, forms_in(tensors))
+    wrong = misfit(_shapes(network.state_dict()), _shapes(tensors))
+    if wrong is not None:
+        raise WeightsError(f"{weights}{wrong}, by {config_path}{_what_else(component, tensors)}.")
+    return filled(network, tensors)
+
+
+def single_file_network(component: str, path: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Make a network of the published size, in evaluation mode, from the authors' file, which has no configuration.
+
+    Raises:
+        WeightsError: the tensors are not those of the published network.
+    """
+    network, config = NETWORKS[component], {}
+    try:
+        tensors = convert(tensors)
+        if network is ControlNet:  # the kinds differ in their configuration
+            config = controlnet_config(_shapes(tensors))
+        return build(tensors, network, config)
+    except ValueError as error:
+        raise WeightsError(f"{path} is not the published {component}: {error}") from error
+
+
+def empty_network(component: str, config_path: Path) -> nn.Module:
+    """Make a network from a ``config.json``, with parameters on the meta device, so without values.
+
+    Args:
+        component: a key of ``NETWORKS``.
+        config_path: the ``config.json``.
+
+    Raises:
+        WeightsError: the file is missing, is not JSON, or does not describe such a network.
+    """
+    config = read_json(config_path)
+    if not isinstance(config, dict):
+        raise WeightsError(f"{config_path} does not describe the {component}: it is not a JSON object.")
+    # Buffers get their values, because no file holds some of them, such as CLIP's position ids. Parameters get none: for the
+    # meta device, torch computes initial values by code that imports its compiler, in 1.5 s.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        try:
+            if component in TRANSFORMERS_CONFIGS:
+                described = TRANSFORMERS_CONFIGS[component].from_dict(config)
+                # For a dtype, transformers would change torch's default until the network is made, and other threads, which
+                # prepare kernels meanwhile, would get tensors of it.
+                described.dtype = None
+                return NETWORKS[component](described)
+            return NETWORKS[component].from_config(current_names(config))
+        except Exception as error:  # networks raise various errors for wrong settings
+            said = f"it lacks {error}" if isinstance(error, KeyError) else shortened(error).rstrip(".")
+            raise WeightsError(f"{config_path} does not describe the {component}: {said}.") from error
+
+
+def make(network: type[nn.Module], config: Mapping[str, Any], device: str | torch.device = "meta") -> nn.Module:
+    """Make a network from its class and configuration. On the meta device, its parameters have no values."""
+    with torch.device(device):
+        if network in CONFIG_CLASSES:
+            return network(CONFIG_CLASSES[network](**config))
+        return network(**config)
+
+
+def build(state_dict: Mapping[str, Tensor], network: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
+    """Make a network in evaluation mode from a converted state dict. Uses its tensors without a copy.
+
+    Args:
+        state_dict: the tensors of one component.
+        network, config: its class and configuration.
+
+    Raises:
+        ValueError: a tensor is missing, surplus or of another shape. The sentence names the first one.
+    """
+    model = make(network, config)
+    wrong = misfit(_shapes(model.state_dict()), _shapes(state_dict))
+    if wrong is not None:
+        raise ValueError(f"it does not fit {network.__name__}:{wrong.removeprefix(':')}.")
+    return filled(model, state_dict)
+
+
+def filled(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Put tensors into an empty network, without a copy, and set evaluation mode. They must fit, see `misfit`."""
+    expected = network.state_dict()
+    device = next(iter(tensors.values())).device
+    counters = {key: torch.tensor(0, device=device) for key in expected if key.endswith(OPTIONAL_KEYS)}
+    known = {key: tensor for key, tensor in tensors.items() if key in expected}
+    network.load_state_dict({**counters, **known}, assign=True)
+    return network.eval()
+
+
+def check_channels(weights: Path, component: str, channels: int) -> None:
+    """Make sure that a ControlNet reads the number of channels that its kind has.
+
+    Raises:
+        WeightsError: it does not, so it is a ControlNet of another kind.
+    """
+    if channels != CONTROLNETS[component]:
+        raise WeightsError(
+            f"{weights} is not a {component}: it reads {channels} channels, not {CONTROLNETS[component]}."
+        )
+
+
+def load_processor(component: str, folder: Path) -> Any:
+    """Load the tokenizer or image processor in a folder.
+
+    Raises:
+        WeightsError: a file is missing or damaged.
+    """
+    # Without its files, transformers returns an empty tokenizer, for which every word is unknown.
+    if not any(all((folder / name).is_file() for name in names) for names in PROCESSOR_FILES[component]):
+        wanted = ", or ".join(" and ".join(names) for names in PROCESSOR_FILES[component])
+        raise WeightsError(f"{folder} lacks {wanted}.")
+    try:
+        return PROCESSORS[component].from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise WeightsError(f"{folder} holds no readable {component}: {shortened(error)}") from error
+
+
+def _what_else(component: str, tensors: Mapping[str, Tensor]) -> str:
+    """The end of an error message: the model that a misfitting file holds; "" if it is unknown."""
+    try:
+        (held,) = split({key: tensor.to("meta") for key, tensor in tensors.items()}).values()
+        return f"; it is {what_it_is(held)}"
+    except ValueError as error:
+        said = str(error)
+        return f"; {said.rstrip('.')}" if said.startswith("it is ") else ""
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in tensors.items()}

@@ -1,0 +1,62 @@
+"""Preparing kernels runs the networks' blocks, but computes no matrix product."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cascade.networks.stage_a import StageA
+from cascade.networks.unet import StableCascadeUNet
+from cascade.running.precompile import WithoutProducts, jobs_of
+from tests.components import in_eight_bits_of, make_decoder, make_prior
+
+
+class Called(TorchDispatchMode):
+    """Notes the operations that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["full", "int8", "fp8"])
+def networks(request: pytest.FixtureRequest) -> tuple[list[StableCascadeUNet], StageA]:
+    unets = {"prior": make_prior(), "decoder": make_decoder()}
+    if request.param != "full":
+        unets = {name: in_eight_bits_of(network, name, request.param) for name, network in unets.items()}
+    return list(unets.values()), StageA(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8)
+
+
+def test_all_blocks_run_without_products(networks: tuple[list[StableCascadeUNet], StageA]) -> None:
+    jobs = jobs_of(*networks)
+    with Called() as called:
+        for job in jobs:
+            job()
+    assert {"native_layer_norm", "gelu", "convolution"} <= called.names
+    assert not {name for name in called.names if "mm" in name or name == "linear"}
+
+
+def test_results_have_the_shapes_and_dtypes_of_products() -> None:
+    matrix, bias = torch.ones(3, 5), torch.ones(7)
+    layer = torch.nn.Linear(5, 7).bfloat16()
+    e4m3, one = torch.ones(16, 32).to(torch.float8_e4m3fn), torch.ones(())
+    rows, hidden = torch.zeros(3, 7), torch.ones(3, 5)
+    with torch.no_grad():
+        for function in (
+            lambda: layer(torch.ones(2, 4, 5).bfloat16()),
+            lambda: torch.nn.Linear(5, 7, bias=False)(matrix),
+            lambda: torch._addmm_activation(bias, matrix, torch.ones(5, 7), use_gelu=True),
+            lambda: torch._scaled_mm(e4m3, e4m3.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True),
+            lambda: torch.addmm(rows, hidden, torch.ones(5, 7), out=rows),
+        ):
+            expected = function()
+            with Called() as called, WithoutProducts():
+                made = function()
+            assert (made.shape, made.dtype) == (expected.shape, expected.dtype)
+            assert not {name for name in called.names if "mm" in name}
+    assert torch.equal(rows, torch.full((3, 7), 5.0))  # as the product with values left it
