@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from triton.runtime import driver
 
 from cascade.kernels import compiled, plain
-from cascade.kernels.e4m3 import E4M3, norm_factor
+from cascade.kernels.e4m3 import E4M3
+from cascade.kernels.e4m3 import norm_factor as _norm_factor
 from cascade.kernels.layers import is_hooked, is_ordinary, is_readable
 from cascade.kernels.plain import linear as linear
 from cascade.kernels.stream import Stream
@@ -98,7 +99,7 @@ def norm(
         x, bias, scale, shift, ahead, *(product or (None, None, None)), settled, normed,
         height * width, channels, 0 if scale is None else scale.stride(0),
         HAS_BIAS=bias is not None, HAS_AFFINE=scale is not None, HAS_AHEAD=ahead is not None,
-        HAS_PRODUCT=product is not None, FACTOR=norm_factor(channels) if e4m3 else 1.0,
+        HAS_PRODUCT=product is not None, FACTOR=_norm_factor(channels) if e4m3 else 1.0,
         CB=_power(channels), num_warps=4 if channels > 256 else 1,
     )  # fmt: skip
     return Stream(settled), normed
@@ -228,7 +229,7 @@ def depthwise_norm(
         height, width, channels, columns,
         0 if scale is None else scale.stride(0), weight.stride(0), weight.stride(3),
         HAS_BEFORE=before is not None, HAS_AFFINE=scale is not None, HAS_SKIP=skip is not None,
-        FACTOR=norm_factor(channels) if e4m3 else 1.0, CB=padded, num_warps=max(4, padded // 128),
+        FACTOR=_norm_factor(channels) if e4m3 else 1.0, CB=padded, num_warps=max(4, padded // 128),
         maxnreg=64 if padded > 1024 and not changes else 128,
     )  # fmt: skip
     return Stream(settled), normed

@@ -147,7 +147,7 @@ def test_launchers_need_no_gcc(jobs: Jobs, folder: Path, tmp_path: Path) -> None
 def test_numbers_in_e4m3_are_rounded_by_one_instruction(
     architecture: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To nearest, and with 448 for values beyond."""
+    """To nearest, and with 448 for values beyond. On sm_89 from float16, which has 7 bits more."""
     made: dict[str, str] = {}
     monkeypatch.setattr(Kernel, "on_compiled", lambda key, kernel: made.update({kernel.name: kernel.asm["ptx"]}))
     with torch.device("meta"), torch.no_grad():
@@ -160,6 +160,6 @@ def test_numbers_in_e4m3_are_rounded_by_one_instruction(
             kernels.depthwise_norm(Stream(x), convolution, torch.bfloat16, e4m3=True)
             kernels.gelu_response_e4m3(value, of_channels, weight.view(-1), weight, weight)
             kernels.dequantise(torch.empty(4, 64, dtype=E4M3), torch.empty(4, 1), torch.bfloat16)
-    rounding = {name for name, code in made.items() if "cvt.rn.satfinite.e4m3x2.f32" in code}
+    rounding = {name for name, code in made.items() if "cvt.rn.satfinite.e4m3x2.f" in code}
     assert rounding >= {"_norm", "_depthwise_norm", "_respond"}
     assert made.keys() == {*rounding, "_response_sizes", "_dequantise"}
