@@ -39,9 +39,9 @@ from training.encoded.recipe import Recipe, read_recipe
 from training.encoded.run import new_prior
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
 from training.run import start_processes
-from training.sharding import local
 from training.tasks.encoded_stage_c import EncodedStageCTask
 from training.trainer import Trainer
+from training.weights.fsdp import local
 
 WARM_UP = 3
 PICTURES = 64
@@ -131,7 +131,7 @@ def measure_speed(state: PartialState, trainer: Trainer, recipe: Recipe, steps: 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds = timed_steps(trainer, steps)
-    samples = options.batch_size * options.accumulate * state.num_processes
+    samples = options.samples(state.num_processes)
     rate = samples / statistics.median(seconds)
     each = FORWARDS * work * rate / state.num_processes
     found = {
@@ -169,8 +169,8 @@ def profile(state: PartialState, trainer: Trainer, rows: int) -> None:
 def digest(trainer: Trainer) -> str:
     """A hash of all weights, their averages and the optimizer's state, of all processes."""
     own = hashlib.sha256()
-    moments = [value for one in trainer.trained for value in trainer.optimizer.state[one].values()]
-    for value in (*local(trainer.trained), *trainer.ema.shadow_params, *local(moments)):
+    moments = [value for one in trainer.weights.trained for value in trainer.weights.optimizer.state[one].values()]
+    for value in (*local(trainer.weights.trained), *trainer.weights.ema.shadow_params, *local(moments)):
         own.update(_bytes(value))
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own.hexdigest())
@@ -202,7 +202,7 @@ def saved_and_further(state: PartialState, trainer: Trainer, steps: int) -> dict
     start = time.perf_counter()
     trainer.save()
     seconds = time.perf_counter() - start
-    size = sum(file.stat().st_size for file in trainer.checkpoint.path.iterdir())
+    size = sum(file.stat().st_size for file in trainer.weights.checkpoint.path.iterdir())
     report(state, part="saved", gigabytes=size / 1e9, seconds=seconds, step=trainer.progress.step)
     found = further(trainer, steps)
     report(state, part="uninterrupted", **found)
@@ -216,7 +216,7 @@ def loaded_and_further(state: PartialState, recipe: Recipe, pictures: Path, fold
     report(state, part="loaded", seconds=time.perf_counter() - start, step=trainer.progress.step)
     state.wait_for_everyone()
     if state.is_main_process:
-        shutil.rmtree(trainer.checkpoint.path)
+        shutil.rmtree(trainer.weights.checkpoint.path)
     found = further(trainer, steps)
     report(state, part="resumed", **found)
     return found

@@ -28,7 +28,7 @@ class Options:
 
     Attributes:
         steps: number of optimizer steps, at least 1.
-        batch_size: pictures of the native size in a micro-batch, for one process; if ``gpus`` is above 1, for all together.
+        batch_size: pictures of the native size in a micro-batch of one process; if ``gpus`` is above 1, of all together.
         learning_rate: the highest. It rises over ``warmup`` steps, stays, and falls to zero along a half cosine over the last
             ``decay`` steps.
         warmup: steps; None: 200, but at most a tenth of all steps.
@@ -39,12 +39,12 @@ class Options:
         ema: decay of the averaged weights, below 1.
         precision: of matrix products on a GPU, ``bf16``, ``fp16`` or ``no``; a CPU computes in float32.
         compile: whether the network is compiled; ``auto``: on a GPU only. If sharded, its blocks are compiled.
-        gpus: GPUs on which `training.recipe` runs the stage, if there are so many. Any number of processes that divides
-            ``batch_size`` trains on the same number of pictures.
+        gpus: GPUs on which `training.recipe` runs the stage, if there are so many. Above 1, any number of processes that divides
+            ``batch_size`` trains on the same number of pictures in a step.
         evaluate_every: steps between evaluations; there is always one at the end.
         checkpoint_seconds: seconds between checkpoints.
         sharded: whether the parameters, their averages and the optimizer's state are divided among the processes, see
-            `sharding.shard`; for networks that do not fit a GPU otherwise.
+            `weights.fsdp.shard`; for networks that do not fit a GPU otherwise.
         seed: decides the initial weights and all random draws.
 
     Raises:
@@ -102,6 +102,10 @@ class Options:
         if self.batch_size % processes:
             raise TrainingError(f"batch_size is {self.batch_size}; {processes} processes cannot divide it equally.")
         return self.batch_size // processes
+
+    def samples(self, processes: int) -> int:
+        """The pictures of the native size in a step of so many processes."""
+        return self.batch_of_one(processes) * processes * self.accumulate
 
     def scaled(self, steps: int) -> "Options":
         """The options with another number of steps, of which warm-up and decay keep their shares."""

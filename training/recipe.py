@@ -20,6 +20,7 @@ import torch
 
 from training.configuration import read_configuration
 from training.errors import writing
+from training.options import Options
 from training.record import Record, read_times, timestamp, write_times
 from training.run import FINISHED
 from training.stages import ORDER, trained_by, waits_for
@@ -325,11 +326,9 @@ def costs(output: Path) -> dict[str, Any]:
             continue
         stages[stage] = {"process_seconds": taken}
         if record is not None and record.sessions:
-            options, last = record.options, record.sessions[-1]
-            shared = options.get("gpus", 1) > 1
             stages[stage] |= {
                 "steps": record.steps,
-                "samples_per_step": options["batch_size"] * options["accumulate"] * (1 if shared else last.processes),
+                "samples_per_step": Options(**record.options).samples(record.sessions[-1].processes),
                 "seconds": record.seconds,
                 "devices": sorted({session.device for session in record.sessions}),
                 "sessions": len(record.sessions),

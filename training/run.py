@@ -21,7 +21,6 @@ from accelerate import PartialState
 from cascade.weights.writing import save_component
 from training import command
 from training.agreement import check_agreement
-from training.checkpoint import has_checkpoint
 from training.configuration import read_configuration
 from training.errors import writing
 from training.files import write_components
@@ -29,6 +28,7 @@ from training.options import Options
 from training.stages import ORDER, STAGES, check_needs
 from training.tasks.tokenizer import train_tokenizer
 from training.trainer import fit
+from training.weights.checkpoint import has_checkpoint
 from training.workshop import Workshop, load_component
 
 logger = logging.getLogger(__name__)
@@ -101,26 +101,27 @@ def train(
     with state.main_process_first():
         shop.check_data()
     if stage == "tokenizer":
-        with writing(model):
+        if state.is_main_process:
             tokenizer = train_tokenizer(shop.source().captions(), config["tokenizer"]["vocabulary"])
-            write_components(model, stage, lambda made: tokenizer.save_pretrained(made / "tokenizer"))
-        logger.info("tokenizer: %d tokens", len(tokenizer))
+            with writing(model):
+                write_components(model, stage, lambda made: tokenizer.save_pretrained(made / "tokenizer"))
+            logger.info("tokenizer: %d tokens", len(tokenizer))
         finished = True
     else:
         options = Options(**config[stage]["options"])
         if steps is not None:
             options = options.scaled(steps)
         task = shop.build(stage, options, resumes=has_checkpoint(folder))
-        trained = sum(parameter.numel() for parameter in task.parameters())
-        logger.info(
-            "%s: %.2f M parameters, %d steps of %d, on %d pictures and %d held-out ones",
-            stage,
-            trained / 1e6,
-            options.steps,
-            options.batch_size,
-            len(task.dataset),
-            len(task.unseen),
-        )
+        if state.is_main_process:
+            logger.info(
+                "%s: %.2f M parameters, %d steps of %d, on %d pictures and %d held-out ones",
+                stage,
+                sum(parameter.numel() for parameter in task.parameters()) / 1e6,
+                options.steps,
+                options.samples(state.num_processes),
+                len(task.dataset),
+                len(task.unseen),
+            )
         finished = fit(task, options, folder, model, deadline=deadline, began=began)
     if finished and state.is_main_process:
         if stage != "tokenizer" and not STAGES[stage].adapts:

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from training.options import Options
 from training.task import Task
 
 BATCHES = 40
@@ -32,8 +31,8 @@ def refresh_statistics(task: Task, batches: Iterable[dict[str, Tensor]]) -> None
         norm.momentum = momentum
 
 
-def statistics_batches(task: Task, options: Options) -> int:
-    """The number of batches on which the running statistics are measured."""
+def statistics_batches(task: Task, batch_size: int) -> int:
+    """The number of batches of ``batch_size`` pictures on which the running statistics are measured."""
     if task.dataset is None:
         return BATCHES
-    return min(BATCHES, max(4, math.ceil(2 * len(task.dataset) / options.batch_size)))
+    return min(BATCHES, max(4, math.ceil(2 * len(task.dataset) / batch_size)))

@@ -62,7 +62,7 @@ class Task(nn.Module, ABC):
     def save(self, folder: Path) -> None:
         """Writes each trained component to its own sub-folder of ``folder``.
 
-        If the training is sharded, all processes call it, and the first one writes (`sharding.whole`).
+        If the training is sharded, all processes call it, and the first one writes (`weights.fsdp.whole`).
         """
 
 

@@ -32,7 +32,8 @@ class WithoutProducts(TorchDispatchMode):
     """A context, of one thread, in which matrix products compute nothing: their results have no values.
 
     torch keeps a workspace for each thread that has called cuBLAS, as long as the process lives: 32 MiB on an H100, 8 on other
-    GPUs. Sixteen threads would keep half a GiB, to multiply what nobody reads.
+    GPUs. Sixteen threads would keep half a GiB, to multiply what nobody reads. To free the workspaces afterwards would also free
+    those that the captured graphs of another model in this process use.
     """
 
     def __torch_dispatch__(

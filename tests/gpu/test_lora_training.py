@@ -14,9 +14,10 @@ from tests.gpu.full_size import published_config
 from training.lora.adapters import add_lora, linear_layers
 from training.lora.data import Latents, Texts
 from training.options import Options
+from training.randomness import step_generator
 from training.record import Record
 from training.tasks.lora import LoraTask
-from training.trainer import fit, step_generator
+from training.trainer import fit
 
 GIB = 2**30
 PICTURES = 16

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from tests.training.small import CONFIG, OWN_CLOCK, train, write_config, write_pictures
 from training import run
+from training.options import Options
 from training.recipe import Ledger, costs, train_all
 from training.record import Record
 from training.stages import STAGES
+from training.task import Task
+from training.trainer import fit
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -53,6 +57,55 @@ def test_stage_b_is_compiled_once_for_all_scales(tmp_path: Path, monkeypatch: py
     assert train(config, "stage_b", pictures, output) == 0
     assert Record.load(output / "stage_b").sessions[0].device == torch.cuda.get_device_name()
     assert finite(StableCascadeUNet.from_pretrained(output / "model" / "decoder"))
+
+
+class Rows(Task):
+    """Fits a network to the rows of a table in their order. In float64, so that rounding does not matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1)).double()
+        self.rows = torch.randn(64, 9, dtype=torch.float64).cuda()
+
+    def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        x, y = self.rows[index * size : (index + 1) * size].split((8, 1), dim=1)
+        return {"x": x.contiguous(), "y": y.contiguous()}
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.network(x) - y).square().mean()}
+
+    def evaluate(self) -> tuple[dict[str, float], None]:
+        return {}, None
+
+    def save(self, folder: Path) -> None:
+        pass
+
+
+def test_accumulated_micro_batches_make_one_step_of_all_compiled_or_not(tmp_path: Path) -> None:
+    """A batch of 8, and 4 micro-batches of 2. Compiled, gradients are in memory of CUDA graphs, see `own_gradients`."""
+    torch._dynamo.reset()
+    weights = {}
+    for compiled in (False, True):
+        for accumulate in (1, 4):
+            task, folder = Rows(), tmp_path / f"{compiled}-{accumulate}"
+            options = Options(
+                steps=8,
+                batch_size=8 // accumulate,
+                accumulate=accumulate,
+                learning_rate=1e-2,
+                precision="no",
+                compile=compiled,
+            )
+            assert fit(task, options, folder, tmp_path / "model")
+            weights[compiled, accumulate] = torch.cat([one.detach().flatten() for one in task.parameters()])
+    graphs = torch._inductor.cudagraph_trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    assert graphs is not None
+    assert any(graphs.roots.values())
+    begun = torch.cat([one.detach().flatten() for one in Rows().parameters()]).cuda()
+    for found in weights.values():
+        torch.testing.assert_close(found, weights[False, 1], rtol=0, atol=1e-8)
+        assert (found - begun).abs().mean() > 1e-2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

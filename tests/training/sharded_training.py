@@ -17,9 +17,10 @@ from cascade.networks.unet import StableCascadeUNet
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
 from training.options import Options
 from training.run import start_processes
-from training.sharding import local, shard, whole
+from training.run import train as train_stage
 from training.tasks.encoded_stage_c import EncodedStageCTask
 from training.trainer import Trainer
+from training.weights.fsdp import shard, whole
 
 STEPS = 4
 OPTIONS = Options(
@@ -33,6 +34,7 @@ OPTIONS = Options(
     compile=False,
     sharded=True,
 )
+REPLICATED = replace(OPTIONS, sharded=False, gpus=2, batch_size=4)
 WIDTH = 16
 SIZES = {
     "conditioning_dim": WIDTH,
@@ -108,7 +110,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     found = {}
     for name in ("weights", "averages"):
         if name == "averages":
-            trainer.ema.copy_to(local(trainer.trained))
+            trainer.weights.ema.copy_to(trainer.weights.own())
         network = whole(trainer.task.prior)
         if network is not None:
             found |= {f"{name}.{key}": value.detach().clone() for key, value in network.named_parameters()}
@@ -156,6 +158,13 @@ def main(folder: Path, runs: list[str]) -> None:
         elif run == "resumed":
             train(pictures, folder / run, until=2, dropout=0.2, weight="adaptive")
             made = train(pictures, folder / run, dropout=0.2, weight="adaptive")
+        elif run == "replicated":
+            made = train(pictures, folder / run, REPLICATED, dropout=0.0)
+        elif run == "replicated-halfway":
+            made = train(pictures, folder / run, REPLICATED, until=2, dropout=0.0)
+        elif run == "tokenizer":
+            train_stage(folder / "config.toml", "tokenizer", folder / "own", folder / run)
+            continue
         elif run == "lower":
             made = lower(pictures)
         elif run == "halfway":

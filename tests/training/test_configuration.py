@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,5 +217,7 @@ def test_processes_divide_a_batch_if_the_stage_is_for_several_gpus() -> None:
     one, several = (Options(steps=1, batch_size=6, learning_rate=1.0, gpus=gpus) for gpus in (1, 3))
     assert [one.batch_of_one(processes) for processes in (1, 2)] == [6, 6]
     assert [several.batch_of_one(processes) for processes in (1, 2, 3)] == [6, 3, 2]
+    assert [replace(one, accumulate=2).samples(processes) for processes in (1, 2)] == [12, 24]
+    assert [replace(several, accumulate=2).samples(processes) for processes in (1, 2, 3)] == [12, 12, 12]
     with pytest.raises(TrainingError, match=r"^batch_size is 6; 4 processes cannot divide it equally\.$"):
         several.batch_of_one(4)

@@ -1,4 +1,4 @@
-"""Sharded training, on CPUs: two processes against one, resuming, accumulation, and other numbers of processes."""
+"""Trainings by two processes, on CPUs: against one, sharded or not, resumed, accumulated, and by another number of them."""
 
 import json
 import logging
@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from cascade.networks.unet import StableCascadeUNet
-from tests.training import sharded_training
-from tests.training.sharded_training import OPTIONS, SIZES, make_trainer, train, write_pictures
+from tests.training import sharded_training, small
+from tests.training.sharded_training import OPTIONS, REPLICATED, SIZES, make_trainer, train, write_pictures
 from training.errors import TrainingError
+from training.tasks.tokenizer import SMALLEST_VOCABULARY
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -29,7 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes have made, see `sharded_training.main`."""
     folder = tmp_path_factory.mktemp("sharded")
     write_pictures(folder / "pictures")
+    small.write_pictures(folder / "own", 4)
+    small.write_config(folder)
     runs = ["exact", "kept", "uninterrupted", "resumed", "halfway", "lower", "counted"]
+    runs += ["replicated", "replicated-halfway", "tokenizer"]
     subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
@@ -63,10 +68,17 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(*pair, rtol=0, atol=3e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_two_processes_train_as_one_with_their_batches(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What one process makes with the batches of both."""
+    options = replace(OPTIONS, batch_size=4, sharded=False)
+    return train(folder / "pictures", tmp_path_factory.mktemp("alone"), options, dropout=0.0)
+
+
+@pytest.mark.parametrize("form", ["exact", "replicated"])
+def test_two_processes_train_as_one_with_their_batches(folder: Path, alone: dict[str, Tensor], form: str) -> None:
     """Weights and their averages, after clipped steps of two micro-batches."""
-    alone = train(folder / "pictures", tmp_path, replace(OPTIONS, batch_size=4, sharded=False), dropout=0.0)
-    assert_close(made(folder, "exact"), alone)
+    assert_close(made(folder, form), alone)
     halfway = made(folder, "halfway")
     assert all((halfway[name] - value).abs().max() > 1e-4 for name, value in alone.items())
 
@@ -114,6 +126,21 @@ def test_another_number_of_processes_continues(
         continued = train(folder / "pictures", tmp_path, replace(OPTIONS, batch_size=4), dropout=0.0)
     assert_close(continued, made(folder, "exact"))
     assert "The checkpoint is of 2 processes, and 1 continue it" in caplog.text
+
+
+def test_a_gpu_alone_continues_what_two_have_begun(
+    folder: Path, tmp_path: Path, alone: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The option ``gpus`` is above 1, so its batch is as large as theirs together."""
+    shutil.copytree(folder / "replicated-halfway" / "state", tmp_path / "state")
+    with caplog.at_level(logging.WARNING, logger="training"):
+        assert_close(train(folder / "pictures", tmp_path, REPLICATED, dropout=0.0), alone)
+    assert "The checkpoint is of 2 processes, and 1 continue it" in caplog.text
+
+
+def test_two_processes_make_a_tokenizer(folder: Path) -> None:
+    assert (folder / "tokenizer" / "tokenizer" / "finished").exists()
+    assert len(CLIPTokenizer.from_pretrained(folder / "tokenizer" / "model" / "tokenizer")) > SMALLEST_VOCABULARY
 
 
 def test_a_checkpoint_of_other_sizes(

@@ -1,8 +1,11 @@
 """The shared loop: exact resumption, gradient accumulation, schedule."""
 
+import logging
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from training.errors import TrainingError
 from training.options import Options, learning_rate_factor
+from training.randomness import step_generator
 from training.record import Record
 from training.task import Task
-from training.trainer import fit, step_generator
+from training.trainer import fit
 
 OPTIONS = Options(
     steps=8, batch_size=16, learning_rate=1e-2, warmup=2, decay=3, precision="no", compile=False, evaluate_every=5
@@ -176,6 +180,48 @@ def test_accumulated_micro_batches_make_one_step_of_all(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+class Product(torch.autograd.Function):
+    """``weight * x``, whose gradient of the weight is written to the same memory at every call, as CUDA graphs do."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, memory: Tensor) -> Tensor:
+        ctx.save_for_backward(x, memory)
+        return weight * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, memory = ctx.saved_tensors
+        return memory.copy_((gradient * x).sum().view(1, 1)), None, None
+
+
+class Graphed(Line):
+    """Its gradient is in the memory ``kept``, or in new memory every time."""
+
+    def __init__(self, kept: Tensor | None = None) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        made = Product.apply(self.line.weight, x, torch.empty(1, 1) if self.kept is None else self.kept)
+        return {"loss": (made + self.line.bias - y).square().mean()}
+
+
+def test_gradients_are_accumulated_though_the_next_overwrites_their_memory(tmp_path: Path) -> None:
+    """torch announces the outputs of a CUDA graph to autograd, which makes them a parameter's gradient without copying."""
+    memory = torch.zeros(1, 1)
+    torch._C._set_cached_tensors_enabled(True)
+    torch._C._add_cached_tensor(memory)
+    try:
+        weights = []
+        for name, task in {"new": Graphed(), "kept": Graphed(memory)}.items():
+            fit(task, replace(OPTIONS, accumulate=3), tmp_path / name, tmp_path / "model")
+            weights.append(task.line.weight.item())
+    finally:
+        torch._C._remove_cached_tensor(memory)
+        torch._C._set_cached_tensors_enabled(False)
+    assert weights[0] == weights[1]
+
+
 def test_a_training_goes_on_with_another_number_of_micro_batches(tmp_path: Path) -> None:
     options = replace(OPTIONS, decay=0, ema=0.0)
     assert fit(Line(), replace(options, steps=3, accumulate=3), tmp_path / "run", tmp_path / "model")
@@ -184,6 +230,34 @@ def test_a_training_goes_on_with_another_number_of_micro_batches(tmp_path: Path)
     assert fit(task, replace(options, steps=4, accumulate=2), tmp_path / "run", tmp_path / "model")
     assert len(task.seen) == 2
     assert not torch.equal(task.line.weight, before["line.weight"])
+
+
+def test_a_training_goes_on_with_its_new_options(tmp_path: Path) -> None:
+    """And not with those of the checkpoint."""
+    folders = (tmp_path / "run", tmp_path / "model")
+    assert not fit(Line(), OPTIONS, *folders, deadline=0.0)
+    changed = replace(OPTIONS, learning_rate=1e-3, beta2=0.9, weight_decay=0.5, ema=0.0)
+    kept = Line()
+    assert fit(kept, changed, *folders)
+    fresh = Line()
+    assert fit(fresh, changed, tmp_path / "fresh", tmp_path / "fresh_model")
+    assert torch.equal(kept.line.weight, fresh.line.weight)
+    first, second = (load_file(tmp_path / name / "line.safetensors") for name in ("model", "fresh_model"))
+    assert torch.equal(first["weight"], second["weight"])
+
+
+def test_another_number_of_processes_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folders = (tmp_path / "run", tmp_path / "model")
+    fit(Line(), OPTIONS, *folders, deadline=0.0)
+    with caplog.at_level(logging.WARNING, logger="training"):
+        fit(Line(), OPTIONS, *folders, deadline=0.0)
+        assert not caplog.messages
+        state = tmp_path / "run" / "state"
+        shutil.copy(state / "random_states_0.pkl", state / "random_states_1.pkl")
+        fit(Line(), OPTIONS, *folders, deadline=0.0)
+    assert caplog.messages == [
+        "The checkpoint is of 2 processes, and 1 continue it: they see other batches than it would have seen."
+    ]
 
 
 def test_learning_rate_rises_stays_and_falls_to_nothing() -> None:

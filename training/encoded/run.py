@@ -74,7 +74,7 @@ def train_stage_c(
             "Stage C: %.2f M parameters, %d steps of %d, on %d pictures and %d held-out ones",
             sum(parameter.numel() for parameter in task.parameters()) / 1e6,
             options.steps,
-            options.batch_size * options.accumulate * state.num_processes,
+            options.samples(state.num_processes),
             len(pictures),
             pictures.held_out,
         )

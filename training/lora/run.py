@@ -14,7 +14,6 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from cascade.weights import ModelFolder, WeightsError
-from training.checkpoint import has_checkpoint
 from training.errors import TrainingError, writing
 from training.files import whole_file
 from training.lora.adapters import adapted_layers, add_lora, linear_layers
@@ -26,6 +25,7 @@ from training.lora.words import Captions, first_vectors
 from training.run import start_processes
 from training.tasks.lora import LoraTask
 from training.trainer import fit
+from training.weights.checkpoint import has_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class _Preparation:
 
     def __init__(self, folder: ModelFolder, recipe: Recipe, output: Path, state: PartialState) -> None:
         self.folder, self.recipe, self.settings, self.output = folder, recipe, recipe.lora, output
-        self.device = state.device
+        self.device, self.processes = state.device, state.num_processes
         on_gpu = self.device.type == "cuda"
         precision = recipe.options.precision
         if precision == "fp16":
@@ -143,7 +143,7 @@ class _Preparation:
             settings.rank,
             sum(value.numel() for value in trained.values()) / 1e6,
             options.steps,
-            options.batch_size,
+            options.samples(self.processes),
             len(found),
             len(latents.groups),
             f", and {len(preserved)} of {settings.preserve!r}" if preserved else "",

@@ -41,9 +41,9 @@ from training.latents import TextTable
 from training.lora.adapters import adapted_layers, add_lora, linear_layers
 from training.objective import AdaptiveLossWeight, keep_mask
 from training.pictures import grid, normalise
+from training.randomness import step_generator
 from training.shapes import Shapes
 from training.task import Task, frozen
-from training.trainer import step_generator
 from training.values import Amount, Count, Range, Share
 
 FILE = "turbo.safetensors"

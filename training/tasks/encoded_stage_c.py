@@ -12,10 +12,10 @@ from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.weights.writing import save_component
 from training.encoded.shards import EncodedPictures
 from training.objective import keep_mask, sample_timesteps
-from training.sharding import whole
+from training.randomness import step_generator
 from training.tasks.stage_c import PriorTask
-from training.trainer import step_generator
 from training.values import Share
+from training.weights.fsdp import whole
 
 # Timesteps at which evaluations measure the error, on the same pictures with the same noise.
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -18,8 +18,8 @@ from cascade.weights import StageSettings
 from training.lora.data import Latents, Texts, sample_latents
 from training.objective import P2Weight, diffusion_losses, keep_mask, sample_timesteps
 from training.pictures import grid
+from training.randomness import step_generator
 from training.task import Task
-from training.trainer import step_generator
 
 # Timesteps at which evaluations measure the error, on the same pictures with the same noise.
 TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -17,9 +17,10 @@ from cascade.weights import ModelFolder
 from training import statistics
 from training.dataset import Dataset
 from training.options import Options
+from training.randomness import step_generator
 from training.shapes import Shapes
 from training.tasks.controlnet import Canny, ControlNetTask, Inpainting, new_controlnet
-from training.trainer import fit, step_generator
+from training.trainer import fit
 
 OPTIONS = Options(steps=6, batch_size=8, learning_rate=1e-2, warmup=2, precision="no", compile=False, ema=0.9)
 CPU = torch.device("cpu")

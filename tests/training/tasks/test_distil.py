@@ -23,9 +23,10 @@ from training.dataset import Dataset
 from training.distilled import main as add_to_folder
 from training.lora.adapters import add_lora, linear_layers
 from training.options import Options
+from training.randomness import step_generator
 from training.shapes import Shapes
 from training.tasks.distil import DistilBTask, DistilCTask, Distillation, file_tensors
-from training.trainer import fit, step_generator
+from training.trainer import fit
 
 CPU = torch.device("cpu")
 OPTIONS = Options(steps=60, batch_size=16, learning_rate=1e-2, decay=40, warmup=5, ema=0.9)

@@ -25,9 +25,10 @@ from training.configuration import read_configuration
 from training.dataset import Dataset
 from training.errors import TrainingError
 from training.options import Options
+from training.randomness import step_generator
 from training.shapes import Shapes
 from training.tasks.ip_adapter import IPAdapterTask, new_ip_adapter
-from training.trainer import fit, step_generator
+from training.trainer import fit
 
 OPTIONS = Options(steps=30, batch_size=8, learning_rate=3e-3, warmup=2, precision="no", compile=False, ema=0.9)
 CPU = torch.device("cpu")

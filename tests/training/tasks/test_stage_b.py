@@ -12,9 +12,9 @@ from cascade.networks.unet import resize
 from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.latents import at_scale
+from training.randomness import step_generator
 from training.shapes import Shapes
 from training.tasks.stage_b import SCALES, StageBTask
-from training.trainer import step_generator
 
 CPU = torch.device("cpu")
 

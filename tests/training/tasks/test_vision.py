@@ -12,8 +12,9 @@ from transformers import CLIPVisionModelWithProjection
 from cascade.weights import ModelFolder
 from training.dataset import Dataset
 from training.options import Options
+from training.randomness import step_generator
 from training.tasks.vision import VisionTask
-from training.trainer import fit, step_generator
+from training.trainer import fit
 
 CPU = torch.device("cpu")
 COLOURS = {

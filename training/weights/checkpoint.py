@@ -1,11 +1,14 @@
 """Checkpoints: the state of a training on disk."""
 
+import logging
 import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from training.errors import FILE_ERRORS, TrainingError, summary, writing
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -42,9 +45,10 @@ class Checkpoint:
             shutil.rmtree(self.path, ignore_errors=True)
             self.new.rename(self.path)
 
-    def _read(self, folder: Path) -> None:
-        """Loads what `_write` wrote."""
+    def _read(self, folder: Path) -> int:
+        """Loads what `_write` wrote. Returns the number of processes that wrote it."""
         self.accelerator.load_state(str(folder))
+        return sum(1 for _ in folder.glob("random_states_*.pkl"))
 
     def _write(self, folder: Path) -> None:
         """Writes all that resuming needs into a new folder."""
@@ -63,12 +67,19 @@ class Checkpoint:
         if not self.path.is_dir():
             return False
         try:
-            self._read(self.path)
+            writers = self._read(self.path)
         except FILE_ERRORS as error:
             raise TrainingError(
                 f"The checkpoint {self.path} does not fit this configuration, or is damaged ({summary(error)}); move it away "
                 "to start the stage again."
             ) from error
+        readers = self.accelerator.num_processes
+        if writers != readers and self.accelerator.is_main_process:
+            logger.warning(
+                "The checkpoint is of %d processes, and %d continue it: they see other batches than it would have seen.",
+                writers,
+                readers,
+            )
         return True
 
     def save(self) -> None:

@@ -3,7 +3,6 @@
 A checkpoint may be continued by another number of processes: rows are distributed again.
 """
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from training.checkpoint import Checkpoint, Progress
 from training.errors import FILE_ERRORS, summary
-from training.sharding import sharded_like, share_buffers
 from training.task import Task
-
-logger = logging.getLogger(__name__)
+from training.weights.checkpoint import Checkpoint, Progress
+from training.weights.fsdp import sharded_like, share_buffers
 
 OWN_STATE = re.compile(r"random\.(\d+)\.cpu")
 
@@ -34,7 +31,7 @@ class ShardedCheckpoint(Checkpoint):
         accelerator, folder: see `Checkpoint`.
         task: sharded.
         optimizer: of its parameters.
-        ema: of this process's rows of them (`sharding.local`).
+        ema: of this process's rows of them (`fsdp.local`).
         progress: of the training.
     """
 
@@ -76,7 +73,7 @@ class ShardedCheckpoint(Checkpoint):
         except CheckpointException as error:
             raise _first(error) from error
 
-    def _read(self, folder: Path) -> None:
+    def _read(self, folder: Path) -> int:
         try:
             names = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
             writers = sum(OWN_STATE.fullmatch(name) is not None for name in names)
@@ -93,12 +90,7 @@ class ShardedCheckpoint(Checkpoint):
             torch.set_rng_state(states["cpu"])
             if "cuda" in states:
                 torch.cuda.set_rng_state(states["cuda"])
-        elif self.accelerator.is_main_process:
-            logger.warning(
-                "The checkpoint is of %d processes, and %d continue it: they see other batches than it would have seen.",
-                writers,
-                dist.get_world_size(),
-            )
+        return writers
 
 
 def _first(error: CheckpointException) -> BaseException:
