@@ -122,7 +122,7 @@ def operations(
         return lambda i: multiply_columns(given, *all_weights[i][1:], all_weights[i].layer.bias, dtype, 1 / factor)
 
     def by_one(given: Tensor, all_weights: Sequence[Weights]) -> Call:
-        return lambda i: multiply(given, all_weights[i].e4m3, dtype, 1 / factor)
+        return lambda i: multiply(given, all_weights[i].e4m3, dtype)
 
     def linear(given: Tensor, all_weights: Sequence[Weights]) -> Call:
         return lambda i: F.linear(given, all_weights[i].layer.weight, all_weights[i].layer.bias)
@@ -137,12 +137,12 @@ def operations(
             lambda i: run.depthwise_norm(stream, convolution, dtype, e4m3=True),
         ),
         Operation(
-            "MLP, first layer", linear(normed, first), by_one(normed_e4m3, first), by_columns(normed_e4m3, first)
+            "MLP, first layer", linear(normed, first), by_columns(normed_e4m3, first), by_one(normed_e4m3, first)
         ),
         Operation(
             "GELU and response",
             lambda i: run.gelu_response(hidden, gamma, beta),
-            lambda i: run.gelu_response_e4m3(hidden, first[i].scale.view(-1), first[i].layer.bias, gamma, beta),
+            lambda i: run.gelu_response_e4m3(hidden, gamma, beta),
         ),
         Operation("MLP, last layer", add(hidden, last), by_one(hidden_e4m3, last), by_columns(hidden_e4m3, last)),
         Operation(

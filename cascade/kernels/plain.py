@@ -109,22 +109,14 @@ def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return torch.addcmul(beta.to(x.dtype), x, (1 + gamma * response).to(x.dtype))
 
 
-def gelu_response_e4m3(
-    product: Tensor, scale: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`gelu_response` of product * scale + bias, in e4m3.
-
-    Args:
-        product: (B, H, W, C), without the scales of its channels, as `e4m3.multiply` gives it.
-        scale: float32 (C,).
-        bias: (C,).
-        gamma, beta: (1, 1, 1, C).
+def gelu_response_e4m3(hidden: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """`gelu_response` in e4m3. hidden: contiguous; it is not changed.
 
     Returns:
         e4m3 (B, H, W, C), and each sample's scale, float32 (B,). It is a bound of the sample's values, over 448: no value is
         larger than its channel's norm over all pixels, times the channel's factor.
     """
-    x = F.gelu(product.float() * scale + bias.float())
+    x = F.gelu(hidden.float())
     gamma, beta = gamma.float(), beta.float()
     size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
     mean = size.mean(dim=-1, keepdim=True) + EPS

@@ -137,12 +137,15 @@ def _spread(value, j: tl.constexpr, left, middle, right, first, second, third, f
 
 
 @triton.jit
-def _normed_four(first, second, third, fourth, inside, C):
-    """LayerNorm of four vectors (CB,), in one reduction."""
+def _normed_four(first, second, third, fourth, inside, C, FACTOR: tl.constexpr = 1.0):
+    """LayerNorm of four vectors (CB,), in one reduction, times FACTOR."""
     four = tl.join(tl.join(first, second), tl.join(third, fourth))
     mean = tl.sum(tl.where(inside[:, None, None], four, 0.0), axis=0) / C
     four = tl.where(inside[:, None, None], four - mean[None, :, :], 0.0)
-    four = four * tl.rsqrt(tl.sum(four * four, axis=0) / C + EPS)[None, :, :]
+    size = tl.rsqrt(tl.sum(four * four, axis=0) / C + EPS)
+    if FACTOR != 1:
+        size *= FACTOR
+    four = four * size[None, :, :]
     low, high = tl.split(four)
     first, second = tl.split(low)
     third, fourth = tl.split(high)
@@ -190,14 +193,12 @@ def _depthwise_norm(
                 if i == 1 and j >= 1 and j <= 4:
                     tl.store(settled_ptr + place, value, mask=inside)
             a, b, c, d = _spread(value, j, w0, w1, w2, a, b, c, d)
-    a, b, c, d = _normed_four(a, b, c, d, in_channels, C)
+    a, b, c, d = _normed_four(a, b, c, d, in_channels, C, FACTOR)
     row = 2 * C if HAS_SKIP else C
     pixel = line * W + left
     for j in tl.static_range(4):
         inside = in_channels & (left + j < W)
         value = a if j == 0 else (b if j == 1 else (c if j == 2 else d))
-        if FACTOR != 1:
-            value *= FACTOR
         out = normed_ptr + (pixel + j) * row + column
         tl.store(out, value.to(normed_ptr.dtype.element_ty), mask=inside)
         if HAS_SKIP:
@@ -262,13 +263,13 @@ def _gelu(x):
 
 @compiled.jit(do_not_specialize=["tokens", "per_part"])
 def _response_sizes(
-    hidden_ptr, scale_ptr, bias_ptr, gamma_ptr, beta_ptr, squares_ptr, sizes_ptr, sums_ptr, bounds_ptr, counters_ptr,
+    hidden_ptr, gamma_ptr, beta_ptr, squares_ptr, sizes_ptr, sums_ptr, bounds_ptr, counters_ptr,
     tokens, N, per_part,
-    SCALED: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
+    BOUNDED: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
     """Compute each channel's norm over a sample's pixels, and for their mean, the sum of the norms in each block of channels.
 
-    SCALED: also the two maxima of each block that bound what `_respond` makes of it, see `plain.gelu_response_e4m3`.
+    BOUNDED: also the two maxima of each block that bound what `_respond` makes of it, see `plain.gelu_response_e4m3`.
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -281,19 +282,13 @@ def _response_sizes(
     rows = part * per_part + tl.arange(0, RB)
     at = hidden_ptr + (sample.to(tl.int64) * tokens + rows)[:, None] * N + column[None, :]
     acc = tl.zeros((RB, CB), tl.float32)
-    if SCALED:
-        scale = tl.load(scale_ptr + column, mask=valid, other=0.0)
-        bias = tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
     value = tl.load(at, mask=(rows < last)[:, None] & valid[None, :], other=0.0)
     for _ in tl.range(0, per_part, RB):
         rows += RB
         at += RB * N
         # Loads the next rows while it computes these.
         coming = tl.load(at, mask=(rows < last)[:, None] & valid[None, :], other=0.0)
-        value = value.to(tl.float32)
-        if SCALED:
-            value = tl.where((rows - RB < last)[:, None], value * scale[None, :] + bias[None, :], 0.0)
-        value = _gelu(value)
+        value = _gelu(value.to(tl.float32))
         acc += value * value
         value = coming
     squares = tl.sum(acc, axis=0)
@@ -314,7 +309,7 @@ def _response_sizes(
         sizes = tl.sqrt(squares)
         tl.store(sizes_ptr + sample * N + column, sizes, mask=valid)
         tl.store(sums_ptr + sample * blocks + block, tl.sum(sizes))
-        if SCALED:
+        if BOUNDED:
             gamma = tl.load(gamma_ptr + column, mask=valid, other=0.0).to(tl.float32)
             beta = tl.load(beta_ptr + column, mask=valid, other=0.0).to(tl.float32)
             bounds_ptr += 2 * sample * blocks + block
@@ -324,9 +319,9 @@ def _response_sizes(
 
 @compiled.jit(do_not_specialize=["tokens", "sums"])
 def _respond(
-    hidden_ptr, scale_ptr, bias_ptr, gamma_ptr, beta_ptr, sizes_ptr, sums_ptr, bounds_ptr, of_samples_ptr, out_ptr,
+    hidden_ptr, gamma_ptr, beta_ptr, sizes_ptr, sums_ptr, bounds_ptr, of_samples_ptr, out_ptr,
     tokens, N, sums,
-    SCALED: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, SUMS: tl.constexpr,
+    BOUNDED: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2)
     column = tl.program_id(0) * CB + tl.arange(0, CB)
@@ -334,26 +329,23 @@ def _respond(
     rows = tl.program_id(1) * RB + tl.arange(0, RB)
     inside = (rows < tokens)[:, None] & valid[None, :]
     at = (sample.to(tl.int64) * tokens + rows)[:, None] * N + column[None, :]
-    value = tl.load(hidden_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if SCALED:
-        scale = tl.load(scale_ptr + column, mask=valid, other=0.0)
-        bias = tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
-        value = value * scale[None, :] + bias[None, :]
+    value = tl.load(hidden_ptr + at, mask=inside, other=0.0)
     every = tl.arange(0, SUMS)
     mean = tl.sum(tl.load(sums_ptr + sample * sums + every, mask=every < sums, other=0.0)) / N
     own = tl.load(sizes_ptr + sample * N + column, mask=valid, other=0.0)
     gamma = tl.load(gamma_ptr + column, mask=valid, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + column, mask=valid, other=0.0).to(tl.float32)
     factor = 1 + gamma * (own / (mean + EPS))
-    value = _gelu(value) * factor[None, :] + beta[None, :]
-    if SCALED:
+    if BOUNDED:
         bounds_ptr += 2 * sample * sums + every
         bound = tl.max(tl.load(bounds_ptr, mask=every < sums, other=0.0))
         bound += tl.max(tl.load(bounds_ptr + sums, mask=every < sums, other=0.0)) / (mean + EPS)
         bound = tl.maximum(bound, SMALLEST)
-        value *= LARGEST / bound
+        factor *= LARGEST / bound
+        beta *= LARGEST / bound
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(of_samples_ptr + sample, bound / LARGEST)
+    value = _gelu(value.to(tl.float32)) * factor[None, :] + beta[None, :]
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -369,30 +361,19 @@ def _counters(device: torch.device, stream: int) -> Tensor:
 def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """See `plain.gelu_response`. Works in place."""
     hidden = hidden.contiguous()  # a replaced layer may return other strides
-    _gelu_response(hidden, None, None, gamma, beta, None, hidden)
+    _gelu_response(hidden, gamma, beta, hidden, None)
     return hidden
 
 
-def gelu_response_e4m3(
-    product: Tensor, scale: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor]:
+def gelu_response_e4m3(hidden: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """See `plain.gelu_response_e4m3`."""
-    hidden = torch.empty_like(product, dtype=E4M3)
-    of_samples = product.new_empty(len(product), dtype=torch.float32)
-    _gelu_response(product, scale, bias, gamma, beta, of_samples, hidden)
-    return hidden, of_samples
+    out, of_samples = torch.empty_like(hidden, dtype=E4M3), hidden.new_empty(len(hidden), dtype=torch.float32)
+    _gelu_response(hidden, gamma, beta, out, of_samples)
+    return out, of_samples
 
 
-def _gelu_response(
-    hidden: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor,
-    of_samples: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write to `out`, and to `of_samples` if there is a scale. hidden: contiguous."""
+def _gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor, out: Tensor, of_samples: Tensor | None) -> None:
+    """Write to `out`, which may be `hidden`; and samples' scales, if they are asked for. hidden: contiguous."""
     batch, height, width, channels = hidden.shape
     tokens, block, rows = height * width, 64, 64
     blocks = triton.cdiv(channels, block)
@@ -400,18 +381,16 @@ def _gelu_response(
     squares = hidden.new_empty(batch, parts, channels, dtype=torch.float32)
     sizes = hidden.new_empty(batch, channels, dtype=torch.float32)
     sums = hidden.new_empty(batch, blocks, dtype=torch.float32)
-    scaled = scale is not None
-    bounds = hidden.new_empty(batch, 2, blocks, dtype=torch.float32) if scaled else None
+    bounded = of_samples is not None
+    bounds = hidden.new_empty(batch, 2, blocks, dtype=torch.float32) if bounded else None
     counters = _counters(hidden.device, driver.active.get_current_stream(driver.active.get_current_device()))
     _response_sizes[(blocks, parts, batch)](
-        hidden, scale, bias, gamma, beta, squares, sizes, sums, bounds, counters,
-        tokens, channels, triton.cdiv(tokens, parts),
-        SCALED=scaled, RB=rows, CB=block, num_warps=4,
+        hidden, gamma, beta, squares, sizes, sums, bounds, counters, tokens, channels, triton.cdiv(tokens, parts),
+        BOUNDED=bounded, RB=rows, CB=block, num_warps=4,
     )  # fmt: skip
     _respond[(triton.cdiv(channels, 128), triton.cdiv(tokens, 32), batch)](
-        hidden, scale, bias, gamma, beta, sizes, sums, bounds, of_samples, out,
-        tokens, channels, blocks,
-        SCALED=scaled, RB=32, CB=128, SUMS=_power(blocks), num_warps=4,
+        hidden, gamma, beta, sizes, sums, bounds, of_samples, out, tokens, channels, blocks,
+        BOUNDED=bounded, RB=32, CB=128, SUMS=_power(blocks), num_warps=4,
     )  # fmt: skip
 
 

@@ -92,9 +92,9 @@ class Fp8Linear(EightBitLinear):
         factor = 1 / norm_factor(self.in_features)
         return multiply_columns(x, self.weight, self.weight_scale, self.bias, self.dtype, factor)
 
-    def product(self, x: Tensor, factor: float = 1.0) -> Tensor:
-        """The product of x, e4m3 (..., K), with the weight, times `factor`: (..., N), without bias and the rows' scales."""
-        return multiply(x, self.weight, self.dtype, factor)
+    def product(self, x: Tensor) -> Tensor:
+        """The product of x, e4m3 (..., K), with the weight: (..., N), without bias and the rows' scales."""
+        return multiply(x, self.weight, self.dtype)
 
 
 def multiplies(*layers: nn.Module) -> bool:

@@ -25,7 +25,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels
-from cascade.kernels.e4m3 import norm_factor
 from cascade.kernels.layers import columns, is_hooked, put_channels_side_by_side
 from cascade.kernels.plain import EPS, layer_norm
 from cascade.kernels.stream import Product, Stream
@@ -165,10 +164,7 @@ class ResBlock(UsesKernels, nn.Module):
         """`forward` without a skip connection, with products in e4m3: see `networks.fp8`."""
         first, _, response, _, last = self.channelwise
         stream, normed = self.kernels.depthwise_norm(stream, self.depthwise, first.dtype, e4m3=True)
-        product = first.product(normed, 1 / norm_factor(first.in_features))
-        hidden, of_samples = self.kernels.gelu_response_e4m3(
-            product, first.weight_scale.view(-1), first.bias, response.gamma, response.beta
-        )
+        hidden, of_samples = self.kernels.gelu_response_e4m3(first(normed), response.gamma, response.beta)
         added = Product(last.product(hidden), of_samples, last.weight_scale.view(-1))
         return stream._replace(bias=last.bias, product=added)
 

@@ -158,7 +158,7 @@ def test_numbers_in_e4m3_are_rounded_by_one_instruction(
         with pretended(architecture, set()):
             kernels.norm(stream, torch.bfloat16, e4m3=True)
             kernels.depthwise_norm(Stream(x), convolution, torch.bfloat16, e4m3=True)
-            kernels.gelu_response_e4m3(value, of_channels, weight.view(-1), weight, weight)
+            kernels.gelu_response_e4m3(value, weight, weight)
             kernels.dequantise(torch.empty(4, 64, dtype=E4M3), torch.empty(4, 1), torch.bfloat16)
     rounding = {name for name, code in made.items() if "cvt.rn.satfinite.e4m3x2.f" in code}
     assert rounding >= {"_norm", "_depthwise_norm", "_respond"}
