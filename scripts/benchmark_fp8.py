@@ -116,13 +116,19 @@ def operations(
     )
     of_samples, stream = torch.rand(samples, device=device), Stream(x)
     pending = Stream(x, last[0].layer.bias, scale, shift)
-    product = Product(normed, of_samples, last[0].scale.view(-1))
+    product = Product(normed, of_samples)
 
     def by_columns(given: Tensor, all_weights: Sequence[Weights]) -> Call:
         return lambda i: multiply_columns(given, *all_weights[i][1:], all_weights[i].layer.bias, dtype, 1 / factor)
 
     def by_one(given: Tensor, all_weights: Sequence[Weights]) -> Call:
-        return lambda i: multiply(given, all_weights[i].e4m3, dtype)
+        return lambda i: multiply(given, *all_weights[i][1:], all_weights[i].layer.bias, dtype, 1 / factor)
+
+    def product_of(given: Tensor, all_weights: Sequence[Weights]) -> Call:
+        return lambda i: multiply(given, *all_weights[i][1:], None, dtype)
+
+    def chosen(few: Call, many: Call) -> tuple[Call, Call]:
+        return (few, many) if samples * level.side**2 <= fp8.FEW else (many, few)
 
     def linear(given: Tensor, all_weights: Sequence[Weights]) -> Call:
         return lambda i: F.linear(given, all_weights[i].layer.weight, all_weights[i].layer.bias)
@@ -137,14 +143,16 @@ def operations(
             lambda i: run.depthwise_norm(stream, convolution, dtype, e4m3=True),
         ),
         Operation(
-            "MLP, first layer", linear(normed, first), by_columns(normed_e4m3, first), by_one(normed_e4m3, first)
+            "MLP, first layer",
+            linear(normed, first),
+            *chosen(by_one(normed_e4m3, first), by_columns(normed_e4m3, first)),
         ),
         Operation(
             "GELU and response",
             lambda i: run.gelu_response(hidden, gamma, beta),
             lambda i: run.gelu_response_e4m3(hidden, gamma, beta),
         ),
-        Operation("MLP, last layer", add(hidden, last), by_one(hidden_e4m3, last), by_columns(hidden_e4m3, last)),
+        Operation("MLP, last layer", add(hidden, last), product_of(hidden_e4m3, last), by_columns(hidden_e4m3, last)),
         Operation(
             "norm",
             lambda i: run.norm(pending, dtype, next_linear=to_out[i].layer),
@@ -152,7 +160,7 @@ def operations(
         ),
         Operation("q, k, v", linear(normed, to_qkv), by_columns(normed_e4m3, to_qkv), by_one(normed_e4m3, to_qkv)),
         Operation("attention", lambda i: run.attention(*qkv, key, value), lambda i: run.attention(*qkv, key, value)),
-        Operation("attention, last layer", add(normed, to_out), add(normed, to_out), by_one(attended_e4m3, to_out)),
+        Operation("attention, last layer", add(normed, to_out), add(normed, to_out), product_of(attended_e4m3, to_out)),
     ]
 
 

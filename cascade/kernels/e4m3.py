@@ -1,7 +1,7 @@
 """Products of numbers in 8-bit floating point, e4m3, on any device.
 
-Both operands are e4m3. torch multiplies them fastest with one scale for a whole operand, so the scales of rows and columns are
-left to the kernel that reads the product next. A product without scales is below 448**2 K, which bfloat16 holds.
+Both operands are e4m3. torch multiplies them with one scale for each operand, or with one for each row and column, and which is
+faster depends on the shape. Samples of a batch have scales of their own where the next kernel applies them.
 
 e4m3 has 3 bits of mantissa from 2**-6 to 448. How exactly a scale fits the values matters little: in the miniature, scales 256
 times too large change no error of a prediction. So no pass over activations looks for their largest value.
@@ -37,49 +37,45 @@ def in_e4m3(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x.clamp(-LARGEST, LARGEST), torch.nan).to(E4M3)
 
 
-def multiply(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x @ weight.T, without scales.
+def multiply(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, factor: float = 1.0
+) -> Tensor:
+    """factor * scale * x @ weight.T + bias, with one scale.
 
     Args:
         x: e4m3 (..., K), contiguous.
         weight: e4m3 (N, K), contiguous.
+        scale: float32 (N, 1), of each row of the weight. All are equal.
+        bias: (N,), in `dtype`; None: zeros.
         dtype: of the result. bfloat16 on a GPU.
+        factor: of the whole product.
 
     Returns:
         (..., N), contiguous.
     """
     if not x.is_cuda:
-        return _multiply_in_float32(x, weight).to(dtype)
-    one = _constant(x.device, 1.0, 1).view(())
-    made = torch._scaled_mm(
-        x.view(-1, x.shape[-1]),
-        weight.t(),
-        scale_a=one,
-        scale_b=one,
-        out_dtype=dtype,
-        use_fast_accum=True,
-    )
-    return made.view(*x.shape[:-1], -1)
+        return _multiply_in_float32(x, weight, scale, bias, dtype, factor)
+    return _multiply(x, weight, _constant(x.device, factor, 1).view(()), scale[:1].view(()), bias, dtype)
 
 
 def multiply_columns(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype, factor: float = 1.0
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, factor: float = 1.0
 ) -> Tensor:
-    """factor * (x @ weight.T) * scale + bias, see `multiply`.
-
-    Args:
-        scale: float32 (N, 1), of each row of the weight.
-        bias: (N,), in `dtype`.
-        factor: of the whole product.
-    """
+    """`multiply`, with a scale of its own for each row of the weight."""
     if not x.is_cuda:
-        return (_multiply_in_float32(x, weight) * (factor * scale.view(-1)) + bias).to(dtype)
-    rows = x.view(-1, x.shape[-1])
+        return _multiply_in_float32(x, weight, scale, bias, dtype, factor)
+    rows = x.numel() // x.shape[-1]
+    return _multiply(x, weight, _constant(x.device, factor, rows), scale.t(), bias, dtype)
+
+
+def _multiply(
+    x: Tensor, weight: Tensor, of_x: Tensor, of_weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     made = torch._scaled_mm(
-        rows,
+        x.view(-1, x.shape[-1]),
         weight.t(),
-        scale_a=_constant(x.device, factor, len(rows)),
-        scale_b=scale.t(),
+        scale_a=of_x,
+        scale_b=of_weight,
         bias=bias,
         out_dtype=dtype,
         use_fast_accum=True,
@@ -87,9 +83,12 @@ def multiply_columns(
     return made.view(*x.shape[:-1], -1)
 
 
-def _multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
+def _multiply_in_float32(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, factor: float
+) -> Tensor:
     # torch._scaled_mm on a CPU has the same result, in 1.7 times the time, and has no scales of rows.
-    return F.linear(x.float(), weight.float())
+    made = F.linear(x.float(), weight.float()) * (factor * scale.view(-1))
+    return (made if bias is None else made + bias).to(dtype)
 
 
 def _constant(device: torch.device, value: float, rows: int) -> Tensor:

@@ -7,17 +7,15 @@ from torch import Tensor
 
 
 class Product(NamedTuple):
-    """A branch's product in e4m3 that its scales are not applied to yet: value * of_samples * of_channels.
+    """A branch's product in e4m3 that the samples' scales are not applied to yet.
 
     Attributes:
         value: (B, H, W, C), in the weights' dtype.
-        of_samples: float32 (B,).
-        of_channels: float32 (C,).
+        scale: float32 (B,).
     """
 
     value: Tensor
-    of_samples: Tensor
-    of_channels: Tensor
+    scale: Tensor
 
 
 class Stream(NamedTuple):
@@ -42,8 +40,7 @@ class Stream(NamedTuple):
         """Apply the pending operations: float32 (B, H, W, C)."""
         x = self.x
         if self.product is not None:
-            value, of_samples, of_channels = self.product
-            x = x + value * (of_samples[:, None, None, None] * of_channels)
+            x = x + self.product.value * self.product.scale[:, None, None, None]
         x = x if self.bias is None else x + self.bias
         if self.scale is None:
             return x

@@ -51,7 +51,7 @@ def _settled(x, bias, scale, shift, HAS_BIAS: tl.constexpr, HAS_AFFINE: tl.const
 
 @compiled.jit(do_not_specialize=["rows_per_sample"])
 def _norm(
-    x_ptr, bias_ptr, scale_ptr, shift_ptr, ahead_ptr, product_ptr, of_samples_ptr, of_channels_ptr, settled_ptr, normed_ptr,
+    x_ptr, bias_ptr, scale_ptr, shift_ptr, ahead_ptr, product_ptr, of_samples_ptr, settled_ptr, normed_ptr,
     rows_per_sample, C, affine_row,
     HAS_BIAS: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_AHEAD: tl.constexpr, HAS_PRODUCT: tl.constexpr,
     FACTOR: tl.constexpr, CB: tl.constexpr,
@@ -62,8 +62,7 @@ def _norm(
     x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0)
     if HAS_PRODUCT:
         product = tl.load(product_ptr + row * C + column, mask=inside, other=0.0).to(tl.float32)
-        of_channels = tl.load(of_channels_ptr + column, mask=inside, other=0.0)
-        x += product * (of_channels * tl.load(of_samples_ptr + row // rows_per_sample))
+        x += product * tl.load(of_samples_ptr + row // rows_per_sample)
     bias = x
     scale = x
     shift = x
@@ -96,7 +95,7 @@ def norm(
     settled = torch.empty_like(x) if changes else x
     normed = torch.empty_like(x, dtype=E4M3 if e4m3 else dtype)
     _norm[(batch * height * width,)](
-        x, bias, scale, shift, ahead, *(product or (None, None, None)), settled, normed,
+        x, bias, scale, shift, ahead, *(product or (None, None)), settled, normed,
         height * width, channels, 0 if scale is None else scale.stride(0),
         HAS_BIAS=bias is not None, HAS_AFFINE=scale is not None, HAS_AHEAD=ahead is not None,
         HAS_PRODUCT=product is not None, FACTOR=_norm_factor(channels) if e4m3 else 1.0,

@@ -164,9 +164,8 @@ class ResBlock(UsesKernels, nn.Module):
         """`forward` without a skip connection, with products in e4m3: see `networks.fp8`."""
         first, _, response, _, last = self.channelwise
         stream, normed = self.kernels.depthwise_norm(stream, self.depthwise, first.dtype, e4m3=True)
-        hidden, of_samples = self.kernels.gelu_response_e4m3(first(normed), response.gamma, response.beta)
-        added = Product(last.product(hidden), of_samples, last.weight_scale.view(-1))
-        return stream._replace(bias=last.bias, product=added)
+        hidden, scale = self.kernels.gelu_response_e4m3(first.multiply(normed), response.gamma, response.beta)
+        return stream._replace(bias=last.bias, product=Product(last.product(hidden), scale))
 
 
 class TimestepBlock(nn.Module):

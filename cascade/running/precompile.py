@@ -115,7 +115,7 @@ def _stream(channels: int, pending: bool, device: torch.device, dtype: torch.dty
     # Halves of one tensor, like the timestep mappers' results.
     scale, shift = torch.zeros(1, 2 * channels, device=device, dtype=torch.float32).chunk(2, dim=1)
     stream = Stream(x, torch.zeros(channels, device=device, dtype=dtype), scale, shift)
-    return stream._replace(product=Product(x.to(dtype), x.new_zeros(1), x.new_zeros(channels))) if product else stream
+    return stream._replace(product=Product(x.to(dtype), x.new_zeros(1))) if product else stream
 
 
 def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device: torch.device) -> Callable[[], object]:

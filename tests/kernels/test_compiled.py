@@ -153,8 +153,8 @@ def test_numbers_in_e4m3_are_rounded_by_one_instruction(
     with torch.device("meta"), torch.no_grad():
         convolution = torch.nn.Conv2d(64, 64, 3, groups=64, dtype=torch.bfloat16)
         x, value = torch.empty(1, 2, 4, 64), torch.empty(1, 2, 4, 64, dtype=torch.bfloat16)
-        of_channels, weight = torch.empty(64), torch.empty(1, 1, 1, 64, dtype=torch.bfloat16)
-        stream = Stream(x, product=Product(value, torch.empty(1), of_channels))
+        weight = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16)
+        stream = Stream(x, product=Product(value, torch.empty(1)))
         with pretended(architecture, set()):
             kernels.norm(stream, torch.bfloat16, e4m3=True)
             kernels.depthwise_norm(Stream(x), convolution, torch.bfloat16, e4m3=True)

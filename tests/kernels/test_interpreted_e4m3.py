@@ -38,7 +38,7 @@ def streams() -> list[Stream]:
     batch, *_, channels = SHAPE
     x, bias, value = torch.randn(SHAPE), torch.randn(channels), torch.randn(SHAPE)
     scale, shift = torch.randn(batch, 2 * channels).chunk(2, dim=1)
-    product = Product(1e5 * value, 1e-3 * torch.rand(batch), 1e-2 * torch.rand(channels))
+    product = Product(1e5 * value, 1e-5 * torch.rand(batch))
     return [
         Stream(x),
         Stream(x, bias, scale, shift),

@@ -38,7 +38,8 @@ def test_each_value_is_as_near_as_e4m3_allows(rows: int, width: int, seed: int) 
     assert weight.dtype == E4M3
     assert scale.dtype == torch.float32
     assert scale.shape == (rows, 1)
-    assert (weight.float().abs().amax(dim=1) == LARGEST).all()
+    assert len(scale.unique()) == 1
+    assert weight.float().abs().max() == LARGEST
     # Half of the last of 3 bits; below 2**-6 half of 2**-9.
     allowed = torch.maximum(original.abs() * 2**-4, scale * 2**-10) * 1.0001
     assert ((made.restored(torch.float32) - original).abs() <= allowed).all()
@@ -66,8 +67,7 @@ def test_what_is_not_finite_stays_so() -> None:
         original = matrix(2, 32)
         original[0, 3] = value
         made = fp8.quantise(original).restored(torch.float32)
-        assert not made[0].isfinite().all()
-        assert made[1].isfinite().all()
+        assert not made.isfinite().any()
     assert torch.equal(fp8.quantise(torch.zeros(2, 16)).restored(torch.float32), torch.zeros(2, 16))
 
 
@@ -78,9 +78,13 @@ def test_products(dtype: torch.dtype) -> None:
     bias = torch.randn(48).to(dtype)
     exact = x.double() @ made.weight.double().T
     tolerance = {"rtol": 1e-2 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-2}
-    torch.testing.assert_close(multiply(x, made.weight, dtype).double(), exact, **tolerance)
+    torch.testing.assert_close(multiply(x, *made, None, dtype).double(), exact * made.scale[0].double(), **tolerance)
     wanted = 0.5 * exact * made.scale.double().T + bias
-    torch.testing.assert_close(multiply_columns(x, *made, bias, dtype, 0.5).double(), wanted, **tolerance)
+    torch.testing.assert_close(multiply(x, *made, bias, dtype, 0.5).double(), wanted, **tolerance)
+    scale = torch.rand(48, 1)
+    wanted = 0.5 * exact * scale.double().T + bias
+    made = multiply_columns(x, made.weight, scale, bias, dtype, 0.5)
+    torch.testing.assert_close(made.double(), wanted, **tolerance)
 
 
 @given(
@@ -113,9 +117,9 @@ def test_responses_in_e4m3(height: int, width: int, channels: int, seed: int) ->
 def test_a_pending_product_is_added_with_its_scales() -> None:
     torch.manual_seed(0)
     x, value, bias = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8).bfloat16(), torch.randn(8).bfloat16()
-    of_samples, of_channels, scale, shift = torch.rand(2), torch.rand(8), torch.randn(2, 8), torch.randn(2, 8)
-    added = x.double() + value.double() * of_samples.view(2, 1, 1, 1) * of_channels + bias
-    stream = Stream(x, bias, product=Product(value, of_samples, of_channels))
+    of_samples, scale, shift = torch.rand(2), torch.randn(2, 8), torch.randn(2, 8)
+    added = x.double() + value.double() * of_samples.view(2, 1, 1, 1) + bias
+    stream = Stream(x, bias, product=Product(value, of_samples))
     torch.testing.assert_close(stream.settle().double(), added, rtol=1e-5, atol=1e-5)
     wanted = added * (1 + scale.view(2, 1, 1, 8)) + shift.view(2, 1, 1, 8)
     for one in (stream.modulate(scale, shift), Stream(stream.settle()).modulate(scale, shift)):

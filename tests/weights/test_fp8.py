@@ -1,19 +1,20 @@
 """Model folders in the precision fp8: the same numbers as weights that are rounded when they load, and what is loaded where."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cascade import Cascade, Request, kernels
 from cascade.kernels.e4m3 import E4M3
 from cascade.networks.eight_bits import NETWORKS
 from cascade.networks.precisions import forms_of, precision_in
-from cascade.weights import ModelFolder
+from cascade.weights import ModelFolder, WeightsError
 from scripts.save_weights import main
 from tests.components import equal, restored_from
 from tests.conftest import MINI
@@ -70,6 +71,19 @@ def test_what_is_stored(stored: Path, model_folder: Path, tmp_path: Path) -> Non
     ModelFolder.open(stored).verify()
     # Stored again, nothing changes.
     assert (store(stored, tmp_path / "again") / PRIOR).read_bytes() == (stored / PRIOR).read_bytes()
+
+
+def test_rows_must_have_one_scale(stored: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stored, tmp_path / "changed")
+    tensors = load_file(folder / PRIOR)
+    key = next(key for key, tensor in tensors.items() if tensor.dtype == E4M3)
+    tensors[f"{key}_scale"][-1] *= 2
+    save_file(tensors, folder / PRIOR)
+    for precision in ("full", "fp8"):
+        with pytest.raises(
+            WeightsError, match=rf"prior.*: {key}_scale differs from row to row; all rows must have one"
+        ):
+            ModelFolder.open(folder, check=False).load_component("prior", precision=precision)
 
 
 def test_one_stored_precision_becomes_another(model_folder: Path, stored: Path, tmp_path: Path) -> None:
