@@ -1,15 +1,13 @@
 """The whole of Stable Cascade: a `Request` becomes a plan, and then, by Stages C, B and A, pictures.
 
 Knows which stage follows which. How a stage works is in `stages`, what steers Stage C in `guides`, what a request leaves open
-in `plan`, and where weights are and what happens when memory is short in `running`.
+in `plan`, what prompts and images become in `encoding`, and where weights are and what happens when memory is short in `running`.
 """
 
 import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -19,13 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from cascade import sizes
-from cascade.guides.controlnets import ControlNets
+from cascade.encoding import Given, InputEncoder, Texts
 from cascade.guides.image_prompts import ImagePromptEncoder
-from cascade.guides.inpainting import latents_of, set_into
-from cascade.guides.ip_adapter import IPAdapterGuide
+from cascade.guides.inpainting import set_into
 from cascade.images.colours import to_rgb
-from cascade.images.tensors import fitted, to_image, to_pixels
-from cascade.limits import LIMITS, MOST_CHUNKS, InputError
+from cascade.images.tensors import to_image
+from cascade.limits import LIMITS, InputError
 from cascade.loading import load_parts
 from cascade.loras.merging import Loras
 from cascade.loras.selection import Selection
@@ -40,70 +37,20 @@ from cascade.networks.unet import StableCascadeUNet
 from cascade.plan import Plan, Planner, check_alike, check_request
 from cascade.progress import Count, Progress
 from cascade.prompts.embeddings import Embeddings
-from cascade.prompts.text import TextEmbeddings, joined, repeated
 from cascade.request import Request
 from cascade.running.cache import ResidentWeights
 from cascade.running.device import choose_device, current
 from cascade.running.runner import Job, Runner
 from cascade.sampling import Noise, Sampling, Step, finish
 from cascade.stages.decoder import SAMPLES, decoder_steps, tiles_together
-from cascade.stages.encoder import encode_pixels
 from cascade.stages.pixels import decode_pixels, most_bytes, tile_within
-from cascade.stages.prior import AdapterImage, Residuals, prior_steps
+from cascade.stages.prior import prior_steps
 from cascade.stages.text import TextEncoder
 from cascade.stages.tiles import Part
 from cascade.weights import CONTROLNETS, StageSettings
 from cascade.weights.base import BaseWeights
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Embeddings of prompts and negative prompts; of one row if they are the same for all pictures. No negatives without
-    guidance."""
-
-    prompt: TextEmbeddings
-    negative: TextEmbeddings | None
-
-    @property
-    def negative_pooled(self) -> Tensor | None:
-        return None if self.negative is None else self.negative.pooled
-
-
-@dataclass(eq=False)
-class Given:
-    """What the steps of a plan are given, computed once.
-
-    Attributes:
-        texts: one a request, each of one row and at its own length.
-        image_prompts: (1, N, D), times their strengths.
-        start: semantic latents, float32 (1, 16, h, w), of the start image.
-        free: bool (1, 1, h, w), the latents that are repainted; None: all.
-        residuals: what the ControlNets add.
-        adapter: what the images of the IP-Adapter add.
-    """
-
-    texts: list[Texts] = field(default_factory=list)
-    image_prompts: Tensor | None = None
-    start: Tensor | None = None
-    free: Tensor | None = None
-    residuals: list[Residuals] = field(default_factory=list)
-    adapter: list[AdapterImage] = field(default_factory=list)
-
-    def texts_of(self, places: Sequence[int]) -> Texts:
-        """Those of the requests at these places, one row each."""
-        if len(set(places)) == 1:
-            return self.texts[places[0]]
-        negatives = [self.texts[place].negative for place in places]
-        return Texts(
-            joined([self.texts[place].prompt for place in places]),
-            None if negatives[0] is None else joined(negatives),
-        )
-
-    def with_known(self, latents: Tensor) -> Tensor:
-        """Semantic latents, those of the start image where nothing is repainted."""
-        return latents if self.free is None else torch.where(self.free, latents, self.start)
 
 
 class Cascade:
@@ -186,8 +133,7 @@ class Cascade:
         self.runner = Runner(self.device, weights, max_batch)
         self._prior = self.runner.unet("prior", prior)
         self._decoder = self.runner.unet("decoder", decoder)
-        self._controlnets = ControlNets(controlnets, self._encode_image, self.runner)
-        self._ip_adapter = IPAdapterGuide(ip_adapter, image_prompts, prior, self.runner)
+        self._encoder = InputEncoder(text, image_prompts, effnet, controlnets, ip_adapter, prior, self.runner)
         adapted = {"prior": prior, "decoder": decoder, "text_encoder": text.encoder}
         self._loras = Loras(adapted, text.tokenizer.get_vocab, self.runner, base, loras)
 
@@ -322,7 +268,7 @@ class Cascade:
         self.planner.check_encoder()
         compression = LIMITS["compression"].check("compression", compression)
         with self.runner.at((image.height, image.width)):
-            return self.runner.with_room(lambda: self._encode_image(image, compression))
+            return self.runner.with_room(lambda: self._encoder.image(image, compression))
 
     def reconstruct(
         self, image: Image.Image, seed: int = 0, prompt: str = "", compression: float = sizes.SEMANTIC_PIXELS
@@ -344,7 +290,7 @@ class Cascade:
         self._loras.apply(self._loras.select(()))
 
         def pixels() -> Tensor:
-            texts = self._encode_text(plan.request, Words(), guided=plan.decoder.guidance > 1)
+            texts = self._encoder.text(plan.request, Words(), guided=plan.decoder.guidance > 1)
             latents = finish(self._decoder_steps(plan, semantic, texts, Noise([seed], self.device), at_once=SAMPLES))
             (made,) = self._pixels(semantic, latents)
             return made
@@ -372,9 +318,7 @@ class Cascade:
     def _steps(self, requests: tuple[Request, ...]) -> Iterator[Progress]:
         plan = self.planner.plan(requests)
         selection = self._loras.select(plan.loras)
-        self._check_prompts(requests, selection.words)
-        if plan.references:
-            self._ip_adapter.check(plan.request.ip_adapter_mode)
+        self._encoder.check(plan, selection.words)
         job = self.runner.job(plan.size)
         yield from job.iterate(self._with_loras(selection, self._work(plan, selection.words, job)))
 
@@ -393,9 +337,10 @@ class Cascade:
     def _work(self, plan: Plan, words: Words, job: Job) -> Generator[Progress, None, None]:
         """All of a plan: its inputs, once; then its pictures, in as many batches as memory demands."""
         pictures, given, count = len(plan.pictures), Given(), Count()
-        inputs = self._inputs(plan, words, given)
+        inputs = self._encoder.steps(plan, words, given)
 
         def left(pictures: int) -> int:
+            """How often the progress of so many pictures will be reported."""
             if plan.tiles is None:
                 return pictures + plan.steps * -(-pictures // job.at_once(pictures))
             groups = len(plan.tiles.groups(tiles_together(job.at_once(SAMPLES), plan.decoder_halves)))
@@ -424,39 +369,6 @@ class Cascade:
             name=lambda number: f"{number} {one}{'s' * (number > 1)}{rest} at a time",
             pieces=1 if plan.tiles is None else SAMPLES,
         )
-
-    def _inputs(self, plan: Plan, words: Words, given: Given) -> list[tuple[str, Callable[[], None]]]:
-        """What is encoded once a plan: its stage, see `Progress`, and a function that puts it into `given`."""
-        request = plan.request
-
-        def text(one: Request) -> None:
-            given.texts.append(self._encode_text(one, words, guided=plan.guided))
-
-        def image_prompts() -> None:
-            given.image_prompts = self._encode_image_prompts(request)
-
-        def references() -> None:
-            given.adapter = self._ip_adapter.encode(
-                plan.references, request.ip_adapter_mode, plan.size, request.compression
-            )
-
-        def start() -> None:
-            given.start = self._encode_image(fitted(request.image, *plan.size), request.compression)
-            if plan.mask is not None:
-                given.free = latents_of(plan.mask, plan.semantic_size).to(self.device)
-
-        def control(index: int) -> None:
-            residuals = self._controlnets.residuals(plan.controls[index], plan.size, plan.mask, request.compression)
-            given.residuals.append(residuals)
-
-        inputs = [("text", partial(text, one)) for one in plan.requests]
-        if request.image_prompts:
-            inputs.append(("input_images", image_prompts))
-        if plan.references:
-            inputs.append(("input_images", references))
-        if request.image is not None:
-            inputs.append(("input_images", start))
-        return [*inputs, *(("input_images", partial(control, index)) for index in range(len(plan.controls)))]
 
     def _batch(self, plan: Plan, given: Given, first: int, last: int, count: Count, at_once: int) -> Iterator[Progress]:
         """Make the pictures from `first` to before `last` together: noise, Stage C, Stage B, Stage A.
@@ -487,44 +399,6 @@ class Cascade:
             yield count.did("image", image=image)
 
     # ---- its parts ----
-
-    def _check_prompts(self, requests: Sequence[Request], words: Words) -> None:
-        """Make sure that there are the embeddings that prompts name. Encodes nothing."""
-        for place, request in enumerate(requests):
-            prefix = f"requests[{place}]." if len(requests) > 1 else ""
-            for name in ("prompt", "negative_prompt"):
-                prompt = words.spelled(getattr(request, name))
-                options = {"weighting": request.prompt_weighting, "words": words.vectors}
-                self.text.read(prompt, name=prefix + name, **options)
-
-    def _encode_text(self, request: Request, words: Words, *, guided: bool) -> Texts:
-        """Both prompts in one forward, each at its own length."""
-        prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
-        prompts = [words.spelled(prompt) for prompt in prompts]
-        run = partial(self.runner.run_for_any_size, "text_encoder")
-        texts = self.text.encode_each(
-            prompts,
-            run,
-            weighting=request.prompt_weighting,
-            weight_pooled=request.weight_pooled,
-            most_chunks=MOST_CHUNKS,
-            words=words.vectors,
-        )
-        if not guided:
-            return Texts(texts[0], None)
-        return Texts(*(repeated(*texts) if request.repeat_prompts else texts))
-
-    def _encode_image_prompts(self, request: Request) -> Tensor:
-        """The embeddings of the image prompts, (1, N, D), times their strengths."""
-        images = [to_rgb(image) for image in request.image_prompts]
-        embeddings = self.image_prompts.encode(images, partial(self.runner.run_for_any_size, "image_encoder"))
-        strengths = request.image_prompt_strengths or (1.0,) * len(images)
-        return embeddings.transpose(0, 1) * embeddings.new_tensor(strengths).view(1, -1, 1)
-
-    def _encode_image(self, image: Image.Image, compression: float) -> Tensor:
-        """The semantic latents, float32 (1, 16, h, w), of a picture."""
-        run = partial(self.runner.run, "effnet", self.effnet)
-        return encode_pixels(run, to_pixels(image, self.device), compression)
 
     def _prior_steps(self, plan: Plan, given: Given, texts: Texts, noise: Noise) -> Iterator[Step]:
         return prior_steps(

@@ -25,7 +25,8 @@ from urllib.parse import urlsplit
 import yaml
 
 from scripts.environment import ROOT
-from scripts.openapi import SchemaError, add_training, make_schema
+from scripts.openapi import add_training, make_schema
+from scripts.signatures import SchemaError
 
 SCHEMA = ROOT / ".cog" / "openapi_schema.json"
 COG_FOLDERS = Path("/tmp/coglet/predictions")

@@ -11,7 +11,8 @@ import pytest
 from cog import Path as CogPath
 
 from predict import Predictor
-from scripts.openapi import SchemaError, add_training, make_schema
+from scripts.openapi import add_training, make_schema
+from scripts.signatures import SchemaError
 from train import train
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from scripts import server
-from scripts.openapi import SchemaError, add_training, make_schema
+from scripts.openapi import add_training, make_schema
+from scripts.signatures import SchemaError
 from tests.http.serving import free_port
 
 SOURCE = "class Predictor:\n    def run(self, x: int = {}) -> str: ...\n"

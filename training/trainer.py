@@ -73,11 +73,12 @@ class Trainer:
         if not compiled and options.compile:
             logger.info("%s: not compiled, because there is no GPU.", folder.name)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        set_seed(options.seed)
         self.progress = Progress()
         form = ShardedWeights if options.sharded else ReplicatedWeights
         self.weights = form(task, options, folder, self.progress, compiled=compiled)
         self.accelerator = self.weights.accelerator
+        # Processes differ, or dropout would have the same masks in all.
+        set_seed((options.seed + self.accelerator.process_index) % 2**32)
         self.batch_size = options.batch_of_one(self.accelerator.num_processes)
         with writing(folder):
             self.accelerator.init_trackers(folder.name)

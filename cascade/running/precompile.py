@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from cascade.kernels import origin
 from cascade.kernels.parallel import in_threads
@@ -24,31 +25,36 @@ from cascade.running.device import current
 
 logger = logging.getLogger(__name__)
 SIDE = 8  # height and width of the blocks' inputs
-PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten._addmm_activation}
-PRODUCT_IN_8_BITS = torch.ops.aten._scaled_mm
+PRODUCTS = (F.linear, torch.addmm, torch._addmm_activation)
 
 
-class WithoutProducts(TorchDispatchMode):
+class WithoutProducts(TorchFunctionMode):
     """A context, of one thread, in which matrix products compute nothing: their results have no values.
 
     torch keeps a workspace for each thread that has called cuBLAS, as long as the process lives: 32 MiB on an H100, 8 on other
-    GPUs. Sixteen threads would keep half a GiB, to multiply what nobody reads. To free the workspaces afterwards would also free
-    those that the captured graphs of another model in this process use.
+    GPUs. Sixteen threads would keep half a GiB, to multiply what nobody reads. Not a `TorchDispatchMode`, because several of
+    those in threads change flags of the whole process.
     """
 
-    def __torch_dispatch__(
-        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if function.overloadpacket == PRODUCT_IN_8_BITS:  # of e4m3: its result has a dtype of its own
-            given = {**dict(zip((one.name for one in function._schema.arguments), args, strict=False)), **kwargs}
-            return args[0].new_empty(len(args[0]), args[1].shape[1], dtype=given["out_dtype"])
-        if function.overloadpacket not in PRODUCTS:
+        if function is torch._scaled_mm:
+            return args[0].new_empty(len(args[0]), args[1].shape[1], dtype=kwargs["out_dtype"])
+        if function not in PRODUCTS:
             return function(*args, **kwargs)
         if "out" in kwargs:
             return kwargs["out"]
-        first, second = args[-2:]
-        return first.new_empty(*first.shape[:-1], second.shape[-1])
+        if function is F.linear:
+            x, weight = args[:2]
+            return x.new_empty(*x.shape[:-1], weight.shape[0])
+        _, first, second = args[:3]
+        return first.new_empty(first.shape[0], second.shape[1])
 
 
 def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:

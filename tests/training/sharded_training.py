@@ -179,6 +179,7 @@ def main(folder: Path, runs: list[str]) -> None:
                     trainer.step()
                 counts.append(reductions.seen)
             (folder / f"counts-{dist.get_rank()}.json").write_text(json.dumps(counts))
+            (folder / f"draw-{dist.get_rank()}.json").write_text(json.dumps(torch.rand(1).item()))
             continue
         if dist.get_rank() == 0:
             torch.save(made, folder / f"{run}.pt")

@@ -112,6 +112,12 @@ def test_gradients_are_reduced_once_a_step(folder: Path) -> None:
         assert three == one
 
 
+def test_processes_draw_different_numbers(folder: Path) -> None:
+    """Otherwise dropout would have the same masks in all of them."""
+    first, second = (json.loads((folder / f"draw-{process}.json").read_text()) for process in range(2))
+    assert first != second
+
+
 def test_sharded_networks_compute_in_bfloat16_like_others(folder: Path) -> None:
     found = made(folder, "lower")
     torch.testing.assert_close(found["made"], found["expected"], rtol=0, atol=0)

@@ -7,8 +7,9 @@
 - `files`: safetensors files, PEFT's folders, archives; `parts`: what keys consist of; `layers`: how programs spell the
   networks' layers; `peft`, `authors`: what stands beside the tensors; `formats`: which program's a file is.
 - `algorithms`: what each kind of adapter adds to a weight; `changes`: that, bound to a file's tensors.
-- `placing`: all of it comes together; `words`: learned words. `foreign` and `whole`: which other model a file is for, and
-  which networks it holds whole, where it is refused.
+- `placing`: all of it comes together; `fitting`: what the tensors of one layer change; `words`: learned words.
+- `refusal`: why an adapter does not fit. `foreign` and `whole`: which other model a file is for, and which networks it holds
+  whole.
 
 Knows no network: names and shapes of tensors are enough.
 """

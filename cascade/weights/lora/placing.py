@@ -2,28 +2,23 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cascade.weights.errors import WeightsError, shortened
-from cascade.weights.lora import algorithms, authors, foreign
+from cascade.weights.lora import algorithms, authors
 from cascade.weights.lora.adapter import OUTPUTS, VECTORS, Adapter, Group
-from cascade.weights.lora.changes import KINDS, Change, Kind, change_of
+from cascade.weights.lora.changes import KINDS, Change
+from cascade.weights.lora.fitting import Changes, fitting, of_weights
 from cascade.weights.lora.layers import Layers, Shapes
-from cascade.weights.lora.whole import clause, whole_networks
+from cascade.weights.lora.refusal import refusal
 from cascade.weights.lora.words import TABLE, Word, listed
 
 logger = logging.getLogger(__name__)
 
 # Networks that adapters change, in the order in which they are tried, and their names in messages.
 NETWORKS = {"prior": "Stage C (prior)", "decoder": "Stage B (decoder)", "text_encoder": "the text encoder"}
-# The published Stage C of each width.
-SIZES = {2048: "the full one", 1536: "the lite one"}
-WIDTH = "down_blocks.0.0.depthwise.weight"
-
-Changes = dict[str, list[Change]]
 
 
 def _of_all_channels(group: Group, shape: Sequence[int] | None) -> bool:
@@ -100,7 +95,7 @@ def place(adapter: Adapter, networks: Mapping[str, Shapes], vocabulary: Mapping[
     found.unplaced += adapter.unread
     placed = found.result(words)
     if found.unplaced or not (placed.changes or placed.words):
-        raise _misfit(found, networks)
+        raise refusal(adapter, known.get("prior"), found.unplaced, len(placed.ignored))
     for reason, keys in found.ignored.items():
         logger.warning("%s: %d tensors %s, are left out: %s ...", adapter.path, len(keys), reason, keys[0])
     return placed
@@ -134,7 +129,7 @@ class _Finding:
         """A group's changes of a network, and which of its tensors are used; None if it does not fit."""
         key = id(group), network
         if key not in self._fits:
-            self._fits[key] = _fitting(group, self.known[network])
+            self._fits[key] = fitting(group, self.known[network])
         return self._fits[key]
 
     def candidates(self, group: Group) -> list[str]:
@@ -147,9 +142,9 @@ class _Finding:
     def add(self, group: Group) -> None:
         candidates = self.candidates(group)
         for network in candidates:
-            fitting = self._fitting(group, network)
-            if fitting is not None:
-                changes, used = fitting
+            fits = self._fitting(group, network)
+            if fits is not None:
+                changes, used = fits
                 for name, several in changes.items():
                     self.changes.setdefault(network, {}).setdefault(name, []).extend(several)
                 self.unplaced += [key for name, key in group.keys.items() if name not in used]
@@ -170,87 +165,6 @@ class _Finding:
         return Placed(self.adapter, changes, words, ignored)
 
 
-def _fitting(group: Group, network: Layers) -> tuple[Changes, set[str]] | None:
-    layers = network.layer(group.place.layer)
-    if not layers:
-        tensor = network.tensor(group.place.layer)
-        return None if tensor is None else _of_tensor(group, tensor, network)
-    found: Changes = {}
-    used: set[str] = set()
-    kind = next(((kind, names) for kind in KINDS if (names := kind.names(group.tensors)) is not None), None)
-    if kind is not None:
-        weights = [f"{layer}.weight" for layer in layers]
-        changes = _of_weights(kind[0], {name: group.tensors[name] for name in kind[1]}, group.scale, len(layers))
-        if changes is None:
-            return None
-        for name, change in zip(weights, changes, strict=True):
-            if not change.fits(network.shapes[name]):
-                return None
-            found.setdefault(name, []).append(change)
-        used |= kind[1]
-    for name, several in _of_biases(group, layers, found).items():
-        if name in network.shapes and all(change.fits(network.shapes[name]) for _, change in several):
-            found.setdefault(name, []).extend(change for _, change in several)
-            used |= {part for part, _ in several}
-    return (found, used) if found else None
-
-
-def _of_tensor(group: Group, name: str, network: Layers) -> tuple[Changes, set[str]] | None:
-    """ComfyUI's changes of whole tensors, such as biases, by their own names."""
-    for kind in KINDS:
-        names = kind.names(group.tensors)
-        if names is not None and kind.function in (algorithms.difference, algorithms.replacement):
-            changes = _of_weights(kind, {one: group.tensors[one] for one in names}, None, 1)
-            return ({name: changes}, names) if changes and changes[0].fits(network.shapes[name]) else None
-    return None
-
-
-# Tensors with one row per output. They are split where q, k and v are one weight.
-BY_OUTPUTS = ("up", "diff", "set")
-
-
-def _of_weights(kind: Kind, tensors: Mapping[str, Tensor], scale: float | None, parts: int) -> list[Change] | None:
-    """The change of a weight, or of each of the parts, q, k and v, that lie in it one below the other; None if the tensors
-    cannot be such."""
-    try:
-        change = change_of(kind, tensors, scale)
-    except (ValueError, RuntimeError, TypeError, ZeroDivisionError):  # alpha is not a number, or the rank is 0
-        return None
-    if parts == 1:
-        return [change]
-    stacked = [change.tensors[name] for name in BY_OUTPUTS if name in change.tensors]
-    if change.magnitude is not None or any(one.ndim == 0 or len(one) % parts for one in stacked):
-        return None
-    pieces: list[dict[str, Tensor]] = [dict(change.tensors) for _ in range(parts)]
-    for name in BY_OUTPUTS:
-        if name in change.tensors:
-            for piece, part in zip(pieces, change.tensors[name].chunk(parts), strict=True):
-                piece[name] = part
-    return [replace(change, tensors=piece) for piece in pieces]
-
-
-def _of_biases(group: Group, layers: Sequence[str], weights: Changes) -> dict[str, list[tuple[str, Change]]]:
-    """The changes of biases, each with the name of the part that it comes from."""
-    found: dict[str, list[tuple[str, Change]]] = {}
-
-    def add(part: str, function: Callable[..., Tensor], name: str, scale: float = 1.0) -> None:
-        pieces = group.tensors[part].chunk(len(layers)) if group.tensors[part].ndim else ()
-        for layer, piece in zip(layers, pieces, strict=False):
-            found.setdefault(f"{layer}.bias", []).append((part, Change(function, {name: piece}, scale)))
-
-    if "bias_diff" in group.tensors:
-        add("bias_diff", algorithms.difference, "diff")
-    if "bias_set" in group.tensors:
-        add("bias_set", algorithms.replacement, "set")
-    if "up_bias" in group.tensors:
-        scales = [change.scale for several in weights.values() for change in several]
-        add("up_bias", algorithms.difference, "diff", scales[0] if scales else 1.0)
-    # PEFT's factors of outputs act on the bias, too.
-    if "ia3_l" in group.tensors and group.scale:
-        add("ia3_l", algorithms.ia3_factors, "ia3_l")
-    return found
-
-
 def _place_numbered(adapter: Adapter, networks: Mapping[str, Shapes], found: _Finding) -> None:
     """The authors' weights, by their numbers."""
     filters = authors.USUAL if adapter.settings is None else adapter.settings.module_filters
@@ -267,7 +181,7 @@ def _place_numbered(adapter: Adapter, networks: Mapping[str, Shapes], found: _Fi
     (lora,) = (kind for kind in KINDS if kind.function is algorithms.lora)
     for i, one in enumerate(chosen):
         pair = adapter.numbered[i]
-        changes = _of_weights(lora, pair, 1 / len(pair["down"]), len(one.layers)) or []
+        changes = of_weights(lora, pair, 1 / len(pair["down"]), len(one.layers)) or []
         for layer, change in zip(one.layers, changes, strict=True):
             found.changes.setdefault("prior", {}).setdefault(f"{layer}.weight", []).append(change)
 
@@ -340,66 +254,3 @@ def _place_rows(
         begins = () if begins_from is None else tuple(authors.rows_of(begins_from, vocabulary, where))
         words.append(Word(name, vectors[indices == index].float().sum(0, keepdim=True), begins))
     return words
-
-
-def _misfit(found: _Finding, networks: Mapping[str, Shapes]) -> WeightsError:
-    """The error for an adapter that does not fit."""
-    adapter = found.adapter
-    if foreign.model(adapter.shapes) is None and (whole := whole_networks(adapter.shapes)):
-        return WeightsError(f"{_shown(adapter)} {clause(whole)}.")
-    total = len(adapter.shapes)
-    ignored = sum(len(keys) for keys in found.ignored.values())
-    first = shortened(found.unplaced[0], 100) if found.unplaced else None
-    count = f"{total - ignored - len(found.unplaced)} of {total} tensors have a place"
-    but = f", the first without is {first}" if first else ""
-    return WeightsError(f"{_shown(adapter)} {_why(found, networks)}: {count}{but}.")
-
-
-def _shown(adapter: Adapter) -> str:
-    return f"{shortened(adapter.path, 100)} ({adapter.format})"
-
-
-def _why(found: _Finding, networks: Mapping[str, Shapes]) -> str:
-    adapter = found.adapter
-    model = foreign.model(adapter.shapes)
-    if model is not None:
-        return f"is for {model}, not for Stable Cascade"
-    width = _width(adapter, found.known)
-    if width is not None and "prior" in networks and WIDTH in networks["prior"]:
-        ours = networks["prior"][WIDTH][0]
-        theirs = f"{width}, {SIZES[width]}" if width in SIZES else f"{width}"
-        return f"is for a Stage C of the width {theirs}; this model's has {ours}"
-    if adapter.numbered and any(key.startswith("weights.") for key in found.unplaced):
-        if adapter.settings is None:
-            return (
-                "does not say which layers it is of, and its shapes are not those of .attn; give module_filters in a JSON file "
-                "of its name beside it"
-            )
-        filters = shortened(", ".join(adapter.settings.module_filters), 60)
-        return f"has other shapes than the layers that module_filters ({filters}) choose in this Stage C"
-    if adapter.rows is not None and authors.VECTORS in found.unplaced:
-        names = "train_tokens in a JSON file beside it" if adapter.settings is None else "its train_tokens"
-        return f"has learned words that do not fit this model's vocabulary, or {names}"
-    if not found.unplaced:
-        return "holds nothing that changes this model"
-    return "does not fit this model"
-
-
-def _width(adapter: Adapter, known: Mapping[str, Layers]) -> int | None:
-    """The width of the Stage C that an adapter is for, if it differs from this model's."""
-    prior = known.get("prior")
-    if prior is None or WIDTH not in prior.shapes:
-        return None
-    ours = prior.shapes[WIDTH][0]
-    widths = set()
-    for group in adapter.groups:
-        down = group.tensors.get("down")
-        # All sizes have the first attention block of the finest level, and its inputs are as wide as the level.
-        is_query = any(
-            layer.startswith("down_blocks.0.") and layer.endswith("to_q") for layer in prior.layer(group.place.layer)
-        )
-        if is_query and down is not None and down.ndim == 2:
-            widths.add(down.shape[1])
-    if adapter.settings is None:
-        widths |= authors.attention_widths(adapter.numbered)
-    return widths.pop() if len(widths) == 1 and ours not in widths else None
