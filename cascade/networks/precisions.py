@@ -21,13 +21,15 @@ IN_8_BITS = ("int8", "fp8")
 
 
 class Form(NamedTuple):
-    """A form of weights in 8 bits: how a matrix is rounded to it, and the layer that has such a weight."""
+    """A form of weights in 8 bits: how a matrix is rounded to it, the layer that has such a weight, and whether all of a
+    matrix's scales are equal."""
 
     quantise: Callable[[Tensor], EightBits]
     layer: type[EightBitLinear]
+    has_one_scale: bool
 
 
-FORMS = {torch.int8: Form(eight_bits.quantise, EightBitLinear), E4M3: Form(fp8.quantise, Fp8Linear)}
+FORMS = {torch.int8: Form(eight_bits.quantise, EightBitLinear, False), E4M3: Form(fp8.quantise, Fp8Linear, True)}
 # The form of each weight in 8 bits, by its published name.
 Forms = Mapping[str, torch.dtype]
 

@@ -34,7 +34,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.kernels.e4m3 import E4M3
 from cascade.networks.controlnet import KINDS
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.eight_bits import scale_of
@@ -333,7 +332,7 @@ def check_eight_bits(weights: Path, tensors: Mapping[str, Tensor]) -> None:
         if tuple(scale.shape) != wanted:
             raise WeightsError(f"{weights}: {scale_of(name)} has the shape {tuple(scale.shape)} instead of {wanted}.")
         bits = scale.view(torch.int32 if scale.itemsize == 4 else torch.int16)
-        if tensor.dtype == E4M3 and (bits != bits[:1]).any():
+        if FORMS[tensor.dtype].has_one_scale and (bits != bits[:1]).any():
             raise WeightsError(f"{weights}: {scale_of(name)} differs from row to row; all rows must have one scale.")
 
 

@@ -224,8 +224,8 @@ def test_graphs_change_nothing() -> None:
 
 
 @torch.no_grad()
-def test_bfloat16_launches_what_it_did() -> None:
-    """And e4m3 launches no more: no pass of its own rounds or scales activations."""
+def test_no_pass_of_its_own_rounds_or_scales_activations() -> None:
+    """torch's own kernels, other than products, are as many as in bfloat16."""
     counts = {}
     for precision in ("full", "fp8"):
         network: StableCascadeUNet = make(STAGE_C).to(CUDA, torch.bfloat16)
@@ -239,10 +239,8 @@ def test_bfloat16_launches_what_it_did() -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             network(sample, time, conditions)
             torch.cuda.synchronize()
-        counts[precision] = sum(
-            event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA
-        )
-    assert counts["fp8"] <= counts["full"]
+        counts[precision] = sum(event.count for event in profile.key_averages() if "at::native" in event.key)
+    assert 0 < counts["fp8"] <= counts["full"]
 
 
 @pytest.mark.parametrize("memory", ["resident", "offload", "stream"])

@@ -44,6 +44,24 @@ def test_what_is_chosen(
     assert reason in choice.reason
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "said"),
+    [
+        ("cpu", torch.bfloat16, (9, 0), "the kernels need a CUDA GPU, and the device is cpu"),
+        ("cuda:0", torch.float16, (9, 0), "products in 8 bits need bfloat16, and the dtype is float16"),
+        ("cuda:0", torch.bfloat16, (8, 6), "products in 8 bits need compute capability 8.9, and the GPU has 8.6"),
+        ("cuda:0", torch.bfloat16, (8, 9), None),
+        ("cuda:0", torch.bfloat16, (9, 0), None),
+    ],
+)
+def test_what_multiplies_in_e4m3(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, capability: tuple[int, int], said: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert kernels.lacks_e4m3(torch.device(device), dtype) == said
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 

@@ -3,21 +3,24 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cascade import Cascade, Request, kernels
+from cascade import Cascade, Control, Request, kernels
 from cascade.kernels.e4m3 import E4M3
 from cascade.networks.eight_bits import NETWORKS
 from cascade.networks.precisions import forms_of, precision_in
 from cascade.weights import ModelFolder, WeightsError
 from scripts.save_weights import main
-from tests.components import equal, restored_from
+from tests.components import components_in_eight_bits, equal, restored_from
 from tests.conftest import MINI
+from tests.tiny import make_cascade
 
 SMALL = {"width": 64, "height": 64, "steps_prior": 2, "steps_decoder": 1}
 PRIOR = "prior/diffusion_pytorch_model.safetensors"
@@ -131,6 +134,17 @@ def test_pictures_do_not_depend_on_what_is_stored(model_folder: Path, stored: Pa
     ]
     assert np.array_equal(made[0], made[1])
     assert 0 < np.abs(made[0] - made[2]).mean() < 30
+
+
+def test_every_guide_works(components: dict[str, Any]) -> None:
+    """With ControlNets, whose residuals are added to the stream, and an IP-Adapter, which adds to the attention."""
+    image = Image.effect_noise((64, 64), 64).convert("RGB")
+    request = Request("a b", controls=(Control("canny", image),), ip_adapter_images=(image,), image=image, **SMALL)
+    made = [
+        np.asarray(make_cascade(one).generate(request)[0], np.int16)
+        for one in (components, components_in_eight_bits(components, "fp8"))
+    ]
+    assert 0 < np.abs(made[0] - made[1]).mean() < 30
 
 
 @pytest.mark.slow
