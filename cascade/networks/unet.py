@@ -156,9 +156,9 @@ class ResBlock(UsesKernels, nn.Module):
 
     def _multiplies_in_e4m3(self) -> bool:
         """Whether both layers of the MLP can do that, and nothing between them must be called."""
-        first, _, _, dropout, last = self.channelwise
-        between = (self.channelwise, *self.channelwise[1:4])
-        return multiplies(first, last) and not dropout.training and not any(map(is_hooked, between))
+        first, _, response, dropout, last = self.channelwise
+        ordinary = type(response) is GeluResponse and type(dropout) is nn.Dropout and not dropout.training
+        return ordinary and multiplies(first, last) and not is_hooked(response) and not is_hooked(dropout)
 
     def _in_e4m3(self, stream: Stream) -> Stream:
         """`forward` without a skip connection, with products in e4m3: see `networks.fp8`."""
