@@ -108,7 +108,8 @@ def operations(
     copies = copies or min(max(-(-ROTATED // (8 * width**2)), 4), 64)
     first, last = weights(width, 4 * width, copies, device), weights(4 * width, width, copies, device)
     to_qkv, to_out = weights(width, 3 * width, copies, device), weights(width, width, copies, device)
-    gamma, beta = torch.randn(2, 1, 1, 1, 4 * width, device=device).to(dtype)
+    # The response norm in bfloat16 works in place, again and again: with other values, its results would become infinite.
+    gamma, beta = (size * torch.randn(1, 1, 1, 4 * width, device=device).to(dtype) for size in (0.0, 0.01))
     qkv = torch.randn(samples, level.side**2, 3 * width, device=device).to(dtype).chunk(3, dim=-1)
     key, value = (
         one.unflatten(-1, (level.heads, -1)).transpose(1, 2)
