@@ -86,10 +86,11 @@ def load_parts(
     # weight cache needs all networks.
     first = KERNELS if resident else names
     rest = [name for name in names if name not in first]
-    for name in first:
-        load(name)
-    weights = ResidentWeights(device) if resident else WeightCache(waiting, device, mode)
     with ThreadPoolExecutor(1, "kernels") as thread:
+        thread.submit(kernels.choose, device, dtype)  # imports Triton, while weights are read
+        for name in first:
+            load(name)
+        weights = ResidentWeights(device) if resident else WeightCache(waiting, device, mode)
         prepared = thread.submit(precompile, [parts["prior"], parts["decoder"]], parts["vqgan"])
         for name in rest:
             load(name)

@@ -118,7 +118,6 @@ class Cascade:
         self.stage_a_scale = stage_a_scale
         self.start_shift = start_shift
         self.max_batch = max_batch
-        # Asking a network takes 6 ms: diffusers looks through all its layers.
         self.device = prior.device
         self.planner = self.planner_class(
             defaults=defaults,

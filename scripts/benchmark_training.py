@@ -4,23 +4,29 @@
     python -m torch.distributed.run --standalone --nproc_per_node 4 -m scripts.benchmark_training resume --folder /scratch
 
 The configuration is training/published.toml; weights and encoded pictures are random, on which time and memory do not depend.
-`speed` times optimizer steps. `resume` writes a checkpoint, which takes 58 GB in FOLDER while it runs, and compares losses and
-weights after further steps; it computes deterministically. Prints JSON, a line a measurement.
+`speed` measures the rate of matrix products of each GPU, and times optimizer steps. `resume` writes a checkpoint, which takes
+58 GB in FOLDER while it runs, and compares losses and weights after further steps; it computes deterministically.
+
+Each measurement is printed at once as a line of JSON. All together are in the file `--output`, which is complete after each of
+them, so that a run that is stopped leaves what it has measured.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -35,9 +41,11 @@ from cascade.sizes import semantic_size
 from scripts.benchmarking import matmul_rate
 from scripts.environment import ROOT
 from scripts.stand_ins import DEVIATION
+from training.command import AtLeastOne
 from training.encoded.recipe import Recipe, read_recipe
 from training.encoded.run import new_prior
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
+from training.files import whole_file
 from training.run import start_processes
 from training.tasks.encoded_stage_c import EncodedStageCTask
 from training.trainer import Trainer
@@ -49,12 +57,58 @@ PICTURES = 64
 # not to what it is worth.
 FORWARDS = 3
 GIB = 2**30
+# Bytes of a parameter in a checkpoint: the weight, its average, and AdamW's two moments, in float32.
+BYTES = 16
 
 
-def report(state: PartialState, **found: Any) -> None:
-    """Prints a measurement, by the first process."""
-    if state.is_main_process:
-        print(json.dumps(found), flush=True)
+class Report:
+    """What was measured so far: printed line by line, and kept in a JSON file, by the first process.
+
+    Args:
+        file: the JSON file.
+        state: of the processes.
+    """
+
+    def __init__(self, file: Path, state: PartialState) -> None:
+        self.file, self.state = file, state
+        self.found: dict[str, Any] = {}
+
+    def line(self, part: str, **found: Any) -> None:
+        """Prints a measurement."""
+        if self.state.is_main_process:
+            print(json.dumps({"part": part, **found}), flush=True)
+
+    def keep(self, **found: Any) -> None:
+        """Adds measurements to the file, or replaces them."""
+        self.found |= found
+        if self.state.is_main_process:
+            with whole_file(self.file) as part:
+                part.write_text(json.dumps(self.found, indent=1) + "\n")
+
+
+def gathered(value: Any) -> list[Any]:
+    """A value of each process."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def measure_gpus(report: Report, device: torch.device) -> float | None:
+    """The rate of matrix products of each GPU, all at the same time, in 10**12 operations a second. Returns the mean; None on a
+    CPU."""
+    rates = gathered(matmul_rate() if device.type == "cuda" else None)
+    gpus = [
+        {"gpu": rank, "name": name, "matmul_rate": rate}
+        for rank, (name, rate) in enumerate(zip(gathered(name_of(device)), rates, strict=True))
+    ]
+    for one in gpus:
+        report.line("gpu", **one)
+    report.keep(torch=torch.__version__, gpus=gpus)
+    return None if None in rates else statistics.mean(rates)
 
 
 def forward_work(recipe: Recipe, side: int) -> float:
@@ -108,73 +162,75 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def timed_steps(trainer: Trainer, count: int) -> list[float]:
-    """Seconds of each optimizer step, of the slowest process."""
-    seconds = []
-    for _ in range(count):
-        synchronise(trainer.device)
-        dist.barrier()
-        start = time.perf_counter()
-        trainer.step()
-        synchronise(trainer.device)
-        longest = torch.tensor(time.perf_counter() - start, device=trainer.device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        seconds.append(longest.item())
-    return seconds
+def timed_step(trainer: Trainer) -> tuple[float, float]:
+    """One optimizer step: its seconds, of the slowest process, and its loss, of this one."""
+    synchronise(trainer.device)
+    trainer.accelerator.wait_for_everyone()
+    start = time.perf_counter()
+    loss = trainer.step()["loss"]
+    synchronise(trainer.device)
+    seconds = max(gathered(time.perf_counter() - start))
+    return seconds, loss.item()
 
 
-def measure_speed(state: PartialState, trainer: Trainer, recipe: Recipe, steps: int, work: float) -> None:
-    """Times steps; reports samples a second, the rate of the work, and its share of the rate of matrix products."""
-    options, cuda = recipe.options, trainer.device.type == "cuda"
-    first = timed_steps(trainer, 1)
-    timed_steps(trainer, WARM_UP - 1)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = timed_steps(trainer, steps)
-    samples = options.samples(state.num_processes)
-    rate = samples / statistics.median(seconds)
-    each = FORWARDS * work * rate / state.num_processes
-    found = {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "processes": state.num_processes,
-        "batch_size": options.batch_size,
-        "accumulate": options.accumulate,
-        "recompute": recipe.task.get("recompute", 1.0),
-        "compile": options.compile,
-        "first_step": first[0],
-        "seconds": [round(one, 4) for one in seconds],
-        "samples_a_second": rate,
-        "tflops_a_sample": FORWARDS * work,
-        "tflops_a_second_each": each,
-    }
-    if cuda:
-        found["matmul_rate"] = best = matmul_rate()
-        found["share"] = each / best
-        peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
-        peak = torch.tensor(peaks, dtype=torch.float64, device=trainer.device)
-        dist.all_reduce(peak, dist.ReduceOp.MAX)
-        found["peak_gib"], found["reserved_gib"] = (peak / GIB).tolist()
-    report(state, part="speed", **found)
+def memory(device: torch.device) -> list[dict[str, float]]:
+    """The most memory that each GPU has used, and that it has reserved, in GiB; nothing on a CPU."""
+    if device.type != "cuda":
+        return []
+    peaks = (torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB)
+    return [{"gpu": rank, "peak_gib": one, "reserved_gib": two} for rank, (one, two) in enumerate(gathered(peaks))]
 
 
-def profile(state: PartialState, trainer: Trainer, rows: int) -> None:
+def measure_speed(report: Report, trainer: Trainer, recipe: Recipe, steps: int, side: int, rate: float | None) -> None:
+    """Times steps; keeps, after each, samples a second, the rate of the work, its share of the rate of matrix products, and
+    memory.
+
+    Args:
+        side: of the pictures in pixels.
+        rate: of matrix products, of one GPU, in 10**12 operations a second; None: not measured.
+    """
+    processes = trainer.accelerator.num_processes
+    samples = recipe.options.samples(processes)
+    work = FORWARDS * forward_work(recipe, side)
+    report.keep(samples_a_step=samples, tflops_a_sample=work, warm_up=[], seconds=[])
+    for number in range(1, WARM_UP + steps + 1):
+        seconds, loss = timed_step(trainer)
+        kind = "warm_up" if number <= WARM_UP else "seconds"
+        report.found[kind].append(seconds)
+        report.line("step", step=number, kind=kind, seconds=seconds, samples_a_second=samples / seconds, loss=loss)
+        if number <= WARM_UP:
+            report.keep(memory_in_warm_up=memory(trainer.device))
+            if number == WARM_UP and trainer.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            continue
+        a_second = samples / statistics.median(report.found["seconds"])
+        each = work * a_second / processes
+        report.keep(
+            samples_a_second=a_second,
+            tflops_a_second_each=each,
+            share=each / rate if rate else None,
+            memory=memory(trainer.device),
+        )
+    report.line("speed", **{name: report.found[name] for name in ("samples_a_second", "share", "memory")})
+
+
+def profile(report: Report, trainer: Trainer, rows: int) -> None:
     """Prints the GPU's time by kernel in one step, of the first process."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as profiler:
-        timed_steps(trainer, 1)
-    if state.is_main_process:
-        print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=90))
+        timed_step(trainer)
+    if report.state.is_main_process:
+        table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=rows, max_name_column_width=90)
+        print(table, flush=True)
 
 
 def digest(trainer: Trainer) -> str:
     """A hash of all weights, their averages and the optimizer's state, of all processes."""
     own = hashlib.sha256()
     moments = [value for one in trainer.weights.trained for value in trainer.weights.optimizer.state[one].values()]
-    for value in (*local(trainer.weights.trained), *trainer.weights.ema.shadow_params, *local(moments)):
+    for value in (*trainer.weights.own(), *trainer.weights.ema.shadow_params, *local(moments)):
         own.update(_bytes(value))
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own.hexdigest())
-    return hashlib.sha256("".join(found).encode()).hexdigest()
+    return hashlib.sha256("".join(gathered(own.hexdigest())).encode()).hexdigest()
 
 
 def _bytes(value: Tensor) -> bytes:
@@ -191,35 +247,44 @@ def _bytes(value: Tensor) -> bytes:
     return torch.stack(sums).cpu().numpy().tobytes()
 
 
-def further(trainer: Trainer, steps: int) -> dict[str, Any]:
+def further(report: Report, trainer: Trainer, steps: int) -> dict[str, Any]:
     """Trains further steps; the loss of each, of the first process, and the digest at the end."""
-    losses = [trainer.step()["loss"].item() for _ in range(steps)]
+    losses = []
+    for _ in range(steps):
+        seconds, loss = timed_step(trainer)
+        losses.append(loss)
+        report.line("step", step=trainer.progress.step, seconds=seconds, loss=loss)
     return {"losses": losses, "digest": digest(trainer)}
 
 
-def saved_and_further(state: PartialState, trainer: Trainer, steps: int) -> dict[str, Any]:
-    """Saves, and trains further; see `further`."""
+def measure_resuming(
+    report: Report, recipe: Recipe, pictures: Path, folder: Path, device: torch.device, steps: int
+) -> bool:
+    """Saves a training, trains further steps, and does the same with a training that is loaded; whether both are equal."""
+    trainer = make_trainer(recipe, pictures, folder, device)
+    further(report, trainer, 2)
     start = time.perf_counter()
     trainer.save()
     seconds = time.perf_counter() - start
-    size = sum(file.stat().st_size for file in trainer.weights.checkpoint.path.iterdir())
-    report(state, part="saved", gigabytes=size / 1e9, seconds=seconds, step=trainer.progress.step)
-    found = further(trainer, steps)
-    report(state, part="uninterrupted", **found)
-    return found
-
-
-def loaded_and_further(state: PartialState, recipe: Recipe, pictures: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """Makes the training again, from the checkpoint, which is deleted then, and trains further; see `further`."""
+    size = sum(file.stat().st_size for file in trainer.weights.checkpoint.path.iterdir()) / 1e9
+    report.keep(saved={"gigabytes": size, "seconds": seconds, "step": trainer.progress.step})
+    report.line("saved", **report.found["saved"])
+    first = further(report, trainer, steps)
+    report.keep(uninterrupted=first)
+    report.line("uninterrupted", **first)
+    del trainer
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        report.line("freed", left_gib=torch.cuda.memory_allocated(device) / GIB)
     start = time.perf_counter()
-    trainer = make_trainer(recipe, pictures, folder, state.device)
-    report(state, part="loaded", seconds=time.perf_counter() - start, step=trainer.progress.step)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        shutil.rmtree(trainer.weights.checkpoint.path)
-    found = further(trainer, steps)
-    report(state, part="resumed", **found)
-    return found
+    trainer = make_trainer(recipe, pictures, folder, device)
+    report.keep(loaded={"seconds": time.perf_counter() - start, "step": trainer.progress.step})
+    report.line("loaded", **report.found["loaded"])
+    second = further(report, trainer, steps)
+    report.keep(resumed=second, equal=first == second)
+    report.line("resumed", **second, equal=first == second)
+    return first == second
 
 
 def be_deterministic() -> None:
@@ -230,14 +295,51 @@ def be_deterministic() -> None:
     torch._inductor.config.deterministic = True  # kernels are not chosen by their times
 
 
+@contextlib.contextmanager
+def scratch(parent: Path, state: PartialState, needed: float) -> Iterator[Path]:
+    """A folder for all processes, which is deleted after the block, and before it, if a run that was killed has left it.
+
+    Args:
+        parent: gets the folder.
+        state: of the processes.
+        needed: gigabytes that it will have.
+
+    Raises:
+        SystemExit: the disk has less space.
+    """
+    folder = parent / "benchmark-training"
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    state.wait_for_everyone()
+    try:
+        free = shutil.disk_usage(folder).free / 1e9
+        if free < needed:
+            raise SystemExit(
+                f"{parent} has {free:.0f} GB free, and a checkpoint takes {needed:.0f} GB; name another --folder."
+            )
+        yield folder
+    finally:
+        if state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """Ends the process by an exception, so that what it has written is deleted."""
+    raise SystemExit(128 + number)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts.benchmark_training", description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="+", choices=("speed", "profile", "resume"))
+    parser.add_argument("part", choices=("speed", "resume"))
     parser.add_argument(
         "--config", type=Path, default=ROOT / "training" / "published.toml", help="default: %(default)s"
     )
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (default: %(default)s)")
-    parser.add_argument("--further", type=int, default=3, help="steps after the checkpoint (default: %(default)s)")
+    parser.add_argument("--steps", action=AtLeastOne, default=20, help="timed steps (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of one step")
+    parser.add_argument(
+        "--further", action=AtLeastOne, default=3, help="steps after the checkpoint (default: %(default)s)"
+    )
     parser.add_argument("--side", type=int, default=1024, help="of the pictures in pixels (default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=int, help="pictures in a micro-batch of a GPU, instead of the configuration's"
@@ -245,8 +347,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, help="micro-batches in a step, instead of the configuration's")
     parser.add_argument("--recompute", type=float, help="share of the layers, instead of the configuration's")
     parser.add_argument("--no-compile", action="store_true", help="run the blocks as they are")
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is kept (default: a temporary folder)")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="gets the random pictures and the checkpoint while it runs (default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, help="default: build/benchmark/training-PART.json")
+    options = parser.parse_args(arguments)
+    options.output = options.output or ROOT / "build" / "benchmark" / f"training-{options.part}.json"
+    return options
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
@@ -263,37 +373,41 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns 1 if a resumed training differs."""
     options = parse(arguments)
-    if "resume" in options.parts:
+    if options.part == "resume":
         be_deterministic()
     recipe, state = recipe_of(options), start_processes()
+    report = Report(options.output, state)
+    report.keep(
+        part=options.part,
+        processes=state.num_processes,
+        side=options.side,
+        options=dataclasses.asdict(recipe.options),
+        task=dict(recipe.task),
+    )
+    rate = measure_gpus(report, state.device)
+    with torch.device("meta"):
+        parameters = sum(one.numel() for one in StableCascadeUNet(**recipe.prior).parameters())
+    needed = 1 + (BYTES * parameters / 1e9 if options.part == "resume" else 0)
     equal = True
-    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        shared = [temporary]  # the first process's
-        dist.broadcast_object_list(shared, 0)
-        folder = Path(shared[0])
+    with scratch(options.folder, state, needed) as folder:
         pictures = folder / "pictures"
         if state.is_main_process:
             write_pictures(pictures, recipe, options.side)
         state.wait_for_everyone()
-        trainer = make_trainer(recipe, pictures, folder, state.device)
-        if "speed" in options.parts:
-            measure_speed(state, trainer, recipe, options.steps, forward_work(recipe, options.side))
-        if "profile" in options.parts:
-            profile(state, trainer, 40)
-        if "resume" in options.parts:
-            timed_steps(trainer, 2)
-            first = saved_and_further(state, trainer, options.further)
-            del trainer
-            gc.collect()
-            if state.device.type == "cuda":
-                torch.cuda.empty_cache()
-            second = loaded_and_further(state, recipe, pictures, folder, options.further)
-            equal = first == second
-            report(state, part="resume", equal=equal)
+        if options.part == "resume":
+            equal = measure_resuming(report, recipe, pictures, folder, state.device, options.further)
+        else:
+            start = time.perf_counter()
+            trainer = make_trainer(recipe, pictures, folder, state.device)
+            report.line("made", seconds=time.perf_counter() - start, parameters=parameters)
+            measure_speed(report, trainer, recipe, options.steps, options.side, rate)
+            if options.profile:
+                profile(report, trainer, 40)
         state.wait_for_everyone()
     state.destroy_process_group()
     return 0 if equal else 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end)  # torchrun ends its processes so
     sys.exit(main())

@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers.initialization import no_init_weights
 
 from cascade.kernels import load
 from cascade.kernels.compiled import version_folder
 from cascade.kernels.compiling import ARCHITECTURES, compile_kernels, compile_launchers
 from cascade.kernels.e4m3 import CAPABILITY
+from cascade.networks.base import without_values
 from cascade.networks.eight_bits import GROUP, EightBits, group_of, rounded_names
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.precisions import forms_of, use_forms
@@ -52,7 +52,7 @@ def jobs(
     groups = {GROUP}  # of weights in 8 bits, in the published networks
     if published:
         variants = {variant.name: variant for variant in VARIANTS}
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"), without_values():
             found = {name: variants[name].network(**variants[name].config) for name in (*UNETS, "vqgan")}
         sets.append(([found[name] for name in UNETS], found["vqgan"]))
     for folder in models:

@@ -1,7 +1,6 @@
 """Judges the miniature on fresh sets of prompts: scores by stage, sheets of pictures, and what settings cost."""
 
 import argparse
-import hashlib
 import json
 import logging
 import secrets
@@ -19,7 +18,7 @@ from cascade.limits import InputError
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.speeds import SPEEDS
-from cascade.weights import WeightsError
+from cascade.weights import DISTILLED, WeightsError
 from miniature.compare import compare, comparison_table
 from miniature.compose import compose
 from miniature.evaluate import (
@@ -33,6 +32,7 @@ from miniature.evaluate import (
 from miniature.evaluate_images import HEADINGS, evaluate_images, make_scenes
 from miniature.evaluate_large import WHOLE_SIDE, evaluate_large
 from miniature.evaluate_loras import STYLE_FILE, SUBJECT_FILE, judge_style, judge_subject
+from miniature.fingerprint import fingerprint
 from miniature.icons import load_drawings
 from miniature.judge import Judge
 from miniature.prompts import make_prompts, plans_of
@@ -223,7 +223,12 @@ def compare_settings(options: argparse.Namespace) -> str:
 
 
 def evaluate_loras(options: argparse.Namespace) -> str:
-    """Judges the LoRAs that are there, with one set of prompts, and returns the tables."""
+    """Judges the LoRAs that are there, with one set of prompts, and returns the tables; writes them to ``loras-SEED.md``.
+
+    Raises:
+        TrainingError: there is none, or the drawings are missing or damaged, or the file cannot be written.
+        WeightsError: the weights or a LoRA are damaged.
+    """
     drawings, names, _ = load_drawings(options.drawings)
     cascade = Cascade.load(options.weights, dtype=torch.float32, memory="resident", max_batch=options.batch)
     lines = [f"--seed {options.seed}. {INTERVALS}"]
@@ -236,7 +241,11 @@ def evaluate_loras(options: argparse.Namespace) -> str:
         lines += ["", table({SUBJECT_FILE: values}), "", table(others)]
     if len(lines) == 1:
         raise TrainingError(f"{options.loras} has neither {STYLE_FILE} nor {SUBJECT_FILE}.")
-    return "\n".join(lines)
+    report = "\n".join(lines)
+    with writing(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / f"loras-{options.seed}.md").write_text(report + "\n", encoding="utf-8")
+    return report
 
 
 def judge_large(options: argparse.Namespace) -> str:
@@ -341,10 +350,10 @@ def set_file(options: argparse.Namespace, seed: int) -> Path:
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
-    """What a set's values depend on besides its seed. ``model.json`` has the checksums of all weights."""
-    weights = options.weights / "model.json"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
-    return {"weights": digest} | {name: getattr(options, name) for name in ("prompts", "tried", "images")}
+    """What a set's values, or those of a comparison, depend on besides its seed."""
+    turbo = [DISTILLED.split("/")[0]] if "turbo" in str([options.tried, options.compare]) else []
+    options_of_sets = {name: getattr(options, name) for name in ("prompts", "tried", "images")}
+    return {"weights": fingerprint(options.weights, *turbo), **options_of_sets}
 
 
 def load_set(options: argparse.Namespace, seed: int) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import sys
 import time
 from pathlib import Path
@@ -61,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recipe", type=Path, help="a TOML file with [lora] and [options]; the options here replace it"
     )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after this time")
+    command.add_minutes(parser)
     for name, (kind, text) in {**OF_LORA, **OF_OPTIONS}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     parser.add_argument("--target", dest="targets", action="append", choices=TARGET_NAMES, help=LISTS["targets"])

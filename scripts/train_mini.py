@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from miniature.icons import load_drawings
 from miniature.vocabulary import vocabulary
 from scripts.environment import ROOT
 from serving.vocabulary import FILE
+from training import command
 from training.assemble import assemble
 from training.configuration import read_configuration
 from training.errors import TrainingError, writing
@@ -32,12 +32,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="the drawings, which are made if they are not there (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "mini", help="default: %(default)s")
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="save and stop after this time; call again to go on"
-    )
+    command.add_minutes(parser)
     parser.add_argument(
         "--at-once",
-        type=int,
+        action=command.AtLeastOne,
         help="stages that may run at the same time (default: as many as there are GPUs, at least 1)",
     )
     parser.add_argument(
@@ -46,8 +44,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.at_once is None:
         options.at_once = max(1, len(visible_gpus()))
-    if options.at_once < 1:
-        parser.error(f"--at-once is {options.at_once}; it must be at least 1")
     return options
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import sys
 import time
 from pathlib import Path
@@ -21,14 +20,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--weights", type=Path, help="a model folder whose Stage C is trained further (default: a new one)"
     )
     parser.add_argument("--lite", action="store_true", help="of the published repositories, the smaller Stage C")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after this time")
-    parser.add_argument(
-        "--steps", type=int, help="number of steps instead of the configuration's; warm-up and decay are scaled"
-    )
-    options = parser.parse_args(arguments)
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"--steps is {options.steps}; it must be at least 1")
-    return options
+    command.add_minutes(parser)
+    command.add_steps(parser)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

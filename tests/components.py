@@ -3,11 +3,11 @@
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -19,7 +19,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cascade.images.preprocessing import ClipPreprocessor
 from cascade.kernels.e4m3 import E4M3
+from cascade.networks.base import Network
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.eight_bits import NETWORKS
@@ -28,7 +30,7 @@ from cascade.networks.precisions import converted, forms_of, rounded, use_forms
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.weights import CONTROLNETS, ModelFolder, StageSettings, save_model_folder
+from cascade.weights import CONTROLNETS, DISTILLED, ModelFolder, StageSettings, save_model_folder
 from scripts.stand_ins import shapes_of, write_lora
 from tests.conftest import MINI
 
@@ -83,9 +85,13 @@ def make_image_encoder() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(config).eval()
 
 
-def make_image_processor() -> CLIPImageProcessorPil:
-    size = {"height": 32, "width": 32}
-    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+def make_image_processor() -> ClipPreprocessor:
+    return ClipPreprocessor(size=32, crop=(32, 32))
+
+
+def make_their_processor() -> CLIPImageProcessorPil:
+    """transformers' processor with the settings of `make_image_processor`."""
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
 def make_prior() -> StableCascadeUNet:
@@ -145,7 +151,7 @@ def make_ip_adapter(**options: Any) -> IPAdapter:
     return IPAdapter(**{**sizes, "attention_head_dim": 4, "conditioning_dim": 16, **blocks, **options})
 
 
-def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
+def shuffle(network: Network, seed: int) -> Network:
     """Give every parameter a random value: as initialised, many branches are closed and conditions say nothing."""
     generator = torch.Generator().manual_seed(seed)
     buffers = dict(network.named_buffers())
@@ -217,9 +223,31 @@ def save_components(folder: Path, components: dict[str, Any]) -> None:
     save_model_folder(folder, components, sampler=SAMPLER, dtype=torch.float32, **about)
 
 
+def copy_mini(folder: Path, *without: str, copy: Callable[[str, str], object] = shutil.copy2) -> Path:
+    """Copies the miniature without what it may have or not: IP-Adapter, adapter for few steps, LoRAs.
+
+    Args:
+        folder: the new folder, which is returned.
+        without: further components to leave out.
+        copy: copies a file.
+    """
+    left = ("ip_adapter", DISTILLED.split("/")[0], "loras", "model.json", *without)
+    shutil.copytree(
+        MINI,
+        folder,
+        ignore=lambda where, names: set(names).intersection(left) if Path(where) == MINI else (),
+        copy_function=copy,
+    )
+    content = json.loads((MINI / "model.json").read_text())
+    for listed, name in ((content, "files"), (content["pieces"], "sums")):
+        listed[name] = {path: digest for path, digest in listed[name].items() if path.split("/")[0] not in left}
+    (folder / "model.json").write_text(json.dumps(content))
+    return folder
+
+
 def save_mini_with_controlnets(folder: Path) -> None:
     """The miniature with ControlNets, an IP-Adapter and LoRAs that have learned nothing, but add something."""
-    opened = ModelFolder.open(shutil.copytree(MINI, folder))
+    opened = ModelFolder.open(copy_mini(folder))
     prior = json.loads((MINI / "prior" / "config.json").read_text())
     width = prior["block_out_channels"][0]
     controlnets = {}

@@ -1,11 +1,17 @@
 """The benchmarks of parts, as far as a CPU runs them: on the miniature, with quick pictures."""
 
 import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import nn
 
 from cascade import Cascade
@@ -126,23 +132,72 @@ def test_operations_in_fp8() -> None:
         assert one.bfloat16(0).shape == one.fp8(0).shape == one.other(0).shape
 
 
-@pytest.mark.slow
-def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a group of one process."""
-    monkeypatch.setattr(benchmark_training, "be_deterministic", lambda: None)  # it changes settings of this process
+@pytest.fixture
+def training(tmp_path: Path) -> list[str]:
+    """Arguments of the benchmark of training, for a small network."""
     config = tmp_path / "recipe.toml"
     config.write_text(RECIPE.replace("[options]", "[options]\nsharded = true"))
+    files = ["--config", str(config), "--folder", str(tmp_path / "scratch"), "--output", str(tmp_path / "found.json")]
+    return [*files, "--side", "128", "--accumulate", "2"]
+
+
+@pytest.mark.slow
+def test_training_speed_is_kept_though_it_is_stopped(tmp_path: Path, training: list[str]) -> None:
+    """By two processes; SIGTERM comes after a few of the timed steps."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with subprocess.Popen(
+        [*launch, "-m", "scripts.benchmark_training", "speed", *training, "--steps", "1000000"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        lines = [json.loads(process.stdout.readline()) for _ in range(8)]
+        process.send_signal(signal.SIGTERM)
+        lines += map(json.loads, process.stdout)
+    assert process.returncode != 0
+    parts = [one["part"] for one in lines]
+    assert parts[:3] == ["gpu", "gpu", "made"]
+    assert set(parts[3:]) == {"step"}
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [one["name"] for one in found["gpus"]] == ["cpu", "cpu"]
+    timed = [one["seconds"] for one in lines if one.get("kind") == "seconds"]
+    assert found["seconds"][: len(timed)] == timed
+    assert len(timed) >= 2
+    assert found["samples_a_step"] == 8
+    assert found["samples_a_second"] == pytest.approx(8 / statistics.median(found["seconds"]))
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_resumed_training(
+    tmp_path: Path, training: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a group of one process."""
+    monkeypatch.setattr(benchmark_training, "be_deterministic", lambda: None)  # it changes settings of this process
+    (tmp_path / "scratch" / "benchmark-training" / "training" / "state").mkdir(
+        parents=True
+    )  # left by a run that was killed
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    arguments = ["--config", str(config), "--folder", str(tmp_path), "--side", "128", "--accumulate", "2"]
-    assert benchmark_training.main(["speed", "resume", *arguments, "--steps", "2", "--further", "1"]) == 0
+    assert benchmark_training.main(["resume", *training, "--further", "1"]) == 0
     assert not dist.is_initialized()
-    speed, saved, uninterrupted, loaded, resumed, equal = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (speed["batch_size"], speed["accumulate"], len(speed["seconds"])) == (2, 2, 2)
-    assert speed["samples_a_second"] == pytest.approx(4 / sum(sorted(speed["seconds"])) * 2, rel=1e-3)
-    assert saved["step"] == loaded["step"] == 1 + 2 + 2 + 2
-    assert {**uninterrupted, "part": "resumed"} == resumed
-    assert equal == {"part": "resume", "equal": True}
-    assert not list(tmp_path.glob("tmp*"))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    steps = [(one["part"], one["step"]) for one in lines if "step" in one]
+    assert steps == [("step", 1), ("step", 2), ("saved", 2), ("step", 3), ("loaded", 2), ("step", 3)]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["uninterrupted"] == found["resumed"]
+    assert found["equal"]
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_disk_without_room_for_a_checkpoint(tmp_path: Path) -> None:
+    state = PartialState(cpu=True)
+    with (
+        pytest.raises(SystemExit, match=r"GB free, and a checkpoint takes 1000000000 GB; name another --folder\.$"),
+        benchmark_training.scratch(tmp_path, state, 1e9),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

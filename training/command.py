@@ -1,11 +1,44 @@
-"""What the commands that train have in common: log lines, errors as a sentence, and exit codes."""
+"""What the commands that train have in common: options, log lines, errors as a sentence, and exit codes."""
 
+import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from training.errors import TrainingError
 from training.interruption import Stopped
+
+
+class AtLeastOne(argparse.Action):
+    """Stores a whole number, which must be at least 1."""
+
+    def __init__(self, option_strings: list[str], dest: str, **others: Any) -> None:
+        super().__init__(option_strings, dest, type=int, **others)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        if value < 1:
+            parser.error(f"{option} is {value}; it must be at least 1")
+        setattr(namespace, self.dest, value)
+
+
+def add_minutes(parser: argparse.ArgumentParser) -> None:
+    """Adds the option ``--minutes``."""
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="save and stop after this time; call again to go on"
+    )
+
+
+def add_steps(parser: argparse.ArgumentParser) -> None:
+    """Adds the option ``--steps``."""
+    parser.add_argument(
+        "--steps",
+        action=AtLeastOne,
+        help="number of steps instead of the configuration's; warm-up and decay are scaled",
+    )
 
 
 def run(train: Callable[[], None], name: str = "") -> int:

@@ -142,16 +142,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="a folder of pictures with captions, or a path that the configuration's source reads",
     )
     parser.add_argument("--output", type=Path, required=True, help="the training's folder")
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="save and stop after this time; the next call goes on"
-    )
-    parser.add_argument(
-        "--steps", type=int, help="number of steps instead of the configuration's; warm-up and decay are scaled"
-    )
-    options = parser.parse_args(arguments)
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"--steps is {options.steps}; it must be at least 1")
-    return options
+    command.add_minutes(parser)
+    command.add_steps(parser)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

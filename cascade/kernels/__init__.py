@@ -63,9 +63,10 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
 
 def lacks_e4m3(device: torch.device, dtype: torch.dtype) -> str | None:
     """A clause that says why networks of this dtype cannot multiply in e4m3 on this device; None: they can."""
-    choice = choose(device, dtype)
-    if choice.name == "plain":
-        return choice.reason
+    if device.type != "cuda":
+        return f"products in 8 bits need a CUDA GPU, and the device is {device}"
+    if torch.version.hip is not None:
+        return "products in 8 bits need a GPU of NVIDIA"
     if dtype != torch.bfloat16:
         return f"products in 8 bits need bfloat16, and the dtype is {str(dtype).removeprefix('torch.')}"
     capability = torch.cuda.get_device_capability(device)

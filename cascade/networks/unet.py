@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels
@@ -29,7 +28,7 @@ from cascade.kernels.layers import columns, is_hooked, put_channels_side_by_side
 from cascade.kernels.plain import EPS, layer_norm
 from cascade.kernels.stream import Product, Stream
 from cascade.networks import layout
-from cascade.networks.base import Network
+from cascade.networks.base import Network, register_to_config
 from cascade.networks.fp8 import multiplies
 
 TIMESTEP_CONDITIONS = ("sca", "crp")
@@ -363,8 +362,6 @@ class StableCascadeUNet(UsesKernels, Network):
     Raises ValueError for tuples of unequal length and unknown block or condition names.
     """
 
-    _supports_gradient_checkpointing = True
-
     @register_to_config
     def __init__(
         self,
@@ -508,14 +505,6 @@ class StableCascadeUNet(UsesKernels, Network):
         layout.publish(self, self._stacked())
         self.init_weights()
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> "StableCascadeUNet":
-        """See diffusers' `ModelMixin.from_pretrained`. `low_cpu_mem_usage` is ignored, and `device_map` is not supported.
-
-        With these options, diffusers sets parameters one by one by their names in the file, without `load_state_dict`.
-        """
-        return super().from_pretrained(*args, **{**options, "low_cpu_mem_usage": False})
-
     def _stacked(self) -> dict[str, dict[str, int]]:
         """The stacked layers and their published layers, see `layout.publish`."""
         names = {module: name for name, module in self.named_modules()}
@@ -538,7 +527,7 @@ class StableCascadeUNet(UsesKernels, Network):
     def init_weights(self) -> None:
         """The authors' initialisation for training from scratch: the network predicts zero, and blocks are near identity.
 
-        `from_pretrained` turns torch's initialisers off, so that this takes no time there.
+        Takes no time in `networks.base.without_values`.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

@@ -32,8 +32,9 @@ class WithoutProducts(TorchFunctionMode):
     """A context, of one thread, in which matrix products compute nothing: their results have no values.
 
     torch keeps a workspace for each thread that has called cuBLAS, as long as the process lives: 32 MiB on an H100, 8 on other
-    GPUs. Sixteen threads would keep half a GiB, to multiply what nobody reads. Not a `TorchDispatchMode`, because several of
-    those in threads change flags of the whole process.
+    GPUs. Sixteen threads would keep half a GiB, to multiply what nobody reads. To free the workspaces afterwards would also free
+    those that the captured graphs of another model in this process use. Several `TorchDispatchMode` in threads would leave a flag
+    of torch's set for the whole process, and import its compiler.
     """
 
     def __torch_function__(
@@ -170,4 +171,6 @@ def _stage_a_jobs(vqgan: StageA) -> list[Callable[[], object]]:
         return lambda: block(x.contiguous(memory_format=torch.channels_last))
 
     blocks = {block.channelwise[0].in_features: block for block in vqgan.up_blocks if isinstance(block, MixingBlock)}
-    return [job(block, channels) for channels, block in blocks.items()]
+    # The whole decoder, because its other convolutions load cuDNN, which the first picture would wait for.
+    latents = torch.zeros(1, vqgan.config.latent_channels, SIDE, SIDE, device=vqgan.device, dtype=vqgan.dtype)
+    return [*(job(block, channels) for channels, block in blocks.items()), lambda: vqgan.decode(latents)]

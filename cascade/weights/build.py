@@ -8,8 +8,9 @@ other files of the old one are kept.
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from safetensors.torch import save_file
 
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.precisions import converted, forms_of, rounded, without_scale
-from cascade.weights.components import COMPONENTS, EXTRAS, NEEDED, TRANSFORMERS_CONFIGS
+from cascade.weights.components import COMPONENTS, DISTILLED, EXTRAS, NEEDED, NETWORKS
 from cascade.weights.downloaded import check_part, place
 from cascade.weights.errors import WeightsError
 from cascade.weights.folder import ModelFolder
 from cascade.weights.making import empty_network
 from cascade.weights.manifest import Manifest
-from cascade.weights.names import STEMS, SUFFIX
+from cascade.weights.names import SUFFIX
 from cascade.weights.published import ALWAYS, PARTS, Part
 from cascade.weights.reading import find_weights, read_json, read_tensors
 from cascade.weights.settings import PUBLISHED_LICENSE, PUBLISHED_SAMPLER, PUBLISHED_SIZE, PUBLISHED_STAGE_A_SCALE
@@ -34,6 +35,8 @@ from cascade.weights.writing import link, replacement, write_model_json
 logger = logging.getLogger(__name__)
 
 STAGES = ("prior", "decoder")
+# The folder of the adapter for the speed "turbo".
+TURBO = DISTILLED.split("/")[0]
 # Components that are often fine-tuned. A file that holds one replaces the model's, even if another was asked for. Its other
 # components are used only where the model has none: ComfyUI's files hold the published encoders in half the precision.
 TRAINED = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
@@ -82,6 +85,7 @@ def save_model(download: Path, target: Path, *, precision: str = "full") -> None
     with replacement(target, without=made, copy=link) as folder:
         for part in parts:
             place(download, part, folder / part.component)
+        leave_out_distilled(folder, target, made)
         _complete(folder, about, precision=precision)
 
 
@@ -213,6 +217,10 @@ class _Origins:
         for component, source in self.own.items():
             logger.info("Writing %s.", component)
             source.write(folder / component, self.known(component))
+        if TURBO in self.copied:
+            leave_out_distilled(folder, self.base, set(STAGES) - self.copied)
+        else:
+            leave_out_distilled(folder, self.target, set(self.own))
 
 
 def choose(asked: Mapping[str, Path], folders: list[Path], there: set[str]) -> dict[str, Source]:
@@ -276,6 +284,33 @@ def check_agreement(configs: Mapping[str, Any], others: Mapping[str, Path], targ
             )
 
 
+def leave_out_distilled(folder: Path, origin: Path, others: Collection[str]) -> None:
+    """Remove the adapter for the speed "turbo" from a new model folder if Stages C and B are not those that it was made for.
+
+    Args:
+        folder: the new model folder.
+        origin: the model folder that the adapter came from.
+        others: components of `folder` that did not come from there. They may still be the same.
+    """
+    if not (folder / DISTILLED).is_file():
+        return
+    for stage in STAGES:
+        if stage in others and not same_files(folder / stage, origin / stage):
+            logger.info(
+                "Leaving out the adapter for the speed turbo, which was made for another %s; docs/training.md says how to make "
+                "one.",
+                stage,
+            )
+            shutil.rmtree(folder / TURBO)
+            return
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders have the same safetensors files."""
+    first, second = ({file.name: file for file in folder.glob(f"*{SUFFIX}")} for folder in (one, other))
+    return first.keys() == second.keys() and all(cmp(first[name], second[name], shallow=False) for name in first)
+
+
 def _complete(folder: Path, about: Mapping[str, Any], *, precision: str) -> None:
     """Store weights in 8 bits, if that is wanted, and write ``model.json``."""
     if precision != "full":
@@ -303,7 +338,7 @@ def store_in_eight_bits(folder: Path, precision: str) -> None:
         for name, tensor in tensors.items():
             if name in new and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise WeightsError(f"{component} cannot be stored in 8 bits: {name} holds infinite or NaN values.")
-        made = folder / component / f"{STEMS[1 if component in TRANSFORMERS_CONFIGS else 0]}{SUFFIX}"
+        made = folder / component / f"{NETWORKS[component].weights_name}{SUFFIX}"
         scratch = made.with_name(f".{made.name}")
         save_file(converted(rounded(tensors, new), forms, torch.bfloat16), scratch, metadata={"format": "pt"})
         shutil.copymode(files[0], scratch)

@@ -28,7 +28,7 @@ from cascade.networks.stage_a import StageA
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.safety import SafetyChecker
-from cascade.weights import PUBLISHED_SAMPLER, ModelFolder
+from cascade.weights import DISTILLED, PUBLISHED_SAMPLER, ModelFolder
 from cascade.weights.published import PARTS
 from predict import Predictor
 from scripts.save_weights import main
@@ -186,6 +186,18 @@ def test_a_download_in_8_bits(lite: Path, target: Path) -> None:
     # The same command in full makes it anew from the download.
     save_weights(lite, target)
     assert ModelFolder.open(target).precision() == "full"
+
+
+def test_an_adapter_for_few_steps(lite: Path, target: Path) -> None:
+    """It stays as long as Stages C and B do."""
+    save_weights(lite, target)
+    (target / DISTILLED).parent.mkdir()
+    (target / DISTILLED).write_bytes(save({"prior.x.lora_A.weight": torch.zeros(1, 1)}))
+    save_weights(lite, target)
+    assert ModelFolder.open(target).distilled() is not None
+    change_tensors(lite, PARTS["prior_lite"].paths[1], lambda tensors: next(iter(tensors.values())).add_(1))
+    save_weights(lite, target)
+    assert ModelFolder.open(target).distilled() is None
 
 
 def test_a_predictor_of_it(

@@ -44,11 +44,10 @@ def test_what_is_chosen(
     assert reason in choice.reason
 
 
-@needs_triton
 @pytest.mark.parametrize(
     ("device", "dtype", "capability", "said"),
     [
-        ("cpu", torch.bfloat16, (9, 0), "the kernels need a CUDA GPU, and the device is cpu"),
+        ("cpu", torch.bfloat16, (9, 0), "products in 8 bits need a CUDA GPU, and the device is cpu"),
         ("cuda:0", torch.float16, (9, 0), "products in 8 bits need bfloat16, and the dtype is float16"),
         ("cuda:0", torch.bfloat16, (8, 6), "products in 8 bits need compute capability 8.9, and the GPU has 8.6"),
         ("cuda:0", torch.bfloat16, (8, 9), None),

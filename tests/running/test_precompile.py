@@ -1,5 +1,7 @@
 """Preparing kernels runs the networks' blocks, but computes no matrix product."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 from cascade.running.precompile import WithoutProducts, jobs_of
 from tests.components import in_eight_bits_of, make_decoder, make_prior
+from tests.readme import ROOT
 
 
 class Called(TorchDispatchMode):
@@ -40,6 +43,17 @@ def test_all_blocks_run_without_products(networks: tuple[list[StableCascadeUNet]
     assert {"native_layer_norm", "gelu", "convolution"} <= called.names
     # Without a GPU, attention is plain torch's, which multiplies batches of matrices on a CPU.
     assert {name for name in called.names if "mm" in name or name == "linear"} <= {"bmm"}
+
+
+def test_the_compiler_is_not_imported() -> None:
+    program = """
+import sys, torch
+from cascade.running.precompile import WithoutProducts
+with WithoutProducts():
+    torch.ones(2, 2) @ torch.ones(2, 2) + 1
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=300)
 
 
 def test_results_have_the_shapes_and_dtypes_of_products() -> None:

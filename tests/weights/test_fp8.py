@@ -121,7 +121,7 @@ def test_what_is_loaded(model_folder: Path, stored: Path, precision: str, of_ori
 def test_a_machine_without_such_products(stored: Path, precision: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert Cascade.load(stored, "cpu", precision=precision).precision == "full"
-    said = "Precision: full instead of fp8, because the kernels need a CUDA GPU, and the device is cpu."
+    said = "Precision: full instead of fp8, because products in 8 bits need a CUDA GPU, and the device is cpu."
     assert said in caplog.messages
 
 
