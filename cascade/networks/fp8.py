@@ -1,4 +1,4 @@
-"""Weights in 8-bit floating point, e4m3, for products in e4m3: on GPUs that have them, at twice the rate of bfloat16's.
+"""Weights in 8-bit floating point, e4m3, for products in e4m3, which GPUs that have them compute in less time than in bfloat16.
 
 Each published matrix has one scale. It is stored for each row, because layers that are stacked have several. Activations become
 e4m3 inside of the kernels that make them: norms and response norms, see `kernels.e4m3`. So these products have operands in
