@@ -43,6 +43,7 @@ class Predictor(BaseRunner):
         """
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         service = Service.load(Settings.from_environment())
+        service.warm_up()
         self.run = takes_urls(types.MethodType(Predictor.run, self))
         time.sleep(LAST_LINES)
         self.service = service

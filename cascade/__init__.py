@@ -6,8 +6,8 @@ Stage C makes semantic latents, Stage B decoder latents of them, Stage A pixels.
 
     (image,) = Cascade.load("weights/mini").generate(Request("a red apple on a green background"))
 
-The names in `__all__` are the interface. They are imported when first used: downloads need neither torch nor
-transformers, which take seconds to import.
+The names in `__all__` are the interface. They are imported when first used: downloads do not need torch, which takes seconds
+to import.
 """
 
 from typing import TYPE_CHECKING

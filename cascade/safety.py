@@ -2,18 +2,21 @@
 
 Its folder is what transformers saves: ``config.json``, whose ``id2label`` names the classes, ``model.safetensors`` and
 ``preprocessor_config.json``. Whatever is wrong with a file is a ``WeightsError`` that names the folder.
+
+transformers is imported only to load a checker: it takes seconds.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from PIL import Image
-from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from cascade.weights import ModelFolder, WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FOLDER = "safety_checker"
 UNSAFE_LABELS = frozenset({"nsfw", "unsafe", "porn", "hentai", "gore"})
@@ -35,7 +38,7 @@ class SafetyChecker:
         unsafe: the indices of the classes that are flagged.
     """
 
-    def __init__(self, classifier: PreTrainedModel, processor: Any, unsafe: list[int]) -> None:
+    def __init__(self, classifier: "PreTrainedModel", processor: Any, unsafe: list[int]) -> None:
         self.classifier = classifier
         self.processor = processor
         self.unsafe = unsafe
@@ -52,6 +55,8 @@ class SafetyChecker:
             WeightsError: a file is missing or damaged, weights are missing, or no class has one of `UNSAFE_LABELS`; or
                 a model folder's ``model.json`` lists other checksums.
         """
+        from transformers import AutoModelForImageClassification
+
         for name in FILES:
             if not (folder / name).is_file():
                 raise WeightsError(f"{folder / name} is missing.")
@@ -91,5 +96,7 @@ class SafetyChecker:
 def _processor_class(folder: Path) -> Any:
     """The class of a classifier's image processor that needs Pillow alone: transformers' `AutoImageProcessor` cannot be
     used without torchvision."""
+    import transformers
+
     said = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))["image_processor_type"]
     return getattr(transformers, said.removesuffix("Fast").removesuffix("Pil") + "Pil")

@@ -31,6 +31,7 @@ from cascade.request import Request
 from cascade.weights import ModelFolder, WeightsError
 from miniature.captions import article
 from miniature.compose import compose
+from miniature.fingerprint import fingerprint
 from miniature.icons import load_drawings
 from miniature.judge import Judge, background_colours
 from miniature.scenes import COLOUR_NAMES, sample_plans
@@ -265,8 +266,13 @@ def report(outcomes: Mapping[str, Outcome], cases: int, seed: int) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def save(outcomes: Mapping[str, Outcome], cases: Sequence[Case], seed: int, folder: Path) -> str:
+def save(
+    outcomes: Mapping[str, Outcome], cases: Sequence[Case], seed: int, folder: Path, weights: str | None = None
+) -> str:
     """Writes tables, scores and sheets, a row of each the references or one way; returns the tables.
+
+    Args:
+        weights: whose pictures these are, see `fingerprint.fingerprint`.
 
     Raises:
         TrainingError: a file cannot be written.
@@ -282,7 +288,7 @@ def save(outcomes: Mapping[str, Outcome], cases: Sequence[Case], seed: int, fold
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "table.md").write_text(said, encoding="utf-8")
         (folder / "scores.json").write_text(
-            json.dumps({"seed": seed, "scores": scores}, indent=2) + "\n", encoding="utf-8"
+            json.dumps({"seed": seed, "weights": weights, "scores": scores}, indent=2) + "\n", encoding="utf-8"
         )
         for name, outcome in outcomes.items():
             columns = min(ON_SHEET, min(map(len, outcome.pictures.values())))
@@ -330,13 +336,14 @@ def main(arguments: list[str] | None = None) -> int:
         cascade = Cascade.load(options.weights, dtype=torch.float32, memory="resident", max_batch=SEEDS)
         judge = Judge(drawings.to(cascade.device), names, styles)
         cases = make_cases(drawings, names, styles, seed, options.scenes, cascade.native_size)
+        weights = fingerprint(options.weights, "ip_adapter")
         outcomes = evaluate(cascade.generate, judge, cases, ways_of(cascade.ip_adapter))
         if options.ablate:
             # Other references, because these decide on the modes that are judged above.
             tried = make_cases(drawings, names, styles, seed + 1, options.ablate, cascade.native_size)
             ablated = dict(ablate(cascade.generate, judge, tried, cascade.ip_adapter))
-            sys.stdout.write(save(ablated, tried, seed + 1, options.output / "ablation"))
-        sys.stdout.write(save(outcomes, cases, seed, options.output))
+            sys.stdout.write(save(ablated, tried, seed + 1, options.output / "ablation", weights))
+        sys.stdout.write(save(outcomes, cases, seed, options.output, weights))
     except (TrainingError, WeightsError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

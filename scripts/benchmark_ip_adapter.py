@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil
 
 from cascade import kernels
 from cascade.guides.image_prompts import ImagePromptEncoder
+from cascade.images.preprocessing import ClipPreprocessor
 from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.unet import StableCascadeUNet
 from cascade.pipeline import Cascade
@@ -54,7 +54,7 @@ def make_cascade(networks: dict[str, Any], blocks: tuple[int, ...]) -> Cascade:
     with torch.device(CUDA):
         adapter = randomize(IPAdapter(blocks=blocks)).eval()
     side = networks["image_encoder"].config.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = ClipPreprocessor(size=side, crop=(side, side))
     return Cascade(
         TextEncoder(tokenizer, networks["text_encoder"]),
         networks["prior"],

@@ -42,7 +42,7 @@ def enter(requirements: str) -> None:
     if not here and Path(sys.prefix).resolve() != VENV.resolve():
         os.execv(PYTHON, [str(PYTHON), *sys.argv])
     sys.path[0] = str(ROOT)
-    # Python ends by looking for garbage in everything that was imported: 1.3 s with torch and diffusers.
+    # Python ends by looking for garbage in everything that was imported: up to 1.3 s.
     atexit.register(gc.freeze)
 
 

@@ -1,7 +1,6 @@
 """Judges the miniature on fresh sets of prompts: scores by stage, sheets of pictures, and what settings cost."""
 
 import argparse
-import hashlib
 import json
 import logging
 import secrets
@@ -19,7 +18,7 @@ from cascade.limits import InputError
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.speeds import SPEEDS
-from cascade.weights import WeightsError
+from cascade.weights import DISTILLED, WeightsError
 from miniature.compare import compare, comparison_table
 from miniature.compose import compose
 from miniature.evaluate import (
@@ -33,6 +32,7 @@ from miniature.evaluate import (
 from miniature.evaluate_images import HEADINGS, evaluate_images, make_scenes
 from miniature.evaluate_large import WHOLE_SIDE, evaluate_large
 from miniature.evaluate_loras import STYLE_FILE, SUBJECT_FILE, judge_style, judge_subject
+from miniature.fingerprint import fingerprint
 from miniature.icons import load_drawings
 from miniature.judge import Judge
 from miniature.prompts import make_prompts, plans_of
@@ -208,7 +208,7 @@ def compare_settings(options: argparse.Namespace) -> str:
     # With few drawings, there may be fewer pairs than requested.
     two = sum(len(prompt.objects) == 2 for prompt in prompts)
     lines = [
-        f"{len(prompts) - two} prompts of one object and {two} of two, --seed {options.seed}, on {cascade.device.type}.",
+        f"{len(prompts) - two} prompts of one object and {two} of two, --seed {options.seed}, on {device_name(cascade)}.",
         "After a colon, the mean difference to exact in points, on the same prompts and seeds, with its 95 % interval.",
         *(f"{name}: {cascade.planner.sampling(Request('', **one))}." for name, one in options.compared.items()),
     ]
@@ -223,10 +223,15 @@ def compare_settings(options: argparse.Namespace) -> str:
 
 
 def evaluate_loras(options: argparse.Namespace) -> str:
-    """Judges the LoRAs that are there, with one set of prompts, and returns the tables."""
+    """Judges the LoRAs that are there, with one set of prompts, and returns the tables; writes them to ``loras-SEED.md``.
+
+    Raises:
+        TrainingError: there is none, or the drawings are missing or damaged, or the file cannot be written.
+        WeightsError: the weights or a LoRA are damaged.
+    """
     drawings, names, _ = load_drawings(options.drawings)
     cascade = Cascade.load(options.weights, dtype=torch.float32, memory="resident", max_batch=options.batch)
-    lines = [f"--seed {options.seed}. {INTERVALS}"]
+    lines = [f"--seed {options.seed}, on {device_name(cascade)}. {INTERVALS}"]
     if (style := options.loras / STYLE_FILE).exists():
         inks, _, _ = load_drawings(options.drawings.parent / "ink-drawings.zip")
         values = judge_style(cascade, style, drawings, inks, names, options.seed)
@@ -236,7 +241,11 @@ def evaluate_loras(options: argparse.Namespace) -> str:
         lines += ["", table({SUBJECT_FILE: values}), "", table(others)]
     if len(lines) == 1:
         raise TrainingError(f"{options.loras} has neither {STYLE_FILE} nor {SUBJECT_FILE}.")
-    return "\n".join(lines)
+    report = "\n".join(lines)
+    with writing(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / f"loras-{options.seed}.md").write_text(report + "\n", encoding="utf-8")
+    return report
 
 
 def judge_large(options: argparse.Namespace) -> str:
@@ -307,7 +316,8 @@ def judge_sets(options: argparse.Namespace, seeds: Sequence[int]) -> list[dict[s
 def judge_set(
     options: argparse.Namespace, seed: int, cascade: Cascade, judge: Judge, drawings: Tensor
 ) -> dict[str, Any]:
-    """The values of one set: ``text``, ``fidelity``, and ``images`` by use. Writes sheets and ``verdicts.tsv``."""
+    """The values of one set: ``text``, ``fidelity``, and ``images`` by use; and the ``device``. Writes sheets and
+    ``verdicts.tsv``."""
     names, styles, side = judge.names, judge.styles, cascade.native_size
     prompts = make_prompts(names, styles, seed, options.prompts)
     scenes = []
@@ -320,7 +330,7 @@ def judge_set(
     text, verdicts = {}, {}
     for column, pictures in made.items():
         text[column], verdicts[column] = score_pictures(judge, pictures, scenes, prompts)
-    values = {"text": text, "fidelity": fidelity(made, prompts), "images": {}}
+    values = {"device": device_name(cascade), "text": text, "fidelity": fidelity(made, prompts), "images": {}}
     if options.images:
         alone = [prompt for prompt in prompts if prompt.unseen and len(prompt.objects) == 1][: options.images]
         for use, outcome in evaluate_images(
@@ -336,15 +346,19 @@ def judge_set(
     return values
 
 
+def device_name(cascade: Cascade) -> str:
+    return torch.cuda.get_device_name(cascade.device) if cascade.device.type == "cuda" else cascade.device.type
+
+
 def set_file(options: argparse.Namespace, seed: int) -> Path:
     return options.output / f"set-{seed}.json"
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
-    """What a set's values depend on besides its seed. ``model.json`` has the checksums of all weights."""
-    weights = options.weights / "model.json"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
-    return {"weights": digest} | {name: getattr(options, name) for name in ("prompts", "tried", "images")}
+    """What a set's values, or those of a comparison, depend on besides its seed."""
+    turbo = [DISTILLED.split("/")[0]] if "turbo" in str([options.tried, options.compare]) else []
+    options_of_sets = {name: getattr(options, name) for name in ("prompts", "tried", "images")}
+    return {"weights": fingerprint(options.weights, *turbo), **options_of_sets}
 
 
 def load_set(options: argparse.Namespace, seed: int) -> dict[str, Any] | None:
@@ -361,7 +375,8 @@ def summary(options: argparse.Namespace, judged: Sequence[Mapping[str, Any]]) ->
     seeds = [str(options.seed + index) for index in range(len(judged))]
     sets = f"{len(judged)} sets of {options.prompts} prompts" if len(judged) > 1 else f"{options.prompts} prompts"
     text = pooled([values["text"] for values in judged])
-    lines = [f"{sets}, --seed {', '.join(seeds)}. {INTERVALS}", "", table(text), ""]
+    devices = " and ".join(sorted({values["device"] for values in judged}))
+    lines = [f"{sets}, --seed {', '.join(seeds)}, on {devices}. {INTERVALS}", "", table(text), ""]
     ratios = pooled([{"": values["fidelity"]} for values in judged])[""]
     for stage, decibels in ratios.items():
         if decibels:

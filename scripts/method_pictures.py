@@ -4,8 +4,9 @@ It uses only the public functions of ``cascade``; prompts and seeds are constant
 """
 
 import argparse
+import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cascade import sizes
+from cascade import Lora, sizes
 from cascade.guides.controls import Control, canny
 from cascade.guides.inpainting import extend
 from cascade.images.tensors import to_image, to_pixels
@@ -24,6 +25,7 @@ from miniature.sheets import SIDE, sheet
 from miniature.stage_a import decode, encode_and_decode
 from scripts.environment import ROOT
 
+MINI = ROOT / "weights" / "mini"
 # The same seed for all. The prompts are chosen to show every kind of prompt that the miniature knows.
 SEED = 0
 PROMPTS = (
@@ -70,9 +72,19 @@ WEIGHTS_SEED = 5
 STRIP = 2304  # pixels: the width of a picture in tiles, as high as the miniature's own
 SEMANTIC_TILES = 4  # 16 channels are shown as 4 x 4
 
+# References for the IP-Adapter, and prompts to use them with.
+REFERENCES = ("a flat style fox on a yellow background", "a glossy 3D rocket on a light blue background")
+BESIDE = ("a purple background", "a teapot")
+# Prompts for the LoRAs, by their files' names.
+ADAPTED = {
+    "ink": ("an ink apple", "an ink dog on a yellow background", "a castle in ink style on a light blue background"),
+    "pim": ("[pim]", "[pim] on a purple background", "a small [pim] at the bottom left on a gray background"),
+}
+
 COLUMNS = 6
-# Of WebP: all pictures of the pages together stay below 500 kB.
-QUALITY = 66
+# All pictures of the pages together stay below this; the highest WebP quality is taken with which they do.
+BYTES = 495_000
+QUALITIES = range(80, 20, -2)
 
 
 def draw_examples(cascade: Cascade) -> Image.Image:
@@ -243,6 +255,34 @@ def draw_large(cascade: Cascade) -> Image.Image:
     return sheet([*large, *shown], 4, captions)
 
 
+def draw_ip_adapter(cascade: Cascade) -> Image.Image:
+    """References; pictures of each as an image prompt, and by the IP-Adapter alone, with prompts, and for its style only."""
+    pictures, captions = [], []
+    for prompt in REFERENCES:
+        (source,) = cascade.generate(Request(prompt, seed=SEED))
+        used = {"ip_adapter_images": (source,), "seed": SEED}
+        requests = {
+            "as image prompt": Request("", image_prompts=(source,), seed=SEED),
+            "IP-Adapter": Request("", **used),
+            **{f"IP-Adapter: {text}": Request(text, **used) for text in BESIDE},
+        }
+        if cascade.ip_adapter.blocks_of("style"):
+            requests[f"its style only: {BESIDE[-1]}"] = Request(BESIDE[-1], ip_adapter_mode="style", **used)
+        pictures += [source, *(cascade.generate(request)[0] for request in requests.values())]
+        captions += ["a reference", *requests]
+    return sheet(pictures, len(pictures) // len(REFERENCES), captions)
+
+
+def draw_loras(cascade: Cascade) -> Image.Image:
+    """Pictures with the LoRAs in the miniature's folder."""
+    prompts = [(name, text) for name, texts in ADAPTED.items() for text in texts]
+    requests = [
+        Request(text, loras=(Lora(MINI / "loras" / f"{name}.safetensors"),), seed=SEED) for name, text in prompts
+    ]
+    pictures = [cascade.generate(request)[0] for request in requests]
+    return sheet(pictures, COLUMNS, [f"{name}: {text}" for name, text in prompts])
+
+
 DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
     "mini.webp": draw_examples,
     "prior.webp": draw_prior,
@@ -258,6 +298,31 @@ DRAWINGS: dict[str, Callable[[Cascade], Image.Image]] = {
 }
 
 
+def drawings() -> dict[str, Callable[[Cascade], Image.Image]]:
+    """What can be drawn with the miniature: more than `DRAWINGS` if it has an IP-Adapter or LoRAs."""
+    more = {}
+    if (MINI / "ip_adapter").is_dir():
+        more["ip-adapter.webp"] = draw_ip_adapter
+    if all((MINI / "loras" / f"{name}.safetensors").is_file() for name in ADAPTED):
+        more["loras.webp"] = draw_loras
+    return DRAWINGS | more
+
+
+def as_webp(picture: Image.Image, quality: int) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=quality, method=6)
+    return file.getvalue()
+
+
+def compressed(pictures: Mapping[str, Image.Image], most: int) -> dict[str, bytes]:
+    """WebP files that together have at most ``most`` bytes, all of the highest quality with which they do, or of the lowest."""
+    for quality in QUALITIES:
+        made = {name: as_webp(picture, quality) for name, picture in pictures.items()}
+        if sum(map(len, made.values())) <= most:
+            break
+    return made
+
+
 def main(arguments: list[str] | None = None) -> int:
     """``scripts/make-method-pictures``; ``arguments`` default to the process's. Returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -267,9 +332,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     # float32, so that a GPU draws the same pictures as a CPU.
-    cascade = Cascade.load(ROOT / "weights" / "mini", dtype=torch.float32)
-    for name, draw in DRAWINGS.items():
-        file = options.output / name
-        draw(cascade).save(file, quality=QUALITY, method=6)
-        sys.stdout.write(f"{file}\n")
+    cascade = Cascade.load(MINI, dtype=torch.float32)
+    pictures = {name: draw(cascade) for name, draw in drawings().items()}
+    others = sum(file.stat().st_size for file in options.output.iterdir() if file.name not in pictures)
+    for name, content in compressed(pictures, BYTES - others).items():
+        (options.output / name).write_bytes(content)
+        sys.stdout.write(f"{options.output / name}\n")
     return 0

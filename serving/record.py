@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import PIL
+import tokenizers
 import torch
-import transformers
 from PIL import features
 
 import cascade
@@ -70,7 +70,7 @@ class Origin:
         sampling: shift and rescale of the stages "prior" and "decoder", which no input sets.
         device: type ("cuda", "cpu" ...), name of a GPU, dtype of the networks, precision of their weights unless it is full,
             memory mode.
-        versions: of this package, torch, transformers, Pillow and the libraries with which Pillow writes pictures.
+        versions: of this package, torch, tokenizers, Pillow and the libraries with which Pillow writes pictures.
     """
 
     model: Mapping[str, str]
@@ -286,7 +286,7 @@ def versions() -> dict[str, str]:
     found = {
         "cascade": cascade.__version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
         "pillow": PIL.__version__,
     }
     for library in ("libjpeg_turbo", "webp", "zlib_ng", "zlib"):

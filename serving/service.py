@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from cascade.pipeline import Cascade
 from cascade.progress import Progress
 from cascade.prompts.reading import embedding_files
 from cascade.request import Request, smaller_requests
-from cascade.running.device import SettingError, choose_device
+from cascade.running.device import ADDS, SettingError, choose_device
 from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
@@ -83,6 +84,7 @@ class Service:
         self.safety = safety
         self.settings = settings
         self.gpu_is_lost = False
+        self._asked = threading.Event()  # whether there has been a prediction
         self.watch = Stopwatch(cascade.device)
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         self.model_thread = ThreadPoolExecutor(1, "model")
@@ -124,11 +126,38 @@ class Service:
             size_of(opened) / 1e9,
             cascade.device,
             str(cascade.prior.dtype).removeprefix("torch."),
-            " with weights in 8 bits" if cascade.precision == "int8" else "",
+            ADDS[cascade.precision],
             cascade.runner.description,
             time.perf_counter() - start,
         )
         return cls(cascade, Origin.of(cascade, opened), safety, settings)
+
+    def warm_up(self) -> None:
+        """Do what the first prediction would do, on the model's thread, until there is a prediction. Returns at once."""
+        self.model_thread.submit(self._warm_up)
+
+    def _warm_up(self) -> None:
+        Image.preinit()  # imports the formats
+        if self.cascade.device.type == "cuda":
+            self._make_unasked()
+
+    def _make_unasked(self) -> None:
+        """Make a picture that nobody has asked for, until somebody asks for one."""
+        if self._asked.is_set():
+            return
+        # One step of each stage captures all graphs of the native size, and loads what libraries load late.
+        side = self.cascade.native_size
+        steps = self.cascade.steps(Request("", width=side, height=side, steps_prior=1, steps_decoder=1))
+        try:
+            for progress in steps:
+                if progress.image is not None and self.safety is not None:
+                    self.cascade.runner.with_room(partial(self.safety.flags, progress.image))
+                if self._asked.is_set():
+                    break
+        except RuntimeError as error:  # a prediction reports it
+            logger.info("No picture was made at the start, so the first takes longer: %s", shortened(error))
+        finally:
+            steps.close()
 
     def is_healthy(self) -> bool:
         """Whether predictions can work: the GPU answers, and the disk has room. Takes microseconds.
@@ -162,6 +191,7 @@ class Service:
             ValueError: an input is not allowed, a file is not a picture, the model lacks a network that the inputs need,
                 the GPU's memory does not suffice, or the safety checker flagged every picture.
         """
+        self._asked.set()
         self.outputs.cleanup()
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         with self.prepared(given) as ready:

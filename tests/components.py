@@ -3,13 +3,13 @@
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -19,14 +19,18 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cascade.images.preprocessing import ClipPreprocessor
+from cascade.kernels.e4m3 import E4M3
+from cascade.networks.base import Network
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.eight_bits import NETWORKS, in_eight_bits, restored, rounded_names, use_eight_bits
+from cascade.networks.eight_bits import NETWORKS
 from cascade.networks.ip_adapter import IPAdapter
+from cascade.networks.precisions import converted, forms_of, rounded, use_forms
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.weights import CONTROLNETS, ModelFolder, StageSettings, save_model_folder
+from cascade.weights import CONTROLNETS, DISTILLED, ModelFolder, StageSettings, save_model_folder
 from scripts.stand_ins import shapes_of, write_lora
 from tests.conftest import MINI
 
@@ -81,9 +85,13 @@ def make_image_encoder() -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(config).eval()
 
 
-def make_image_processor() -> CLIPImageProcessorPil:
-    size = {"height": 32, "width": 32}
-    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+def make_image_processor() -> ClipPreprocessor:
+    return ClipPreprocessor(size=32, crop=(32, 32))
+
+
+def make_their_processor() -> CLIPImageProcessorPil:
+    """transformers' processor with the settings of `make_image_processor`."""
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
 def make_prior() -> StableCascadeUNet:
@@ -143,7 +151,7 @@ def make_ip_adapter(**options: Any) -> IPAdapter:
     return IPAdapter(**{**sizes, "attention_head_dim": 4, "conditioning_dim": 16, **blocks, **options})
 
 
-def shuffle(network: ModelMixin, seed: int) -> ModelMixin:
+def shuffle(network: Network, seed: int) -> Network:
     """Give every parameter a random value: as initialised, many branches are closed and conditions say nothing."""
     generator = torch.Generator().manual_seed(seed)
     buffers = dict(network.named_buffers())
@@ -177,13 +185,22 @@ def make_components() -> dict[str, Any]:
     }
 
 
-def in_eight_bits_of(network: nn.Module, name: str) -> nn.Module:
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and values. torch.equal does not know e4m3."""
+    if one.dtype != other.dtype:
+        return False
+    if one.dtype == E4M3:
+        one, other = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    return torch.equal(one, other)
+
+
+def in_eight_bits_of(network: nn.Module, name: str, precision: str = "int8") -> nn.Module:
     """A copy of a network with weights in 8 bits. `name`: of the component."""
     made = copy.deepcopy(network)
     state = network.state_dict()
-    tensors = in_eight_bits(state, rounded_names(state, name))
-    use_eight_bits(made, tensors)
-    made.load_state_dict(tensors, assign=True)
+    forms = forms_of({key: tensor.shape for key, tensor in state.items()}, name, precision)
+    use_forms(made, forms)
+    made.load_state_dict(rounded(state, forms), assign=True)
     return made
 
 
@@ -191,13 +208,13 @@ def restored_from(eight: nn.Module, like: nn.Module) -> nn.Module:
     """A copy of an ordinary network with the matrices that another's weights in 8 bits stand for."""
     made = copy.deepcopy(like)
     dtype = next(parameter.dtype for parameter in like.parameters())
-    made.load_state_dict(restored(eight.state_dict(), dtype))
+    made.load_state_dict(converted(eight.state_dict(), {}, dtype))
     return made
 
 
-def components_in_eight_bits(components: dict[str, Any]) -> dict[str, Any]:
+def components_in_eight_bits(components: dict[str, Any], precision: str = "int8") -> dict[str, Any]:
     """Copies of those that can have weights in 8 bits, and the other components."""
-    return components | {name: in_eight_bits_of(components[name], name) for name in NETWORKS}
+    return components | {name: in_eight_bits_of(components[name], name, precision) for name in NETWORKS}
 
 
 def save_components(folder: Path, components: dict[str, Any]) -> None:
@@ -206,9 +223,31 @@ def save_components(folder: Path, components: dict[str, Any]) -> None:
     save_model_folder(folder, components, sampler=SAMPLER, dtype=torch.float32, **about)
 
 
+def copy_mini(folder: Path, *without: str, copy: Callable[[str, str], object] = shutil.copy2) -> Path:
+    """Copies the miniature without what it may have or not: IP-Adapter, adapter for few steps, LoRAs.
+
+    Args:
+        folder: the new folder, which is returned.
+        without: further components to leave out.
+        copy: copies a file.
+    """
+    left = ("ip_adapter", DISTILLED.split("/")[0], "loras", "model.json", *without)
+    shutil.copytree(
+        MINI,
+        folder,
+        ignore=lambda where, names: set(names).intersection(left) if Path(where) == MINI else (),
+        copy_function=copy,
+    )
+    content = json.loads((MINI / "model.json").read_text())
+    for listed, name in ((content, "files"), (content["pieces"], "sums")):
+        listed[name] = {path: digest for path, digest in listed[name].items() if path.split("/")[0] not in left}
+    (folder / "model.json").write_text(json.dumps(content))
+    return folder
+
+
 def save_mini_with_controlnets(folder: Path) -> None:
     """The miniature with ControlNets, an IP-Adapter and LoRAs that have learned nothing, but add something."""
-    opened = ModelFolder.open(shutil.copytree(MINI, folder))
+    opened = ModelFolder.open(copy_mini(folder))
     prior = json.loads((MINI / "prior" / "config.json").read_text())
     width = prior["block_out_channels"][0]
     controlnets = {}

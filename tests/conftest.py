@@ -6,7 +6,6 @@ Imports of torch and of the engine stand in functions: the process that only han
 import gc
 import json
 import os
-import shutil
 import signal
 from collections.abc import Generator
 from pathlib import Path
@@ -98,12 +97,14 @@ def mini_with_controlnets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quick_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature with two steps of each stage, where pictures are made but not looked at. Not to be changed."""
-    folder = shutil.copytree(MINI, tmp_path_factory.mktemp("weights") / "mini", copy_function=os.symlink)
-    content = json.loads((MINI / "model.json").read_text())
+    """The miniature with two steps of each stage, where pictures are made but not looked at, without an IP-Adapter, an adapter
+    for few steps, and LoRAs. Not to be changed."""
+    from tests.components import copy_mini
+
+    folder = copy_mini(tmp_path_factory.mktemp("weights") / "mini", copy=os.symlink)
+    content = json.loads((folder / "model.json").read_text())
     for stage in content["sampler"].values():
         stage["steps"] = 2
-    (folder / "model.json").unlink()
     (folder / "model.json").write_text(json.dumps(content))
     return folder
 

@@ -9,13 +9,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from cascade.networks.base import Network
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
 
 THEIRS = {StableCascadeUNet: TheirUNet, StageA: PaellaVQModel}
 
 
-def twin(network: ModelMixin) -> ModelMixin:
+def twin(network: Network) -> ModelMixin:
     """diffusers' network of the same configuration, in eval mode, on the very tensors of ours: no second copy."""
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}
     with torch.device("meta"):

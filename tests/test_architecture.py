@@ -45,7 +45,14 @@ ALLOWED = {
     ),
     "cascade.stages": ("cascade.prompts", "cascade.networks", "cascade.sampling", "cascade.sizes"),
     "cascade.running": ("cascade.networks", "cascade.kernels"),
-    "cascade.weights": ("cascade.networks", "cascade.sampling", "cascade.sizes", "cascade.safety"),
+    "cascade.weights": (
+        "cascade.prompts",
+        "cascade.images",
+        "cascade.networks",
+        "cascade.sampling",
+        "cascade.sizes",
+        "cascade.safety",
+    ),
     "cascade.safety": ("cascade.weights",),
     "cascade.images": (),
     "cascade.limits": ("cascade.networks", "cascade.sizes"),
@@ -54,7 +61,7 @@ ALLOWED = {
     "cascade.kernels": (),
     "cascade.sampling": (),
     "cascade.sizes": (),
-    "cascade.prompts": ("cascade.limits",),
+    "cascade.prompts": ("cascade.networks", "cascade.limits"),
 }
 
 

@@ -79,6 +79,74 @@ def read(path: Path) -> np.ndarray:
 # ---- pictures ----
 
 
+def test_a_picture_is_made_before_any_is_asked_for(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only on a GPU, where the first picture takes longer."""
+    service = predictor.service
+    wanted: list[Request] = []
+    steps = service.cascade.steps
+    monkeypatch.setattr(service.cascade, "steps", lambda request: wanted.append(request) or steps(request))
+    service.warm_up()
+    service.model_thread.submit(lambda: None).result()
+    assert not wanted
+    progress: list[Any] = []
+
+    def noted(request: Request) -> Iterator[Any]:
+        for one in steps(request):
+            progress.append(one)
+            yield one
+
+    monkeypatch.setattr(service.cascade, "steps", noted)
+    monkeypatch.setattr(service, "_asked", threading.Event())
+    service.model_thread.submit(service._make_unasked).result()
+    assert [one.image is not None for one in progress].count(True) == 1
+    assert progress[-1].image.size == (256, 256)
+    service._asked.set()
+    progress.clear()
+    service.model_thread.submit(service._make_unasked).result()
+    assert progress == []
+
+
+def test_the_picture_that_nobody_asked_for_ends_when_somebody_asks(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = predictor.service
+    monkeypatch.setattr(service, "_asked", threading.Event())
+    begun, steps, seen = threading.Event(), service.cascade.steps, []
+
+    def slow(request: Request) -> Iterator[Any]:
+        for one in steps(request):
+            seen.append(one)
+            begun.set()
+            service._asked.wait(60)
+            yield one
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.cascade, "steps", slow)
+        unasked = service.model_thread.submit(service._make_unasked)
+        assert begun.wait(60)
+    (file,) = run(predictor, **TINY, seed=1)
+    unasked.result()
+    assert len(seen) == 1
+    made = read(file)
+    assert (read(run(predictor, **TINY, seed=1)[0]) == made).all()
+
+
+def test_a_picture_that_nobody_asked_for_may_fail(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = predictor.service
+    monkeypatch.setattr(service, "_asked", threading.Event())
+
+    def failing(request: Request) -> Iterator[Any]:
+        raise RuntimeError("CUDA out of memory")
+        yield
+
+    monkeypatch.setattr(service.cascade, "steps", failing)
+    with caplog.at_level("INFO"):
+        service._make_unasked()
+    assert "No picture was made at the start, so the first takes longer: CUDA out of memory" in caplog.text
+
+
 @pytest.mark.slow
 def test_defaults_give_one_picture_of_the_native_size(predictor: Predictor) -> None:
     (file,) = run(predictor)

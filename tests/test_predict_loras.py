@@ -13,8 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from predict import Predictor
-from tests.components import add_loras
-from tests.conftest import MINI
+from tests.components import add_loras, copy_mini
 from tests.metadata import read_record
 from tests.serving.test_loras import Site, hub
 from tests.test_predict import DEFAULTS
@@ -25,7 +24,7 @@ TINY = {"width": 64, "height": 64, "steps_prior": 2, "steps_decoder": 1, "output
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The miniature with a LoRA, a word and a file that is neither."""
-    folder = shutil.copytree(MINI, tmp_path_factory.mktemp("weights") / "mini")
+    folder = copy_mini(tmp_path_factory.mktemp("weights") / "mini")
     add_loras(folder)
     (folder / "loras" / "broken.safetensors").write_bytes(b"nothing")
     (folder / "turbo").mkdir()

@@ -233,9 +233,34 @@ def test_pictures_are_small_and_shown() -> None:
     shown = {link for page in PAGES for link in LINK.findall(page.read_text(encoding="utf-8")) if link.endswith("webp")}
     files = list(IMAGES.iterdir())
     # The benchmark's plot needs a GPU, the page a browser; the others are drawn by scripts/make-method-pictures.
-    expected = {*method_pictures.DRAWINGS, "benchmark.webp", "studio.webp"}
+    expected = {*method_pictures.drawings(), "benchmark.webp", "studio.webp"}
     assert {file.name for file in files} == {Path(link).name for link in shown} == expected
     assert sum(file.stat().st_size for file in files) < 500_000
+
+
+@needs_mini
+@pytest.mark.parametrize(
+    ("page", "size"),
+    [
+        (README, r"a complete Cascade of (\d+) MB"),
+        (README, r"(\d+) MB for the miniature"),
+        (DOCS / "weights.md", r"\| miniature \|.* (\d+) MB \|"),
+        (ROOT / "CHANGELOG.md", r"A miniature of the whole model, (\d+) MB"),
+    ],
+)
+def test_the_miniatures_size_is_that_of_its_folder(page: Path, size: str) -> None:
+    (said,) = re.findall(size, page.read_text(encoding="utf-8"))
+    assert int(said) == round(sum(file.stat().st_size for file in MINI.rglob("*") if file.is_file()) / 1e6)
+
+
+def test_pictures_of_the_pages_share_a_limit() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    pictures = {"a": Image.fromarray(noise), "b": Image.fromarray(noise[:32])}
+    best = method_pictures.compressed(pictures, 10**6)
+    most = sum(map(len, best.values()))
+    smaller = method_pictures.compressed(pictures, most - 1)
+    assert all(len(smaller[name]) < len(best[name]) for name in pictures)
+    assert sum(map(len, method_pictures.compressed(pictures, 0).values())) < most
 
 
 def test_what_training_never_showed() -> None:

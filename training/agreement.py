@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 
+from cascade.networks.base import without_values
 from cascade.sizes import ENCODER_STRIDE, STAGE_A_FACTOR, semantic_size
-from cascade.weights import NETWORKS, TRANSFORMERS_CONFIGS
+from cascade.weights import NETWORKS
 from training.configuration import NETWORK_TABLES
 from training.errors import FILE_ERRORS, TrainingError, summary
 from training.stages import STAGES
@@ -79,17 +80,13 @@ def find_part(component: str, config: Mapping[str, Any], model: Path, *, anew: b
         label, values = f"[{table}]", dict(config[table])
     else:
         return None
-    settings = TRANSFORMERS_CONFIGS.get(component)
-    parameters = inspect.signature(settings or NETWORKS[component]).parameters
+    parameters = inspect.signature(NETWORKS[component]).parameters
     values = {name: one.default for name, one in parameters.items() if one.default is not one.empty} | values
-    if component in TRANSFORMERS_CONFIGS:
+    if component in dict(TOWERS):
         _check_heads(label, values["hidden_size"], values["num_attention_heads"])
     try:
-        with init_empty_weights():
-            if settings is not None:
-                NETWORKS[component](settings.from_dict(values))
-            else:
-                NETWORKS[component](**{name: value for name, value in values.items() if name in parameters})
+        with torch.device("meta"), without_values():
+            NETWORKS[component](**{name: value for name, value in values.items() if name in parameters})
     except Exception as error:  # for wrong values, networks raise all kinds of errors
         raise TrainingError(f"No {component} can be built from {label}: {summary(error)}.") from error
     return Part(label, values, made=label != f"[{table}]")

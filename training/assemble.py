@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPImageProcessorPil
-
+from cascade.images.preprocessing import ClipPreprocessor
 from cascade.weights import CONTROLNETS, DISTILLED, NETWORKS, StageSettings, save_model_folder
 from training.configuration import read_configuration
-from training.distilled import distilled
+from training.distilled import distilled, earlier
 from training.errors import TrainingError, writing
 from training.stages import advice
 from training.workshop import load_component
@@ -25,7 +24,7 @@ EXTRAS = (*CONTROLNETS, "ip_adapter")
 
 def assemble(config: Mapping[str, Any], trained: Path, folder: Path) -> None:
     """Writes the model folder ``folder`` from the components in ``trained``. ControlNets, the IP-Adapter, and the adapters for
-    the speed "turbo" may be missing.
+    the speed "turbo" may be missing. An earlier adapter for that speed in ``trained`` is kept while it fits.
 
     Raises:
         TrainingError: the configuration has no table [model], a component is missing or damaged, or the folder cannot be
@@ -37,13 +36,11 @@ def assemble(config: Mapping[str, Any], trained: Path, folder: Path) -> None:
     lacking = [name for name in names if not (trained / name).is_dir()]
     if lacking:
         raise TrainingError(f"{trained} has no {', '.join(lacking)}: {advice(lacking)}.")
-    turbo = distilled(trained)
+    turbo = distilled(trained) or earlier(trained)
     names += [name for name in EXTRAS if (trained / name).is_dir()]
     components = {name: load_component(trained, name) for name in names}
     size = components["image_encoder"].config.image_size
-    components["feature_extractor"] = CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
+    components["feature_extractor"] = ClipPreprocessor(size=size, crop=(size, size))
     model = config["model"]
     with writing(folder):
         save_model_folder(

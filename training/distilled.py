@@ -4,13 +4,16 @@ The engine uses it for the speed "turbo". `training.assemble` does the same for 
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import safetensors.torch
 
 from cascade.weights import DISTILLED, WeightsError, replacement, write_model_json
-from cascade.weights.build import describe
+from cascade.weights.build import TURBO, describe
+from cascade.weights.hashing import sha256
+from cascade.weights.names import SUFFIX
 from cascade.weights.writing import link
 from training.errors import FILE_ERRORS, TrainingError, summary, writing
 from training.stages import STAGES, advice
@@ -42,6 +45,31 @@ def distilled(trained: Path) -> bytes | None:
     return safetensors.torch.save(tensors)
 
 
+def earlier(trained: Path) -> bytes | None:
+    """The content of the file for the speed "turbo" that a model folder had before it was trained further.
+
+    Args:
+        trained: the folder ``model`` in a training's folder, a copy of the model folder.
+
+    Returns:
+        None if there is none, or if Stages C and B are no longer those that it was made for.
+
+    Raises:
+        TrainingError: a file is damaged.
+    """
+    file, listing = trained / DISTILLED, trained / "model.json"
+    if not (file.is_file() and listing.is_file()):
+        return None
+    try:
+        sums = json.loads(listing.read_text(encoding="utf-8"))["files"]
+        of_stages = [path for path in sums if path.startswith(("prior/", "decoder/")) and path.endswith(SUFFIX)]
+        if any(not (trained / path).is_file() or sha256(trained / path) != sums[path] for path in of_stages):
+            return None
+        return file.read_bytes()
+    except FILE_ERRORS as error:
+        raise TrainingError(f"{listing} or {file} cannot be read: {summary(error)}.") from error
+
+
 def add(trained: Path, folder: Path) -> None:
     """Adds the file to a model folder. A killed process leaves the folder as it was.
 
@@ -53,7 +81,7 @@ def add(trained: Path, folder: Path) -> None:
     if content is None:
         raise TrainingError(f"{trained} has no {', '.join(ADAPTERS)}: {advice(list(ADAPTERS))}.")
     about = describe([], folder)
-    with writing(folder), replacement(folder, without=(DISTILLED.split("/")[0],), copy=link) as made:
+    with writing(folder), replacement(folder, without=(TURBO,), copy=link) as made:
         (made / DISTILLED).parent.mkdir()
         (made / DISTILLED).write_bytes(content)
         write_model_json(made, **about)

@@ -5,6 +5,7 @@ A stage starts when the earlier stages that write what it needs are finished. Ti
 
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ from training.stages import ORDER, trained_by, waits_for
 ROOT = Path(__file__).parent.parent
 LEDGER = "recipe.json"
 POLL_SECONDS = 0.2
+TRACEBACK = "Traceback (most recent call last):"
+OF_LAUNCHER = re.compile(r"[IWE]\d{4} .*torch/distributed")
 WRITE_SECONDS = 10.0
 """The ledger is written this often, so that a killed call loses less of its time."""
 
@@ -74,6 +77,7 @@ class Running:
         began: `time.time` of its start.
         entry: its entry in the ledger.
         log: the file that has its output; None: it writes to this process's.
+        start: bytes in that file before.
     """
 
     stage: str
@@ -82,6 +86,23 @@ class Running:
     began: float
     entry: dict[str, Any]
     log: TextIO | None
+    start: int = 0
+
+    def last_line(self) -> str | None:
+        """The last line of its output, see `last_line`; None if this process has the output."""
+        if self.log is None:
+            return None
+        return last_line(Path(self.log.name).read_bytes()[self.start :].decode(errors="replace"))
+
+
+def last_line(output: str) -> str:
+    """The last line of a stage's output that is not its launcher's: torchrun ends with log lines and a traceback of its own."""
+    lines = output.splitlines()
+    own = next((place for place, line in enumerate(lines) if "torch/distributed/run.py" in line), None)
+    if own is not None:
+        lines = lines[: max((place for place in range(own) if lines[place] == TRACEBACK), default=own)]
+    lines = [line for line in lines if line.strip() and not OF_LAUNCHER.match(line)]
+    return lines[-1].strip() if lines else "no output"
 
 
 def visible_gpus() -> list[str]:
@@ -139,6 +160,11 @@ class Recipe:
         self._write_ledger(0)
         return self.code
 
+    def interrupt(self, number: int) -> None:
+        """Stops because of a signal, which decides the exit code."""
+        self.code = self.code or 128 + number
+        self.stop(number)
+
     def stop(self, number: int) -> None:
         """Passes a signal on to all stages, which save and end, and starts no more.
 
@@ -163,7 +189,7 @@ class Recipe:
         command = [sys.executable, "-m", *launcher(len(gpus)), "training.run", *map(str, files)]
         if math.isfinite(self.deadline):
             command += ["--minutes", str(max(0.0, (self.deadline - time.time()) / 60))]
-        environment, log = dict(os.environ), None
+        environment, log, start = dict(os.environ), None, 0
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if self.at_once > 1:
@@ -171,11 +197,12 @@ class Recipe:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 log = (folder / "output.log").open("a", encoding="utf-8")
+                start = log.tell()
         now = time.time()
         entry = {"stage": stage, "started": timestamp(now), "seconds": 0.0, "gpus": gpus}
         self.ledger.processes.append(entry)
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        self.running.append(Running(stage, process, gpus, now, entry, log))
+        self.running.append(Running(stage, process, gpus, now, entry, log, start))
         where = f" on GPU {', '.join(gpus)}" if gpus else ""
         say(f"{stage}: started{where}" + (f"; its output is in {log.name}" if log else ""))
 
@@ -208,8 +235,8 @@ class Recipe:
     def _failed(self, one: Running, code: int) -> None:
         """Keeps the exit code of the first stage that failed, and has the others save and end."""
         if one.log:
-            lines = Path(one.log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            say(f"{one.stage}: {lines[-1] if lines else 'no output'}")
+            said = one.last_line()
+            say(said if said.startswith(f"{one.stage}: ") else f"{one.stage}: {said}")
         if not self.code:
             self.code = code if code > 0 else 128 - code
             if not self.stopping:
@@ -278,7 +305,7 @@ def train_all(
         TrainingError: the configuration or the ledger is damaged, or a file cannot be written.
     """
     recipe = Recipe(config, data, output, at_once=at_once, deadline=deadline, copy_to=copy_to)
-    with passing_signals_to(recipe.stop):
+    with passing_signals_to(recipe.interrupt):
         return recipe.train()
 
 

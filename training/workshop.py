@@ -1,5 +1,6 @@
 """Builds the task of a stage from the configuration, the data and the model folder."""
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from cascade.networks.base import Network
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.ip_adapter import IPAdapter
+from cascade.networks.stage_a import StageA
 from cascade.weights import NETWORKS, StageSettings
 from training.agreement import table_of
 from training.dataset import Dataset, Split
@@ -30,6 +33,13 @@ from training.stages import STAGES, advice, check_needs, maker
 from training.task import Task
 from training.tasks.controlnet import CONTROL_KINDS, new_controlnet
 from training.tasks.ip_adapter import new_ip_adapter
+
+# Trained as transformers' classes, which begin with CLIP's initial weights.
+TRAINED = {
+    **NETWORKS,
+    "text_encoder": CLIPTextModelWithProjection,
+    "image_encoder": CLIPVisionModelWithProjection,
+}
 
 
 def load_component(model: Path, name: str) -> Any:
@@ -44,11 +54,35 @@ def load_component(model: Path, name: str) -> Any:
     try:
         if name == "tokenizer":
             return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return NETWORKS[name].from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
+        kind = TRAINED[name]
+        own = {} if issubclass(kind, Network) else {"local_files_only": True, "use_safetensors": True}
+        network = kind.from_pretrained(folder, **own).float()
     except FILE_ERRORS as error:
         raise TrainingError(
             f"{folder} cannot be read ({summary(error)}); remove it and run the stage {maker(name)} again."
         ) from error
+    if name == "vqgan":
+        set_scale(network, model)
+    return network
+
+
+def set_scale(vqgan: StageA, model: Path) -> None:
+    """Puts a model folder's own scale of Stage A's latents, if ``model.json`` has one, into Stage A's configuration.
+
+    The published configuration has another scale than the one that Stage B was trained with.
+
+    Raises:
+        TrainingError: ``model.json`` cannot be read.
+    """
+    file = model / "model.json"
+    if not file.is_file():
+        return
+    try:
+        scale = json.loads(file.read_text(encoding="utf-8")).get("stage_a_scale")
+        if scale is not None:
+            vqgan.register_to_config(scale_factor=float(scale))
+    except (*FILE_ERRORS, AttributeError) as error:
+        raise TrainingError(f"{file} cannot be read: {summary(error)}.") from error
 
 
 class Workshop:
@@ -145,7 +179,7 @@ class Workshop:
 
     def network(self, component: str, *, anew: bool = False, resumes: bool = False) -> nn.Module:
         """A component to be trained: the model folder's, or a new one with random weights and the configuration's sizes."""
-        kind, folder = NETWORKS[component], self.model / component
+        kind, folder = TRAINED[component], self.model / component
         if folder.is_dir() and not anew:
             return (self._empty(component) if resumes else load_component(self.model, component)).train()
         sizes = self.config[table_of(component)]
@@ -169,13 +203,16 @@ class Workshop:
 
     def _empty(self, component: str) -> nn.Module:
         """A component with the model folder's sizes and random weights."""
-        kind, folder = NETWORKS[component], self.model / component
+        kind, folder = TRAINED[component], self.model / component
         try:
             if component in ("text_encoder", "image_encoder"):
                 return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-            return kind.from_config(kind.load_config(folder, local_files_only=True))
+            network = kind.from_config(kind.load_config(folder))
         except FILE_ERRORS as error:
             raise TrainingError(f"{folder} cannot be read ({summary(error)}).") from error
+        if component == "vqgan":
+            set_scale(network, self.model)
+        return network
 
     def tokens(self) -> dict[str, int]:
         """The special tokens' ids and the vocabulary size, as CLIP's configurations name them."""

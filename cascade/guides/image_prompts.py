@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
+from cascade.images.preprocessing import ClipPreprocessor
+from cascade.networks.clip import VisionTower
 from cascade.stages.text import Run, directly
 
 
@@ -18,7 +19,7 @@ class ImagePromptEncoder:
         encoder: CLIP ViT-L/14 in the published model.
     """
 
-    def __init__(self, processor: CLIPImageProcessorPil, encoder: CLIPVisionModelWithProjection) -> None:
+    def __init__(self, processor: ClipPreprocessor, encoder: VisionTower) -> None:
         self.processor = processor
         self.encoder = encoder
 
@@ -47,7 +48,7 @@ class ImagePromptEncoder:
         return self._run(images, run)[1]
 
     def _run(self, images: Sequence[Image.Image], run: Run) -> tuple[Tensor, Tensor]:
-        pixels = self.processor(list(images), return_tensors="pt").pixel_values
+        pixels = self.processor(images)
         return run(self._encode, pixels.to(self.encoder.device, self.encoder.dtype))
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ source              iTXt ``XML:com.adobe.xmp``   XMP
 ==================  ===========================  =============================
 """
 
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,10 +18,10 @@ from PIL import ExifTags, Image, TiffTags
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from cascade.images.png import save_png
+
 # How hard WebP tries, 0 to 6. Of eight kinds of pictures of 1024x1024, method 2 took 39 to 113 ms; 4, Pillow's own, took 86 to
-# 274 ms for files of 92 to 103 % of that size, and 0 took 28 to 103 ms for files of up to 157 %. PNG with zlib's strategy for
-# runs took 22 to 178 ms, and with its default 20 to 743 ms for files of 98 to 103 %: behind PNG's filters there is little to
-# find (docs/experiments.md).
+# 274 ms for files of 92 to 103 % of that size, and 0 took 28 to 103 ms for files of up to 157 % (docs/experiments.md).
 WEBP_METHOD = 2
 # Maximum bytes of a JPEG's EXIF, which must fit into one segment.
 LONGEST_EXIF = 65_533
@@ -81,7 +80,7 @@ def save_picture(image: Image.Image, path: Path, metadata: Iterable[Metadata], q
     """
     versions = iter(metadata)
     if path.suffix == ".png":
-        image.save(path, "PNG", compress_type=zlib.Z_RLE, pnginfo=_png_texts(next(versions)))
+        save_png(image, path, ((kind, content) for kind, content, *_ in _png_texts(next(versions)).chunks))
     elif path.suffix == ".webp":
         chosen = next(versions)
         image.save(path, "WEBP", quality=quality, method=WEBP_METHOD, exif=_exif(chosen), xmp=_xmp(chosen))

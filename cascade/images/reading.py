@@ -7,6 +7,7 @@ caller needs. The process starts with the first picture, in 0.1 s. While it wait
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from PIL import Image
 
 from cascade.images.bands import bands_of
 from cascade.images.child import MOST_CPU_SECONDS, MOST_SECONDS
-from cascade.images.decoding import ORDINARY_PIXELS, Size
+from cascade.images.decoding import LARGE_PIXELS, ORDINARY_PIXELS, Size
+from cascade.images.heap import give_back
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +138,8 @@ class Decoder:
         try:
             # An absolute path, because the process keeps the working directory that it was started in.
             size = self._ask(path=str(path.absolute()), name=name)["size"]
+            if math.prod(size) > LARGE_PIXELS:  # the decoder is about to take 400 MB and more
+                give_back()
             options = {"background": background, "needed": None if needed is None else needed(*size), "mask": mask}
             answer = self._ask(**options)
             image = Image.new(answer["mode"], answer["size"])

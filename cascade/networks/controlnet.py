@@ -7,10 +7,9 @@ serves all steps of a picture. Their BatchNorms use running statistics: keep the
 
 from typing import Any
 
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from cascade.networks.base import Network
+from cascade.networks.base import Network, register_to_config
 from cascade.networks.effnet import SemanticEncoder
 
 # The ResBlocks to which the published networks add residuals, in Stage C's execution order: 0-31 down and 32-63 up.
@@ -130,6 +129,5 @@ class ControlNet(Network):
         Returns {k: (B, out_channels, h, w)} in the weights' dtype, for `StableCascadeUNet.forward`. h and w are H and W, or
         with the "effnet" backbone about a 32nd of them.
         """
-        # Not self.dtype: diffusers searches all layers for it.
-        features = self.backbone(control.to(next(self.parameters()).dtype))
+        features = self.backbone(control.to(self.dtype))
         return {k: project(features) for k, project in zip(self.config.proj_blocks, self.projections, strict=True)}

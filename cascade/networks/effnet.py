@@ -7,10 +7,9 @@ from scratch.
 """
 
 import torch
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from cascade.networks.base import Network
+from cascade.networks.base import Network, register_to_config
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -128,5 +127,4 @@ class SemanticEncoder(Network):
         # Numbers instead of tensors: a CUDA graph cannot capture copies from pageable host memory.
         channels = zip(pixels.unbind(dim=1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
         images = torch.stack([(x - mean) / std for x, mean, std in channels], dim=1)
-        # Not self.dtype: diffusers searches all layers for it.
-        return self.mapper(self.backbone(images.to(self.mapper[0].weight.dtype)))
+        return self.mapper(self.backbone(images.to(self.dtype)))

@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from cascade.networks.base import Network
+from cascade.networks.base import Network, register_to_config
 from cascade.networks.unet import AttnBlock, Conditions, ImageTokens, StableCascadeUNet
 
 # Each mode uses some of the adapted blocks.

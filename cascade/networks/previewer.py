@@ -3,10 +3,9 @@
 State-dict keys and arithmetic are those of Stability-AI/StableCascade `modules/previewer.py`.
 """
 
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from cascade.networks.base import Network
+from cascade.networks.base import Network, register_to_config
 
 
 class Previewer(Network):

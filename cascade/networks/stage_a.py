@@ -7,11 +7,10 @@ follows Stability-AI/StableCascade `modules/stage_a.py`, but `encode` and `decod
 from itertools import pairwise
 
 import torch
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels
-from cascade.networks.base import Network
+from cascade.networks.base import Network, register_to_config
 
 
 class MixingBlock(UsesKernels, nn.Module):

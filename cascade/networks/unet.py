@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels
-from cascade.kernels.layers import columns, put_channels_side_by_side
+from cascade.kernels.layers import columns, is_hooked, put_channels_side_by_side
 from cascade.kernels.plain import EPS, layer_norm
-from cascade.kernels.stream import Stream
+from cascade.kernels.stream import Product, Stream
 from cascade.networks import layout
-from cascade.networks.base import Network
+from cascade.networks.base import Network, register_to_config
+from cascade.networks.fp8 import multiplies
 
 TIMESTEP_CONDITIONS = ("sca", "crp")
 
@@ -145,11 +145,26 @@ class ResBlock(UsesKernels, nn.Module):
 
     def forward(self, stream: Stream, skip: Tensor | None = None) -> Stream:
         """stream: (B, H, W, C). skip: float32 (B, H, W, skip_channels)."""
+        if skip is None and self._multiplies_in_e4m3():
+            return self._in_e4m3(stream)
         first, _, response, dropout, last = self.channelwise
         dtype = response.gamma.dtype  # the weights' dtype. A replaced linear layer may store another one.
         stream, normed = self.kernels.depthwise_norm(stream, self.depthwise, dtype, skip)
         hidden = dropout(response(self.kernels.linear(first, normed, dtype)))
         return self.kernels.add_linear(stream, hidden, last)
+
+    def _multiplies_in_e4m3(self) -> bool:
+        """Whether both layers of the MLP can do that, and nothing between them must be called."""
+        first, _, response, dropout, last = self.channelwise
+        ordinary = type(response) is GeluResponse and type(dropout) is nn.Dropout and not dropout.training
+        return ordinary and multiplies(first, last) and not is_hooked(response) and not is_hooked(dropout)
+
+    def _in_e4m3(self, stream: Stream) -> Stream:
+        """`forward` without a skip connection, with products in e4m3: see `networks.fp8`."""
+        first, _, response, _, last = self.channelwise
+        stream, normed = self.kernels.depthwise_norm(stream, self.depthwise, first.dtype, e4m3=True)
+        hidden, scale = self.kernels.gelu_response_e4m3(first.multiply(normed), response.gamma, response.beta)
+        return stream._replace(bias=last.bias, product=Product(last.product(hidden), scale))
 
 
 class TimestepBlock(nn.Module):
@@ -224,6 +239,7 @@ class Attention(UsesKernels, nn.Module):
     ) -> Tensor:
         """Attention of tokens (B, T, C), before `to_out`: (B, T, C).
 
+        tokens: in the weights' dtype, or in e4m3 for an `Fp8Linear`.
         key, value: of the condition, as `key_value` returns them.
         own: whether the tokens attend to each other too.
         bias: float32 (B, condition tokens), added to the logits of the condition's keys.
@@ -278,11 +294,12 @@ class AttnBlock(UsesKernels, nn.Module):
         if value is None:
             key, value = self.condition(key, self.kv_mapper, self.attention)
         (out,) = self.attention.to_out
-        stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out)
+        e4m3 = self.self_attn and multiplies(self.attention.to_qkv) and not is_hooked(self.attention)
+        stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out, e4m3=e4m3)
         shares = [None if one is None else resize(one, normed.shape[1:3]).view(1, -1, 1) for one in masks]
         attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn, bias, hidden, images, shares)
         # The dtype that `norm` was told: a replaced to_qkv may return another.
-        attended = attended.to(normed.dtype).view(normed.shape)
+        attended = attended.to(key.dtype).view(normed.shape)
         return self.kernels.add_linear(stream, attended, out, after_norm=True)
 
 
@@ -344,8 +361,6 @@ class StableCascadeUNet(UsesKernels, Network):
 
     Raises ValueError for tuples of unequal length and unknown block or condition names.
     """
-
-    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -490,14 +505,6 @@ class StableCascadeUNet(UsesKernels, Network):
         layout.publish(self, self._stacked())
         self.init_weights()
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> "StableCascadeUNet":
-        """See diffusers' `ModelMixin.from_pretrained`. `low_cpu_mem_usage` is ignored, and `device_map` is not supported.
-
-        With these options, diffusers sets parameters one by one by their names in the file, without `load_state_dict`.
-        """
-        return super().from_pretrained(*args, **{**options, "low_cpu_mem_usage": False})
-
     def _stacked(self) -> dict[str, dict[str, int]]:
         """The stacked layers and their published layers, see `layout.publish`."""
         names = {module: name for name, module in self.named_modules()}
@@ -520,7 +527,7 @@ class StableCascadeUNet(UsesKernels, Network):
     def init_weights(self) -> None:
         """The authors' initialisation for training from scratch: the network predicts zero, and blocks are near identity.
 
-        `from_pretrained` turns torch's initialisers off, so that this takes no time there.
+        Takes no time in `networks.base.without_values`.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection
 
+from cascade.networks.clip import TextTower
 from cascade.prompts.chunks import Chunk, Special
 from cascade.prompts.text import TextEmbeddings
 
 Encoder = Callable[..., tuple[Tensor, Tensor]]
 
 
-def encoder_of(network: CLIPTextModelWithProjection) -> Encoder:
+def encoder_of(network: TextTower) -> Encoder:
     """A function of tensors, which a graph can replay.
 
     It takes ids and mask, int64 (B, 77); and, for embeddings, vectors (B, 77, D) and their places, bool (B, 77, 1). It
@@ -32,7 +32,7 @@ def encoder_of(network: CLIPTextModelWithProjection) -> Encoder:
             vectors, places = embeddings
             return torch.where(places, vectors, words)
 
-        # transformers' CLIP takes only ids, not the caller's embeddings.
+        # The network takes only ids, like transformers', which training uses.
         hook = network.get_input_embeddings().register_forward_hook(placed) if embeddings else None
         try:
             output = network(ids, attention_mask=mask, output_hidden_states=True)

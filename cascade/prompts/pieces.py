@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from cascade.limits import InputError, shown
 from cascade.prompts.embeddings import EmbeddingError, Embeddings
 from cascade.prompts.parsing import Part
+from cascade.prompts.tokenizer import ClipTokenizer
 
 # Maximum number of names in an error.
 MOST_NAMES = 20
@@ -67,7 +67,7 @@ class _Stretch(NamedTuple):
 
 
 def pieces(
-    parts: Sequence[Part], tokenizer: CLIPTokenizer, embeddings: Embeddings, *, strict: bool, name: str = "prompt"
+    parts: Sequence[Part], tokenizer: ClipTokenizer, embeddings: Embeddings, *, strict: bool, name: str = "prompt"
 ) -> list[Piece]:
     """The pieces of a prompt, each tokenized separately, without begin and end of text.
 

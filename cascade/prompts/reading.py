@@ -2,21 +2,20 @@
 
 from pathlib import Path
 
-from transformers import CLIPTokenizer
-
 from cascade.prompts.chunks import Chunk, Special, chunks
 from cascade.prompts.embeddings import Embeddings
 from cascade.prompts.parsing import check_weights, parse, whole
 from cascade.prompts.pieces import files, pieces
+from cascade.prompts.tokenizer import ClipTokenizer
 
 
-def special_of(tokenizer: CLIPTokenizer) -> Special:
+def special_of(tokenizer: ClipTokenizer) -> Special:
     """A tokenizer's ids for begin and end of text and for padding, and the length of its chunks."""
     return Special(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.model_max_length)
 
 
 def read(
-    prompt: str, tokenizer: CLIPTokenizer, embeddings: Embeddings, *, weighting: bool, name: str = "prompt"
+    prompt: str, tokenizer: ClipTokenizer, embeddings: Embeddings, *, weighting: bool, name: str = "prompt"
 ) -> list[Chunk]:
     """The chunks of a prompt.
 

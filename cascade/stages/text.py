@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from cascade.networks.clip import TextTower
 from cascade.prompts.chunks import Chunk
 from cascade.prompts.embeddings import Embeddings
 from cascade.prompts.encoding import encode, encoder_of
 from cascade.prompts.reading import read, special_of
 from cascade.prompts.text import TextEmbeddings, joined
+from cascade.prompts.tokenizer import ClipTokenizer
 
 # (function, *tensors) -> what the function returns.
 Run = Callable[..., Any]
@@ -46,8 +47,8 @@ class TextEncoder:
 
     def __init__(
         self,
-        tokenizer: CLIPTokenizer,
-        encoder: CLIPTextModelWithProjection,
+        tokenizer: ClipTokenizer,
+        encoder: TextTower,
         *,
         embeddings: Embeddings | None = None,
         log_prompts: bool = True,

@@ -12,8 +12,8 @@
   ``manifest`` lists the downloaded files, and ``downloaded`` checks them. ``build`` makes a model folder from a download and
   the user's own files.
 
-The names in `EXPORTED` can be imported from here. They are loaded on first use, because downloads need neither torch nor
-transformers, which take seconds to import.
+The names in `EXPORTED` can be imported from here. They are loaded on first use, because downloads do not need torch,
+which takes seconds to import.
 """
 
 from importlib import import_module
@@ -28,7 +28,6 @@ EXPORTED = {
         "NEEDED",
         "NETWORKS",
         "PROCESSORS",
-        "TRANSFORMERS_CONFIGS",
     ),
     "errors": ("WeightsError",),
     "folder": ("ModelFolder",),

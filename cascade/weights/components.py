@@ -2,27 +2,21 @@
 
 from pathlib import Path
 
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
-
+from cascade.images.preprocessing import ClipPreprocessor
+from cascade.networks.clip import TextTower, VisionTower
 from cascade.networks.controlnet import KINDS, ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
+from cascade.prompts.tokenizer import ClipTokenizer
 
 # The number of channels that each ControlNet reads.
 CONTROLNETS = {f"controlnet_{kind}": channels for kind, channels in KINDS.items()}
 NETWORKS = {
-    "text_encoder": CLIPTextModelWithProjection,
-    "image_encoder": CLIPVisionModelWithProjection,
+    "text_encoder": TextTower,
+    "image_encoder": VisionTower,
     "prior": StableCascadeUNet,
     "decoder": StableCascadeUNet,
     "vqgan": StageA,
@@ -31,7 +25,7 @@ NETWORKS = {
     **dict.fromkeys(CONTROLNETS, ControlNet),
     "ip_adapter": IPAdapter,
 }
-PROCESSORS = {"tokenizer": CLIPTokenizer, "feature_extractor": CLIPImageProcessorPil}
+PROCESSORS = {"tokenizer": ClipTokenizer, "feature_extractor": ClipPreprocessor}
 PROCESSOR_FILES = {
     "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "feature_extractor": (("preprocessor_config.json",),),
@@ -42,7 +36,6 @@ DISTILLED = "turbo/turbo.safetensors"
 # Further folders, which other modules load. Their files are listed and checked with those of the components.
 EXTRAS = ("safety_checker", "turbo")
 
-TRANSFORMERS_CONFIGS = {"text_encoder": CLIPTextConfig, "image_encoder": CLIPVisionConfig}
 # The components that every model needs, and the published repository that has each.
 NEEDED = {
     "tokenizer": "stable-cascade-prior",

@@ -1,25 +1,22 @@
 """Makes a component of a model from its files: a network from its configuration and tensors, or a tokenizer."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
 
+from cascade.networks.base import Network, without_values
 from cascade.networks.controlnet import ControlNet
-from cascade.networks.eight_bits import use_eight_bits
-from cascade.weights.components import CONTROLNETS, NETWORKS, PROCESSOR_FILES, PROCESSORS, TRANSFORMERS_CONFIGS
+from cascade.networks.precisions import forms_in, use_forms
+from cascade.weights.components import CONTROLNETS, NETWORKS, PROCESSOR_FILES, PROCESSORS
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.fitting import OPTIONAL_KEYS, current_names, misfit
 from cascade.weights.reading import read_json
 from cascade.weights.single_file import convert, split
 from cascade.weights.variants import controlnet_config, what_it_is
-
-CONFIG_CLASSES = {NETWORKS[component]: config for component, config in TRANSFORMERS_CONFIGS.items()}
 
 
 def standard_network(component: str, config_path: Path, weights: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -29,7 +26,7 @@ def standard_network(component: str, config_path: Path, weights: Path, tensors: 
         WeightsError: the tensors do not fit the configuration.
     """
     network = empty_network(component, config_path)
-    use_eight_bits(network, tensors)
+    use_forms(network, forms_in(tensors))
     wrong = misfit(_shapes(network.state_dict()), _shapes(tensors))
     if wrong is not None:
         raise WeightsError(f"{weights}{wrong}, by {config_path}{_what_else(component, tensors)}.")
@@ -65,16 +62,8 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise WeightsError(f"{config_path} does not describe the {component}: it is not a JSON object.")
-    # Buffers get their values, because no file holds some of them, such as CLIP's position ids. Parameters get none: for the
-    # meta device, torch computes initial values by code that imports its compiler, in 1.5 s.
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with torch.device("meta"), without_values():
         try:
-            if component in TRANSFORMERS_CONFIGS:
-                described = TRANSFORMERS_CONFIGS[component].from_dict(config)
-                # For a dtype, transformers would change torch's default until the network is made, and other threads, which
-                # prepare kernels meanwhile, would get tensors of it.
-                described.dtype = None
-                return NETWORKS[component](described)
             return NETWORKS[component].from_config(current_names(config))
         except Exception as error:  # networks raise various errors for wrong settings
             said = f"it lacks {error}" if isinstance(error, KeyError) else shortened(error).rstrip(".")
@@ -83,13 +72,12 @@ def empty_network(component: str, config_path: Path) -> nn.Module:
 
 def make(network: type[nn.Module], config: Mapping[str, Any], device: str | torch.device = "meta") -> nn.Module:
     """Make a network from its class and configuration. On the meta device, its parameters have no values."""
-    with torch.device(device):
-        if network in CONFIG_CLASSES:
-            return network(CONFIG_CLASSES[network](**config))
+    empty = without_values() if torch.device(device).type == "meta" else contextlib.nullcontext()
+    with torch.device(device), empty:
         return network(**config)
 
 
-def build(state_dict: Mapping[str, Tensor], network: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
+def build(state_dict: Mapping[str, Tensor], network: type[Network], config: Mapping[str, Any]) -> Network:
     """Make a network in evaluation mode from a converted state dict. Uses its tensors without a copy.
 
     Args:
@@ -134,12 +122,11 @@ def load_processor(component: str, folder: Path) -> Any:
     Raises:
         WeightsError: a file is missing or damaged.
     """
-    # Without its files, transformers returns an empty tokenizer, for which every word is unknown.
     if not any(all((folder / name).is_file() for name in names) for names in PROCESSOR_FILES[component]):
         wanted = ", or ".join(" and ".join(names) for names in PROCESSOR_FILES[component])
         raise WeightsError(f"{folder} lacks {wanted}.")
     try:
-        return PROCESSORS[component].from_pretrained(folder, local_files_only=True)
+        return PROCESSORS[component].from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise WeightsError(f"{folder} holds no readable {component}: {shortened(error)}") from error
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from cascade.networks.clip import TextTower, VisionTower
 from cascade.networks.controlnet import PUBLISHED_BLOCKS
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.previewer import Previewer
@@ -163,7 +163,7 @@ VARIANTS = (
     Variant(
         "text_encoder",
         "text_encoder",
-        CLIPTextModelWithProjection,
+        TextTower,
         "text_model.final_layer_norm.weight",
         1280,
         _TEXT_ENCODER,
@@ -171,7 +171,7 @@ VARIANTS = (
     Variant(
         "image_encoder",
         "image_encoder",
-        CLIPVisionModelWithProjection,
+        VisionTower,
         "vision_model.post_layernorm.weight",
         1024,
         _IMAGE_ENCODER,

@@ -11,6 +11,7 @@ from cascade.compat.diffusers import DiffusersCascade
 from cascade.images.tensors import to_image
 from cascade.pipeline import Cascade
 from cascade.request import Request
+from tests.components import make_their_processor
 from tests.diffusers_pipelines import make_pipelines
 from tests.tiny import make_cascade
 
@@ -27,8 +28,7 @@ def theirs(components: dict[str, Any], ours: Cascade) -> tuple[Any, Any]:
     pipelines = make_pipelines(
         ours.prior, ours.decoder, ours.vqgan, components["tokenizer"], components["text_encoder"]
     )
-    images = {name: components[name] for name in ("feature_extractor", "image_encoder")}
-    pipelines[0].register_modules(**images)
+    pipelines[0].register_modules(feature_extractor=make_their_processor(), image_encoder=components["image_encoder"])
     return pipelines
 
 

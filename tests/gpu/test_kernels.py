@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from cascade import kernels
 from cascade.kernels import plain
@@ -260,11 +261,14 @@ def test_graphs_do_what_the_network_does(model_folder: Path) -> None:
         assert len(graphs.sizes) == SIZES
 
 
-def test_the_text_encoders_graph_minds_the_mask(model_folder: Path) -> None:
+@torch.no_grad()
+def test_the_text_encoders_graph_is_transformers_text_encoder(model_folder: Path) -> None:
     text = Cascade.load(model_folder, "cuda").text
+    tokenizer = CLIPTokenizer.from_pretrained(model_folder / "tokenizer")
+    encoder = CLIPTextModelWithProjection.from_pretrained(model_folder / "text_encoder").to("cuda", text.encoder.dtype)
     for prompt in ("", "a red apple", "a " * 90):
-        ids = text.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").to("cuda")
-        output = text.encoder(**ids, output_hidden_states=True)
+        ids = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").to("cuda")
+        output = encoder.eval()(**ids, output_hidden_states=True)
         (embeddings,) = text.encode_each([prompt], most_chunks=1)
         torch.testing.assert_close(embeddings.tokens, output.hidden_states[-1])
         torch.testing.assert_close(embeddings.pooled[:, 0], output.text_embeds)

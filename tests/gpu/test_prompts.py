@@ -91,7 +91,7 @@ def test_embeddings(tmp_path: Path) -> None:
     """A word's own vectors, by name, make the picture of the word."""
     cascade = Cascade.load(MINI, "cuda:0")
     encoder = cascade.text.encoder
-    ids = cascade.text.tokenizer(["apple"], add_special_tokens=False).input_ids[0]
+    ids = cascade.text.tokenizer(["apple"], add_special_tokens=False)["input_ids"][0]
     save_file({"clip_g": encoder.get_input_embeddings().weight[ids].detach().cpu()}, tmp_path / "fruit.safetensors")
     cascade.text.embeddings.folder = tmp_path
     (named,) = cascade.generate(Request("a red embedding:fruit", **SMALL))

@@ -32,6 +32,7 @@ PACKAGES = (
     "accelerate",
     "diffusers",
     "safetensors",
+    "tokenizers",
     "numpy",
     "pillow",
 )

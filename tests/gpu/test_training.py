@@ -143,3 +143,23 @@ def test_two_gpus_save_and_stop_together(tmp_path: Path) -> None:
     assert (output / "stage_c" / run.FINISHED).exists()
     assert len(list((output / "stage_c" / "state").glob("random_states_*.pkl"))) == 2
     assert finite(StableCascadeUNet.from_pretrained(output / "model" / "prior"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_train_compiled(tmp_path: Path) -> None:
+    """As scripts/train-mini starts a stage with ``gpus = 2``: one graph for the usual size, none for others; resumed."""
+    pictures, output = write_pictures(tmp_path / "pictures", 40), tmp_path / "run"
+    earlier = ("stage_a", "clip", "semantic")
+    kept = ("model", "data", "tokenizer", "vqgan", "text_encoder", "image_encoder", "effnet", "previewer_network")
+    kept += ("decoder", "prior", *earlier, "stage_c")
+    changes = [f"- {name}" for name in tomllib.loads(CONFIG) if name not in kept]
+    changes += [f"{stage}.options.compile = false" for stage in earlier]
+    changes += ["stage_c.options = { steps = 48, batch_size = 8, gpus = 2, learning_rate = 1e-3, evaluate_every = 20 }"]
+    config = write_config(tmp_path, "\n".join([*changes, "data.other_sizes_every = 8"]))
+    assert train_all(config, pictures, output) == 0
+    record = Record.load(output / "stage_c")
+    assert (record.steps, record.sessions[0].processes) == (48, 2)
+    assert finite(StableCascadeUNet.from_pretrained(output / "model" / "prior"))
+    (output / "stage_c" / run.FINISHED).unlink()
+    assert train_all(config, pictures, output) == 0
+    assert Record.load(output / "stage_c").sessions[1].first == 48

@@ -1,7 +1,5 @@
 """One server for most tests of its HTTP interface: starting one takes seconds."""
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,12 +46,13 @@ def controlled(mini_with_controlnets: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def cautious(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that fetches from public addresses only, whose files tell settings only, of a model without ControlNets."""
+    """A server that fetches from public addresses only, whose files tell settings only, of a model without ControlNets,
+    IP-Adapter, LoRAs and distilled weights."""
+    from cascade.weights import CONTROLNETS
+    from tests.components import copy_mini
+
     folder = tmp_path_factory.mktemp("server")
-    weights = shutil.copytree(MINI, folder / "mini", ignore=shutil.ignore_patterns("controlnet_*"))
-    content = json.loads((weights / "model.json").read_text())
-    content["files"] = {path: value for path, value in content["files"].items() if not path.startswith("controlnet")}
-    (weights / "model.json").write_text(json.dumps(content))
+    weights = copy_mini(folder / "mini", *CONTROLNETS)
     with ready(folder, weights=weights, CASCADE_PUBLIC_URLS_ONLY="1", CASCADE_METADATA="settings") as server:
         yield server
 

@@ -74,6 +74,6 @@ def test_refused_in_one_sentence(controlled: Server, inputs: dict[str, Any], sen
     assert made(controlled)
 
 
-def test_a_model_without_one(server: Server) -> None:
-    said = refusal(server, ip_adapter_images=[data_url(Image.new("RGB", (64, 64), RED))])
+def test_a_model_without_one(cautious: Server) -> None:
+    said = refusal(cautious, ip_adapter_images=[data_url(Image.new("RGB", (64, 64), RED))])
     assert said.startswith("This model has no IP-Adapter, which ip_adapter_images need;")

@@ -34,7 +34,7 @@ def test_what_is_given_overrides_a_speed(server: Server) -> None:
     assert "Stage B 2 steps of ddpm without guidance" in said
 
 
-def test_turbo_without_distilled_weights_is_one_sentence(server: Server) -> None:
-    made = server.post({**SMALL, "speed": "turbo"}).json()
+def test_turbo_without_distilled_weights_is_one_sentence(cautious: Server) -> None:
+    made = cautious.post({**SMALL, "speed": "turbo"}).json()
     assert made["status"] == "failed"
     assert "InputError: speed is 'turbo', which needs distilled weights in the model folder" in made["error"]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cascade.weights import CONTROLNETS, NETWORKS, TRANSFORMERS_CONFIGS
+from cascade.weights import CONTROLNETS, NETWORKS
 from cascade.weights.hashing import sha256
 from cascade.weights.manifest import Manifest
 from cascade.weights.published import PARTS
@@ -296,8 +296,6 @@ def empty_network(name: str, config: Config) -> nn.Module:
     """A part's network, on the meta device."""
     component = PARTS[name].component
     with torch.device("meta"):
-        if component in TRANSFORMERS_CONFIGS:
-            return NETWORKS[component](TRANSFORMERS_CONFIGS[component].from_dict(config))
         return NETWORKS[component].from_config(config)
 
 

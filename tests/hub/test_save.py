@@ -22,13 +22,13 @@ from torch import Tensor
 
 from cascade.guides.controls import Control
 from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.eight_bits import has_eight_bits
+from cascade.networks.precisions import precision_in
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.safety import SafetyChecker
-from cascade.weights import PUBLISHED_SAMPLER, ModelFolder
+from cascade.weights import DISTILLED, PUBLISHED_SAMPLER, ModelFolder
 from cascade.weights.published import PARTS
 from predict import Predictor
 from scripts.save_weights import main
@@ -181,12 +181,23 @@ def test_a_download_in_8_bits(lite: Path, target: Path) -> None:
     assert snapshot(lite) == before
     folder = ModelFolder.open(target)
     folder.verify()
-    assert has_eight_bits(folder.load_component("decoder", eight_bits=True))
-    assert folder.has_eight_bits()
+    assert precision_in(folder.load_component("decoder", precision="int8")) == folder.precision() == "int8"
     assert make_picture(target).std() > 1
     # The same command in full makes it anew from the download.
     save_weights(lite, target)
-    assert not ModelFolder.open(target).has_eight_bits()
+    assert ModelFolder.open(target).precision() == "full"
+
+
+def test_an_adapter_for_few_steps(lite: Path, target: Path) -> None:
+    """It stays as long as Stages C and B do."""
+    save_weights(lite, target)
+    (target / DISTILLED).parent.mkdir()
+    (target / DISTILLED).write_bytes(save({"prior.x.lora_A.weight": torch.zeros(1, 1)}))
+    save_weights(lite, target)
+    assert ModelFolder.open(target).distilled() is not None
+    change_tensors(lite, PARTS["prior_lite"].paths[1], lambda tensors: next(iter(tensors.values())).add_(1))
+    save_weights(lite, target)
+    assert ModelFolder.open(target).distilled() is None
 
 
 def test_a_predictor_of_it(

@@ -304,6 +304,36 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
+FRAGMENTED = """
+import sys
+from pathlib import Path
+import psutil
+from cascade.images.reading import read_picture
+
+# Freed, but between blocks that are still in use.
+blocks = [(bytearray(100_000), bytearray(1_000)) for _ in range(1_000)]
+kept = [small for _, small in blocks]
+del blocks
+memory = [psutil.Process().memory_info().rss]
+for path in sys.argv[1:]:
+    read_picture(Path(path), "image", needed=lambda *_: (64, 64))
+    memory.append(psutil.Process().memory_info().rss)
+print(*memory)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="there is no glibc")
+def test_freed_memory_is_given_back_before_a_large_picture_is_decoded(tmp_path: Path) -> None:
+    small, large = tmp_path / "small", FIXTURES / "64-megapixels.webp"
+    Image.new("RGB", (640, 480)).save(small, "PNG")
+    command = [sys.executable, "-c", FRAGMENTED, small, large]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    before, after_small, after_large = map(int, done.stdout.split())
+    assert after_small > before - 10e6
+    assert after_large < before - 80e6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["64-megapixels.webp", "64-megapixels-alpha.webp.gz", "64-megapixels.avif.gz"])
 def test_64_megapixels_take_600_megabytes(tmp_path: Path, name: str) -> None:

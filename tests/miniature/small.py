@@ -23,11 +23,11 @@ def ellipse(radius: int = 9, hue: int = 0, light: int = 50) -> str:
     )
 
 
-def pack(names: Sequence[str], file: Path) -> Path:
+def pack(names: Sequence[str], file: Path, styles: Sequence[str] = STYLES) -> Path:
     """Packs drawings of objects that differ in shape and colour, and their styles in lightness."""
     sets = [
         {name: ellipse(4 + index % 6, 60 * index, 30 + 20 * style) for index, name in enumerate(names)}
-        for style in range(len(STYLES))
+        for style in range(len(styles))
     ]
-    pack_drawings([IconObject(name, (name,) * len(STYLES)) for name in names], sets, file)
+    pack_drawings([IconObject(name, (name,) * len(styles)) for name in names], sets, file, tuple(styles))
     return file

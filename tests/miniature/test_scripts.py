@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from cascade.weights import DISTILLED
 from miniature.icons import ICON_SETS, STYLES, load_drawings, load_objects
 from scripts import build_mini_data, evaluate_mini, train_mini
 from scripts.stand_ins import shapes_of, write_lora
+from tests.miniature.small import pack
 
 NAMES = ("cat", "dog", "owl", "fox")
 
@@ -71,7 +73,7 @@ def test_evaluation(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: py
     assert evaluate_mini.main([*options, "--sets", "2"]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
-    assert lines[0].startswith("2 sets of 4 prompts, --seed 7, 8. In brackets, the 95 % interval")
+    assert lines[0].startswith("2 sets of 4 prompts, --seed 7, 8, on cpu. In brackets, the 95 % interval")
     assert lines[2] == "| score | scenes | A | B + A | C + B + A | guidance_scale_prior=1,steps_prior=2 |"
     assert lines[4].startswith("| object first | 100.0 % (61.0 to 100.0) |")  # six pictures of one object
     assert [line.split(":")[0] for line in lines if "on 2 scenes with combinations" in line] == ["A", "B + A"]
@@ -91,7 +93,7 @@ def test_evaluation(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: py
 
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("set-[78]*")}
     assert evaluate_mini.main([*options, "--sets", "3"]) == 0
-    assert capsys.readouterr().out.startswith("3 sets of 4 prompts, --seed 7, 8, 9.")
+    assert capsys.readouterr().out.startswith("3 sets of 4 prompts, --seed 7, 8, 9, on cpu.")
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
@@ -133,6 +135,30 @@ def test_evaluation_of_images(
     assert output.out.startswith("4 prompts, --seed ")
     assert "Image-to-image: scenes at each prompt_strength" in output.out
     assert re.search(r"^\| similarity \| \d+\.\d %", output.out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_evaluation_of_loras(
+    drawings: Path,
+    quick_mini: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The tables are kept for the model card."""
+    data = shutil.copytree(drawings.parent, tmp_path / "data") / drawings.name
+    pack(NAMES, data.with_name("ink-drawings.zip"), ("ink",))
+    (tmp_path / "loras").mkdir()
+    for file in ("ink", "pim"):
+        write_lora(tmp_path / "loras" / f"{file}.safetensors", shapes_of(quick_mini), 2)
+    monkeypatch.setattr(evaluate_mini, "judge_style", partial(evaluate_mini.judge_style, count=2))
+    monkeypatch.setattr(evaluate_mini, "judge_subject", partial(evaluate_mini.judge_subject, count=2, more=2))
+    options = ["--drawings", str(data), "--output", str(tmp_path / "out"), "--seed", "7", "--weights", str(quick_mini)]
+    assert evaluate_mini.main([*options, "--loras", str(tmp_path / "loras")]) == 0
+    said = capsys.readouterr().out
+    assert (tmp_path / "out" / "loras-7.md").read_text() == said
+    for row in ("| style first, untrained | ", "| subject first | ", "| score | without | with |"):
+        assert f"\n{row}" in said
 
 
 @pytest.mark.parametrize(

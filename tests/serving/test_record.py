@@ -237,7 +237,7 @@ def test_the_origin(model_folder: Path) -> None:
             "decoder": {"shift": 1.0, "rescale": 0.7},
         }
         assert origin.versions["torch"] == torch.__version__
-        assert {"cascade", "transformers", "pillow", "webp"} < set(origin.versions)
+        assert {"cascade", "tokenizers", "pillow", "webp"} < set(origin.versions)
         json.dumps(vars(origin))
     eight = Origin.of(Cascade.load(model_folder, "cpu", precision="int8"), opened)
     assert eight.device == {"type": "cpu", "dtype": "float32", "precision": "int8", "memory": "resident"}

@@ -12,6 +12,7 @@ from cascade.guides.image_prompts import ImagePromptEncoder
 from cascade.prompts.embeddings import Embeddings
 from cascade.prompts.text import joined
 from cascade.stages.text import TextEncoder
+from tests.components import make_their_processor
 
 PROMPTS = ["A Red Apple on a green background", "", "don't", "x" * 90, "  two\n  lines, 3 words "]
 
@@ -28,9 +29,8 @@ def image_encoder(components: dict[str, Any]) -> ImagePromptEncoder:
 
 @pytest.fixture(scope="module")
 def pipeline(components: dict[str, Any]) -> StableCascadePriorPipeline:
-    names = ("tokenizer", "text_encoder", "feature_extractor", "image_encoder")
-    parts = {name: components[name] for name in names}
-    return StableCascadePriorPipeline(**parts, prior=None, scheduler=None)
+    parts = {name: components[name] for name in ("tokenizer", "text_encoder", "image_encoder")}
+    return StableCascadePriorPipeline(**parts, feature_extractor=make_their_processor(), prior=None, scheduler=None)
 
 
 def gradient(width: int, height: int, mode: str = "RGB") -> Image.Image:

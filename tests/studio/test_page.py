@@ -277,6 +277,7 @@ def test_the_page_has_what_the_model_has(session: Session, monkeypatch: pytest.M
         folds = {fold.label for fold in page.form.fold_of.values() if fold.visible}
         return folds, {name for name, button in page.does.items() if button.visible}
 
+    monkeypatch.setattr(session.service.cascade, "ip_adapter", None)
     folds, buttons = folds_and_buttons()
     assert folds == set(FOLDS) - {"IP-Adapter"}
     for name, value in (("ip_adapter", session.service.cascade.prior), ("image_prompts", None), ("controlnets", {})):

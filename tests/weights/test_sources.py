@@ -18,7 +18,7 @@ from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.pipeline import Cascade
 from cascade.request import Request
-from cascade.weights import ModelFolder, write_model_json
+from cascade.weights import DISTILLED, ModelFolder, write_model_json
 from cascade.weights.making import make
 from cascade.weights.variants import VARIANTS
 from scripts.save_weights import main
@@ -242,6 +242,48 @@ def test_a_fine_tuned_stage_a_keeps_the_scale(
     published = StageA(bottleneck_blocks=1)
     published.save_pretrained(tmp_path / "tuned")
     assert save("--vqgan", tmp_path / "tuned", base=base).stage_a_scale == 0.43
+
+
+@pytest.fixture
+def distilled_base(model_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model with an adapter for few steps."""
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    (base / DISTILLED).parent.mkdir()
+    save_file({"prior.x.lora_A.weight": torch.zeros(1, 1)}, base / DISTILLED)
+    about = ModelFolder.open(base)
+    more = {"license": about.license, "native_size": about.native_size, "sampler": about.sampler}
+    write_model_json(base, name=about.name, **more)
+    return base
+
+
+def test_an_adapter_for_few_steps_stays_with_the_weights_that_it_was_made_for(
+    save: Save, tmp_path: Path, distilled_base: Path, components: dict[str, Any]
+) -> None:
+    save_file(theirs(changed(components["vqgan"])), tmp_path / "a.safetensors")
+    assert save("--vqgan", tmp_path / "a.safetensors", base=distilled_base).distilled() is not None
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_an_adapter_for_few_steps_is_left_out_with_other_weights(
+    save: Save,
+    tmp_path: Path,
+    distilled_base: Path,
+    output: Path,
+    components: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    stage: str,
+) -> None:
+    """Whether it would come from the base or is in the folder already."""
+    caplog.set_level("INFO")
+    save_file(theirs(changed(components[stage]), stage == "decoder"), tmp_path / "own.safetensors")
+    assert save(f"--{stage}", tmp_path / "own.safetensors", base=distilled_base).distilled() is None
+    assert f"Leaving out the adapter for the speed turbo, which was made for another {stage}" in caplog.text
+    components["vqgan"].save_pretrained(tmp_path / "vqgan")
+    assert save("--vqgan", tmp_path / "vqgan", base=distilled_base).distilled() is None
+    shutil.rmtree(output)
+    shutil.copytree(distilled_base, output)
+    assert save("--vqgan", tmp_path / "vqgan").distilled() is not None
+    assert save(f"--{stage}", tmp_path / "own.safetensors").distilled() is None
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 
+from cascade.networks.base import without_values
 from cascade.networks.unet import StableCascadeUNet
 from training.configuration import check_weight
 from training.errors import TrainingError, summary
@@ -49,7 +50,7 @@ def read_recipe(path: Path) -> Recipe:
     )
     check_weight("[task]", task["weight"])
     try:
-        with init_empty_weights():
+        with torch.device("meta"), without_values():
             StableCascadeUNet(**prior)
     except Exception as error:  # for wrong values, networks raise all kinds of errors
         raise TrainingError(f"No Stage C can be built from [prior]: {summary(error)}.") from error

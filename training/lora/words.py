@@ -4,17 +4,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from cascade.loras.words import Words
+from cascade.networks.clip import TextTower
 from cascade.prompts.encoding import encoder_of
 from cascade.prompts.reading import special_of
 from cascade.prompts.text import TextEmbeddings
+from cascade.prompts.tokenizer import ClipTokenizer
 from cascade.stages.text import TextEncoder
 from training.errors import TrainingError
 
 
-def first_vectors(phrase: str, count: int, tokenizer: CLIPTokenizer, encoder: CLIPTextModelWithProjection) -> Tensor:
+def first_vectors(phrase: str, count: int, tokenizer: ClipTokenizer, encoder: TextTower) -> Tensor:
     """The initial vectors of a new word: float32 (count, D).
 
     If the phrase has `count` tokens, one vector each; otherwise all are their mean, as in the authors' training.
@@ -22,7 +23,7 @@ def first_vectors(phrase: str, count: int, tokenizer: CLIPTokenizer, encoder: CL
     Raises:
         TrainingError: the phrase has no token.
     """
-    ids = tokenizer(phrase, add_special_tokens=False)["input_ids"]
+    ids = tokenizer([phrase], add_special_tokens=False)["input_ids"][0]
     if not ids:
         raise TrainingError(f"[lora] begins_from is {phrase!r}, which has no word that the tokenizer knows.")
     rows = encoder.get_input_embeddings().weight[torch.tensor(ids, device=encoder.device)].detach().float()
@@ -44,8 +45,8 @@ class Captions:
     def __init__(
         self,
         texts: Sequence[str],
-        tokenizer: CLIPTokenizer,
-        encoder: CLIPTextModelWithProjection,
+        tokenizer: ClipTokenizer,
+        encoder: TextTower,
         word: str = "",
         vectors: int = 1,
     ) -> None:

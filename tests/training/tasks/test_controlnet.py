@@ -13,7 +13,6 @@ from torch import Tensor
 from cascade.guides import controls
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import IMAGENET_MEAN, IMAGENET_STD, SemanticEncoder
-from cascade.weights import ModelFolder
 from training import statistics
 from training.dataset import Dataset
 from training.options import Options
@@ -21,6 +20,7 @@ from training.randomness import step_generator
 from training.shapes import Shapes
 from training.tasks.controlnet import Canny, ControlNetTask, Inpainting, new_controlnet
 from training.trainer import fit
+from training.workshop import load_component
 
 OPTIONS = Options(steps=6, batch_size=8, learning_rate=1e-2, warmup=2, precision="no", compile=False, ema=0.9)
 CPU = torch.device("cpu")
@@ -70,9 +70,9 @@ def make_task(components: dict[str, Any], kind: Canny | Inpainting, **changes: A
 @pytest.fixture(scope="module")
 def mini() -> dict[str, Any]:
     """The miniature's networks: a Stage C that knows nothing has no use for a control."""
-    folder = ModelFolder.open(Path(__file__).parents[3] / "weights" / "mini")
+    folder = Path(__file__).parents[3] / "weights" / "mini"
     names = ("tokenizer", "prior", "effnet", "previewer", "text_encoder", "image_encoder")
-    return {name: folder.load_component(name) for name in names}
+    return {name: load_component(folder, name) for name in names}
 
 
 def test_the_first_convolution_sees_of_a_control_what_the_encoder_sees_of_a_picture(components: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.unet import StableCascadeUNet
 from cascade.pipeline import Cascade
 from cascade.request import Request
-from cascade.weights import ModelFolder
 from cascade.weights.variants import VARIANTS
 from scripts.save_weights import main as save_weights
 from tests.components import make_ip_adapter
@@ -29,6 +28,7 @@ from training.randomness import step_generator
 from training.shapes import Shapes
 from training.tasks.ip_adapter import IPAdapterTask, new_ip_adapter
 from training.trainer import fit
+from training.workshop import load_component
 
 OPTIONS = Options(steps=30, batch_size=8, learning_rate=3e-3, warmup=2, precision="no", compile=False, ema=0.9)
 CPU = torch.device("cpu")
@@ -56,9 +56,9 @@ class Colours(Dataset):
 @pytest.fixture(scope="module")
 def mini() -> dict[str, Any]:
     """The miniature's networks: an adapter can do nothing with a Stage C that knows nothing."""
-    folder = ModelFolder.open(Path(__file__).parents[3] / "weights" / "mini")
+    folder = Path(__file__).parents[3] / "weights" / "mini"
     names = ("tokenizer", "prior", "effnet", "previewer", "text_encoder", "image_encoder")
-    return {name: folder.load_component(name) for name in names}
+    return {name: load_component(folder, name) for name in names}
 
 
 def mini_adapter(parts: dict[str, Any], **changes: Any) -> IPAdapter:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from cascade.weights import ModelFolder
 from training.dataset import Dataset
 from training.options import Options
 from training.randomness import step_generator
 from training.tasks.vision import VisionTask
 from training.trainer import fit
+from training.workshop import load_component
 
 CPU = torch.device("cpu")
 COLOURS = {
@@ -70,8 +70,8 @@ class Saying(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def mini() -> dict[str, Any]:
-    folder = ModelFolder.open(Path(__file__).parents[3] / "weights" / "mini")
-    return {name: folder.load_component(name) for name in ("tokenizer", "text_encoder", "image_encoder")}
+    folder = Path(__file__).parents[3] / "weights" / "mini"
+    return {name: load_component(folder, name) for name in ("tokenizer", "text_encoder", "image_encoder")}
 
 
 def make_task(parts: dict[str, Any], naming: float = 1.0, names: tuple[str, ...] = tuple(COLOURS)) -> VisionTask:

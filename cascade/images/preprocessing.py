@@ -1,0 +1,100 @@
+"""Pictures as CLIP's vision tower reads them, by transformers' ``preprocessor_config.json``.
+
+The arithmetic is that of transformers' `CLIPImageProcessorPil`, which takes seconds to import.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SETTINGS = "preprocessor_config.json"
+STEPS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ClipPreprocessor:
+    """Scales, crops and normalises pictures.
+
+    Attributes:
+        size: pixels, the shorter side after scaling; or (height, width).
+        crop: (height, width) of what is kept, from the middle. What a smaller picture lacks is black.
+        resample: Pillow's filter.
+        scale: factor on pixels of 0 to 255.
+        mean, deviation: of a channel, which are subtracted and divided by afterwards.
+    """
+
+    size: int | tuple[int, int] = 224
+    crop: tuple[int, int] = (224, 224)
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = CLIP_MEAN
+    deviation: tuple[float, ...] = CLIP_STD
+
+    @classmethod
+    def from_pretrained(cls, folder: str | PathLike[str]) -> Self:
+        """Read `SETTINGS` from a folder. What the file leaves out is as in CLIP.
+
+        Raises:
+            OSError, ValueError, TypeError, KeyError: the file is missing, damaged, or describes another kind of processor.
+        """
+        said = json.loads(Path(folder, SETTINGS).read_text(encoding="utf-8"))
+        for step in STEPS:
+            if said.get(step) is False:
+                raise ValueError(f"{step} is false, but CLIP reads scaled, cropped and normalised pictures")
+        size, crop = said.get("size", cls.size), said.get("crop_size", cls.crop[0])
+        if isinstance(size, dict):
+            size = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+        return cls(
+            size=size,
+            crop=(crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop),
+            resample=Image.Resampling(said.get("resample", cls.resample)),
+            scale=float(said.get("rescale_factor", cls.scale)),
+            mean=tuple(map(float, said.get("image_mean", cls.mean))),
+            deviation=tuple(map(float, said.get("image_std", cls.deviation))),
+        )
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures of any mode and size -> float32 (B, 3, height, width)."""
+        return torch.from_numpy(np.stack([self._read(image) for image in images]))
+
+    def _read(self, image: Image.Image) -> np.ndarray:
+        image = image.convert("RGB")
+        height, width = self._scaled(image.height, image.width)
+        image = image.resize((width, height), self.resample)
+        top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+        image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        pixels = (np.asarray(image).astype(np.float64) * self.scale).astype(np.float32)
+        normal = (pixels - np.array(self.mean, np.float32)) / np.array(self.deviation, np.float32)
+        return normal.transpose(2, 0, 1)
+
+    def _scaled(self, height: int, width: int) -> tuple[int, int]:
+        if not isinstance(self.size, int):
+            return self.size
+        longer = int(self.size * max(height, width) / min(height, width))
+        return (longer, self.size) if width <= height else (self.size, longer)
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write `SETTINGS` into a folder, which is made."""
+        size = self.size if isinstance(self.size, tuple) else None
+        said = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": self.size} if size is None else {"height": size[0], "width": size[1]},
+            "crop_size": {"height": self.crop[0], "width": self.crop[1]},
+            "resample": int(self.resample),
+            "rescale_factor": self.scale,
+            "image_mean": self.mean,
+            "image_std": self.deviation,
+            **dict.fromkeys(STEPS, True),
+        }
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, SETTINGS).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,142 @@
+"""CLIP's tokenizer, in transformers' files, on the library tokenizers.
+
+It makes the tokens of transformers' `CLIPTokenizer`, which takes seconds to import.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+WHOLE = "tokenizer.json"
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
+SETTINGS = "tokenizer_config.json"
+# Folders of older versions, whose settings do not list the added tokens, have special and added tokens here.
+SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
+LISTED = "added_tokens_decoder"
+LONGEST = 77
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+# A special token, an English ending, letters, one digit, or other signs.
+PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class ClipTokenizer:
+    """Turns texts into tokens. Use `from_pretrained`.
+
+    Args:
+        tokenizer: with CLIP's vocabulary. Its steps before and after are replaced by CLIP's.
+        folder: where it was read.
+        settings: of `SETTINGS`, `SPECIAL` and `ADDED`.
+
+    Attributes:
+        bos_token_id, eos_token_id, pad_token_id: begin and end of text, and padding.
+        model_max_length: tokens of a chunk, begin and end of text included.
+
+    Raises:
+        ValueError: the vocabulary lacks a special token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> None:
+        self._tokenizer, self._folder = tokenizer, folder
+        names = {"bos": BEGIN, "eos": END, "pad": END, "unk": END}
+        names = {kind: _content(settings.get(f"{kind}_token") or default) for kind, default in names.items()}
+        added = sorted((settings.get(LISTED) or {}).items(), key=lambda item: int(item[0]))
+        tokenizer.add_tokens([_added(token) for _, token in added])
+        vocabulary = tokenizer.get_vocab()
+        for kind, name in names.items():
+            if name not in vocabulary:
+                raise ValueError(f"the vocabulary lacks the {kind}_token {name}")
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names.values()])
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            vocabulary[names[kind]] for kind in ("bos", "eos", "pad")
+        )
+        # Files without a limit have a number of thirty digits.
+        length = settings.get("model_max_length") or LONGEST
+        self.model_max_length = int(length) if length < 2**31 else LONGEST
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        tokenizer.post_processor = processors.RobertaProcessing(
+            (names["eos"], self.eos_token_id),
+            (names["bos"], self.bos_token_id),
+            trim_offsets=False,
+            add_prefix_space=False,
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | PathLike[str]) -> Self:
+        """Read `WHOLE`, or `VOCABULARY` and `MERGES`, from a folder.
+
+        Raises:
+            Exception: a file is missing or damaged; the library has no narrower type.
+        """
+        folder = Path(folder)
+        settings = _read(folder / SETTINGS)
+        if LISTED not in settings:
+            settings |= _read(folder / SPECIAL)
+            settings[LISTED] = {place: {"content": token} for token, place in _read(folder / ADDED).items()}
+        if (folder / WHOLE).is_file():
+            return cls(Tokenizer.from_file(str(folder / WHOLE)), folder, settings)
+        unknown = _content(settings.get("unk_token") or END)
+        made = BPE.from_file(
+            str(folder / VOCABULARY), str(folder / MERGES), unk_token=unknown, end_of_word_suffix=WORD_END
+        )
+        return cls(Tokenizer(made), folder, settings)
+
+    def __call__(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, **_: Any
+    ) -> dict[str, list[list[Any]]]:
+        """The tokens of texts, of any number.
+
+        Args:
+            texts: a list.
+            _: other options of transformers' tokenizer, which change nothing here.
+            add_special_tokens: whether begin and end of text are added.
+
+        Returns:
+            For each text "input_ids", and as "offset_mapping" for each of them where it begins and ends in the text.
+        """
+        if isinstance(texts, str):
+            raise TypeError(f"texts must be a list of texts, but is the text {texts!r}.")
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return {"input_ids": [one.ids for one in encoded], "offset_mapping": [one.offsets for one in encoded]}
+
+    def get_vocab(self) -> dict[str, int]:
+        """The ids of all tokens."""
+        return self._tokenizer.get_vocab()
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Copy the files from which it was read into a folder, which is made."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in (WHOLE, VOCABULARY, MERGES, SETTINGS, SPECIAL, ADDED):
+            if (self._folder / name).is_file():
+                shutil.copyfile(self._folder / name, Path(folder, name))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _added(token: dict[str, Any]) -> AddedToken:
+    named = {
+        name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special") if name in token
+    }
+    return AddedToken(token["content"], **named)

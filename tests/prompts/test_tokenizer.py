@@ -1,0 +1,110 @@
+"""CLIP's tokenizer, against transformers' on the same files."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from transformers import CLIPTokenizer
+
+from cascade.prompts.tokenizer import ClipTokenizer
+from tests.conftest import MINI
+
+PARTS = (
+    "a red apple",
+    "<|endoftext|>",
+    "<|startoftext|>",
+    " ",
+    "\n",
+    "  ",
+    "\t",
+    "\u00a0",
+    "é",
+    "e\u0301",
+    "你好",
+    "🙂",
+    "'s",
+)
+PARTS += ("Don't", "I'LL", "12345", "!!", "İ", "ß", "(cat:1.3)", "embedding:x", "\u200d", "ﬁ")
+WHOLE = MINI / "tokenizer" / "tokenizer.json"
+
+
+def texts(count: int) -> list[str]:
+    draw = random.Random(0)
+    return ["", " ", *("".join(draw.choices(PARTS, k=draw.randint(1, 30))) for _ in range(count))]
+
+
+def in_two_files(folder: Path, **settings: object) -> Path:
+    """The miniature's vocabulary, as folders without tokenizer.json have it."""
+    content = json.loads(WHOLE.read_text())
+    vocabulary = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    merges = [one if isinstance(one, str) else " ".join(one) for one in content["model"]["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **settings}))
+    return folder
+
+
+def equal(folder: Path) -> None:
+    ours, theirs = ClipTokenizer.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+    assert ours.get_vocab() == theirs.get_vocab()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "model_max_length"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    for special in (False, True):
+        options = {"add_special_tokens": special, "return_offsets_mapping": True, "verbose": False}
+        made, expected = ours(texts(500), **options), theirs(texts(500), **options)
+        assert made["input_ids"] == expected["input_ids"]
+        assert made["offset_mapping"] == expected["offset_mapping"]
+
+
+def test_tokens_equal_transformers() -> None:
+    equal(MINI / "tokenizer")
+
+
+def test_tokens_of_two_files_equal_transformers(tmp_path: Path) -> None:
+    new = {
+        "content": "<new>",
+        "lstrip": False,
+        "normalized": True,
+        "rstrip": False,
+        "single_word": False,
+        "special": False,
+    }
+    begin = {"__type": "AddedToken", **new, "content": "<|startoftext|>"}
+    count = len(ClipTokenizer.from_pretrained(MINI / "tokenizer").get_vocab())
+    settings = {"bos_token": begin, "pad_token": "!", "added_tokens_decoder": {str(count): new}}
+    folder = in_two_files(tmp_path, model_max_length=33, **settings)
+    equal(folder)
+    ours = ClipTokenizer.from_pretrained(folder)
+    assert ours(["<new>"], add_special_tokens=False)["input_ids"] == [[count]]
+
+
+def test_files_of_older_versions_equal_transformers(tmp_path: Path) -> None:
+    folder = in_two_files(tmp_path, model_max_length=77, pad_token="<|endoftext|>")
+    count = len(ClipTokenizer.from_pretrained(folder).get_vocab())
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": count}))
+    pad = {"content": "!", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": pad, "eos_token": "<|endoftext|>"}))
+    equal(folder)
+    ours = ClipTokenizer.from_pretrained(folder)
+    assert ours(["<new>"], add_special_tokens=False)["input_ids"] == [[count]]
+
+
+def test_one_text_is_refused() -> None:
+    with pytest.raises(TypeError, match="texts must be a list of texts, but is the text 'a'"):
+        ClipTokenizer.from_pretrained(MINI / "tokenizer")("a")
+
+
+def test_limit_is_clips_where_the_file_has_none(tmp_path: Path) -> None:
+    for settings in ({}, {"model_max_length": 10**30}):
+        assert ClipTokenizer.from_pretrained(in_two_files(tmp_path, **settings)).model_max_length == 77
+
+
+def test_a_special_token_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the vocabulary lacks the pad_token <nothing>"):
+        ClipTokenizer.from_pretrained(in_two_files(tmp_path, pad_token="<nothing>"))
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    ClipTokenizer.from_pretrained(in_two_files(tmp_path, model_max_length=33)).save_pretrained(tmp_path / "copy")
+    equal(tmp_path / "copy")

@@ -1,0 +1,46 @@
+"""Components as training reads them from a model folder, and as it makes a new one of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade.weights import ModelFolder
+from tests.training.small import write_config
+from training.assemble import assemble
+from training.configuration import read_configuration
+from training.errors import TrainingError
+from training.workshop import load_component
+
+
+@pytest.fixture
+def scaled(model_folder: Path, tmp_path: Path) -> Path:
+    """A model folder whose Stage A has another scale than its configuration says, as the published one has."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    content = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**content, "stage_a_scale": 0.5}))
+    return folder
+
+
+def test_stage_a_has_the_scale_of_the_model_folder(scaled: Path, model_folder: Path) -> None:
+    """Otherwise Stage B would learn from latents that Stage A decodes to pictures of another contrast."""
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mine, plain = (load_component(folder, "vqgan").eval() for folder in (scaled, model_folder))
+    assert torch.equal(mine.encode(pixels), plain.encode(pixels, scale=0.5))
+    assert not torch.equal(mine.encode(pixels), plain.encode(pixels))
+
+
+def test_a_new_model_folder_keeps_the_scale(scaled: Path, tmp_path: Path) -> None:
+    assemble(read_configuration(write_config(tmp_path)), scaled, tmp_path / "made")
+    made = ModelFolder.open(tmp_path / "made")
+    configured = made.load_component("vqgan").config.scale_factor
+    assert (configured if made.stage_a_scale is None else made.stage_a_scale) == 0.5
+
+
+@pytest.mark.parametrize("content", ["{", '{"stage_a_scale": "large"}', '{"stage_a_scale": [1]}', "[]"])
+def test_a_damaged_scale(scaled: Path, content: str) -> None:
+    (scaled / "model.json").write_text(content)
+    with pytest.raises(TrainingError, match=r"^\S+model\.json cannot be read"):
+        load_component(scaled, "vqgan")
