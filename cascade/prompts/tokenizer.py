@@ -98,14 +98,20 @@ class ClipTokenizer:
         return cls(Tokenizer(made), folder, settings)
 
     def __call__(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True, **_: Any
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        return_offsets_mapping: bool = True,
+        verbose: bool = False,
     ) -> dict[str, list[list[Any]]]:
         """The tokens of texts, of any number.
 
         Args:
             texts: a list.
-            _: other options of transformers' tokenizer, which change nothing here.
             add_special_tokens: whether begin and end of text are added.
+            return_offsets_mapping, verbose: ignored; transformers' tokenizer returns offsets only if asked, and warns of long
+                texts.
 
         Returns:
             For each text "input_ids", and as "offset_mapping" for each of them where it begins and ends in the text.
