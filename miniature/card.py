@@ -33,6 +33,11 @@ PURPOSES = {
     "ip_adapter": "guides Stage C by reference images",
 }
 
+OF_LORAS = """`ink.safetensors` is a style: black drawings of the same objects in scenes, from [Fluent UI
+Emoji](https://github.com/microsoft/fluentui-emoji) in high contrast, as @iconify-json/fluent-emoji-high-contrast 1.2.6 (MIT,
+Microsoft). `pim.safetensors` is a subject with a word of its own, `[pim]`, in scenes of
+[one drawing](../../miniature/subject.svg) that was made for this repository (Apache-2.0)."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -85,10 +90,10 @@ def write_card(folder: Path, scores: Scores, new: Collection[str]) -> None:
     ):
         if not there.exists():
             parts[name] = ""
-        elif file is not None:
-            parts[name] = f"### With {heading}\n\n{find(folder, file)}"
-        elif name in gone:
-            parts[name] = f"### With {heading}\n\nNot judged yet."
+            continue
+        if file is not None or name in gone:
+            told = f"{OF_LORAS}\n\n" if name == "loras" else ""
+            parts[name] = f"### With {heading}\n\n{told}{'Not judged yet.' if file is None else find(folder, file)}"
     card = folder / CARD
     text = filled(_read(card), parts)
     with writing(card), whole_file(card) as part:

@@ -208,7 +208,7 @@ def compare_settings(options: argparse.Namespace) -> str:
     # With few drawings, there may be fewer pairs than requested.
     two = sum(len(prompt.objects) == 2 for prompt in prompts)
     lines = [
-        f"{len(prompts) - two} prompts of one object and {two} of two, --seed {options.seed}, on {cascade.device.type}.",
+        f"{len(prompts) - two} prompts of one object and {two} of two, --seed {options.seed}, on {device_name(cascade)}.",
         "After a colon, the mean difference to exact in points, on the same prompts and seeds, with its 95 % interval.",
         *(f"{name}: {cascade.planner.sampling(Request('', **one))}." for name, one in options.compared.items()),
     ]
@@ -231,7 +231,7 @@ def evaluate_loras(options: argparse.Namespace) -> str:
     """
     drawings, names, _ = load_drawings(options.drawings)
     cascade = Cascade.load(options.weights, dtype=torch.float32, memory="resident", max_batch=options.batch)
-    lines = [f"--seed {options.seed}. {INTERVALS}"]
+    lines = [f"--seed {options.seed}, on {device_name(cascade)}. {INTERVALS}"]
     if (style := options.loras / STYLE_FILE).exists():
         inks, _, _ = load_drawings(options.drawings.parent / "ink-drawings.zip")
         values = judge_style(cascade, style, drawings, inks, names, options.seed)
@@ -316,7 +316,8 @@ def judge_sets(options: argparse.Namespace, seeds: Sequence[int]) -> list[dict[s
 def judge_set(
     options: argparse.Namespace, seed: int, cascade: Cascade, judge: Judge, drawings: Tensor
 ) -> dict[str, Any]:
-    """The values of one set: ``text``, ``fidelity``, and ``images`` by use. Writes sheets and ``verdicts.tsv``."""
+    """The values of one set: ``text``, ``fidelity``, and ``images`` by use; and the ``device``. Writes sheets and
+    ``verdicts.tsv``."""
     names, styles, side = judge.names, judge.styles, cascade.native_size
     prompts = make_prompts(names, styles, seed, options.prompts)
     scenes = []
@@ -329,7 +330,7 @@ def judge_set(
     text, verdicts = {}, {}
     for column, pictures in made.items():
         text[column], verdicts[column] = score_pictures(judge, pictures, scenes, prompts)
-    values = {"text": text, "fidelity": fidelity(made, prompts), "images": {}}
+    values = {"device": device_name(cascade), "text": text, "fidelity": fidelity(made, prompts), "images": {}}
     if options.images:
         alone = [prompt for prompt in prompts if prompt.unseen and len(prompt.objects) == 1][: options.images]
         for use, outcome in evaluate_images(
@@ -343,6 +344,10 @@ def judge_set(
         write_sheets(made, folder)
         write_verdicts(verdicts["C + B + A"], folder / "verdicts.tsv")
     return values
+
+
+def device_name(cascade: Cascade) -> str:
+    return torch.cuda.get_device_name(cascade.device) if cascade.device.type == "cuda" else cascade.device.type
 
 
 def set_file(options: argparse.Namespace, seed: int) -> Path:
@@ -370,7 +375,8 @@ def summary(options: argparse.Namespace, judged: Sequence[Mapping[str, Any]]) ->
     seeds = [str(options.seed + index) for index in range(len(judged))]
     sets = f"{len(judged)} sets of {options.prompts} prompts" if len(judged) > 1 else f"{options.prompts} prompts"
     text = pooled([values["text"] for values in judged])
-    lines = [f"{sets}, --seed {', '.join(seeds)}. {INTERVALS}", "", table(text), ""]
+    devices = " and ".join(sorted({values["device"] for values in judged}))
+    lines = [f"{sets}, --seed {', '.join(seeds)}, on {devices}. {INTERVALS}", "", table(text), ""]
     ratios = pooled([{"": values["fidelity"]} for values in judged])[""]
     for stage, decibels in ratios.items():
         if decibels:

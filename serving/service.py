@@ -24,7 +24,7 @@ from cascade.pipeline import Cascade
 from cascade.progress import Progress
 from cascade.prompts.reading import embedding_files
 from cascade.request import Request, smaller_requests
-from cascade.running.device import SettingError, choose_device
+from cascade.running.device import ADDS, SettingError, choose_device
 from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
@@ -126,7 +126,7 @@ class Service:
             size_of(opened) / 1e9,
             cascade.device,
             str(cascade.prior.dtype).removeprefix("torch."),
-            " with weights in 8 bits" if cascade.precision == "int8" else "",
+            ADDS[cascade.precision],
             cascade.runner.description,
             time.perf_counter() - start,
         )

@@ -17,7 +17,14 @@ from torch import nn
 from cascade import Cascade
 from miniature.icons import STYLES, load_drawings
 from miniature.prompts import make_prompts
-from scripts import benchmark_eight_bits, benchmark_loras, benchmark_prompts, benchmark_start, benchmark_training
+from scripts import (
+    benchmark_eight_bits,
+    benchmark_fp8,
+    benchmark_loras,
+    benchmark_prompts,
+    benchmark_start,
+    benchmark_training,
+)
 from scripts.benchmarking import WORK
 from scripts.environment import ROOT
 from scripts.stand_ins import shapes_of, write_lora
@@ -140,6 +147,7 @@ def test_eight_bits(tmp_path: Path) -> None:
         text = benchmark_eight_bits.errors("the miniature", one)
         assert text.count("| 100% |") == 1
         assert f"| bfloat16 | {100 * bfloat16:.3f} | 1.0 |" in text
+        assert bfloat16 < one.error(one.in_fp8()) < rounded
     drawings = load_drawings(pack(["apple", "dog", "cat", "house", "boat", "sun"], tmp_path / "drawings.zip"))
     prompts = make_prompts(drawings[1], STYLES, 0, 4, 2)
     drawn = benchmark_eight_bits.draw_all(cascade, found, prompts, drawings, {"steps_prior": 2, "steps_decoder": 1})
@@ -150,6 +158,27 @@ def test_eight_bits(tmp_path: Path) -> None:
     assert "object first" in table[0]
     for name, tensor in cascade.prior.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_operations_in_fp8() -> None:
+    """Each computes in fp8 what it does in bfloat16, nearly: as far as their inputs are the same."""
+    level = benchmark_fp8.Level("small", 32, 2, 3, 5, 7)
+    made = benchmark_fp8.operations(level, 2, torch.device("cpu"), "plain", copies=2)
+    found = {}
+    for one in made:
+        for call in one[1:]:
+            result = call(1) if call is not None else None
+            tensors = [
+                part for part in (result if isinstance(result, tuple) else (result,)) if isinstance(part, torch.Tensor)
+            ]
+            assert all(tensor.float().isfinite().all() for tensor in tensors), one.name
+        found[one.name] = [1e-6, 2e-6, None if one.other is None else 3e-6]
+    table = benchmark_fp8.table("small", level.layers, found).splitlines()
+    assert len({line.count("|") for line in table}) == 1
+    assert table[-1] == "| 7 layers, ms | 0.1 | 0.1 | |"
+    for name in ("MLP, first layer", "q, k, v"):
+        (one,) = (one for one in made if one.name == name)
+        assert one.bfloat16(0).shape == one.fp8(0).shape == one.other(0).shape
 
 
 @pytest.fixture

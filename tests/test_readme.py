@@ -238,6 +238,21 @@ def test_pictures_are_small_and_shown() -> None:
     assert sum(file.stat().st_size for file in files) < 500_000
 
 
+@needs_mini
+@pytest.mark.parametrize(
+    ("page", "size"),
+    [
+        (README, r"a complete Cascade of (\d+) MB"),
+        (README, r"(\d+) MB for the miniature"),
+        (DOCS / "weights.md", r"\| miniature \|.* (\d+) MB \|"),
+        (ROOT / "CHANGELOG.md", r"A miniature of the whole model, (\d+) MB"),
+    ],
+)
+def test_the_miniatures_size_is_that_of_its_folder(page: Path, size: str) -> None:
+    (said,) = re.findall(size, page.read_text(encoding="utf-8"))
+    assert int(said) == round(sum(file.stat().st_size for file in MINI.rglob("*") if file.is_file()) / 1e6)
+
+
 def test_pictures_of_the_pages_share_a_limit() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     pictures = {"a": Image.fromarray(noise), "b": Image.fromarray(noise[:32])}

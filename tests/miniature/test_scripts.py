@@ -73,7 +73,7 @@ def test_evaluation(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: py
     assert evaluate_mini.main([*options, "--sets", "2"]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
-    assert lines[0].startswith("2 sets of 4 prompts, --seed 7, 8. In brackets, the 95 % interval")
+    assert lines[0].startswith("2 sets of 4 prompts, --seed 7, 8, on cpu. In brackets, the 95 % interval")
     assert lines[2] == "| score | scenes | A | B + A | C + B + A | guidance_scale_prior=1,steps_prior=2 |"
     assert lines[4].startswith("| object first | 100.0 % (61.0 to 100.0) |")  # six pictures of one object
     assert [line.split(":")[0] for line in lines if "on 2 scenes with combinations" in line] == ["A", "B + A"]
@@ -93,7 +93,7 @@ def test_evaluation(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: py
 
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("set-[78]*")}
     assert evaluate_mini.main([*options, "--sets", "3"]) == 0
-    assert capsys.readouterr().out.startswith("3 sets of 4 prompts, --seed 7, 8, 9.")
+    assert capsys.readouterr().out.startswith("3 sets of 4 prompts, --seed 7, 8, 9, on cpu.")
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 

@@ -94,11 +94,8 @@ def finish(trained: Path, *stages: str) -> None:
             "first": 0,
             "last": 7,
         }
-        record = {
-            "stage": stage,
-            "options": asdict(Options(steps=7, batch_size=2, learning_rate=1e-3)),
-            "sessions": [session],
-        }
+        options = asdict(Options(steps=7, batch_size=2, learning_rate=1e-3))
+        record = {"stage": stage, "options": options, "sessions": [session]}
         if stage != "tokenizer":
             (trained / stage / "record.json").write_text(json.dumps(record))
     processes = [{"stage": stage, "started": "", "gpus": [], "seconds": 60.0} for stage in stages]
@@ -276,7 +273,9 @@ def test_loras_and_scores(ship: Ship, shipped: Path, tmp_path: Path, capsys: pyt
     shutil.copy(shipped / "loras" / "ink.safetensors", lora)
     assert ship("--lora", lora) == 0
     assert sorted(file.name for file in (shipped / "loras").iterdir()) == ["ink.safetensors", "pim.safetensors"]
-    assert "### With LoRAs\n\nNot judged yet.\n" in (shipped / "README.md").read_text()
+    card = (shipped / "README.md").read_text()
+    assert "### With LoRAs\n\n`ink.safetensors` is a style" in card
+    assert "(Apache-2.0).\n\nNot judged yet.\n<!-- end: loras -->" in card
     scores = tmp_path / "scores"
     scores.mkdir()
     (scores / "table.md").write_text(
@@ -292,13 +291,12 @@ def test_loras_and_scores(ship: Ship, shipped: Path, tmp_path: Path, capsys: pyt
     assert "<!-- begin: scores -->\n3 sets.\n\n| score |\n<!-- end: scores -->" in card
     assert "<!-- begin: images -->\n### With images\n\nVariation: scenes as image" in card
     assert "### With the speed turbo\n\nturbo: 12 points.\n" in card
-    assert "### With LoRAs\n\npim first: 90 %\n" in card
+    assert "(Apache-2.0).\n\npim first: 90 %\n<!-- end: loras -->" in card
     (scores / "scores.json").write_text(json.dumps({"weights": "others'"}))
     before = snapshot(shipped)
     assert ship("--scores", scores) == 1
-    assert capsys.readouterr().err.startswith(
-        f"{scores / 'scores.json'} has the scores of other weights than those in "
-    )
+    said = f"{scores / 'scores.json'} has the scores of other weights than those in {shipped}.\n"
+    assert capsys.readouterr().err.endswith(said)
     assert snapshot(shipped) == before
 
 

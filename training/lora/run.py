@@ -22,7 +22,7 @@ from training.lora.file import FILE, metadata_of, tensors_of, write_lora
 from training.lora.pictures import Captioned, captioned_pictures
 from training.lora.settings import Recipe
 from training.lora.words import Captions, first_vectors
-from training.run import start_processes
+from training.processes import start_processes
 from training.tasks.lora import LoraTask
 from training.trainer import fit
 from training.weights.checkpoint import has_checkpoint
@@ -36,7 +36,7 @@ SETTINGS = "settings.json"
 def train_lora(
     weights: Path, pictures: Path, output: Path, recipe: Recipe, *, lite: bool = False, deadline: float = math.inf
 ) -> bool:
-    """Train a LoRA, or continue a training that was stopped.
+    """Trains a LoRA, or continues a training that was stopped.
 
     Args:
         weights: the model folder.
@@ -167,7 +167,7 @@ class _Preparation:
         )
 
     def _encode(self, found: list[Captioned]) -> Latents:
-        """Encode with the semantic encoder, whose memory is freed afterwards."""
+        """Encodes with the semantic encoder, whose memory is freed afterwards."""
         effnet = self._load("effnet", torch.float32)
         return Latents.of_pictures(found, effnet, self.device)
 
