@@ -64,9 +64,9 @@ def load_parts(
     check_precision(precision)
     opened = ModelFolder.open(folder, lite=lite)
     opened.require()
-    eight_bits = precision == "int8" or (precision == "auto" and opened.has_eight_bits())
+    precision = _usable(opened.precision() if precision == "auto" else precision, device, dtype)
     names = (*NEEDED, *(name for name in OPTIONAL if name in opened))
-    mode = _memory_mode(memory, opened, names, device, dtype, eight_bits)
+    mode = _memory_mode(memory, opened, names, device, dtype, precision)
     resident = mode.name == "resident"
     parts, waiting, seconds = {}, {}, {}
     base = FileWeights(opened.standard_files(ADAPTED))  # first: it notes how the files are that are loaded
@@ -75,7 +75,7 @@ def load_parts(
         start = time.perf_counter()
         waits = not resident and name in NETWORKS and name not in ALWAYS
         place = "cpu" if waits else device
-        parts[name] = opened.load_component(name, device=place, dtype=dtype, eight_bits=eight_bits)
+        parts[name] = opened.load_component(name, device=place, dtype=dtype, precision=precision)
         if name in NETWORKS:
             kernels.use_kernels(parts[name], kernels.choose(device, dtype).name)
         if waits:
@@ -99,16 +99,24 @@ def load_parts(
     return Loaded(opened, parts, weights, base)
 
 
+def _usable(precision: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The precision, or "full" if this machine cannot multiply in it. Logs why."""
+    if precision == "fp8" and (why_not := kernels.lacks_e4m3(device, dtype)):
+        logger.warning("Precision: full instead of fp8, because %s.", why_not)
+        return "full"
+    return precision
+
+
 def _memory_mode(
     memory: str,
     opened: ModelFolder,
     names: Collection[str],
     device: torch.device,
     dtype: torch.dtype,
-    eight_bits: bool,
+    precision: str,
 ) -> MemoryMode:
     """The memory mode for a model folder. Logs why."""
-    sizes = {name: opened.size(name, dtype, eight_bits=eight_bits) for name in names if name in NETWORKS}
+    sizes = {name: opened.size(name, dtype, precision=precision) for name in names if name in NETWORKS}
     if device.type != "cuda":
         choose_memory(memory, sizes, 0, dtype.itemsize)  # refuses unknown modes
         return MemoryMode("resident")

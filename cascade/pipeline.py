@@ -29,8 +29,8 @@ from cascade.loras.selection import Selection
 from cascade.loras.words import Words
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.eight_bits import has_eight_bits
 from cascade.networks.ip_adapter import IPAdapter
+from cascade.networks.precisions import precision_in
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -161,7 +161,8 @@ class Cascade:
             memory: "resident", "offload" or "stream", see `running.placement`; "auto" chooses by the networks' sizes and
                 the GPU's free memory. On a CPU all are resident.
             precision: how weights are kept: "full", in `dtype`; "int8", in 8 bits, in about half the memory, and less exact,
-                see `networks.eight_bits`; "auto", as they are stored.
+                see `networks.eight_bits`; "fp8", in 8 bits, with products in 8 bits, which are fast, see `networks.fp8`,
+                or "full" where the GPU has no such products; "auto", as they are stored.
             log_prompts: whether log lines may quote prompts.
 
         Raises:
@@ -199,8 +200,8 @@ class Cascade:
 
     @property
     def precision(self) -> str:
-        """How weights are kept: "full" or "int8", see `load`."""
-        return "int8" if has_eight_bits(self.prior) else "full"
+        """How weights are kept: "full", "int8" or "fp8", see `load`."""
+        return precision_in(self.prior)
 
     # ---- what callers use ----
 

@@ -7,8 +7,8 @@
   the drawings of scripts/build-mini-data; without them, it is left out.
 - On a GPU, the time of the products at the shapes that a picture of 1024x1024 has, and of a whole layer.
 
-With ``--storage``, instead: what weights in 8 bits cost and save, on a GPU, by memory mode: seconds to load, seconds a picture of
-the published size, and the peak of memory. Needs 19 GB of disk while it runs.
+With ``--storage``, instead: what the precisions int8 and fp8 cost and save, on a GPU, by memory mode: seconds to load, seconds a
+picture of the published size, and the peak of memory. Needs 27 GB of disk while it runs.
 
 A GPU from compute capability 8.9 multiplies e4m3 itself. Elsewhere the operands are rounded to it, and multiplied in float32.
 Weights are scaled once, activations as they come, so that the largest value is e4m3's: per tensor, or per row (of a weight: per
@@ -40,6 +40,8 @@ from cascade import Cascade, Request, kernels, sizes
 from cascade.images.tensors import to_image
 from cascade.kernels.stream import Stream
 from cascade.networks.eight_bits import quantise
+from cascade.networks.layout import published_names
+from cascade.networks.precisions import FORMS, IN_8_BITS, forms_of
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.sampling import Noise, diffuse, finish
 from cascade.stages.decoder import decoder_steps
@@ -202,6 +204,18 @@ class Network:
         names = list(self.shapes) if names is None else names
         return {name: make(self.network.get_submodule(name)) for name in names}
 
+    def in_fp8(self) -> dict[str, nn.Module]:
+        """Replacements as the precision fp8 has them."""
+        state = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
+        forms, names, made = forms_of(state, self.name, "fp8"), published_names(self.network), {}
+        for name, layer in layers_of(self.network).items():
+            form = forms.get(names[f"{name}.weight"][0])
+            if form is not None:
+                made[name] = FORMS[form].layer(layer).eval()
+                made[name].weight.data, made[name].weight_scale.data = FORMS[form].quantise(layer.weight.detach())
+                made[name].implementation = self.network.implementation
+        return made
+
     def all_but_last(self, make: Make) -> dict[str, nn.Module]:
         """Replacements of all layers but the last ResBlock's."""
         last = [block for block in self.network.blocks() if isinstance(block, ResBlock)][-1]
@@ -349,6 +363,7 @@ def errors(title: str, one: Network) -> str:
     rows = {"bfloat16": one.error({})}
     rows |= {name: one.error(one.made(make)) for name, make in {**PRODUCTS, **STORAGE}.items()}
     rows |= {f"{name}, but the last ResBlock": one.error(one.all_but_last(make)) for name, make in LEAVING.items()}
+    rows["the precision fp8"] = one.error(one.in_fp8())
     lines = [f"{titles[one.name]}, {title}: {len(one.shapes)} layers, {operations(one) / 1e12:.3g} TFLOP.", ""]
     lines += ["| one prediction | error, % | times bfloat16's |", "|---|---:|---:|"]
     lines += [f"| {name} | {100 * each:.3f} | {each / rows['bfloat16']:.1f} |" for name, each in rows.items()]
@@ -377,6 +392,7 @@ def points(prior: Network, decoder: Network) -> Iterator[tuple[str, list[dict[st
         yield name, [one.made(make) for one in both]
     for name, make in LEAVING.items():
         yield f"{name}, but the last ResBlock", [one.all_but_last(make) for one in both]
+    yield "the precision fp8", [one.in_fp8() for one in both]
 
 
 class Drawn(NamedTuple):
@@ -529,7 +545,7 @@ def layer_table(one: Network, runs: int) -> str:
 
 
 class Run(NamedTuple):
-    """A way to keep the weights, and where they are read from: "bfloat16" or "8 bits"."""
+    """A way to keep the weights, and where they are read from: "bfloat16" or a precision."""
 
     precision: str
     files: str
@@ -538,8 +554,8 @@ class Run(NamedTuple):
 
 RUNS = (
     *(Run("full", "bfloat16", memory) for memory in MEMORY),
-    Run("int8", "bfloat16", "resident"),
-    *(Run("int8", "8 bits", memory) for memory in MEMORY),
+    *(Run(precision, "bfloat16", "resident") for precision in IN_8_BITS),
+    *(Run(precision, precision, memory) for precision in IN_8_BITS for memory in MEMORY),
 )
 
 
@@ -566,18 +582,19 @@ def measure_storage(folder: Path, run: Run, runs: int) -> list[str]:
 
 def storage_table(folder: Path, runs: int) -> str:
     """What weights in 8 bits cost and save, by memory mode. Writes the networks into a folder first."""
-    folders = {"bfloat16": folder / "bfloat16", "8 bits": folder / "eight"}
+    folders = {name: folder / name for name in ("bfloat16", *IN_8_BITS)}
     write_stand_ins(folders["bfloat16"], "cuda", NEEDED)
-    torch.cuda.empty_cache()
-    cascade = Cascade.load(folders["bfloat16"], "cuda", torch.bfloat16, memory="resident", precision="int8")
-    components = {
-        "tokenizer": cascade.text.tokenizer,
-        "text_encoder": cascade.text.encoder,
-        **{name: getattr(cascade, name) for name in ("prior", "decoder", "vqgan")},
-    }
     about = {"name": "stand-ins", "license": "none", "native_size": SIDE, "sampler": PUBLISHED_SAMPLER}
-    save_model_folder(folders["8 bits"], components, **about)
-    del cascade, components
+    for precision in IN_8_BITS:
+        torch.cuda.empty_cache()
+        cascade = Cascade.load(folders["bfloat16"], "cuda", torch.bfloat16, memory="resident", precision=precision)
+        components = {
+            "tokenizer": cascade.text.tokenizer,
+            "text_encoder": cascade.text.encoder,
+            **{name: getattr(cascade, name) for name in ("prior", "decoder", "vqgan")},
+        }
+        save_model_folder(folders[precision], components, **about)
+        del cascade, components
     titles = [
         "weights",
         "files",

@@ -46,7 +46,7 @@ from training.encoded.recipe import Recipe, read_recipe
 from training.encoded.run import new_prior
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
 from training.files import whole_file
-from training.run import start_processes
+from training.processes import start_processes
 from training.tasks.encoded_stage_c import EncodedStageCTask
 from training.trainer import Trainer
 from training.weights.fsdp import local

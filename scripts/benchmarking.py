@@ -60,6 +60,7 @@ BY_CONTENDER = {
     "diffusers, reduce-overhead": CASES[:1],
     "ours": CASES + FASTER + WITH_IMAGE + GROWTH + LARGE,
     "ours, int8": CASES,
+    "ours, fp8": CASES + FASTER,
     "ours, offload": [CASES[0], GROWTH[4], *LARGE],
     "ours, stream": [CASES[0], GROWTH[4], *LARGE],
 }

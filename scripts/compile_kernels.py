@@ -5,6 +5,7 @@ Networks that differ only in their weights, such as fine-tuned ones, have the sa
 """
 
 import argparse
+import copy
 import logging
 import multiprocessing
 import os
@@ -22,9 +23,12 @@ import torch
 from cascade.kernels import load
 from cascade.kernels.compiled import version_folder
 from cascade.kernels.compiling import ARCHITECTURES, compile_kernels, compile_launchers
+from cascade.kernels.e4m3 import CAPABILITY
 from cascade.networks.base import without_values
 from cascade.networks.eight_bits import GROUP, EightBits, group_of, rounded_names
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
+from cascade.networks.precisions import forms_of, use_forms
+from cascade.networks.unet import StableCascadeUNet
 from cascade.running.precompile import jobs_of
 from cascade.weights import ModelFolder
 from cascade.weights.making import empty_network
@@ -37,8 +41,13 @@ PYTHON = "python3.12"
 UNETS = ("prior", "prior_lite", "decoder", "decoder_lite")
 
 
-def jobs(models: list[Path], dtype: torch.dtype, *, published: bool = True) -> list[Callable[[], object]]:
-    """Functions that run all kernels of the networks in the model folders, and of the published ones, on the meta device."""
+def jobs(
+    models: list[Path], dtype: torch.dtype, *, published: bool = True, e4m3: bool = False
+) -> list[Callable[[], object]]:
+    """Functions that run all kernels of the networks in the model folders, and of the published ones, on the meta device.
+
+    e4m3: whether Stages B and C also run in the precision fp8.
+    """
     sets = []
     groups = {GROUP}  # of weights in 8 bits, in the published networks
     if published:
@@ -58,9 +67,20 @@ def jobs(models: list[Path], dtype: torch.dtype, *, published: bool = True) -> l
     for unets, vqgan in sets:
         for network in (*unets, vqgan):
             network.to(dtype).eval().use_kernels("triton")
+    if e4m3:
+        sets += [([in_fp8(unet) for unet in unets], vqgan) for unets, vqgan in sets]
     return [job for unets, vqgan in sets for job in jobs_of(unets, vqgan)] + [
         partial(load("triton").dequantise, *in_groups(size), dtype) for size in sorted(groups)
     ]
+
+
+def in_fp8(unet: StableCascadeUNet) -> StableCascadeUNet:
+    """A copy of a network on the meta device, in the precision fp8."""
+    made = copy.deepcopy(unet)
+    shapes = {name: tensor.shape for name, tensor in made.state_dict().items()}
+    use_forms(made, forms_of(shapes, "prior", "fp8"))  # the same for both stages
+    made.use_kernels("triton")
+    return made
 
 
 def in_groups(size: int) -> EightBits:
@@ -73,7 +93,8 @@ def compiled(architecture: int, models: list[Path], dtype: torch.dtype) -> tuple
     """Compile the kernels for an architecture. Returns their number, their launchers' sources, and the seconds."""
     start = time.perf_counter()
     logging.disable(logging.WARNING)
-    count, sources = compile_kernels(architecture, jobs(models, dtype))
+    e4m3 = dtype == torch.bfloat16 and divmod(architecture, 10) >= CAPABILITY
+    count, sources = compile_kernels(architecture, jobs(models, dtype, e4m3=e4m3))
     return count, sources, time.perf_counter() - start
 
 

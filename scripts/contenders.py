@@ -128,6 +128,7 @@ CONTENDERS: dict[str, Callable[[Path, bool], Make]] = {
     "diffusers, reduce-overhead": lambda folder, lite: diffusers(folder, lite, compile_mode="reduce-overhead"),
     "ours": lambda folder, lite: ours(folder, lite, "resident"),
     "ours, int8": lambda folder, lite: ours(folder, lite, "resident", "int8"),
+    "ours, fp8": lambda folder, lite: ours(folder, lite, "resident", "fp8"),
     "ours, offload": lambda folder, lite: ours(folder, lite, "offload"),
     "ours, stream": lambda folder, lite: ours(folder, lite, "stream"),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from cascade.networks.precisions import IN_8_BITS
 from cascade.weights.build import save_model, save_own, verify
 from cascade.weights.download import download_repository, named_repository
 from cascade.weights.downloaded import compare
@@ -83,10 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--precision",
-        choices=("full", "int8"),
+        choices=("full", *IN_8_BITS),
         default="full",
-        help="int8: store the large networks in 8 bits, in half of the space; without a download, or with --base alone, those "
-        "of model folders that exist (default: as they are)",
+        help="int8 or fp8: store the large networks in 8 bits, in half of the space; without a download, or with --base alone, "
+        "those of model folders that exist (default: as they are)",
     )
     parser.add_argument("--name", help="the model's name (default: that of its file)")
     parser.add_argument(
@@ -120,16 +121,17 @@ def main(arguments: list[str] | None = None) -> int:
             logger.info("%s is complete and undamaged.", options.output)
             return 0
         own = asked or options.repository
-        eight_bits = options.precision == "int8"
         base = options.base or MODEL_FOLDER
         # Nothing but the precision changes.
-        again = eight_bits and (options.base is not None or not Manifest.file(options.download).is_file())
+        again = options.precision != "full" and (
+            options.base is not None or not Manifest.file(options.download).is_file()
+        )
         if own or again:
             folders = [repository_folder(name, options.download) for name in options.repository]
             more = {"base": base, "download": options.download, "name": options.name}
-            save_own(asked, folders, options.output, eight_bits=eight_bits, **more)
+            save_own(asked, folders, options.output, precision=options.precision, **more)
         else:
-            save_model(options.download, options.output, eight_bits=eight_bits)
+            save_model(options.download, options.output, precision=options.precision)
         size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
         logger.info("%s is complete: %s.", options.output, amount(size))
         # With weights of one's own, the rest of the download may be needed again.

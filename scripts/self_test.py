@@ -16,6 +16,7 @@ from PIL import Image
 
 from cascade.pipeline import Cascade
 from cascade.request import Request
+from cascade.running.device import ADDS
 from cascade.running.errors import is_out_of_memory
 from cascade.running.placement import MODES
 from cascade.sampling import SAMPLERS
@@ -118,8 +119,7 @@ def self_test(weights: Path) -> tuple[list[str], list[Trial], list[str]]:
     start = time.perf_counter()
     cascade = Cascade.load(weights)
     dtype = str(cascade.prior.dtype).removeprefix("torch.")
-    if cascade.precision == "int8":
-        dtype += " with weights in 8 bits"
+    dtype += ADDS[cascade.precision]
     lines = [
         f"Model: {weights.name}; loaded in {time.perf_counter() - start:.1f} s.",
         f"Device: {device_name(cascade.device)}, {dtype}, {cascade.runner.description}.",

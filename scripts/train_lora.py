@@ -15,7 +15,7 @@ from training.lora.file import FILE
 from training.lora.pictures import find_pictures
 from training.lora.run import train_lora
 from training.lora.settings import TARGET_NAMES, Recipe, read_recipe
-from training.run import start_processes
+from training.processes import start_processes
 
 logger = logging.getLogger(__name__)
 

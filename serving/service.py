@@ -24,7 +24,7 @@ from cascade.pipeline import Cascade
 from cascade.progress import Progress
 from cascade.prompts.reading import embedding_files
 from cascade.request import Request, smaller_requests
-from cascade.running.device import SettingError, choose_device
+from cascade.running.device import ADDS, SettingError, choose_device
 from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.safety import SafetyChecker, find_safety_checker
 from cascade.weights import ModelFolder
@@ -126,7 +126,7 @@ class Service:
             size_of(opened) / 1e9,
             cascade.device,
             str(cascade.prior.dtype).removeprefix("torch."),
-            " with weights in 8 bits" if cascade.precision == "int8" else "",
+            ADDS[cascade.precision],
             cascade.runner.description,
             time.perf_counter() - start,
         )
@@ -143,12 +143,17 @@ class Service:
 
     def _make_unasked(self) -> None:
         """Make a picture that nobody has asked for, until somebody asks for one."""
+        if self._asked.is_set():
+            return
         # One step of each stage captures all graphs of the native size, and loads what libraries load late.
         side = self.cascade.native_size
         steps = self.cascade.steps(Request("", width=side, height=side, steps_prior=1, steps_decoder=1))
         try:
-            while not self._asked.is_set() and next(steps, None) is not None:
-                pass
+            for progress in steps:
+                if progress.image is not None and self.safety is not None:
+                    self.cascade.runner.with_room(partial(self.safety.flags, progress.image))
+                if self._asked.is_set():
+                    break
         except RuntimeError as error:  # a prediction reports it
             logger.info("No picture was made at the start, so the first takes longer: %s", shortened(error))
         finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -20,11 +20,13 @@ from transformers import (
 )
 
 from cascade.images.preprocessing import ClipPreprocessor
+from cascade.kernels.e4m3 import E4M3
 from cascade.networks.base import Network
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.eight_bits import NETWORKS, in_eight_bits, restored, rounded_names, use_eight_bits
+from cascade.networks.eight_bits import NETWORKS
 from cascade.networks.ip_adapter import IPAdapter
+from cascade.networks.precisions import converted, forms_of, rounded, use_forms
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -183,13 +185,22 @@ def make_components() -> dict[str, Any]:
     }
 
 
-def in_eight_bits_of(network: nn.Module, name: str) -> nn.Module:
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and values. torch.equal does not know e4m3."""
+    if one.dtype != other.dtype:
+        return False
+    if one.dtype == E4M3:
+        one, other = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    return torch.equal(one, other)
+
+
+def in_eight_bits_of(network: nn.Module, name: str, precision: str = "int8") -> nn.Module:
     """A copy of a network with weights in 8 bits. `name`: of the component."""
     made = copy.deepcopy(network)
     state = network.state_dict()
-    tensors = in_eight_bits(state, rounded_names(state, name))
-    use_eight_bits(made, tensors)
-    made.load_state_dict(tensors, assign=True)
+    forms = forms_of({key: tensor.shape for key, tensor in state.items()}, name, precision)
+    use_forms(made, forms)
+    made.load_state_dict(rounded(state, forms), assign=True)
     return made
 
 
@@ -197,13 +208,13 @@ def restored_from(eight: nn.Module, like: nn.Module) -> nn.Module:
     """A copy of an ordinary network with the matrices that another's weights in 8 bits stand for."""
     made = copy.deepcopy(like)
     dtype = next(parameter.dtype for parameter in like.parameters())
-    made.load_state_dict(restored(eight.state_dict(), dtype))
+    made.load_state_dict(converted(eight.state_dict(), {}, dtype))
     return made
 
 
-def components_in_eight_bits(components: dict[str, Any]) -> dict[str, Any]:
+def components_in_eight_bits(components: dict[str, Any], precision: str = "int8") -> dict[str, Any]:
     """Copies of those that can have weights in 8 bits, and the other components."""
-    return components | {name: in_eight_bits_of(components[name], name) for name in NETWORKS}
+    return components | {name: in_eight_bits_of(components[name], name, precision) for name in NETWORKS}
 
 
 def save_components(folder: Path, components: dict[str, Any]) -> None:

@@ -17,7 +17,14 @@ from torch import nn
 from cascade import Cascade
 from miniature.icons import STYLES, load_drawings
 from miniature.prompts import make_prompts
-from scripts import benchmark_eight_bits, benchmark_loras, benchmark_prompts, benchmark_training
+from scripts import (
+    benchmark_eight_bits,
+    benchmark_fp8,
+    benchmark_loras,
+    benchmark_prompts,
+    benchmark_start,
+    benchmark_training,
+)
 from scripts.benchmarking import WORK
 from scripts.environment import ROOT
 from scripts.stand_ins import shapes_of, write_lora
@@ -41,6 +48,48 @@ def test_runs_alternate_and_warm_ups_do_not_count() -> None:
     assert order == ["a", "b"] * 3
     assert [len(each) for each in seconds.values()] == [2, 2]
     assert percent_more([1.0, 2.0, 3.3], [1.0, 1.0, 3.0]) == pytest.approx([0, 10, 100])
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="only Linux says what processes have taken")
+def test_processor_seconds_are_those_of_a_process_and_of_those_below_it() -> None:
+    work = "while time.process_time() < 0.3: pass"
+    program = f"""
+import subprocess, sys, time
+subprocess.run([sys.executable, "-c", "import time\\n{work}"], check=True)  # has ended
+child = subprocess.Popen([sys.executable, "-c", "import sys, time\\n{work}\\nprint(flush=True)\\nsys.stdin.read()"],
+    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+print(flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        taken = benchmark_start.processor_seconds(process.pid)
+        process.stdin.close()
+    assert 0.55 < taken < 5
+
+
+@pytest.mark.parametrize("models", [("floor", "mini"), ("mini",)])
+def test_starts_are_one_table_and_answers_another(models: tuple[str, ...]) -> None:
+    one = {"kernels": "", "ready_s": 3.0, "processor_s": 2.0}
+    starts = [{"model": "floor", **one}] if "floor" in models else []
+    starts += [{"model": "mini", **one, "ready_s": ready, "first_s": 0.5, "later_s": 0.4} for ready in (4.0, 5.0, 9.0)]
+    answer = {
+        "model": "mini",
+        "pictures": 1,
+        "format": "png",
+        "side": 256,
+        "answer_s": 1,
+        "engine_s": 0.9,
+        "over_s": 0.1,
+    }
+    text = benchmark_start.tables({"starts": starts, "answers": [{**answer, "kilobytes": 12}]})
+    first, second = text.split("\n\n")
+    over = "2.00" if "floor" in models else ""
+    assert first.splitlines()[-1] == f"| mini |  | 3 | 5.00 | {over} | 2.00 | 0.500 | 0.400 |"
+    assert second.splitlines()[-1] == "| mini | 1 | png | 256 | 1 | 0.9 | 0.1 | 12 |"
+    for table in (first, second):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 @pytest.mark.slow
@@ -98,6 +147,7 @@ def test_eight_bits(tmp_path: Path) -> None:
         text = benchmark_eight_bits.errors("the miniature", one)
         assert text.count("| 100% |") == 1
         assert f"| bfloat16 | {100 * bfloat16:.3f} | 1.0 |" in text
+        assert bfloat16 < one.error(one.in_fp8()) < rounded
     drawings = load_drawings(pack(["apple", "dog", "cat", "house", "boat", "sun"], tmp_path / "drawings.zip"))
     prompts = make_prompts(drawings[1], STYLES, 0, 4, 2)
     drawn = benchmark_eight_bits.draw_all(cascade, found, prompts, drawings, {"steps_prior": 2, "steps_decoder": 1})
@@ -108,6 +158,27 @@ def test_eight_bits(tmp_path: Path) -> None:
     assert "object first" in table[0]
     for name, tensor in cascade.prior.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_operations_in_fp8() -> None:
+    """Each computes in fp8 what it does in bfloat16, nearly: as far as their inputs are the same."""
+    level = benchmark_fp8.Level("small", 32, 2, 3, 5, 7)
+    made = benchmark_fp8.operations(level, 2, torch.device("cpu"), "plain", copies=2)
+    found = {}
+    for one in made:
+        for call in one[1:]:
+            result = call(1) if call is not None else None
+            tensors = [
+                part for part in (result if isinstance(result, tuple) else (result,)) if isinstance(part, torch.Tensor)
+            ]
+            assert all(tensor.float().isfinite().all() for tensor in tensors), one.name
+        found[one.name] = [1e-6, 2e-6, None if one.other is None else 3e-6]
+    table = benchmark_fp8.table("small", level.layers, found).splitlines()
+    assert len({line.count("|") for line in table}) == 1
+    assert table[-1] == "| 7 layers, ms | 0.1 | 0.1 | |"
+    for name in ("MLP, first layer", "q, k, v"):
+        (one,) = (one for one in made if one.name == name)
+        assert one.bfloat16(0).shape == one.fp8(0).shape == one.other(0).shape
 
 
 @pytest.fixture

@@ -7,18 +7,12 @@ from typing import Literal
 import torch
 
 from training.errors import TrainingError
+from training.values import Range
 
 RANGES = {
-    "steps": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "accumulate": (1, math.inf),
-    "gpus": (1, math.inf),
-    "evaluate_every": (1, math.inf),
-    "warmup": (0, math.inf),
-    "decay": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "checkpoint_seconds": (0, math.inf),
-    "seed": (0, 2**32 - 1),
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "gpus", "evaluate_every"), Range(1)),
+    **dict.fromkeys(("warmup", "decay", "weight_decay", "checkpoint_seconds"), Range(0)),
+    "seed": Range(0, 2**32 - 1),
 }
 
 
@@ -72,11 +66,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.warmup is None:
             object.__setattr__(self, "warmup", max(0, min(200, self.steps // 10, self.steps - self.decay)))
-        for name, (least, most) in RANGES.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise TrainingError(f"{name} is {value}; it must be {allowed}.")
+        for name, allowed in RANGES.items():
+            allowed.check(name, getattr(self, name))
         for name in ("beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")

@@ -10,13 +10,11 @@ import argparse
 import gc
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from cascade.weights.writing import save_component
 from training import command
@@ -25,6 +23,7 @@ from training.configuration import read_configuration
 from training.errors import writing
 from training.files import write_components
 from training.options import Options
+from training.processes import start_processes
 from training.stages import ORDER, STAGES, check_needs
 from training.tasks.tokenizer import train_tokenizer
 from training.trainer import fit
@@ -34,23 +33,6 @@ from training.workshop import Workshop, load_component
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished"
-
-__all__ = ["FINISHED", "ORDER", "STAGES", "main", "train"]
-
-
-def start_processes() -> PartialState:
-    """Joins the processes that train together, if there are several.
-
-    Without a GPU, accelerate does that only if ``cpu`` is set.
-    """
-    state = PartialState(cpu=not torch.cuda.is_available())
-    # accelerate's launcher sets MASTER_ADDR for several processes, but starts only one without GPUs and MPI.
-    if state.num_processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
-        logger.warning(
-            "One process trains: without GPUs, accelerate launch starts no more. To start several on CPUs, use "
-            "python -m torch.distributed.run --standalone --nproc_per_node 2 -m training.run ..."
-        )
-    return state
 
 
 def round_components(model: Path, stage: str) -> None:

@@ -1,9 +1,17 @@
-"""The picture size of each training step: mostly the native one, and regularly another, so that networks learn all sizes."""
+"""The sizes of training pictures.
 
+`Shapes` gives each step a size: mostly the native one, and regularly another, so that networks learn all sizes. `bucket_size`
+gives each picture a size of its own shape.
+"""
+
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cascade.sizes import Size
+from cascade.sizes import MULTIPLE, SMALLEST, WHOLE, Size
+
+STEEPEST = 4.0
+"""Largest ratio of a bucket's sides."""
 
 
 @dataclass(frozen=True)
@@ -46,3 +54,17 @@ def shares(indices: range, count: int) -> list[range]:
     """Divides at least one index into ``count`` equal shares, each of at least one; few indices serve several shares."""
     bounds = [indices.start + len(indices) * i // count for i in range(count + 1)] if count else []
     return [range(first, max(last, first + 1)) for first, last in pairwise(bounds)]
+
+
+def bucket_size(width: int, height: int, resolution: int) -> Size:
+    """The (height, width) at which a picture is trained on: its shape, with about the area of a square.
+
+    Sides are multiples of a 16th of the square's side, 64 pixels for 1024, so that pictures of similar shapes share a bucket.
+    Pictures beyond 4:1 are cropped to it.
+    """
+    ratio = min(max(width / height, 1 / STEEPEST), STEEPEST)
+    step = max(MULTIPLE, resolution // 16 // MULTIPLE * MULTIPLE)
+    sides = (resolution / math.sqrt(ratio), resolution * math.sqrt(ratio))
+    least, most = math.ceil(SMALLEST / step) * step, WHOLE // step * step
+    rows, columns = (min(max(round(side / step) * step, least), most) for side in sides)
+    return rows, columns

@@ -7,7 +7,8 @@ from training.errors import TrainingError
 from training.task import Task
 from training.tasks.clip import ClipTask
 from training.tasks.controlnet import CONTROL_KINDS, ControlNetTask
-from training.tasks.distil import DistilBTask, DistilCTask
+from training.tasks.distil_b import DistilBTask
+from training.tasks.distil_c import DistilCTask
 from training.tasks.ip_adapter import IPAdapterTask
 from training.tasks.previewer import PreviewerTask
 from training.tasks.semantic import SemanticTask

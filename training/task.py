@@ -1,7 +1,7 @@
 """What one stage of training learns, as the training loop sees it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -9,6 +9,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from training.objective import LossWeight
+from training.randomness import step_generator
+
+TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Times at which `DiffusionTask.error_of` measures the error."""
 
 
 def frozen(**networks: nn.Module) -> dict[str, nn.Module]:
@@ -77,3 +81,19 @@ class DiffusionTask(Task):
 
     def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         self.weight.update(batch["timesteps"], outputs["errors"])
+
+    def error_of(self, batches: Iterable[dict[str, Tensor]]) -> float:
+        """The mean error at five times, with the same noise at every call.
+
+        Args:
+            batches: the arguments of ``forward`` other than ``timesteps`` and ``noise``; all have ``latents`` (B, C, h, w).
+        """
+        errors = []
+        for batch in batches:
+            latents = batch["latents"]
+            for place, time in enumerate(TIMESTEPS):
+                generator = step_generator(0, place, 0, latents.device)
+                noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+                times = torch.full((len(latents),), time, device=latents.device)
+                errors.append(self(**batch, timesteps=times, noise=noise)["errors"])
+        return torch.cat(errors).mean().item()

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cascade.kernels import plain
+from cascade.kernels import e4m3, plain
 
 IMPLEMENTATIONS = ("plain", "triton")
 # The lowest compute capability for Triton and bfloat16: Ampere.
@@ -59,6 +59,21 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     except ImportError:
         return Choice("plain", "Triton is not installed, which makes the networks slower")
     return Choice("triton", f"the GPU has compute capability {'.'.join(map(str, capability))}")
+
+
+def lacks_e4m3(device: torch.device, dtype: torch.dtype) -> str | None:
+    """A clause that says why networks of this dtype cannot multiply in e4m3 on this device; None: they can."""
+    if device.type != "cuda":
+        return f"products in 8 bits need a CUDA GPU, and the device is {device}"
+    if torch.version.hip is not None:
+        return "products in 8 bits need a GPU of NVIDIA"
+    if dtype != torch.bfloat16:
+        return f"products in 8 bits need bfloat16, and the dtype is {str(dtype).removeprefix('torch.')}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < e4m3.CAPABILITY:
+        needed, found = (".".join(map(str, one)) for one in (e4m3.CAPABILITY, capability))
+        return f"products in 8 bits need compute capability {needed}, and the GPU has {found}"
+    return None
 
 
 @functools.cache

@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade.kernels.e4m3 import LARGEST, in_e4m3, norm_factor
 from cascade.kernels.layers import has_float16_weights, in_float32, is_readable, matrix_of
 from cascade.kernels.stream import Stream
 
 EPS = 1e-6
+# A bound of activations that are all zero.
+SMALLEST = 1e-30
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -23,16 +26,20 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-def norm(stream: Stream, dtype: torch.dtype, next_linear: nn.Module | None = None) -> tuple[Stream, Tensor]:
+def norm(
+    stream: Stream, dtype: torch.dtype, next_linear: nn.Module | None = None, *, e4m3: bool = False
+) -> tuple[Stream, Tensor]:
     """The settled stream, and its LayerNorm, (B, H, W, C).
 
     Args:
         stream: the residual stream.
-        dtype: dtype of the normalised result.
+        dtype: the weights' dtype, and that of the normalised result.
         next_linear: the layer whose output `add_linear` adds next. The returned stream may already contain its bias.
+        e4m3: whether the result is e4m3 instead, times `norm_factor`.
     """
     x = stream.settle()
-    return Stream(x), layer_norm(x).to(dtype)
+    normed = layer_norm(x)
+    return Stream(x), in_e4m3(normed * norm_factor(x.shape[-1])) if e4m3 else normed.to(dtype)
 
 
 def linear(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,7 +75,7 @@ def accumulate(stream: Stream, hidden: Tensor, layer: nn.Linear, *, bias_added: 
 
 
 def depthwise_norm(
-    stream: Stream, convolution: nn.Module, dtype: torch.dtype, skip: Tensor | None = None
+    stream: Stream, convolution: nn.Module, dtype: torch.dtype, skip: Tensor | None = None, *, e4m3: bool = False
 ) -> tuple[Stream, Tensor]:
     """The settled stream, and the LayerNorm of its depthwise convolution.
 
@@ -77,6 +84,7 @@ def depthwise_norm(
         convolution: the depthwise convolution of (B, C, H, W).
         dtype: dtype of the weights and of the normalised result. With float16 and a skip connection, the result is float32.
         skip: float32 (B, H, W, C), appended to the channels after the norm.
+        e4m3: whether the result is e4m3 instead, times `norm_factor`. Not with float16 or a skip connection.
     """
     x = stream.settle()
     if dtype == torch.float16:
@@ -85,7 +93,7 @@ def depthwise_norm(
     normed = layer_norm(convolution(x.to(dtype).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
     if skip is not None:
         normed = torch.cat([normed, skip.to(normed.dtype)], dim=-1)
-    return Stream(x), normed
+    return Stream(x), in_e4m3(normed.float() * norm_factor(x.shape[-1])) if e4m3 else normed
 
 
 def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -99,6 +107,24 @@ def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     response = size / (size.mean(dim=-1, keepdim=True) + EPS)
     # gamma * (x * response) + beta + x, with the factors of x combined, so that x is read once.
     return torch.addcmul(beta.to(x.dtype), x, (1 + gamma * response).to(x.dtype))
+
+
+def gelu_response_e4m3(hidden: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """`gelu_response` in e4m3. hidden: contiguous; it is not changed.
+
+    Returns:
+        e4m3 (B, H, W, C), and each sample's scale, float32 (B,). It is a bound of the sample's values, over 448: no value is
+        larger than its channel's norm over all pixels, times the channel's factor.
+    """
+    x = F.gelu(hidden.float())
+    gamma, beta = gamma.float(), beta.float()
+    size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    mean = size.mean(dim=-1, keepdim=True) + EPS
+    # Sums of two maxima, of which neither needs the mean.
+    bound = (size + beta.abs()).amax(dim=3) + (gamma.abs() * size.square()).amax(dim=3) / mean[..., 0]
+    of_samples = bound.flatten().clamp(min=SMALLEST) / LARGEST
+    value = torch.addcmul(beta, x, 1 + gamma * (size / mean))
+    return in_e4m3(value / of_samples[:, None, None, None]), of_samples
 
 
 def attention(
@@ -151,14 +177,14 @@ def timestep_maps(mappers: Sequence[nn.Module], times: Tensor, dtype: torch.dtyp
 
 
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix from its integers and scales (`networks.eight_bits`): the product in float32, rounded to `dtype`, (N, K).
+    """A matrix from its numbers and scales (`networks.eight_bits`): the product in float32, rounded to `dtype`, (N, K).
 
     Args:
-        weight: int8 (N, K), contiguous.
-        scale: bfloat16 (N, K / group), contiguous: one for each group of neighbours in a row.
+        weight: int8 or e4m3 (N, K), contiguous.
+        scale: bfloat16 or float32 (N, K / group), contiguous: one for each group of neighbours in a row.
         dtype: of the result.
     """
-    groups = weight.unflatten(1, (scale.shape[1], -1))
+    groups = weight.float().unflatten(1, (scale.shape[1], -1))
     return (groups * scale.float().unsqueeze(2)).flatten(1).to(dtype)
 
 

@@ -6,8 +6,20 @@ import torch
 from torch import Tensor
 
 
+class Product(NamedTuple):
+    """A branch's product in e4m3 that the samples' scales are not applied to yet.
+
+    Attributes:
+        value: (B, H, W, C), in the weights' dtype.
+        scale: float32 (B,).
+    """
+
+    value: Tensor
+    scale: Tensor
+
+
 class Stream(NamedTuple):
-    """The residual stream, with pending operations: (x + bias) * (1 + scale) + shift.
+    """The residual stream, with pending operations: (x + product + bias) * (1 + scale) + shift.
 
     The next block applies them when it reads the stream.
 
@@ -15,16 +27,21 @@ class Stream(NamedTuple):
         x: float32 (B, H, W, C).
         bias: (C,), in the weights' dtype.
         scale, shift: float32 (B, C).
+        product: of a branch in e4m3, see `kernels.e4m3`.
     """
 
     x: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
+    product: Product | None = None
 
     def settle(self) -> Tensor:
         """Apply the pending operations: float32 (B, H, W, C)."""
-        x = self.x if self.bias is None else self.x + self.bias
+        x = self.x
+        if self.product is not None:
+            x = x + self.product.value * self.product.scale[:, None, None, None]
+        x = x if self.bias is None else x + self.bias
         if self.scale is None:
             return x
         return torch.addcmul(self.shift[:, None, None], x, 1 + self.scale[:, None, None])

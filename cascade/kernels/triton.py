@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from triton.runtime import driver
 
 from cascade.kernels import compiled, plain
+from cascade.kernels.e4m3 import E4M3
+from cascade.kernels.e4m3 import norm_factor as _norm_factor
 from cascade.kernels.layers import is_hooked, is_ordinary, is_readable
 from cascade.kernels.plain import linear as linear
 from cascade.kernels.stream import Stream
@@ -24,6 +26,8 @@ from cascade.kernels.stream import Stream
 compiled.use_launchers()
 
 EPS = tl.constexpr(1e-6)
+LARGEST = tl.constexpr(448.0)  # of e4m3
+SMALLEST = tl.constexpr(1e-30)
 # Minimum number of programs of a reduction: several per multiprocessor of the largest GPUs.
 PROGRAMS = 512
 LOG2E = 1.4426950408889634
@@ -47,14 +51,18 @@ def _settled(x, bias, scale, shift, HAS_BIAS: tl.constexpr, HAS_AFFINE: tl.const
 
 @compiled.jit(do_not_specialize=["rows_per_sample"])
 def _norm(
-    x_ptr, bias_ptr, scale_ptr, shift_ptr, ahead_ptr, settled_ptr, normed_ptr,
+    x_ptr, bias_ptr, scale_ptr, shift_ptr, ahead_ptr, product_ptr, of_samples_ptr, settled_ptr, normed_ptr,
     rows_per_sample, C, affine_row,
-    HAS_BIAS: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_AHEAD: tl.constexpr, CB: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_AHEAD: tl.constexpr, HAS_PRODUCT: tl.constexpr,
+    FACTOR: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, CB)
     inside = column < C
     x = tl.load(x_ptr + row * C + column, mask=inside, other=0.0)
+    if HAS_PRODUCT:
+        product = tl.load(product_ptr + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        x += product * tl.load(of_samples_ptr + row // rows_per_sample)
     bias = x
     scale = x
     shift = x
@@ -67,25 +75,30 @@ def _norm(
     x = _settled(x, bias, scale, shift, HAS_BIAS, HAS_AFFINE)
     centred = tl.where(inside, x - tl.sum(tl.where(inside, x, 0.0)) / C, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred) / C + EPS)
+    if FACTOR != 1:
+        normed *= FACTOR
     tl.store(normed_ptr + row * C + column, normed.to(normed_ptr.dtype.element_ty), mask=inside)
     if HAS_AHEAD:
         x += tl.load(ahead_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS or HAS_AFFINE or HAS_AHEAD:
+    if HAS_BIAS or HAS_AFFINE or HAS_AHEAD or HAS_PRODUCT:
         tl.store(settled_ptr + row * C + column, x, mask=inside)
 
 
-def norm(stream: Stream, dtype: torch.dtype, next_linear: nn.Module | None = None) -> tuple[Stream, Tensor]:
+def norm(
+    stream: Stream, dtype: torch.dtype, next_linear: nn.Module | None = None, *, e4m3: bool = False
+) -> tuple[Stream, Tensor]:
     """See `plain.norm`. Adds the bias of `next_linear` early, so that cuBLAS can add its product to the stream in place."""
-    x, bias, scale, shift = stream
+    x, bias, scale, shift, product = stream
     ahead = next_linear.bias if next_linear is not None and _accumulates(next_linear, dtype) else None
     batch, height, width, channels = x.shape
-    changes = any(change is not None for change in (bias, scale, ahead))
+    changes = any(change is not None for change in (bias, scale, ahead, product))
     settled = torch.empty_like(x) if changes else x
-    normed = torch.empty_like(x, dtype=dtype)
+    normed = torch.empty_like(x, dtype=E4M3 if e4m3 else dtype)
     _norm[(batch * height * width,)](
-        x, bias, scale, shift, ahead, settled, normed,
+        x, bias, scale, shift, ahead, *(product or (None, None)), settled, normed,
         height * width, channels, 0 if scale is None else scale.stride(0),
         HAS_BIAS=bias is not None, HAS_AFFINE=scale is not None, HAS_AHEAD=ahead is not None,
+        HAS_PRODUCT=product is not None, FACTOR=_norm_factor(channels) if e4m3 else 1.0,
         CB=_power(channels), num_warps=4 if channels > 256 else 1,
     )  # fmt: skip
     return Stream(settled), normed
@@ -123,12 +136,15 @@ def _spread(value, j: tl.constexpr, left, middle, right, first, second, third, f
 
 
 @triton.jit
-def _normed_four(first, second, third, fourth, inside, C):
-    """LayerNorm of four vectors (CB,), in one reduction."""
+def _normed_four(first, second, third, fourth, inside, C, FACTOR: tl.constexpr = 1.0):
+    """LayerNorm of four vectors (CB,), in one reduction, times FACTOR."""
     four = tl.join(tl.join(first, second), tl.join(third, fourth))
     mean = tl.sum(tl.where(inside[:, None, None], four, 0.0), axis=0) / C
     four = tl.where(inside[:, None, None], four - mean[None, :, :], 0.0)
-    four = four * tl.rsqrt(tl.sum(four * four, axis=0) / C + EPS)[None, :, :]
+    size = tl.rsqrt(tl.sum(four * four, axis=0) / C + EPS)
+    if FACTOR != 1:
+        size *= FACTOR
+    four = four * size[None, :, :]
     low, high = tl.split(four)
     first, second = tl.split(low)
     third, fourth = tl.split(high)
@@ -139,7 +155,7 @@ def _normed_four(first, second, third, fourth, inside, C):
 def _depthwise_norm(
     x_ptr, before_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr, skip_ptr, settled_ptr, normed_ptr,
     H, W, C, columns, affine_row, weight_channel, weight_tap,
-    HAS_BEFORE: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_SKIP: tl.constexpr, CB: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_SKIP: tl.constexpr, FACTOR: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
     """One program computes four neighbouring pixels of a line, all channels, and reads each of their 18 input pixels once."""
     block = tl.program_id(0)
@@ -176,7 +192,7 @@ def _depthwise_norm(
                 if i == 1 and j >= 1 and j <= 4:
                     tl.store(settled_ptr + place, value, mask=inside)
             a, b, c, d = _spread(value, j, w0, w1, w2, a, b, c, d)
-    a, b, c, d = _normed_four(a, b, c, d, in_channels, C)
+    a, b, c, d = _normed_four(a, b, c, d, in_channels, C, FACTOR)
     row = 2 * C if HAS_SKIP else C
     pixel = line * W + left
     for j in tl.static_range(4):
@@ -190,18 +206,20 @@ def _depthwise_norm(
 
 
 def depthwise_norm(
-    stream: Stream, convolution: nn.Module, dtype: torch.dtype, skip: Tensor | None = None
+    stream: Stream, convolution: nn.Module, dtype: torch.dtype, skip: Tensor | None = None, *, e4m3: bool = False
 ) -> tuple[Stream, Tensor]:
     """See `plain.depthwise_norm`."""
     # A skip connection may exceed 65504, the largest float16.
     if not _is_served(convolution) or (skip is not None and dtype == torch.float16):
-        return plain.depthwise_norm(stream, convolution, dtype, skip)
-    x, before, scale, shift = stream
+        return plain.depthwise_norm(stream, convolution, dtype, skip, e4m3=e4m3)
+    if stream.product is not None:  # not in the published networks, where `norm` reads it
+        stream = Stream(stream.settle())
+    x, before, scale, shift, _ = stream
     weight, bias = convolution.weight, convolution.bias
     batch, height, width, channels = x.shape
     changes = before is not None or scale is not None
     settled = torch.empty_like(x) if changes else x
-    normed = x.new_empty(batch, height, width, channels * (1 if skip is None else 2), dtype=dtype)
+    normed = x.new_empty(batch, height, width, channels * (1 if skip is None else 2), dtype=E4M3 if e4m3 else dtype)
     columns = triton.cdiv(width, 4)
     # Four channels per thread, or two in narrow levels. For Stage C without pending operations, 16 warps with 64 registers
     # took 13.6 us (H100), and 8 warps with 128 took 15.4. With pending operations, 64 registers would spill.
@@ -211,7 +229,7 @@ def depthwise_norm(
         height, width, channels, columns,
         0 if scale is None else scale.stride(0), weight.stride(0), weight.stride(3),
         HAS_BEFORE=before is not None, HAS_AFFINE=scale is not None, HAS_SKIP=skip is not None,
-        CB=padded, num_warps=max(4, padded // 128),
+        FACTOR=_norm_factor(channels) if e4m3 else 1.0, CB=padded, num_warps=max(4, padded // 128),
         maxnreg=64 if padded > 1024 and not changes else 128,
     )  # fmt: skip
     return Stream(settled), normed
@@ -244,11 +262,14 @@ def _gelu(x):
 
 @compiled.jit(do_not_specialize=["tokens", "per_part"])
 def _response_sizes(
-    hidden_ptr, squares_ptr, sizes_ptr, sums_ptr, counters_ptr,
+    hidden_ptr, gamma_ptr, beta_ptr, squares_ptr, sizes_ptr, sums_ptr, bounds_ptr, counters_ptr,
     tokens, N, per_part,
-    RB: tl.constexpr, CB: tl.constexpr,
+    BOUNDED: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """Compute each channel's norm over a sample's pixels, and for their mean, the sum of the norms in each block of channels."""
+    """Compute each channel's norm over a sample's pixels, and for their mean, the sum of the norms in each block of channels.
+
+    BOUNDED: also the two maxima of each block that bound what `_respond` makes of it, see `plain.gelu_response_e4m3`.
+    """
     block = tl.program_id(0)
     part = tl.program_id(1)
     sample = tl.program_id(2)
@@ -287,29 +308,44 @@ def _response_sizes(
         sizes = tl.sqrt(squares)
         tl.store(sizes_ptr + sample * N + column, sizes, mask=valid)
         tl.store(sums_ptr + sample * blocks + block, tl.sum(sizes))
+        if BOUNDED:
+            gamma = tl.load(gamma_ptr + column, mask=valid, other=0.0).to(tl.float32)
+            beta = tl.load(beta_ptr + column, mask=valid, other=0.0).to(tl.float32)
+            bounds_ptr += 2 * sample * blocks + block
+            tl.store(bounds_ptr, tl.max(sizes + tl.abs(beta)))
+            tl.store(bounds_ptr + blocks, tl.max(tl.abs(gamma) * sizes * sizes))
 
 
 @compiled.jit(do_not_specialize=["tokens", "sums"])
 def _respond(
-    hidden_ptr, sizes_ptr, sums_ptr, gamma_ptr, beta_ptr,
+    hidden_ptr, gamma_ptr, beta_ptr, sizes_ptr, sums_ptr, bounds_ptr, of_samples_ptr, out_ptr,
     tokens, N, sums,
-    RB: tl.constexpr, CB: tl.constexpr, SUMS: tl.constexpr,
+    BOUNDED: tl.constexpr, RB: tl.constexpr, CB: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2)
     column = tl.program_id(0) * CB + tl.arange(0, CB)
     valid = column < N
     rows = tl.program_id(1) * RB + tl.arange(0, RB)
     inside = (rows < tokens)[:, None] & valid[None, :]
-    at = hidden_ptr + (sample.to(tl.int64) * tokens + rows)[:, None] * N + column[None, :]
-    value = tl.load(at, mask=inside, other=0.0)
+    at = (sample.to(tl.int64) * tokens + rows)[:, None] * N + column[None, :]
+    value = tl.load(hidden_ptr + at, mask=inside, other=0.0)
     every = tl.arange(0, SUMS)
     mean = tl.sum(tl.load(sums_ptr + sample * sums + every, mask=every < sums, other=0.0)) / N
     own = tl.load(sizes_ptr + sample * N + column, mask=valid, other=0.0)
     gamma = tl.load(gamma_ptr + column, mask=valid, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + column, mask=valid, other=0.0).to(tl.float32)
     factor = 1 + gamma * (own / (mean + EPS))
+    if BOUNDED:
+        bounds_ptr += 2 * sample * sums + every
+        bound = tl.max(tl.load(bounds_ptr, mask=every < sums, other=0.0))
+        bound += tl.max(tl.load(bounds_ptr + sums, mask=every < sums, other=0.0)) / (mean + EPS)
+        bound = tl.maximum(bound, SMALLEST)
+        factor *= LARGEST / bound
+        beta *= LARGEST / bound
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(of_samples_ptr + sample, bound / LARGEST)
     value = _gelu(value.to(tl.float32)) * factor[None, :] + beta[None, :]
-    tl.store(at, value.to(hidden_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @functools.cache
@@ -324,6 +360,19 @@ def _counters(device: torch.device, stream: int) -> Tensor:
 def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """See `plain.gelu_response`. Works in place."""
     hidden = hidden.contiguous()  # a replaced layer may return other strides
+    _gelu_response(hidden, gamma, beta, hidden, None)
+    return hidden
+
+
+def gelu_response_e4m3(hidden: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """See `plain.gelu_response_e4m3`."""
+    out, of_samples = torch.empty_like(hidden, dtype=E4M3), hidden.new_empty(len(hidden), dtype=torch.float32)
+    _gelu_response(hidden, gamma, beta, out, of_samples)
+    return out, of_samples
+
+
+def _gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor, out: Tensor, of_samples: Tensor | None) -> None:
+    """Write to `out`, which may be `hidden`; and samples' scales, if they are asked for. hidden: contiguous."""
     batch, height, width, channels = hidden.shape
     tokens, block, rows = height * width, 64, 64
     blocks = triton.cdiv(channels, block)
@@ -331,15 +380,17 @@ def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     squares = hidden.new_empty(batch, parts, channels, dtype=torch.float32)
     sizes = hidden.new_empty(batch, channels, dtype=torch.float32)
     sums = hidden.new_empty(batch, blocks, dtype=torch.float32)
+    bounded = of_samples is not None
+    bounds = hidden.new_empty(batch, 2, blocks, dtype=torch.float32) if bounded else None
     counters = _counters(hidden.device, driver.active.get_current_stream(driver.active.get_current_device()))
     _response_sizes[(blocks, parts, batch)](
-        hidden, squares, sizes, sums, counters, tokens, channels, triton.cdiv(tokens, parts),
-        RB=rows, CB=block, num_warps=4,
+        hidden, gamma, beta, squares, sizes, sums, bounds, counters, tokens, channels, triton.cdiv(tokens, parts),
+        BOUNDED=bounded, RB=rows, CB=block, num_warps=4,
     )  # fmt: skip
     _respond[(triton.cdiv(channels, 128), triton.cdiv(tokens, 32), batch)](
-        hidden, sizes, sums, gamma, beta, tokens, channels, blocks, RB=32, CB=128, SUMS=_power(blocks), num_warps=4
-    )
-    return hidden
+        hidden, gamma, beta, sizes, sums, bounds, of_samples, out, tokens, channels, blocks,
+        BOUNDED=bounded, RB=32, CB=128, SUMS=_power(blocks), num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -638,7 +689,7 @@ def _dequantise(
     inside = (group < groups)[:, None] & (one < GROUP)[None, :]
     at = group[:, None] * GROUP + one[None, :]
     scale = tl.load(scale_ptr + group, mask=group < groups, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + at, mask=inside, other=0).to(tl.float32)
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, (weight * scale[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -24,8 +24,9 @@ from cascade.limits import InputError
 from cascade.loras.lora import Lora
 from cascade.loras.selection import Chosen, Key, Library, Selection, word_vectors
 from cascade.loras.words import Words, distinct
-from cascade.networks.eight_bits import EightBits, in_float, quantise, scale_of
+from cascade.networks.eight_bits import EightBits, in_float, scale_of
 from cascade.networks.layout import SCALE, published_names
+from cascade.networks.precisions import FORMS
 from cascade.running.runner import Runner
 from cascade.weights.base import BaseWeights, KeptWeights, Stored
 from cascade.weights.errors import WeightsError, shortened
@@ -184,9 +185,12 @@ class Loras:
 
 
 def _write(weight: Stored, target: Stored) -> None:
-    """Write a weight in the form of `target`. Weights that are in 8 bits already are kept exactly."""
+    """Write a weight in the form of `target`. Weights that have this form already are kept exactly."""
     if isinstance(target, EightBits):
-        for one, place in zip(weight if isinstance(weight, EightBits) else quantise(weight), target, strict=True):
+        form = target.weight.dtype
+        if not isinstance(weight, EightBits) or weight.weight.dtype != form:
+            weight = FORMS[form].quantise(in_float(weight))
+        for one, place in zip(weight, target, strict=True):
             _write(one, place)
         return
     if isinstance(weight, EightBits):

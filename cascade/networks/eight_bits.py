@@ -9,7 +9,7 @@ Why int8 and groups: docs/experiments.md. Names in state dicts and files are tho
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels, plain
 from cascade.kernels.layers import StoredLinear
-from cascade.networks.layout import SCALE, published_names
+from cascade.networks.layout import SCALE
 
 # Of the values in a group, at most.
 GROUP = 64
@@ -35,8 +35,8 @@ LAST = re.compile(r"up_blocks\.(\d+)\.(\d+)\.channelwise\..*")
 class EightBits(NamedTuple):
     """A matrix (N, K) in 8 bits.
 
-    weight: int8 (N, K), from -127 to 127.
-    scale: bfloat16 (N, K / `group_of(K)`): the factor on the integers of a group.
+    weight: int8 (N, K), from -127 to 127; or e4m3 (N, K), see `fp8`.
+    scale: bfloat16 (N, K / `group_of(K)`): the factor on the integers of a group; or float32 (N, 1): that on a row of e4m3.
     """
 
     weight: Tensor
@@ -50,12 +50,6 @@ class EightBits(NamedTuple):
 def group_of(width: int) -> int:
     """The size of a group in rows of `width` values: the largest divisor up to `GROUP`."""
     return max(size for size in range(1, min(width, GROUP) + 1) if width % size == 0)
-
-
-def bytes_of(shape: Sequence[int]) -> int:
-    """Bytes of a matrix (N, K) in 8 bits, with its scales."""
-    rows, width = shape
-    return rows * (width + width // group_of(width) * torch.bfloat16.itemsize)
 
 
 def rounded_names(names: Iterable[str], network: str) -> set[str]:
@@ -101,39 +95,22 @@ class EightBitLinear(UsesKernels, StoredLinear):
     def __init__(self, layer: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        rows, width = layer.weight.shape
-        empty = {"device": layer.weight.device}
-        self.weight = nn.Parameter(torch.empty(rows, width, dtype=torch.int8, **empty), requires_grad=False)
-        self.weight_scale = nn.Parameter(
-            torch.empty(rows, width // group_of(width), dtype=torch.bfloat16, **empty), requires_grad=False
-        )
+        empty = self.empty(*layer.weight.shape, layer.weight.device)
+        self.weight, self.weight_scale = (nn.Parameter(one, requires_grad=False) for one in empty)
         self.bias = layer.bias
         self.train(layer.training)
+
+    @staticmethod
+    def empty(rows: int, width: int, device: torch.device) -> EightBits:
+        """A matrix (rows, width) without values."""
+        return EightBits(
+            torch.empty(rows, width, dtype=torch.int8, device=device),
+            torch.empty(rows, width // group_of(width), dtype=torch.bfloat16, device=device),
+        )
 
     def matrix(self, first: int = 0, last: int | None = None) -> Tensor:
         """See `StoredLinear.matrix`."""
         return self.kernels.dequantise(self.weight[first:last], self.weight_scale[first:last], self.dtype)
-
-
-def use_eight_bits(network: nn.Module, tensors: Collection[str]) -> None:
-    """Replace those Linear layers of a network whose published weights have a scale among these tensors.
-
-    The new layers have no values yet: the tensors are to be loaded into them.
-
-    Args:
-        network: complete, its parameters on the meta device.
-        tensors: published names.
-    """
-    names = published_names(network)
-    for name, module in list(network.named_modules()):
-        parts = names.get(f"{name}.weight", ())
-        if type(module) is nn.Linear and any(scale_of(part) in tensors for part in parts):
-            network.set_submodule(name, EightBitLinear(module))
-
-
-def has_eight_bits(network: nn.Module) -> bool:
-    """Whether a network has weights in 8 bits."""
-    return any(isinstance(module, EightBitLinear) for module in network.modules())
 
 
 def scale_of(name: str) -> str:
@@ -141,27 +118,11 @@ def scale_of(name: str) -> str:
     return f"{name.removesuffix('weight')}{SCALE}"
 
 
-def in_eight_bits(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Tensors, those of these names (`rounded_names`) in 8 bits. What is in 8 bits already stays so."""
-    stored: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name in names and tensor.is_floating_point():
-            stored[name], stored[scale_of(name)] = quantise(tensor)
-        else:
-            stored[name] = tensor
-    return stored
+def is_in_8_bits(name: str, names: Container[str]) -> bool:
+    """Whether a tensor, among those of these names, is a weight in 8 bits, or the scale of one."""
+    return name.endswith(SCALE) or scale_of(name) in names
 
 
 def in_float(weight: Tensor | EightBits) -> Tensor:
     """A weight in floating point; one in 8 bits in float32, exactly."""
     return weight.restored(torch.float32) if isinstance(weight, EightBits) else weight
-
-
-def restored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Published tensors, without those in 8 bits: these become matrices in `dtype`."""
-    scales = {scale_of(name) for name in tensors} & tensors.keys()
-    return {
-        name: EightBits(tensor, tensors[scale_of(name)]).restored(dtype) if scale_of(name) in scales else tensor
-        for name, tensor in tensors.items()
-        if name not in scales
-    }

@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.kernels import UsesKernels
-from cascade.kernels.layers import columns, put_channels_side_by_side
+from cascade.kernels.layers import columns, is_hooked, put_channels_side_by_side
 from cascade.kernels.plain import EPS, layer_norm
-from cascade.kernels.stream import Stream
+from cascade.kernels.stream import Product, Stream
 from cascade.networks import layout
 from cascade.networks.base import Network, register_to_config
+from cascade.networks.fp8 import multiplies
 
 TIMESTEP_CONDITIONS = ("sca", "crp")
 
@@ -144,11 +145,26 @@ class ResBlock(UsesKernels, nn.Module):
 
     def forward(self, stream: Stream, skip: Tensor | None = None) -> Stream:
         """stream: (B, H, W, C). skip: float32 (B, H, W, skip_channels)."""
+        if skip is None and self._multiplies_in_e4m3():
+            return self._in_e4m3(stream)
         first, _, response, dropout, last = self.channelwise
         dtype = response.gamma.dtype  # the weights' dtype. A replaced linear layer may store another one.
         stream, normed = self.kernels.depthwise_norm(stream, self.depthwise, dtype, skip)
         hidden = dropout(response(self.kernels.linear(first, normed, dtype)))
         return self.kernels.add_linear(stream, hidden, last)
+
+    def _multiplies_in_e4m3(self) -> bool:
+        """Whether both layers of the MLP can do that, and nothing between them must be called."""
+        first, _, response, dropout, last = self.channelwise
+        ordinary = type(response) is GeluResponse and type(dropout) is nn.Dropout and not dropout.training
+        return ordinary and multiplies(first, last) and not is_hooked(response) and not is_hooked(dropout)
+
+    def _in_e4m3(self, stream: Stream) -> Stream:
+        """`forward` without a skip connection, with products in e4m3: see `networks.fp8`."""
+        first, _, response, _, last = self.channelwise
+        stream, normed = self.kernels.depthwise_norm(stream, self.depthwise, first.dtype, e4m3=True)
+        hidden, scale = self.kernels.gelu_response_e4m3(first.multiply(normed), response.gamma, response.beta)
+        return stream._replace(bias=last.bias, product=Product(last.product(hidden), scale))
 
 
 class TimestepBlock(nn.Module):
@@ -223,6 +239,7 @@ class Attention(UsesKernels, nn.Module):
     ) -> Tensor:
         """Attention of tokens (B, T, C), before `to_out`: (B, T, C).
 
+        tokens: in the weights' dtype, or in e4m3 for an `Fp8Linear`.
         key, value: of the condition, as `key_value` returns them.
         own: whether the tokens attend to each other too.
         bias: float32 (B, condition tokens), added to the logits of the condition's keys.
@@ -277,11 +294,12 @@ class AttnBlock(UsesKernels, nn.Module):
         if value is None:
             key, value = self.condition(key, self.kv_mapper, self.attention)
         (out,) = self.attention.to_out
-        stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out)
+        e4m3 = self.self_attn and multiplies(self.attention.to_qkv) and not is_hooked(self.attention)
+        stream, normed = self.kernels.norm(stream, key.dtype, next_linear=out, e4m3=e4m3)
         shares = [None if one is None else resize(one, normed.shape[1:3]).view(1, -1, 1) for one in masks]
         attended = self.attention(normed.flatten(1, 2), key, value, self.self_attn, bias, hidden, images, shares)
         # The dtype that `norm` was told: a replaced to_qkv may return another.
-        attended = attended.to(normed.dtype).view(normed.shape)
+        attended = attended.to(key.dtype).view(normed.shape)
         return self.kernels.add_linear(stream, attended, out, after_norm=True)
 
 

@@ -18,8 +18,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 FLOAT16_FROM = (7, 0)
 
 
-# How weights are kept: "auto", as the model folder has them; "full", in the networks' dtype; "int8", in 8 bits.
-PRECISIONS = ("auto", "full", "int8")
+# How weights are kept: "auto", as the model folder has them; "full", in the networks' dtype; "int8", in 8 bits; "fp8", in 8 bits,
+# with products in 8 bits.
+PRECISIONS = ("auto", "full", "int8", "fp8")
+# What the precision of a loaded model adds to the name of its dtype, for people.
+ADDS = {"full": "", "int8": " with weights in 8 bits", "fp8": " with products in 8 bits"}
 
 
 class SettingError(ValueError):

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from cascade.kernels import origin
 from cascade.kernels.parallel import in_threads
-from cascade.kernels.stream import Stream
+from cascade.kernels.stream import Product, Stream
+from cascade.networks.fp8 import Fp8Linear
 from cascade.networks.stage_a import MixingBlock, StageA
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.running.device import current
@@ -44,6 +45,8 @@ class WithoutProducts(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if function is torch._scaled_mm:
+            return args[0].new_empty(len(args[0]), args[1].shape[1], dtype=kwargs["out_dtype"])
         if function not in PRODUCTS:
             return function(*args, **kwargs)
         if "out" in kwargs:
@@ -90,12 +93,15 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
         if isinstance(block, ResBlock):
             channels = block.depthwise.out_channels
             skip = block.channelwise[0].in_features > channels
+            layer = type(block.channelwise[0])  # in e4m3, or not
             for pending in (False, True):
-                jobs[ResBlock, channels, skip, pending] = _res_block(block, channels, skip, pending, unet.device)
+                jobs[ResBlock, channels, layer, skip, pending] = _res_block(block, channels, skip, pending, unet.device)
         elif isinstance(block, AttnBlock):
             channels = block.attention.channels
             for pending in (False, True):
                 jobs[AttnBlock, channels, pending] = _attention_block(block, channels, pending, unet)
+            if type(block.attention.to_qkv) is Fp8Linear:
+                jobs[AttnBlock, channels, Product] = _attention_block(block, channels, True, unet, product=True)
             if unet.config.clip_text_in_channels is not None:  # its batches may have texts of different lengths
                 for biased in (False, True):
                     jobs[AttnBlock, channels, "hides", biased] = _attention_block(
@@ -109,13 +115,14 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
     return list(jobs.values())
 
 
-def _stream(channels: int, pending: bool, device: torch.device, dtype: torch.dtype) -> Stream:
+def _stream(channels: int, pending: bool, device: torch.device, dtype: torch.dtype, *, product: bool = False) -> Stream:
     x = torch.zeros(1, SIDE, SIDE, channels, device=device, dtype=torch.float32)
     if not pending:
         return Stream(x)
     # Halves of one tensor, like the timestep mappers' results.
     scale, shift = torch.zeros(1, 2 * channels, device=device, dtype=torch.float32).chunk(2, dim=1)
-    return Stream(x, torch.zeros(channels, device=device, dtype=dtype), scale, shift)
+    stream = Stream(x, torch.zeros(channels, device=device, dtype=dtype), scale, shift)
+    return stream._replace(product=Product(x.to(dtype), x.new_zeros(1))) if product else stream
 
 
 def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device: torch.device) -> Callable[[], object]:
@@ -134,13 +141,15 @@ def _attention_block(
     *,
     hides: bool = False,
     biased: bool = False,
+    product: bool = False,
 ) -> Callable[[], object]:
     def job() -> object:
         tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
         key_value = block.condition.forward(tokens, block.kv_mapper, block.attention)
         bias = torch.zeros(tokens.shape[:2], device=unet.device, dtype=torch.float32) if biased else None
         hidden = torch.zeros(len(tokens), 2, dtype=torch.int32, device=unet.device) if hides else None
-        return block.forward(_stream(channels, pending, unet.device, unet.dtype), *key_value, bias, hidden)
+        stream = _stream(channels, pending, unet.device, unet.dtype, product=product)
+        return block.forward(stream, *key_value, bias, hidden)
 
     return job
 

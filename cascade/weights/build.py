@@ -14,10 +14,11 @@ from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
-from cascade.networks.eight_bits import in_eight_bits, rounded_names
+from cascade.networks.precisions import converted, forms_of, rounded, without_scale
 from cascade.weights.components import COMPONENTS, DISTILLED, EXTRAS, NEEDED, NETWORKS
 from cascade.weights.downloaded import check_part, place
 from cascade.weights.errors import WeightsError
@@ -53,7 +54,7 @@ SHARED = (
 )
 
 
-def save_model(download: Path, target: Path, *, eight_bits: bool = False) -> None:
+def save_model(download: Path, target: Path, *, precision: str = "full") -> None:
     """Make a model folder, or extend an existing one, with the files that ``download.json`` lists.
 
     Checks all files before it writes.
@@ -61,7 +62,7 @@ def save_model(download: Path, target: Path, *, eight_bits: bool = False) -> Non
     Args:
         download: the folder of the download.
         target: the model folder.
-        eight_bits: whether weights are stored in 8 bits, see `store_in_eight_bits`.
+        precision: how weights are stored: "full", as they are; "int8" or "fp8", see `store_in_eight_bits`.
 
     Raises:
         DownloadError: there is no complete download.
@@ -85,7 +86,7 @@ def save_model(download: Path, target: Path, *, eight_bits: bool = False) -> Non
         for part in parts:
             place(download, part, folder / part.component)
         leave_out_distilled(folder, target, made)
-        _complete(folder, about, eight_bits=eight_bits)
+        _complete(folder, about, precision=precision)
 
 
 def save_own(
@@ -96,7 +97,7 @@ def save_own(
     base: Path,
     download: Path,
     name: str | None = None,
-    eight_bits: bool = False,
+    precision: str = "full",
 ) -> None:
     """Make a model folder, or change an existing one, with the user's own files and folders.
 
@@ -108,7 +109,7 @@ def save_own(
         base: another model folder. It need not exist.
         download: the folder of a download. It need not exist.
         name: the model's new name; None: the name of the first file or folder that holds Stage C or B.
-        eight_bits: whether weights are stored in 8 bits, see `store_in_eight_bits`.
+        precision: how weights are stored: "full", as they are; "int8" or "fp8", see `store_in_eight_bits`.
 
     Raises:
         DownloadError: the download is damaged.
@@ -121,7 +122,7 @@ def save_own(
     about = origins.describe(configs, name)
     with replacement(target, without=set(origins.own), copy=link) as folder:
         origins.write(folder)
-        _complete(folder, about, eight_bits=eight_bits)
+        _complete(folder, about, precision=precision)
 
 
 @dataclass(frozen=True)
@@ -310,16 +311,16 @@ def same_files(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(cmp(first[name], second[name], shallow=False) for name in first)
 
 
-def _complete(folder: Path, about: Mapping[str, Any], *, eight_bits: bool) -> None:
+def _complete(folder: Path, about: Mapping[str, Any], *, precision: str) -> None:
     """Store weights in 8 bits, if that is wanted, and write ``model.json``."""
-    if eight_bits:
-        store_in_eight_bits(folder)
+    if precision != "full":
+        store_in_eight_bits(folder, precision)
     write_model_json(folder, **about)
     ModelFolder.open(folder)
 
 
-def store_in_eight_bits(folder: Path) -> None:
-    """Store the networks of a model folder in 8 bits, those that can be, see ``cascade.networks.eight_bits``.
+def store_in_eight_bits(folder: Path, precision: str) -> None:
+    """Store the networks of a model folder in 8 bits, those that can be, see ``cascade.networks.precisions``.
 
     Such a network becomes one file. Its old files are removed, not changed: they may be hard links.
 
@@ -332,13 +333,14 @@ def store_in_eight_bits(folder: Path) -> None:
         files = find_weights(folder / component)
         logger.info("Storing %s in 8 bits.", component)
         tensors = read_tensors(files)
-        names = rounded_names(tensors, component)
+        forms = forms_of({name: tensor.shape for name, tensor in tensors.items()}, component, precision)
+        new = without_scale(forms, tensors)
         for name, tensor in tensors.items():
-            if name in names and tensor.is_floating_point() and not tensor.isfinite().all():
+            if name in new and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise WeightsError(f"{component} cannot be stored in 8 bits: {name} holds infinite or NaN values.")
         made = folder / component / f"{NETWORKS[component].weights_name}{SUFFIX}"
         scratch = made.with_name(f".{made.name}")
-        save_file(in_eight_bits(tensors, names), scratch, metadata={"format": "pt"})
+        save_file(converted(rounded(tensors, new), forms, torch.bfloat16), scratch, metadata={"format": "pt"})
         shutil.copymode(files[0], scratch)
         for old in (*files, *(folder / component).glob(f"*{SUFFIX}.index*.json")):
             old.unlink()

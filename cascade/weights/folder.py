@@ -36,9 +36,11 @@ from torch import Tensor
 
 from cascade.networks.controlnet import KINDS
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
-from cascade.networks.eight_bits import bytes_of, group_of, in_eight_bits, restored, rounded_names, scale_of
+from cascade.networks.eight_bits import scale_of
 from cascade.networks.layout import SCALE
+from cascade.networks.precisions import FORMS, bytes_of, converted, forms_of, precision_of, rounded, without_scale
 from cascade.sizes import SMALLEST, WHOLE
+from cascade.weights.blocks import DTYPES
 from cascade.weights.components import COMPONENTS, CONTROLNETS, DISTILLED, NEEDED, PROCESSORS, component_files
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.hashing import sha256
@@ -162,14 +164,15 @@ class ModelFolder:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        eight_bits: bool = False,
+        precision: str = "full",
     ) -> Any:
         """Load one component.
 
         Args:
             component: one of ``COMPONENTS``.
             device, dtype: the device and dtype of the loaded weights. Ignored for the tokenizer and the feature extractor.
-            eight_bits: whether weights are kept in 8 bits, see ``cascade.networks.eight_bits``, whatever the files have.
+            precision: how weights are kept, whatever the files have: "full", in `dtype`; "int8" or "fp8", in 8 bits, see
+                ``cascade.networks.precisions``.
 
         Returns:
             The network in evaluation mode, or the tokenizer or image processor.
@@ -190,12 +193,11 @@ class ModelFolder:
         if not weights:
             raise no_weights(part)
         sums = self._sums_of(weights) if self.checks else None
-        names = rounded_names(read_header(weights), component) if eight_bits else ()
-        change = partial(in_eight_bits, names=names) if eight_bits else dict
-        tensors = read_tensors(weights, device, dtype, sums, change)
+        header = read_header(weights)
+        forms = forms_of({name: shape for name, (shape, _) in header.items()}, component, precision)
+        tensors = read_tensors(weights, device, dtype, sums, partial(rounded, forms=without_scale(forms, header)))
         check_eight_bits(weights[0], tensors)
-        if not eight_bits:
-            tensors = restored(tensors, dtype)
+        tensors = converted(tensors, forms, dtype)
         if part.is_file():
             network = single_file_network(component, part, tensors)
         else:
@@ -249,12 +251,15 @@ class ModelFolder:
         folders = {name: self.parts[name] for name in components if name in self.parts and self.parts[name].is_dir()}
         return {name: find_weights(folder) for name, folder in folders.items()}
 
-    def has_eight_bits(self) -> bool:
-        """Whether a network is stored in 8 bits. Reads only the files' headers."""
-        files = self.standard_files(EIGHT_BIT_NETWORKS).values()
-        return any(name.endswith(SCALE) for paths in files for name in read_header(paths))
+    def precision(self) -> str:
+        """The precision in which the networks are stored: "full", "int8" or "fp8". Reads only the files' headers."""
+        found = set()
+        for paths in self.standard_files(EIGHT_BIT_NETWORKS).values():
+            header = read_header(paths)
+            found.add(precision_of({name: DTYPES.get(kind, torch.float32) for name, (_, kind) in header.items()}))
+        return next((one for one in ("fp8", "int8") if one in found), "full")
 
-    def size(self, component: str, dtype: torch.dtype, *, eight_bits: bool = False) -> int:
+    def size(self, component: str, dtype: torch.dtype, *, precision: str = "full") -> int:
         """Bytes of a network's tensors as `load_component` loads them. Reads only the file's header.
 
         Raises:
@@ -266,12 +271,12 @@ class ModelFolder:
         if not weights:
             raise no_weights(self.parts[component])
         total, header = 0, read_header(weights)
-        rounded = rounded_names(header, component) if eight_bits else ()
+        forms = forms_of({name: shape for name, (shape, _) in header.items()}, component, precision)
         for name, (shape, kind) in header.items():
             if name.endswith(SCALE):
                 continue
-            if name in rounded or scale_of(name) in header:
-                total += bytes_of(shape) if eight_bits else math.prod(shape) * dtype.itemsize
+            if name in forms or scale_of(name) in header:
+                total += bytes_of(shape, forms[name]) if name in forms else math.prod(shape) * dtype.itemsize
                 continue
             bits = re.search(r"\d+", kind)  # F8_E4M3 has 8; BOOL has no number
             itemsize = dtype.itemsize if "F" in kind else int(bits.group() if bits else 8) // 8
@@ -299,7 +304,7 @@ class ModelFolder:
 
 
 def check_eight_bits(weights: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Make sure that integers and scales of weights in 8 bits belong together.
+    """Make sure that weights in 8 bits and their scales belong together.
 
     Raises:
         WeightsError: they do not.
@@ -310,14 +315,25 @@ def check_eight_bits(weights: Path, tensors: Mapping[str, Tensor]) -> None:
             if tensor.dtype == torch.int8:
                 raise WeightsError(f"{weights} has no tensor {scale_of(name)}, without which {name} cannot be used.")
             continue
-        if tensor.dtype != torch.int8 or scale.dtype != torch.bfloat16:
-            kinds = " and ".join(str(one.dtype).removeprefix("torch.") for one in (tensor, scale))
-            raise WeightsError(
-                f"{weights}: {name} and its scale are stored as {kinds}; they must be int8 and bfloat16."
+        kinds = {form: one.layer.empty(1, 1, torch.device("meta")).scale.dtype for form, one in FORMS.items()}
+        if kinds.get(tensor.dtype) != scale.dtype:
+            given, *allowed = (
+                " and ".join(str(one).removeprefix("torch.") for one in pair)
+                for pair in ((tensor.dtype, scale.dtype), *kinds.items())
             )
-        wanted = (*tensor.shape[:-1], tensor.shape[-1] // group_of(tensor.shape[-1]))
-        if tensor.ndim != 2 or tuple(scale.shape) != wanted:
+            raise WeightsError(
+                f"{weights}: {name} and its scale are stored as {given}; they must be {', or '.join(allowed)}."
+            )
+        if tensor.ndim != 2:
+            raise WeightsError(
+                f"{weights}: {name} has a scale, and the shape {tuple(tensor.shape)}; it must be a matrix."
+            )
+        wanted = tuple(FORMS[tensor.dtype].layer.empty(*tensor.shape, torch.device("meta")).scale.shape)
+        if tuple(scale.shape) != wanted:
             raise WeightsError(f"{weights}: {scale_of(name)} has the shape {tuple(scale.shape)} instead of {wanted}.")
+        bits = scale.view(torch.int32 if scale.itemsize == 4 else torch.int16)
+        if FORMS[tensor.dtype].has_one_scale and (bits != bits[:1]).any():
+            raise WeightsError(f"{weights}: {scale_of(name)} differs from row to row; all rows must have one scale.")
 
 
 def _open_own(root: Path) -> ModelFolder:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cascade.networks.layout import SCALE
+from cascade.networks.eight_bits import is_in_8_bits
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.names import PICKLES, STEMS, SUFFIX, VARIANTS, index_names
 from cascade.weights.sums import PIECE, READERS, Piece, divide
@@ -151,7 +151,7 @@ def read_tensors(
     Args:
         files: paths.
         device: the tensors' device.
-        dtype: the dtype of floating-point tensors; None: as stored. Scales of tensors in 8 bits stay as they are.
+        dtype: the dtype of floating-point tensors; None: as stored. Tensors in 8 bits that have scales stay as they are.
         sums: checksums by file, compared during reading. Files without an entry are not checked.
         change: returns what is kept of some tensors, which are as stored, on the device. One call runs at a time, so that the
             memory that calls need does not add up.
@@ -168,7 +168,7 @@ def read_tensors(
     if dtype is None:
         return tensors
     return {
-        key: tensor.to(dtype) if tensor.is_floating_point() and not key.endswith(SCALE) else tensor
+        key: tensor.to(dtype) if tensor.is_floating_point() and not is_in_8_bits(key, tensors) else tensor
         for key, tensor in tensors.items()
     }
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cascade.networks.base import Network
-from cascade.networks.layout import SCALE
+from cascade.networks.eight_bits import is_in_8_bits
 from cascade.weights.components import COMPONENTS, component_files
 from cascade.weights.hashing import sha256
 from cascade.weights.names import SUFFIX
@@ -110,9 +110,14 @@ def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
         item.save_pretrained(folder)
         return
     buffers = {name for name, _ in item.named_buffers()}
+    state = item.state_dict()
+
+    def is_converted(key: str, tensor: Tensor) -> bool:
+        return key not in buffers and tensor.is_floating_point() and not is_in_8_bits(key, state)
+
     tensors = {
-        key: tensor.detach().to("cpu", dtype if _is_converted(key, tensor, buffers) else tensor.dtype).contiguous()
-        for key, tensor in item.state_dict().items()
+        key: tensor.detach().to("cpu", dtype if is_converted(key, tensor) else tensor.dtype).contiguous()
+        for key, tensor in state.items()
     }
     if isinstance(item, Network):
         item.save_config(folder)
@@ -123,10 +128,6 @@ def save_component(folder: Path, item: Any, dtype: torch.dtype) -> None:
     save_file(tensors, folder / file, metadata={"format": "pt"})
     _forget_origin(folder / "config.json")
     shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it readable by the owner only
-
-
-def _is_converted(key: str, tensor: Tensor, buffers: Collection[str]) -> bool:
-    return key not in buffers and tensor.is_floating_point() and not key.endswith(SCALE)
 
 
 def _forget_origin(config_path: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from cascade import Cascade, Lora, Request
 from cascade.kernels import load, plain
-from cascade.networks.eight_bits import has_eight_bits, quantise
+from cascade.networks.eight_bits import quantise
+from cascade.networks.precisions import precision_in
 from cascade.running.graphs import GraphCache, GraphedUNet
 from cascade.weights import ModelFolder
 from scripts.stand_ins import shapes_of, write_lora
@@ -72,7 +73,7 @@ def difference(one: Cascade, other: Cascade, request: Request = REQUEST) -> floa
 @pytest.mark.parametrize("memory", ["offload", "stream"])
 def test_memory_modes_make_the_same_pictures(memory: str, resident: Cascade) -> None:
     cascade = Cascade.load(MINI, CUDA, "bfloat16", memory=memory, precision="int8")
-    assert has_eight_bits(cascade.prior)
+    assert precision_in(cascade.prior) == "int8"
     assert difference(cascade, resident) < 0.5
 
 
@@ -106,6 +107,6 @@ def test_the_base_is_restored_to_the_bit(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "one.safetensors", shapes_of(MINI), 4, size=0.2)
     cascade.generate(Request("a", width=64, height=64, steps_prior=1, steps_decoder=1, loras=[Lora(path)]))
     cascade.generate(Request("a", width=64, height=64, steps_prior=1, steps_decoder=1))
-    fresh = ModelFolder.open(MINI).load_component("prior", device=CUDA, dtype=torch.bfloat16, eight_bits=True)
+    fresh = ModelFolder.open(MINI).load_component("prior", device=CUDA, dtype=torch.bfloat16, precision="int8")
     for key, tensor in fresh.state_dict().items():
         assert torch.equal(cascade.prior.state_dict()[key], tensor), key

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cascade.guides.controls import Control
 from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.eight_bits import has_eight_bits
+from cascade.networks.precisions import precision_in
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.pipeline import Cascade
@@ -181,12 +181,11 @@ def test_a_download_in_8_bits(lite: Path, target: Path) -> None:
     assert snapshot(lite) == before
     folder = ModelFolder.open(target)
     folder.verify()
-    assert has_eight_bits(folder.load_component("decoder", eight_bits=True))
-    assert folder.has_eight_bits()
+    assert precision_in(folder.load_component("decoder", precision="int8")) == folder.precision() == "int8"
     assert make_picture(target).std() > 1
     # The same command in full makes it anew from the download.
     save_weights(lite, target)
-    assert not ModelFolder.open(target).has_eight_bits()
+    assert ModelFolder.open(target).precision() == "full"
 
 
 def test_an_adapter_for_few_steps(lite: Path, target: Path) -> None:

@@ -19,6 +19,8 @@ from cascade.kernels import compiled
 from cascade.kernels import triton as kernels
 from cascade.kernels.compiled import Kernel
 from cascade.kernels.compiling import compile_kernels, compile_launchers, pretended
+from cascade.kernels.e4m3 import E4M3
+from cascade.kernels.stream import Product, Stream
 from cascade.networks.stage_a import StageA
 from cascade.running.precompile import jobs_of
 
@@ -138,3 +140,26 @@ def test_launchers_need_no_gcc(jobs: Jobs, folder: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert "built-in function launch" in done.stdout
     assert "{'launchers read': 1}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [89, 90])
+def test_numbers_in_e4m3_are_rounded_by_one_instruction(
+    architecture: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To nearest, and with 448 for values beyond. On sm_89 from float16, which has 7 bits more."""
+    made: dict[str, str] = {}
+    monkeypatch.setattr(Kernel, "on_compiled", lambda key, kernel: made.update({kernel.name: kernel.asm["ptx"]}))
+    with torch.device("meta"), torch.no_grad():
+        convolution = torch.nn.Conv2d(64, 64, 3, groups=64, dtype=torch.bfloat16)
+        x, value = torch.empty(1, 2, 4, 64), torch.empty(1, 2, 4, 64, dtype=torch.bfloat16)
+        weight = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16)
+        stream = Stream(x, product=Product(value, torch.empty(1)))
+        with pretended(architecture, set()):
+            kernels.norm(stream, torch.bfloat16, e4m3=True)
+            kernels.depthwise_norm(Stream(x), convolution, torch.bfloat16, e4m3=True)
+            kernels.gelu_response_e4m3(value, weight, weight)
+            kernels.dequantise(torch.empty(4, 64, dtype=E4M3), torch.empty(4, 1), torch.bfloat16)
+    rounding = {name for name, code in made.items() if "cvt.rn.satfinite.e4m3x2.f" in code}
+    assert rounding >= {"_norm", "_depthwise_norm", "_respond"}
+    assert made.keys() == {*rounding, "_response_sizes", "_dequantise"}

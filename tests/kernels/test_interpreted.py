@@ -1,10 +1,7 @@
 """The attention kernel in Triton's interpreter, which runs it on a CPU, against plain torch."""
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from multiprocessing import get_context
-from typing import Any
+from concurrent.futures import Executor
 
 import pytest
 import torch
@@ -18,30 +15,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 HEADS, HEAD = 2, 16
 # Of other condition tokens, behind the text.
 OTHERS = 8
-
-
-def mend() -> None:
-    """Let Triton 3.6's interpreter take the bounds of a loop: int() of an array with one number fails since numpy 2.4."""
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def mended(tensor: type, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = mended
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Executor]:
-    """A process in which Triton interprets: it decides that when it is imported."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        ProcessPoolExecutor(1, get_context("spawn"), initializer=mend) as processes,
-    ):
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield processes
 
 
 def run(*given: Tensor | None, bias: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:

@@ -44,6 +44,23 @@ def test_what_is_chosen(
     assert reason in choice.reason
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "said"),
+    [
+        ("cpu", torch.bfloat16, (9, 0), "products in 8 bits need a CUDA GPU, and the device is cpu"),
+        ("cuda:0", torch.float16, (9, 0), "products in 8 bits need bfloat16, and the dtype is float16"),
+        ("cuda:0", torch.bfloat16, (8, 6), "products in 8 bits need compute capability 8.9, and the GPU has 8.6"),
+        ("cuda:0", torch.bfloat16, (8, 9), None),
+        ("cuda:0", torch.bfloat16, (9, 0), None),
+    ],
+)
+def test_what_multiplies_in_e4m3(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, capability: tuple[int, int], said: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert kernels.lacks_e4m3(torch.device(device), dtype) == said
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
@@ -62,7 +79,7 @@ def test_both_have_the_same_functions() -> None:
     }
     assert names == {
         "norm", "linear", "add_linear", "depthwise_norm", "gelu_response", "attention", "timestep_maps", "mixing_block",
-        "dequantise",
+        "dequantise", "gelu_response_e4m3",
     }  # fmt: skip
     for name in names:
         assert inspect.signature(getattr(triton, name)) == inspect.signature(getattr(plain, name)), name

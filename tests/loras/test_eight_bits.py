@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import Cascade, Lora
+from cascade import Cascade, Lora, kernels
 from cascade.running.placement import MemoryMode
 from scripts.save_weights import main
-from tests.components import components_in_eight_bits, restored_from
+from tests.components import components_in_eight_bits, equal, restored_from
 from tests.loras.files import lora
 from tests.loras.test_loras import REQUEST, request, same, trained
 from tests.running.test_memory import make_cached, pack
@@ -18,9 +18,20 @@ from tests.tiny import make_cascade
 ADAPTED = ("prior", "decoder", "text_encoder")
 
 
+@pytest.fixture(scope="module", params=["int8", "fp8"])
+def precision(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def eight(components: dict[str, Any]) -> dict[str, Any]:
-    return components_in_eight_bits(components)
+def eight(components: dict[str, Any], precision: str) -> dict[str, Any]:
+    return components_in_eight_bits(components, precision)
+
+
+@pytest.fixture(autouse=True)
+def multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device can multiply in e4m3: the plain functions do."""
+    monkeypatch.setattr(kernels, "lacks_e4m3", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +57,32 @@ def make(eight: dict[str, Any], mode: str) -> Cascade:
 
 @pytest.mark.parametrize("mode", ["resident", "offload", "stream"])
 def test_pictures_are_those_of_rounded_sums(
-    mode: str, components: dict[str, Any], eight: dict[str, Any], files: dict[str, Path]
+    mode: str, components: dict[str, Any], eight: dict[str, Any], files: dict[str, Path], precision: str
 ) -> None:
     cascade, base = make(eight, mode), matrices(components, eight)
     plain = make_cascade(eight).generate(REQUEST)
     for loras in [(), (Lora(files["a"]),), (Lora(files["b"], 0.5), Lora(files["a"], -1)), ()]:
         with_them = trained(base, *((one.path, one.scale) for one in loras))
-        expected = make_cascade(components_in_eight_bits(with_them) if loras else eight).generate(REQUEST)
+        expected = make_cascade(components_in_eight_bits(with_them, precision) if loras else eight).generate(REQUEST)
         made = cascade.generate(request(*loras))
         assert same(made, expected), loras
         assert same(made, plain) == (not loras)
 
 
-@pytest.mark.parametrize("stored", ["full", "int8"])
+@pytest.mark.parametrize("stored", ["full", "int8", "fp8"])
 def test_the_base_is_restored_from_its_files(
-    stored: str, model_folder: Path, files: dict[str, Path], components: dict[str, Any], tmp_path: Path
+    stored: str,
+    model_folder: Path,
+    files: dict[str, Path],
+    components: dict[str, Any],
+    tmp_path: Path,
+    precision: str,
 ) -> None:
     folder = model_folder
-    if stored == "int8":
+    if stored != "full":
         folder = tmp_path / "model"
-        assert main(["--precision", "int8", "--base", str(model_folder), "--output", str(folder)]) == 0
-    cascade = Cascade.load(folder, "cpu", "bfloat16", precision="int8")
+        assert main(["--precision", stored, "--base", str(model_folder), "--output", str(folder)]) == 0
+    cascade = Cascade.load(folder, "cpu", "bfloat16", precision=precision)
     networks = {"prior": cascade.prior, "decoder": cascade.decoder, "text_encoder": cascade.text.encoder}
     before = {
         name: {key: tensor.clone() for key, tensor in network.state_dict().items()}
@@ -75,21 +91,26 @@ def test_the_base_is_restored_from_its_files(
     base = cascade.generate(REQUEST)
     assert not same(cascade.generate(request(Lora(files["a"]), Lora(files["b"]))), base)
     assert all(
-        any(not torch.equal(tensor, before[name][key]) for key, tensor in network.state_dict().items())
+        any(not equal(tensor, before[name][key]) for key, tensor in network.state_dict().items())
         for name, network in networks.items()
     )
     assert same(cascade.generate(REQUEST), base)
     for name, network in networks.items():
         for key, tensor in network.state_dict().items():
-            assert torch.equal(tensor, before[name][key]), key
+            assert equal(tensor, before[name][key]), key
 
 
 def test_a_base_in_8_bits_may_be_loaded_in_full(
-    model_folder: Path, files: dict[str, Path], components: dict[str, Any], eight: dict[str, Any], tmp_path: Path
+    model_folder: Path,
+    files: dict[str, Path],
+    components: dict[str, Any],
+    eight: dict[str, Any],
+    tmp_path: Path,
+    precision: str,
 ) -> None:
     """Its files are read again: the matrices that they stand for are restored, and get the adapters."""
     folder = tmp_path / "model"
-    assert main(["--precision", "int8", "--base", str(model_folder), "--output", str(folder)]) == 0
+    assert main(["--precision", precision, "--base", str(model_folder), "--output", str(folder)]) == 0
     cascade = Cascade.load(folder, "cpu", "float32", precision="full")
     base = cascade.generate(REQUEST)
     expected = make_cascade(trained(matrices(components, eight), (files["a"], 1.0)))

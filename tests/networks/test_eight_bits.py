@@ -16,12 +16,11 @@ from cascade.networks.eight_bits import (
     LARGEST,
     NAMES,
     EightBitLinear,
-    bytes_of,
     group_of,
-    has_eight_bits,
     quantise,
     rounded_names,
 )
+from cascade.networks.precisions import bytes_of, precision_in
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.weights.making import make as make_empty
 from cascade.weights.variants import VARIANTS
@@ -53,7 +52,7 @@ def test_each_value_is_as_near_as_its_group_allows(rows: int, width: int, seed: 
     weight, scale = quantise(original)
     assert weight.dtype == torch.int8
     assert scale.dtype == torch.bfloat16
-    assert weight.nbytes + scale.nbytes == bytes_of(original.shape)
+    assert weight.nbytes + scale.nbytes == bytes_of(original.shape, torch.int8)
     groups = original.unflatten(1, (scale.shape[1], -1))
     assert weight.unflatten(1, (scale.shape[1], -1)).abs().amax(2).min() >= LARGEST - 1
     # Half a step, or what a scale that was rounded down cuts off of the largest.
@@ -98,8 +97,8 @@ def test_a_unet_computes_with_the_matrices(name: str, config: dict, channels: in
     ordinary = restored_from(eight, make(config).to(dtype))
     given = {key: tensor.to(dtype) for key, tensor in inputs(config).items()}
     sample, time = torch.randn(2, channels, 8, 8), torch.full((2,), 0.3)
-    assert has_eight_bits(eight)
-    assert not has_eight_bits(ordinary)
+    assert precision_in(eight) == "int8"
+    assert precision_in(ordinary) == "full"
     with torch.no_grad():
         assert torch.equal(eight(sample, time, **given), ordinary(sample, time, **given))
 
@@ -154,7 +153,7 @@ def test_a_text_encoder_computes_with_the_matrices(components: dict) -> None:
     tokens = torch.tensor([[3, 4, 5, 6]])
     with torch.no_grad():
         made, wanted = eight(tokens), ordinary(tokens)
-    assert has_eight_bits(eight)
+    assert precision_in(eight) == "int8"
     assert torch.equal(made.last_hidden_state, wanted.last_hidden_state)
     assert torch.equal(made.text_embeds, wanted.text_embeds)
 

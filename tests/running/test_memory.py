@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cascade.guides.controls import Control
 from cascade.guides.image_prompts import ImagePromptEncoder
-from cascade.networks.unet import StableCascadeUNet
+from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.running.cache import WeightCache, cache_size
@@ -90,14 +90,24 @@ class LateUploader:
 
 
 def watch_reads(network: torch.nn.Module, uploader: LateUploader) -> None:
-    """Report the reads of a network: each module's own parameters when it runs."""
+    """Report the reads of a network: each module's parameters, and those of the modules that it is given, when it runs."""
 
-    def read(module: torch.nn.Module, _: object) -> None:
-        for parameter in module.parameters(recurse=not isinstance(module, StableCascadeUNet)):
-            uploader.read(parameter.data)
+    def read(module: torch.nn.Module, given: tuple) -> None:
+        for one in (module, *(one for one in given if isinstance(one, torch.nn.Module))):
+            for parameter in one.parameters(recurse=not isinstance(one, StableCascadeUNet)):
+                uploader.read(parameter.data)
 
+    # Blocks report what is in them. Hooks there would have layers called that are else read.
+    inside = {
+        part
+        for block in network.modules()
+        if isinstance(block, ResBlock | AttnBlock)
+        for part in block.modules()
+        if part not in (block, getattr(block, "condition", None))
+    }
     for module in network.modules():
-        module.register_forward_pre_hook(read)
+        if module not in inside:
+            module.register_forward_pre_hook(read)
 
 
 def pack(components: dict[str, Any]) -> dict[str, HostWeights]:

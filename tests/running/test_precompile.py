@@ -27,11 +27,11 @@ class Called(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture(params=["full", "8 bits"])
+@pytest.fixture(params=["full", "int8", "fp8"])
 def networks(request: pytest.FixtureRequest) -> tuple[list[StableCascadeUNet], StageA]:
     unets = {"prior": make_prior(), "decoder": make_decoder()}
-    if request.param == "8 bits":
-        unets = {name: in_eight_bits_of(network, name) for name, network in unets.items()}
+    if request.param != "full":
+        unets = {name: in_eight_bits_of(network, name, request.param) for name, network in unets.items()}
     return list(unets.values()), StageA(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8)
 
 
@@ -59,12 +59,14 @@ assert "torch._dynamo" not in sys.modules
 def test_results_have_the_shapes_and_dtypes_of_products() -> None:
     matrix, bias = torch.ones(3, 5), torch.ones(7)
     layer = torch.nn.Linear(5, 7).bfloat16()
+    e4m3, one = torch.ones(16, 32).to(torch.float8_e4m3fn), torch.ones(())
     rows, hidden = torch.zeros(3, 7), torch.ones(3, 5)
     with torch.no_grad():
         for function in (
             lambda: layer(torch.ones(2, 4, 5).bfloat16()),
             lambda: torch.nn.Linear(5, 7, bias=False)(matrix),
             lambda: torch._addmm_activation(bias, matrix, torch.ones(5, 7), use_gelu=True),
+            lambda: torch._scaled_mm(e4m3, e4m3.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True),
             lambda: torch.addmm(rows, hidden, torch.ones(5, 7), out=rows),
         ):
             expected = function()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cascade.networks.unet import StableCascadeUNet
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
 from training.options import Options
-from training.run import start_processes
+from training.processes import start_processes
 from training.run import train as train_stage
 from training.tasks.encoded_stage_c import EncodedStageCTask
 from training.trainer import Trainer

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cascade import Cascade, Request
-from cascade.networks.eight_bits import NETWORKS, has_eight_bits, rounded_names
+from cascade.networks.eight_bits import NETWORKS
+from cascade.networks.precisions import forms_of, precision_in
 from cascade.running.device import SettingError
 from cascade.weights import ModelFolder, WeightsError, write_model_json
 from cascade.weights.build import describe
@@ -58,12 +59,12 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_stored_and_rounded_weights_are_the_same(model_folder: Path, stored: Path, dtype: torch.dtype) -> None:
     for name in NETWORKS:
-        rounded = ModelFolder.open(model_folder).load_component(name, dtype=dtype, eight_bits=True)
-        read = ModelFolder.open(stored).load_component(name, dtype=dtype, eight_bits=True)
-        assert has_eight_bits(rounded)
+        rounded = ModelFolder.open(model_folder).load_component(name, dtype=dtype, precision="int8")
+        read = ModelFolder.open(stored).load_component(name, dtype=dtype, precision="int8")
+        assert precision_in(rounded) == "int8"
         assert same_weights(rounded, read)
         ordinary = ModelFolder.open(stored).load_component(name, dtype=dtype)
-        assert not has_eight_bits(ordinary)
+        assert precision_in(ordinary) == "full"
         assert same_weights(ordinary, restored_from(read, ordinary))
 
 
@@ -79,7 +80,9 @@ def test_what_is_stored(stored: Path) -> None:
     assert tensors[f"{KEY}_scale"].dtype == torch.bfloat16
     assert tensors["clip_txt_mapper.weight"].dtype == torch.float32
     for key, tensor in tensors.items():
-        assert (tensor.dtype == torch.int8) == (key in rounded_names(tensors, "prior")), key
+        assert (tensor.dtype == torch.int8) == (
+            key in forms_of({key: one.shape for key, one in tensors.items()}, "prior", "int8")
+        ), key
     assert len({(stored / name / "config.json").stat().st_mode for name in NETWORKS}) == 1
     assert (stored / PRIOR).stat().st_mode == (stored / "prior" / "config.json").stat().st_mode
 
@@ -108,14 +111,14 @@ def test_shards_become_one_file(model_folder: Path, stored: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("eight_bits", [False, True])
-def test_sizes_are_those_of_the_tensors(model_folder: Path, stored: Path, dtype: torch.dtype, eight_bits: bool) -> None:
+@pytest.mark.parametrize("precision", ["full", "int8", "fp8"])
+def test_sizes_are_those_of_the_tensors(model_folder: Path, stored: Path, dtype: torch.dtype, precision: str) -> None:
     for folder in (model_folder, stored):
         opened = ModelFolder.open(folder)
         for name in NETWORKS:
-            network = opened.load_component(name, dtype=dtype, eight_bits=eight_bits)
+            network = opened.load_component(name, dtype=dtype, precision=precision)
             counted = sum(tensor.nbytes for tensor in network.state_dict().values())
-            assert opened.size(name, dtype, eight_bits=eight_bits) == counted, name
+            assert opened.size(name, dtype, precision=precision) == counted, name
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def test_what_is_loaded(model_folder: Path, stored: Path, precision: str, of_ori
         cascade = Cascade.load(folder, "cpu", precision=precision)
         assert cascade.precision == wanted
         for network in (cascade.prior, cascade.decoder, cascade.text.encoder, cascade.image_prompts.encoder):
-            assert has_eight_bits(network) == (wanted == "int8")
+            assert precision_in(network) == wanted
 
 
 def test_pictures_do_not_depend_on_what_is_stored(model_folder: Path, stored: Path) -> None:
@@ -141,11 +144,11 @@ def test_pictures_do_not_depend_on_what_is_stored(model_folder: Path, stored: Pa
 
 
 def test_unknown_precisions_are_refused(model_folder: Path) -> None:
-    with pytest.raises(SettingError, match=r"^precision is 'fp4'; it must be one of auto, full, int8\.$"):
+    with pytest.raises(SettingError, match=r"^precision is 'fp4'; it must be one of auto, full, int8, fp8\.$"):
         Cascade.load(model_folder, "cpu", precision="fp4")
 
 
-@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("precision", ["full", "int8", "fp8"])
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -155,7 +158,7 @@ def test_unknown_precisions_are_refused(model_folder: Path) -> None:
         ),
         (
             lambda tensors: tensors.update({f"{KEY}_scale": tensors[f"{KEY}_scale"].float()}),
-            rf"{KEY} and its scale are stored as int8 and float32; they must be int8 and bfloat16",
+            rf"{KEY} and its scale are stored as int8 and float32; they must be int8 and bfloat16, or float8_e4m3fn and float32",
         ),
         (
             lambda tensors: tensors.update({f"{KEY}_scale": tensors[f"{KEY}_scale"][:, :0].contiguous()}),
@@ -169,11 +172,11 @@ def test_unknown_precisions_are_refused(model_folder: Path) -> None:
     ids=["no scale", "another dtype", "another shape", "fewer rows"],
 )
 def test_damage_is_named(
-    changed: Callable[..., ModelFolder], how: Callable[[dict[str, Tensor]], object], said: str, eight_bits: bool
+    changed: Callable[..., ModelFolder], how: Callable[[dict[str, Tensor]], object], said: str, precision: str
 ) -> None:
     opened = changed(how)
     with pytest.raises(WeightsError, match=rf"prior.*{said}"):
-        opened.load_component("prior", eight_bits=eight_bits)
+        opened.load_component("prior", precision=precision)
 
 
 def test_what_8_bits_do_not_have_is_refused(

@@ -24,8 +24,8 @@ from cascade.weights import ModelFolder, WeightsError
 from training.encoded.shards import EMPTY, shard_file, write_empty, write_shard
 from training.encoded.sources import Picture, units_of
 from training.errors import TrainingError, writing
-from training.lora.pictures import bucket_size
 from training.lora.words import Captions
+from training.shapes import bucket_size
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Decoded:
 
 
 def decode(picture: Picture, resolution: int) -> Decoded | str:
-    """Decodes a picture, scaled and cropped to the size of its shape (`training.lora.pictures.bucket_size`); or says what is
+    """Decodes a picture, scaled and cropped to the size of its shape (`training.shapes.bucket_size`); or says what is
     wrong with it."""
     try:
         file = PictureFile(io.BytesIO(picture.content), picture.name)

@@ -13,7 +13,7 @@ from cascade.weights import ModelFolder, WeightsError
 from training.encoded.recipe import Recipe
 from training.encoded.shards import EncodedPictures
 from training.errors import TrainingError
-from training.run import start_processes
+from training.processes import start_processes
 from training.tasks.encoded_stage_c import EncodedStageCTask
 from training.trainer import fit
 

@@ -57,7 +57,7 @@ def linear_layers(network: nn.Module, targets: Sequence[str] = ("all",)) -> list
 def add_lora(
     network: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, dropout: float = 0.0
 ) -> dict[str, nn.Parameter]:
-    """Freeze a network, and give some of its layers a LoRA in float32, which changes nothing yet.
+    """Freezes a network, and gives some of its layers a LoRA in float32, which changes nothing yet.
 
     The random state decides "down"; "up" is zero.
 

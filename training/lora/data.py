@@ -42,7 +42,7 @@ def sample_latents(
     settings: StageSettings,
     seeds: Sequence[int],
 ) -> Tensor:
-    """Sample Stage C's latents of square pictures for texts, a few at a time: float32 (B, 16, h, w).
+    """Samples Stage C's latents of square pictures for texts, a few at a time: float32 (B, 16, h, w).
 
     Args:
         text: of B prompts, or of one for all.
@@ -115,7 +115,7 @@ class Latents:
 
     @classmethod
     def of_pictures(cls, pictures: Sequence[Captioned], effnet: SemanticEncoder, device: torch.device) -> "Latents":
-        """Encode pictures; the caption of picture i has the row i."""
+        """Encodes pictures; the caption of picture i has the row i."""
         groups = []
         for indices in buckets(pictures).values():
             made = torch.stack(encode_pictures([pictures[i] for i in indices], effnet, device))

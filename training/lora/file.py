@@ -92,7 +92,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the file.
+    """Writes the file.
 
     Raises:
         ValueError: a value is infinite, or does not fit into the file's dtype.

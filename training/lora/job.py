@@ -34,7 +34,7 @@ def run_job(
     prompt: str = "",
     name: str | None = None,
 ) -> Path:
-    """Train a LoRA, and make a picture without it and one with it.
+    """Trains a LoRA, and makes a picture without it and one with it.
 
     Args:
         weights: the model folder.

@@ -1,6 +1,5 @@
 """The pictures of a LoRA's training: a folder, or a zip of one, and the size at which each is trained on."""
 
-import math
 import shutil
 import stat
 import zipfile
@@ -11,9 +10,10 @@ from pathlib import Path, PurePosixPath
 
 from cascade.images.colours import PictureError
 from cascade.images.decoding import PictureFile
-from cascade.sizes import MULTIPLE, SMALLEST, WHOLE, Size
+from cascade.sizes import Size
 from training.errors import TrainingError
 from training.picture_folder import ENDINGS, read
+from training.shapes import bucket_size
 
 # Limits of a zip: number of files, bytes of one file, and bytes of all. A picture of 64 million pixels, the limit, has at
 # most 200 MB as PNG.
@@ -22,8 +22,6 @@ MOST_BYTES = 200_000_000
 MOST_BYTES_IN_ALL = 8_000_000_000
 CAPTIONS = ".txt"
 CHUNK = 1 << 20
-# Largest ratio of a bucket's sides.
-STEEPEST = 4.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Captioned:
 
 
 def unpack(archive: Path, folder: Path, name: str) -> Path:
-    """Write the pictures and text files of a zip to an empty folder; other files in it are ignored.
+    """Writes the pictures and text files of a zip to an empty folder; other files in it are ignored.
 
     Args:
         archive: a zip file.
@@ -87,7 +85,7 @@ def _is_wanted(name: PurePosixPath) -> bool:
 
 
 def _write(archive: str, opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, left: int) -> int:
-    """Write one file. Returns how many bytes may still follow."""
+    """Writes one file. Returns how many bytes may still follow."""
     name = _path(member)
     if name.is_absolute() or ".." in name.parts or ":" in name.parts[0]:
         raise TrainingError(f"{archive} holds {member.filename!r}, whose path leads out of the folder.")
@@ -158,20 +156,6 @@ def caption_of(file: Path, *, otherwise: str, prefix: str, word: str) -> str:
     if word and word.lower() not in caption.lower():
         caption = f"{word}, {caption}" if caption.strip() else word
     return caption.strip()
-
-
-def bucket_size(width: int, height: int, resolution: int) -> Size:
-    """The (height, width) at which a picture is trained on: its shape, with about the area of a square.
-
-    Sides are multiples of a 16th of the square's side, 64 pixels for 1024, so that pictures of similar shapes share a bucket.
-    Pictures beyond 4:1 are cropped to it.
-    """
-    ratio = min(max(width / height, 1 / STEEPEST), STEEPEST)
-    step = max(MULTIPLE, resolution // 16 // MULTIPLE * MULTIPLE)
-    sides = (resolution / math.sqrt(ratio), resolution * math.sqrt(ratio))
-    least, most = math.ceil(SMALLEST / step) * step, WHOLE // step * step
-    rows, columns = (min(max(round(side / step) * step, least), most) for side in sides)
-    return rows, columns
 
 
 def captioned_pictures(folder: Path, resolution: int, *, caption: str, prefix: str, word: str) -> list[Captioned]:

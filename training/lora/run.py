@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from cascade.networks.previewer import Previewer
+from cascade.networks.unet import StableCascadeUNet
 from cascade.weights import ModelFolder, WeightsError
 from training.errors import TrainingError, writing
 from training.files import whole_file
@@ -22,7 +25,7 @@ from training.lora.file import FILE, metadata_of, tensors_of, write_lora
 from training.lora.pictures import Captioned, captioned_pictures
 from training.lora.settings import Recipe
 from training.lora.words import Captions, first_vectors
-from training.run import start_processes
+from training.processes import start_processes
 from training.tasks.lora import LoraTask
 from training.trainer import fit
 from training.weights.checkpoint import has_checkpoint
@@ -36,7 +39,7 @@ SETTINGS = "settings.json"
 def train_lora(
     weights: Path, pictures: Path, output: Path, recipe: Recipe, *, lite: bool = False, deadline: float = math.inf
 ) -> bool:
-    """Train a LoRA, or continue a training that was stopped.
+    """Trains a LoRA, or continues a training that was stopped.
 
     Args:
         weights: the model folder.
@@ -90,7 +93,7 @@ class _Preparation:
         return self.folder.load_component(component, device=self.device, dtype=dtype or self.dtype)
 
     def task(self, pictures: Path) -> LoraTask:
-        settings, options = self.settings, self.recipe.options
+        settings = self.settings
         found = captioned_pictures(
             pictures,
             settings.resolution,
@@ -99,57 +102,31 @@ class _Preparation:
             word=settings.word,
         )
         latents = self._encode(found)
-        set_seed(options.seed)
-        prior = self._load("prior")
+        set_seed(self.recipe.options.seed)
+        prior, encoder, tokenizer = (self._load(name) for name in ("prior", "text_encoder", "tokenizer"))
         prior.use_kernels("plain")
-        encoder = self._load("text_encoder")
-        tokenizer = self._load("tokenizer")
         texts = [*(one.caption for one in found), settings.preserve, *settings.samples, ""]
         new = settings.word if settings.learns_a_word else ""
         captions = Captions(texts, tokenizer, encoder, new, settings.vectors)
         if captions.cut:
             logger.warning("%d captions have over 75 tokens; what comes after is left out.", captions.cut)
         preserved = self._preserved(prior, captions, len(found)) if settings.preserve else None
-        trained = {f"prior.{name}": value for name, value in self._adapt(prior, settings.rank).items()}
-        if settings.text_encoder_rank:
-            own = self._adapt(encoder, settings.text_encoder_rank, text=True)
-            trained |= {f"text_encoder.{name}": value for name, value in own.items()}
-        encoder.requires_grad_(settings.text_encoder_rank > 0)
+        networks = {"prior": prior, "text_encoder": encoder} if settings.text_encoder_rank else {"prior": prior}
+        trained = self._adapted(networks)
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_("lora_" in name)
         word = None
         if new:
             vectors = first_vectors(settings.begins_from, settings.vectors, tokenizer, encoder)
             word = trained["word"] = nn.Parameter(vectors)
-        if settings.gradient_checkpointing:
-            prior.enable_gradient_checkpointing()
-        if settings.compile_blocks and self.device.type == "cuda":
-            for block in prior.blocks():
-                block.compile()
+        self._set_up_layers(prior)
         text = Texts(
             len(captions),
             lambda rows: captions.encode(rows, word),
             self.device,
             changing=settings.trains_text,
         )
-        previewer = self._load("previewer", torch.float32) if "previewer" in self.folder and settings.samples else None
-        if settings.samples and previewer is None:
-            logger.warning("%s has no previewer, so there are no samples.", self.folder.root)
-        networks: dict[str, nn.Module] = {"prior": prior}
-        if settings.text_encoder_rank:
-            networks["text_encoder"] = encoder
-        logger.info(
-            "LoRA of rank %d: %.2f M parameters, %d steps of %d, on %d pictures of %d sizes%s.",
-            settings.rank,
-            sum(value.numel() for value in trained.values()) / 1e6,
-            options.steps,
-            options.samples(self.processes),
-            len(found),
-            len(latents.groups),
-            f", and {len(preserved)} of {settings.preserve!r}" if preserved else "",
-        )
-        if has_checkpoint(self.output / STATE):
-            logger.info("%s has a checkpoint, which is continued.", self.output)
+        self._log(found, latents, preserved, trained)
         return LoraTask(
             prior,
             trained,
@@ -161,13 +138,13 @@ class _Preparation:
             samples=range(len(found) + 1, len(texts) - 1),
             resolution=settings.resolution,
             settings=self.folder.sampler["prior"],
-            previewer=previewer,
+            previewer=self._previewer(),
             write=lambda folder: self._write(folder, networks, {} if word is None else {new: word}),
             modes=[encoder] if settings.text_encoder_rank else [],
         )
 
     def _encode(self, found: list[Captioned]) -> Latents:
-        """Encode with the semantic encoder, whose memory is freed afterwards."""
+        """Encodes with the semantic encoder, whose memory is freed afterwards."""
         effnet = self._load("effnet", torch.float32)
         return Latents.of_pictures(found, effnet, self.device)
 
@@ -186,11 +163,57 @@ class _Preparation:
         )
         return Latents([(made, torch.full((count,), row, device=self.device))])
 
-    def _adapt(self, network: nn.Module, rank: int, *, text: bool = False) -> dict[str, nn.Parameter]:
-        settings = self.settings
-        layers = linear_layers(network, ("text_encoder",) if text else settings.targets)
-        alpha = rank if settings.alpha is None else settings.alpha
-        return add_lora(network, layers, rank=rank, alpha=alpha, dropout=settings.dropout)
+    def _adapted(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+        """Gives the networks LoRAs; their parameters by name."""
+        settings, trained = self.settings, {}
+        for network, targets, rank in (
+            ("prior", settings.targets, settings.rank),
+            ("text_encoder", ("text_encoder",), settings.text_encoder_rank),
+        ):
+            if network in networks:
+                layers = linear_layers(networks[network], targets)
+                alpha = rank if settings.alpha is None else settings.alpha
+                made = add_lora(networks[network], layers, rank=rank, alpha=alpha, dropout=settings.dropout)
+                trained |= {f"{network}.{name}": value for name, value in made.items()}
+        return trained
+
+    def _set_up_layers(self, prior: StableCascadeUNet) -> None:
+        """Turns on gradient checkpointing and compiling, if the settings say so."""
+        if self.settings.gradient_checkpointing:
+            prior.enable_gradient_checkpointing()
+        if self.settings.compile_blocks and self.device.type == "cuda":
+            for block in prior.blocks():
+                block.compile()
+
+    def _previewer(self) -> Previewer | None:
+        """Turns samples into pictures; None if there are no samples, or the model has no previewer."""
+        if not self.settings.samples:
+            return None
+        if "previewer" not in self.folder:
+            logger.warning("%s has no previewer, so there are no samples.", self.folder.root)
+            return None
+        return self._load("previewer", torch.float32)
+
+    def _log(
+        self,
+        found: Sequence[Captioned],
+        latents: Latents,
+        preserved: Latents | None,
+        trained: Mapping[str, nn.Parameter],
+    ) -> None:
+        settings, options = self.settings, self.recipe.options
+        logger.info(
+            "LoRA of rank %d: %.2f M parameters, %d steps of %d, on %d pictures of %d sizes%s.",
+            settings.rank,
+            sum(value.numel() for value in trained.values()) / 1e6,
+            options.steps,
+            options.samples(self.processes),
+            len(found),
+            len(latents.groups),
+            f", and {len(preserved)} of {settings.preserve!r}" if preserved else "",
+        )
+        if has_checkpoint(self.output / STATE):
+            logger.info("%s has a checkpoint, which is continued.", self.output)
 
     def _write(self, folder: Path, networks: dict[str, nn.Module], words: dict[str, Tensor]) -> None:
         settings = self.settings

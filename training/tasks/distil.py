@@ -13,7 +13,7 @@ earlier steps lead instead of on the path, so that it learns to return to it.
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,30 +21,22 @@ import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from transformers import CLIPTextModelWithProjection
 
-from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.previewer import Previewer
-from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.prompts.text import TextEmbeddings
 from cascade.sampling import SAMPLERS, Noise, Step, alpha_sigma, ddim_step, finish, log_snr, timestep
-from cascade.sizes import Size, decoder_size, semantic_size
+from cascade.sizes import Size
 from cascade.speeds import SPEEDS
-from cascade.stages.decoder import decoder_steps
-from cascade.stages.encoder import for_encoder
-from cascade.stages.pixels import decode_pixels
-from cascade.stages.prior import prior_steps
 from cascade.weights import StageSettings
 from training.dataset import Dataset
 from training.latents import TextTable
 from training.lora.adapters import adapted_layers, add_lora, linear_layers
-from training.objective import AdaptiveLossWeight, keep_mask
-from training.pictures import grid, normalise
+from training.objective import AdaptiveLossWeight
+from training.pictures import grid
 from training.randomness import step_generator
 from training.shapes import Shapes
 from training.task import Task, frozen
-from training.values import Amount, Count, Range, Share
+from training.values import Range
 
 FILE = "turbo.safetensors"
 LOOKED_AT = 64
@@ -124,7 +116,7 @@ class Distillation(Task):
         noise: Noise,
         settings: StageSettings,
     ) -> Iterator[Step]:
-        """Sample pictures of a size."""
+        """Samples pictures of a size."""
 
     @abstractmethod
     def shown(self, latents: Tensor) -> Tensor:
@@ -234,160 +226,3 @@ def file_tensors(name: str, network: nn.Module) -> dict[str, Tensor]:
         for one in adapted_layers(network)
         for part, matrix in (("lora_A", one.down), ("lora_B", one.up))
     }
-
-
-class DistilCTask(Distillation):
-    """Stage C. For arguments, see `Distillation`.
-
-    Args:
-        drop_text: share of the captions that are replaced by the empty one.
-        keep_image: share of the paths that have the image embedding of their picture; the others have zeros.
-    """
-
-    def __init__(
-        self,
-        *,
-        prior: StableCascadeUNet,
-        previewer: Previewer,
-        text_encoder: CLIPTextModelWithProjection,
-        image_encoder: CLIPVisionModelWithProjection,
-        dataset: Dataset,
-        unseen: Dataset,
-        shapes: Shapes,
-        settings: StageSettings,
-        rank: Rank,
-        paths: Count,
-        substeps: Count,
-        own: Share,
-        drop_text: Share,
-        keep_image: Share,
-    ) -> None:
-        super().__init__(
-            "prior",
-            prior,
-            text_encoder=text_encoder,
-            with_tokens=True,
-            dataset=dataset,
-            unseen=unseen,
-            shapes=shapes,
-            settings=settings,
-            rank=rank,
-            paths=paths,
-            substeps=substeps,
-            own=own,
-        )
-        self.networks |= frozen(previewer=previewer, image_encoder=image_encoder)
-        self.drop_text, self.keep_image = drop_text, keep_image
-
-    def known(self, dataset: Dataset, pictures: Tensor, size: Size, generator: torch.Generator) -> dict[str, Tensor]:
-        encoder, device = self.networks["image_encoder"], generator.device
-        kept = keep_mask(len(pictures), self.keep_image, generator)
-        image = torch.zeros(len(pictures), 1, encoder.config.projection_dim, dtype=torch.float16, device=device)
-        if kept.any():
-            pixels = dataset.images(pictures[kept.cpu()], size)
-            made = encoder(pixel_values=normalise(pixels, encoder.config.image_size)).image_embeds
-            image[kept] = made.unsqueeze(1).half()
-        keep = keep_mask(len(pictures), 1 - self.drop_text, generator)
-        return {"rows": self.texts[dataset].rows(pictures.to(device), keep), "image": image}
-
-    def conditions(self, dataset: Dataset, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        text, rows = self.texts[dataset], known["rows"]
-        return {
-            "clip_text": text.tokens[rows].float(),
-            "clip_text_pooled": text.pooled[rows].float(),
-            "clip_img": known["image"].float(),
-        }
-
-    def steps(
-        self,
-        network: StableCascadeUNet,
-        conditions: Mapping[str, Tensor],
-        size: Size,
-        noise: Noise,
-        settings: StageSettings,
-    ) -> Iterator[Step]:
-        text = self.texts[self.dataset]
-        return prior_steps(
-            network,
-            TextEmbeddings(conditions["clip_text"], conditions["clip_text_pooled"]),
-            TextEmbeddings(text.tokens[-1:].float(), text.pooled[-1:].float()),
-            size=semantic_size(*size),
-            noise=noise,
-            image=conditions["clip_img"],
-            **asdict(settings),
-        )
-
-    def shown(self, latents: Tensor) -> Tensor:
-        return self.networks["previewer"](latents).float()
-
-
-class DistilBTask(Distillation):
-    """Stage B. For arguments, see `Distillation`.
-
-    Args:
-        semantic_noise: standard deviation of the noise that is added to the pictures' semantic latents.
-    """
-
-    def __init__(
-        self,
-        *,
-        decoder: StableCascadeUNet,
-        effnet: SemanticEncoder,
-        vqgan: StageA,
-        text_encoder: CLIPTextModelWithProjection,
-        dataset: Dataset,
-        unseen: Dataset,
-        shapes: Shapes,
-        settings: StageSettings,
-        rank: Rank,
-        paths: Count,
-        substeps: Count,
-        own: Share,
-        semantic_noise: Amount,
-    ) -> None:
-        super().__init__(
-            "decoder",
-            decoder,
-            text_encoder=text_encoder,
-            with_tokens=False,
-            dataset=dataset,
-            unseen=unseen,
-            shapes=shapes,
-            settings=settings,
-            rank=rank,
-            paths=paths,
-            substeps=substeps,
-            own=own,
-        )
-        self.networks |= frozen(effnet=effnet, vqgan=vqgan)
-        self.semantic_noise = semantic_noise
-
-    def known(self, dataset: Dataset, pictures: Tensor, size: Size, generator: torch.Generator) -> dict[str, Tensor]:
-        semantic = self.networks["effnet"](for_encoder(dataset.images(pictures, size))).float()
-        noise = torch.randn(semantic.shape, generator=generator, device=semantic.device)
-        return {"rows": pictures.to(semantic.device), "semantic": (semantic + self.semantic_noise * noise).half()}
-
-    def conditions(self, dataset: Dataset, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        pooled = self.texts[dataset].pooled[known["rows"]]
-        return {"clip_text_pooled": pooled.float(), "effnet": known["semantic"].float()}
-
-    def steps(
-        self,
-        network: StableCascadeUNet,
-        conditions: Mapping[str, Tensor],
-        size: Size,
-        noise: Noise,
-        settings: StageSettings,
-    ) -> Iterator[Step]:
-        return decoder_steps(
-            network,
-            conditions["effnet"],
-            conditions["clip_text_pooled"],
-            self.texts[self.dataset].pooled[-1:].float(),
-            size=decoder_size(*size),
-            noise=noise,
-            **asdict(settings),
-        )
-
-    def shown(self, latents: Tensor) -> Tensor:
-        return torch.stack(list(decode_pixels(self.networks["vqgan"], latents)))

@@ -18,15 +18,13 @@ from cascade.weights import StageSettings
 from training.lora.data import Latents, Texts, sample_latents
 from training.objective import P2Weight, diffusion_losses, keep_mask, sample_timesteps
 from training.pictures import grid
-from training.randomness import step_generator
-from training.task import Task
+from training.task import DiffusionTask
 
-# Timesteps at which evaluations measure the error, on the same pictures with the same noise.
-TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 EVALUATED = 16
+"""Pictures of which evaluations measure the error."""
 
 
-class LoraTask(Task):
+class LoraTask(DiffusionTask):
     """The epsilon error with P2 weights, as the authors train LoRAs.
 
     Args:
@@ -98,18 +96,13 @@ class LoraTask(Task):
         return diffusion_losses(epsilon, noise, self.weight(timesteps))
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image | None]:
-        """The mean error of at most 16 pictures at five times, with the same noise at every evaluation; the samples."""
-        errors, left = [], EVALUATED
+        """The mean error of at most 16 pictures, see `error_of`; the samples."""
+        batches, left = [], EVALUATED
         for latents, rows in self.latents.groups:
-            latents, rows = latents[:left], rows[:left]
+            if left > 0:
+                batches.append({"latents": latents[:left], "rows": rows[:left]})
             left -= len(rows)
-            for place, time in enumerate(TIMESTEPS) if len(rows) else ():
-                generator = step_generator(0, place, 0, latents.device)
-                noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-                times = torch.full((len(rows),), time, device=latents.device)
-                outputs = self(latents=latents, rows=rows, timesteps=times, noise=noise)
-                errors.append(outputs["errors"])
-        return {"error": torch.cat(errors).mean().item()}, self._sheet()
+        return {"error": self.error_of(batches)}, self._sheet()
 
     def _sheet(self) -> Image.Image | None:
         previewer = self.networks["previewer"]

@@ -16,7 +16,8 @@ from tests.training.lora.zips import files_of, zipped
 from tests.training.small import write_pictures
 from training.errors import TrainingError
 from training.lora import pictures
-from training.lora.pictures import bucket_size, buckets, captioned_pictures, find_pictures
+from training.lora.pictures import buckets, captioned_pictures, find_pictures
+from training.shapes import bucket_size
 
 WORDS = {"caption": "", "prefix": "", "word": ""}
 

@@ -25,7 +25,9 @@ from training.lora.adapters import add_lora, linear_layers
 from training.options import Options
 from training.randomness import step_generator
 from training.shapes import Shapes
-from training.tasks.distil import DistilBTask, DistilCTask, Distillation, file_tensors
+from training.tasks.distil import Distillation, file_tensors
+from training.tasks.distil_b import DistilBTask
+from training.tasks.distil_c import DistilCTask
 from training.trainer import fit
 
 CPU = torch.device("cpu")
