@@ -197,20 +197,20 @@ def measure_speed(report: Report, trainer: Trainer, recipe: Recipe, steps: int, 
         seconds, loss = timed_step(trainer)
         kind = "warm_up" if number <= WARM_UP else "seconds"
         report.found[kind].append(seconds)
-        report.line("step", step=number, kind=kind, seconds=seconds, samples_a_second=samples / seconds, loss=loss)
         if number <= WARM_UP:
             report.keep(memory_in_warm_up=memory(trainer.device))
             if number == WARM_UP and trainer.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            continue
-        a_second = samples / statistics.median(report.found["seconds"])
-        each = work * a_second / processes
-        report.keep(
-            samples_a_second=a_second,
-            tflops_a_second_each=each,
-            share=each / rate if rate else None,
-            memory=memory(trainer.device),
-        )
+        else:
+            a_second = samples / statistics.median(report.found["seconds"])
+            each = work * a_second / processes
+            report.keep(
+                samples_a_second=a_second,
+                tflops_a_second_each=each,
+                share=each / rate if rate else None,
+                memory=memory(trainer.device),
+            )
+        report.line("step", step=number, kind=kind, seconds=seconds, samples_a_second=samples / seconds, loss=loss)
     report.line("speed", **{name: report.found[name] for name in ("samples_a_second", "share", "memory")})
 
 
