@@ -210,6 +210,7 @@ def measure_speed(report: Report, trainer: Trainer, recipe: Recipe, steps: int, 
                 share=each / rate if rate else None,
                 memory=memory(trainer.device),
             )
+        # After the file, so that it has all that was printed.
         report.line("step", step=number, kind=kind, seconds=seconds, samples_a_second=samples / seconds, loss=loss)
     report.line("speed", **{name: report.found[name] for name in ("samples_a_second", "share", "memory")})
 

@@ -6,6 +6,7 @@ It uses only the public functions of ``cascade``; prompts and seeds are constant
 import argparse
 import io
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -84,7 +85,7 @@ ADAPTED = {
 COLUMNS = 6
 # All pictures of the pages together stay below this; the highest WebP quality is taken with which they do.
 BYTES = 495_000
-QUALITIES = range(80, 20, -2)
+QUALITIES = range(20, 81, 2)
 
 
 def draw_examples(cascade: Cascade) -> Image.Image:
@@ -316,11 +317,12 @@ def as_webp(picture: Image.Image, quality: int) -> bytes:
 
 def compressed(pictures: Mapping[str, Image.Image], most: int) -> dict[str, bytes]:
     """WebP files that together have at most ``most`` bytes, all of the highest quality with which they do, or of the lowest."""
-    for quality in QUALITIES:
-        made = {name: as_webp(picture, quality) for name, picture in pictures.items()}
-        if sum(map(len, made.values())) <= most:
-            break
-    return made
+
+    def files(quality: int) -> dict[str, bytes]:
+        return {name: as_webp(picture, quality) for name, picture in pictures.items()}
+
+    fitting = bisect_right(QUALITIES, most, key=lambda quality: sum(map(len, files(quality).values())))
+    return files(QUALITIES[max(0, fitting - 1)])
 
 
 def main(arguments: list[str] | None = None) -> int:

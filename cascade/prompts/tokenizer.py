@@ -4,7 +4,6 @@ It makes the tokens of transformers' `CLIPTokenizer`, which takes seconds to imp
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -31,7 +30,6 @@ class ClipTokenizer:
 
     Args:
         tokenizer: with CLIP's vocabulary. Its steps before and after are replaced by CLIP's.
-        folder: where it was read.
         settings: of `SETTINGS`, `SPECIAL` and `ADDED`.
 
     Attributes:
@@ -42,8 +40,8 @@ class ClipTokenizer:
         ValueError: the vocabulary lacks a special token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> None:
-        self._tokenizer, self._folder = tokenizer, folder
+    def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+        self._tokenizer, self._settings = tokenizer, settings
         names = {"bos": BEGIN, "eos": END, "pad": END, "unk": END}
         names = {kind: _content(settings.get(f"{kind}_token") or default) for kind, default in names.items()}
         added = sorted((settings.get(LISTED) or {}).items(), key=lambda item: int(item[0]))
@@ -88,24 +86,31 @@ class ClipTokenizer:
         settings = _read(folder / SETTINGS)
         if LISTED not in settings:
             settings |= _read(folder / SPECIAL)
-            settings[LISTED] = {place: {"content": token} for token, place in _read(folder / ADDED).items()}
+            if added := _read(folder / ADDED):
+                settings[LISTED] = {place: {"content": token} for token, place in added.items()}
         if (folder / WHOLE).is_file():
-            return cls(Tokenizer.from_file(str(folder / WHOLE)), folder, settings)
+            return cls(Tokenizer.from_file(str(folder / WHOLE)), settings)
         unknown = _content(settings.get("unk_token") or END)
         made = BPE.from_file(
             str(folder / VOCABULARY), str(folder / MERGES), unk_token=unknown, end_of_word_suffix=WORD_END
         )
-        return cls(Tokenizer(made), folder, settings)
+        return cls(Tokenizer(made), settings)
 
     def __call__(
-        self, texts: Sequence[str], *, add_special_tokens: bool = True, **_: Any
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        return_offsets_mapping: bool = True,
+        verbose: bool = False,
     ) -> dict[str, list[list[Any]]]:
         """The tokens of texts, of any number.
 
         Args:
             texts: a list.
-            _: other options of transformers' tokenizer, which change nothing here.
             add_special_tokens: whether begin and end of text are added.
+            return_offsets_mapping, verbose: ignored; transformers' tokenizer returns offsets only if asked, and warns of long
+                texts.
 
         Returns:
             For each text "input_ids", and as "offset_mapping" for each of them where it begins and ends in the text.
@@ -120,11 +125,11 @@ class ClipTokenizer:
         return self._tokenizer.get_vocab()
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Copy the files from which it was read into a folder, which is made."""
+        """Write `WHOLE` and `SETTINGS` into a folder, which is made. transformers reads it, too."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in (WHOLE, VOCABULARY, MERGES, SETTINGS, SPECIAL, ADDED):
-            if (self._folder / name).is_file():
-                shutil.copyfile(self._folder / name, Path(folder, name))
+        self._tokenizer.save(str(Path(folder, WHOLE)))
+        settings = {**self._settings, "tokenizer_class": "CLIPTokenizer"}
+        Path(folder, SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from cascade.weights import ModelFolder
 from miniature.dataset import Scenes
 from tests.miniature.small import DRAWN, pack
 from tests.training.small import train, write_config
+from training.workshop import load_component
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.slow
 def test_scenes_say_what_they_show(tmp_path: Path) -> None:
     names = ("apple", "pear", "plum", "fig")
-    tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")
+    tokenizer = load_component(ROOT / "weights" / "mini", "tokenizer")
     pack(names, tmp_path / "drawings.zip")
     options = {"size": (64, 64), "seed": 0, "split": "train", "device": torch.device("cpu")}
     scenes = Scenes(tmp_path / "drawings.zip", 50, tokenizer, **options)
@@ -36,7 +36,7 @@ def test_scenes_say_what_they_show(tmp_path: Path) -> None:
 def test_pairs_for_the_ip_adapter(tmp_path: Path) -> None:
     """What references need leaves pictures as they are, and all captions but the nameless ones."""
     names = ("apple", "pear", "plum", "fig")
-    tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")
+    tokenizer = load_component(ROOT / "weights" / "mini", "tokenizer")
     pack(names, tmp_path / "drawings.zip")
     options = {"size": (64, 64), "seed": 0, "split": "train", "device": torch.device("cpu")}
     plain = Scenes(tmp_path / "drawings.zip", 80, tokenizer, **options)

@@ -105,6 +105,16 @@ def test_a_special_token_that_is_missing(tmp_path: Path) -> None:
         ClipTokenizer.from_pretrained(in_two_files(tmp_path, pad_token="<nothing>"))
 
 
-def test_saved_and_loaded(tmp_path: Path) -> None:
-    ClipTokenizer.from_pretrained(in_two_files(tmp_path, model_max_length=33)).save_pretrained(tmp_path / "copy")
-    equal(tmp_path / "copy")
+@pytest.mark.parametrize("added", [False, True])
+def test_either_reads_what_was_saved(tmp_path: Path, added: bool) -> None:
+    folder = in_two_files(tmp_path, model_max_length=33, pad_token="!")
+    if added:
+        count = len(ClipTokenizer.from_pretrained(folder).get_vocab())
+        (folder / "added_tokens.json").write_text(json.dumps({"<new>": count}))
+    before = ClipTokenizer.from_pretrained(folder)
+    before.save_pretrained(tmp_path / "saved")
+    equal(tmp_path / "saved")
+    after = ClipTokenizer.from_pretrained(tmp_path / "saved")
+    assert after(texts(500)) == before(texts(500))
+    assert (after.pad_token_id, after.model_max_length) == (before.pad_token_id, 33)
+    assert after.get_vocab() == before.get_vocab()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from cascade.weights import ModelFolder
+from cascade.weights import DISTILLED, ModelFolder
 from tests.training.small import write_config
 from training.assemble import assemble
 from training.configuration import read_configuration
@@ -44,3 +45,23 @@ def test_a_damaged_scale(scaled: Path, content: str) -> None:
     (scaled / "model.json").write_text(content)
     with pytest.raises(TrainingError, match=r"^\S+model\.json cannot be read"):
         load_component(scaled, "vqgan")
+
+
+def test_an_adapter_for_few_steps_is_kept_while_it_fits(model_folder: Path, tmp_path: Path) -> None:
+    """As after training a ControlNet in a copy of a model folder; not after training Stage C."""
+    trained, config = shutil.copytree(model_folder, tmp_path / "model"), read_configuration(write_config(tmp_path))
+    (trained / DISTILLED).parent.mkdir()
+    save_file({"prior.x.lora_A.weight": torch.zeros(1, 1)}, trained / DISTILLED)
+    (file,) = (trained / "controlnet_canny").glob("*.safetensors")
+    add_one(file)
+    assemble(config, trained, tmp_path / "made")
+    assert ModelFolder.open(tmp_path / "made").distilled().read_bytes() == (trained / DISTILLED).read_bytes()
+    (file,) = (trained / "prior").glob("*.safetensors")
+    add_one(file)
+    assemble(config, trained, tmp_path / "again")
+    assert ModelFolder.open(tmp_path / "again").distilled() is None
+
+
+def add_one(file: Path) -> None:
+    tensors = load_file(file)
+    save_file({name: one + 1 if one.is_floating_point() else one for name, one in tensors.items()}, file)
