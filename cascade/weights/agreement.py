@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cascade.weights.components import PROCESSORS
 from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.making import empty_network, load_processor
+
+TOWERS = ("text_encoder", "image_encoder")
 
 
 def check_processors(parts: Mapping[str, Any], root: Path) -> None:
@@ -17,9 +21,18 @@ def check_processors(parts: Mapping[str, Any], root: Path) -> None:
     Raises:
         WeightsError: they do not.
     """
-    _check_tokens(parts["tokenizer"], parts["text_encoder"].config, root)
+    if "tokenizer" in parts and "text_encoder" in parts:
+        _check_tokens(parts["tokenizer"], parts["text_encoder"].config, root)
     if "feature_extractor" in parts and "image_encoder" in parts:
         _check_images(parts["feature_extractor"], parts["image_encoder"].config, root)
+
+
+def check_stored_processors(folder: Path, root: Path) -> None:
+    """`check_processors`, of the components in a folder that is to become the model folder `root`. Reads no weights."""
+    parts = {name: load_processor(name, folder / name) for name in PROCESSORS if (folder / name).is_dir()}
+    files = {name: folder / name / "config.json" for name in TOWERS}
+    parts |= {name: empty_network(name, file) for name, file in files.items() if file.is_file()}
+    check_processors(parts, root)
 
 
 def _check_tokens(tokenizer: Any, config: Any, root: Path) -> None:

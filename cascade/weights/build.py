@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.precisions import converted, forms_of, rounded, without_scale
+from cascade.weights.agreement import check_stored_processors
 from cascade.weights.components import COMPONENTS, DISTILLED, EXTRAS, NEEDED, NETWORKS
 from cascade.weights.downloaded import check_part, place
 from cascade.weights.errors import WeightsError
@@ -122,6 +123,7 @@ def save_own(
     about = origins.describe(configs, name)
     with replacement(target, without=set(origins.own), copy=link) as folder:
         origins.write(folder)
+        check_stored_processors(folder, target)
         _complete(folder, about, precision=precision)
 
 

@@ -27,6 +27,7 @@ from cascade.weights import (
     save_model_folder,
     write_model_json,
 )
+from cascade.weights.build import save_own
 
 ABOUT = {
     "name": "Tiny",
@@ -500,6 +501,15 @@ def test_a_tokenizer_and_a_text_encoder_that_do_not_fit(copy: Path) -> None:
         WeightsError, match=r"tokenizer has the token '<new>' with the id 80, but .*text_encoder has 80"
     ):
         Cascade.load(copy)
+
+
+def test_no_model_folder_is_made_with_a_tokenizer_that_does_not_fit(copy: Path, tmp_path: Path) -> None:
+    shutil.copytree(copy / "tokenizer", tmp_path / "own")
+    set_settings(tmp_path / "own" / "tokenizer_config.json", {"model_max_length": 78})
+    made = tmp_path / "made"
+    with pytest.raises(WeightsError, match=r"made/tokenizer has a model_max_length of 78, but .*takes at most 77"):
+        save_own({"tokenizer": tmp_path / "own"}, [], made, base=copy, download=tmp_path / "none")
+    assert not made.exists()
 
 
 def test_a_feature_extractor_and_an_image_encoder_that_do_not_fit(copy: Path) -> None:
