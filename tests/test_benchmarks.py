@@ -161,9 +161,10 @@ def test_eight_bits(tmp_path: Path) -> None:
 
 
 def test_operations_in_fp8() -> None:
-    """Each computes in fp8 what it does in bfloat16, nearly: as far as their inputs are the same."""
+    """All run. Products of the same inputs are nearly those in bfloat16, in either form."""
     level = benchmark_fp8.Level("small", 32, 2, 3, 5, 7)
-    made = benchmark_fp8.operations(level, 2, torch.device("cpu"), "plain", copies=2)
+    with torch.no_grad():
+        made = benchmark_fp8.Layer(level, 2, torch.device("cpu"), "plain", copies=2).operations()
     found = {}
     for one in made:
         for call in one[1:]:
@@ -178,7 +179,10 @@ def test_operations_in_fp8() -> None:
     assert table[-1] == "| 7 layers, ms | 0.1 | 0.1 | |"
     for name in ("MLP, first layer", "q, k, v"):
         (one,) = (one for one in made if one.name == name)
-        assert one.bfloat16(0).shape == one.fp8(0).shape == one.other(0).shape
+        exact = one.bfloat16(0).float()
+        for product in (one.fp8(0), one.other(0)):
+            assert product.shape == exact.shape
+            assert 0 < (product - exact).norm() / exact.norm() < 0.06
 
 
 @pytest.fixture
