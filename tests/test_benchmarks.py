@@ -131,7 +131,10 @@ def test_e4m3_is_as_exact_as_it_can_be() -> None:
 
 
 @pytest.mark.slow
-def test_eight_bits(tmp_path: Path) -> None:
+def test_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few times and shares, because each is a prediction, or pictures, more."""
+    monkeypatch.setattr(benchmark_eight_bits, "TIMES", (0.5,))
+    monkeypatch.setattr(benchmark_eight_bits, "SHARES", (0.5, 1.0))
     cascade = Cascade.load(MINI, "cpu", torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in cascade.prior.state_dict().items()}
     found = benchmark_eight_bits.miniature(cascade, ["a red apple", "two dogs"])
@@ -149,7 +152,7 @@ def test_eight_bits(tmp_path: Path) -> None:
         assert f"| bfloat16 | {100 * bfloat16:.3f} | 1.0 |" in text
         assert bfloat16 < one.error(one.in_fp8()) < rounded
     drawings = load_drawings(pack(["apple", "dog", "cat", "house", "boat", "sun"], tmp_path / "drawings.zip"))
-    prompts = make_prompts(drawings[1], STYLES, 0, 4, 2)
+    prompts = make_prompts(drawings[1], STYLES, 0, 2, 1)
     drawn = benchmark_eight_bits.draw_all(cascade, found, prompts, drawings, {"steps_prior": 2, "steps_decoder": 1})
     table = benchmark_eight_bits.picture_table(drawn).splitlines()
     assert len({line.count("|") for line in table}) == 1
