@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from cascade import Cascade, Request, kernels, sizes
 from cascade.images.tensors import to_image
-from cascade.kernels.e4m3 import CAPABILITY, E4M3, LARGEST
+from cascade.kernels.e4m3 import E4M3, LARGEST
 from cascade.kernels.stream import Stream
 from cascade.networks.eight_bits import quantise
 from cascade.networks.layout import published_names
@@ -79,7 +79,7 @@ def to_e4m3(x: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
 
 def multiplies(device: torch.device) -> bool:
     """Whether the device multiplies e4m3."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+    return kernels.lacks_e4m3(device, torch.bfloat16) is None
 
 
 class Product(nn.Module):
