@@ -236,7 +236,7 @@ def test_shapes_that_gpus_cannot_multiply_stay_as_they_are(widths: tuple[int, in
 
 
 def test_the_published_networks() -> None:
-    """Four fifths of Stage C's weights are multiplied in e4m3. All that a picture needs is as large as docs/experiments.md says."""
+    """Four fifths of Stage C's weights are multiplied in e4m3. What a picture needs is as large as docs/experiments.md says."""
     total = 0.0
     # Levels without attention are those of Stage B at the highest resolutions.
     without_attention = {"prior": (), "decoder": ("down_blocks.0.", "down_blocks.1.", "up_blocks.2.", "up_blocks.3.")}
