@@ -1,4 +1,4 @@
-"""Runs functions that compile Triton kernels, in parallel."""
+"""Runs functions that compile Triton kernels, in parallel; and what they need: no garbage collection meanwhile."""
 
 import gc
 import os
@@ -31,7 +31,7 @@ class _WithoutCollection:
                 gc.enable()
 
 
-_without_collection = _WithoutCollection()
+without_collection = _WithoutCollection()
 
 
 def in_threads(jobs: Iterable[Callable[[], object]]) -> None:
@@ -44,5 +44,5 @@ def in_threads(jobs: Iterable[Callable[[], object]]) -> None:
     into the same depth, and fail: "AST constructor recursion depth mismatch" (python/cpython#106905). Of 60 kernels' files
     parsed in 8 threads, with a callback in ``gc.callbacks``, 2 failed. From 3.12 on, Python collects between instructions.
     """
-    with _without_collection, ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+    with without_collection, ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
         list(threads.map(lambda job: job(), jobs))
