@@ -17,6 +17,7 @@ from cascade.running.packing import HostWeights
 from cascade.running.placement import ALWAYS, GIB, MemoryMode, available, choose_memory
 from cascade.running.precompile import precompile
 from cascade.weights import CONTROLNETS, NEEDED, NETWORKS, ModelFolder
+from cascade.weights.agreement import check_processors
 from cascade.weights.base import FileWeights
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def load_parts(
     Args: see `Cascade.load`.
 
     Raises:
-        WeightsError: something is missing from the folder, or damaged.
+        WeightsError: something is missing from the folder, damaged, or does not fit the rest.
         SettingError: there is no such memory mode or precision.
     """
     check_precision(precision)
@@ -95,6 +96,7 @@ def load_parts(
         for name in rest:
             load(name)
         prepared.result()
+    check_processors(parts, opened.root)
     logger.info("Seconds to load: %s.", ", ".join(f"{name} {taken:.2f}" for name, taken in seconds.items()))
     return Loaded(opened, parts, weights, base)
 

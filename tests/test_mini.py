@@ -1,6 +1,7 @@
 """The miniature end to end, by the command line of ``scripts/predict``; once in a process of its own, which is measured."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -135,3 +136,17 @@ def test_another_shape(tmp_path: Path, predict: Callable[..., list[Path]]) -> No
     (file,) = predict(tmp_path / "a.webp", f"prompt={PROMPT}", "width=300", "height=202", "seed=1")
     assert read(file).shape == (202, 300, 3)
     assert Image.open(file).format == "WEBP"
+
+
+@pytest.mark.parametrize("line", ["Device: ", "Seeds: "])
+def test_an_interruption_is_one_line(tmp_path: Path, line: str) -> None:
+    """While the model loads, and while it makes a picture."""
+    command = [sys.executable, ROOT / "scripts" / "predict", *arguments(tmp_path / "a.png", "steps_prior=50")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as script:
+        assert any(said.startswith(line) for said in script.stderr)
+        script.send_signal(signal.SIGINT)
+        rest = script.stderr.read()
+    assert rest.endswith("Interrupted.\n")
+    assert "Traceback" not in rest
+    assert script.returncode == 130
+    assert not (tmp_path / "a.png").exists()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -45,22 +45,28 @@ class ClipPreprocessor:
         """Read `SETTINGS` from a folder. What the file leaves out is as in CLIP.
 
         Raises:
-            OSError, ValueError, TypeError, KeyError: the file is missing, damaged, or describes another kind of processor.
+            OSError, ValueError: the file is missing, damaged, or describes another kind of processor.
         """
         said = json.loads(Path(folder, SETTINGS).read_text(encoding="utf-8"))
-        for step in STEPS:
+        if not isinstance(said, dict):
+            raise ValueError(f"{SETTINGS} is not a JSON object")
+        for step in STEPS[1:]:  # all pictures are converted
             if said.get(step) is False:
                 raise ValueError(f"{step} is false, but CLIP reads scaled, cropped and normalised pictures")
         size, crop = said.get("size", cls.size), said.get("crop_size", cls.crop[0])
-        if isinstance(size, dict):
-            size = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+        scale, resample = said.get("rescale_factor", cls.scale), said.get("resample", cls.resample)
+        if not _is_number(scale):
+            raise ValueError(f"rescale_factor is {scale!r}; it must be a number")
+        if resample not in list(Image.Resampling):
+            raise ValueError(f"resample is {resample!r}; it must be one of Pillow's numbers, 0 to 5")
+        shorter = size.get("shortest_edge", size) if isinstance(size, dict) else size
         return cls(
-            size=size,
-            crop=(crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop),
-            resample=Image.Resampling(said.get("resample", cls.resample)),
-            scale=float(said.get("rescale_factor", cls.scale)),
-            mean=tuple(map(float, said.get("image_mean", cls.mean))),
-            deviation=tuple(map(float, said.get("image_std", cls.deviation))),
+            size=shorter if _is_side(shorter) else _height_and_width("size", size, " or shortest_edge"),
+            crop=(crop, crop) if _is_side(crop) else _height_and_width("crop_size", crop),
+            resample=Image.Resampling(resample),
+            scale=float(scale),
+            mean=_of_channels("image_mean", said.get("image_mean", cls.mean)),
+            deviation=_of_channels("image_std", said.get("image_std", cls.deviation), zero=False),
         )
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
@@ -98,3 +104,28 @@ class ClipPreprocessor:
         }
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, SETTINGS).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _height_and_width(name: str, value: Any, more: str = "") -> tuple[int, int]:
+    sides = (value.get("height"), value.get("width")) if isinstance(value, dict) else ()
+    if not sides or not all(map(_is_side, sides)):
+        raise ValueError(
+            f"{name} is {value!r}; it must be a number of pixels, or an object with height and width{more}"
+        )
+    return sides
+
+
+def _of_channels(name: str, values: Any, *, zero: bool = True) -> tuple[float, ...]:
+    """Numbers for red, green and blue, or one for all; `zero`: whether they may be 0."""
+    given = (values,) * 3 if _is_number(values) else values if isinstance(values, list | tuple) else ()
+    if len(given) != 3 or not all(_is_number(value) and (zero or value) for value in given):
+        raise ValueError(f"{name} is {values!r}; it must be a number or three{'' if zero else ' other than 0'}")
+    return tuple(map(float, given))

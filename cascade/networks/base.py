@@ -8,17 +8,20 @@ torch's compiler and, for quantisation that these networks do not use, transform
 import functools
 import inspect
 import json
+import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 CONFIG = "config.json"
+# What a value of a configuration is called, by the type of the argument.
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
 
 
 class Config(dict):
@@ -32,17 +35,35 @@ class Config(dict):
 
 
 def register_to_config(init: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a network's ``__init__`` so that its arguments become the network's configuration before it runs."""
+    """Decorate a network's ``__init__`` so that its arguments become the network's configuration before it runs.
+
+    It then raises ValueError for a value that has not the type of its argument, if that is one of `KINDS` or a union of them.
+    """
     names = list(inspect.signature(init).parameters.values())[1:]  # without self
     defaults = {one.name: one.default for one in names if one.default is not inspect.Parameter.empty}
 
     @functools.wraps(init)
     def registered(self: "Network", *values: Any, **named: Any) -> None:
         given = dict(zip((one.name for one in names), values, strict=False)) | named
+        for one in names:
+            if one.name in given:
+                _check_type(one.name, given[one.name], one.annotation)
         self.register_to_config(**defaults | given)
         init(self, *values, **named)
 
     return registered
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    """Raise a ValueError if a value's type is not the annotated one. Only annotations of `KINDS` are checked."""
+    allowed = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if not all(kind in KINDS for kind in allowed):
+        return
+    # In JSON, 1 is a number like 1.0; in Python, True is an int.
+    fits = allowed + ((int,) if float in allowed else ())
+    if type(value) not in fits:
+        expected = " or ".join(KINDS[kind] for kind in allowed)
+        raise ValueError(f"{name} is {value!r}; it must be {expected}")
 
 
 class Network(nn.Module):
@@ -56,7 +77,7 @@ class Network(nn.Module):
     # The file of the weights, without its ending.
     weights_name: ClassVar[str] = "diffusion_pytorch_model"
 
-    def register_to_config(self, **values: Any) -> None:
+    def register_to_config(self, /, **values: Any) -> None:
         """Set values of the configuration."""
         self.config = Config({**getattr(self, "config", {}), **values})
 
@@ -73,7 +94,7 @@ class Network(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Make a network from a configuration. What ``__init__`` does not know is kept in `config`, and changes nothing."""
-        known = inspect.signature(cls.__init__).parameters
+        known = set(inspect.signature(cls).parameters)  # without self
         network = cls(**{name: value for name, value in config.items() if name in known})
         network.register_to_config(**{name: value for name, value in config.items() if name not in known})
         return network

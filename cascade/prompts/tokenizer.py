@@ -4,7 +4,7 @@ It makes the tokens of transformers' `CLIPTokenizer`, which takes seconds to imp
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +18,7 @@ SETTINGS = "tokenizer_config.json"
 # Folders of older versions, whose settings do not list the added tokens, have special and added tokens here.
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 LISTED = "added_tokens_decoder"
-LONGEST = 77
+LONGEST, SHORTEST = 77, 3  # a chunk has a begin, an end, and a token between
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 # A special token, an English ending, letters, one digit, or other signs.
@@ -37,13 +37,13 @@ class ClipTokenizer:
         model_max_length: tokens of a chunk, begin and end of text included.
 
     Raises:
-        ValueError: the vocabulary lacks a special token.
+        ValueError: the vocabulary lacks a special token, or a setting has a value that is not allowed.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         self._tokenizer, self._settings = tokenizer, settings
         names = {"bos": BEGIN, "eos": END, "pad": END, "unk": END}
-        names = {kind: _content(settings.get(f"{kind}_token") or default) for kind, default in names.items()}
+        names = {kind: _special(settings, kind, default) for kind, default in names.items()}
         added = sorted((settings.get(LISTED) or {}).items(), key=lambda item: int(item[0]))
         tokenizer.add_tokens([_added(token) for _, token in added])
         vocabulary = tokenizer.get_vocab()
@@ -54,9 +54,7 @@ class ClipTokenizer:
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
             vocabulary[names[kind]] for kind in ("bos", "eos", "pad")
         )
-        # Files without a limit have a number of thirty digits.
-        length = settings.get("model_max_length") or LONGEST
-        self.model_max_length = int(length) if length < 2**31 else LONGEST
+        self.model_max_length = _length(settings)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.normalizer = normalizers.Sequence(
@@ -90,7 +88,7 @@ class ClipTokenizer:
                 settings[LISTED] = {place: {"content": token} for token, place in added.items()}
         if (folder / WHOLE).is_file():
             return cls(Tokenizer.from_file(str(folder / WHOLE)), settings)
-        unknown = _content(settings.get("unk_token") or END)
+        unknown = _special(settings, "unk", END)
         made = BPE.from_file(
             str(folder / VOCABULARY), str(folder / MERGES), unk_token=unknown, end_of_word_suffix=WORD_END
         )
@@ -133,11 +131,29 @@ class ClipTokenizer:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} is not a JSON object")
+    return content
 
 
-def _content(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
+def _special(settings: Mapping[str, Any], kind: str, default: str) -> str:
+    """The text of a special token: "bos", "eos", "pad" or "unk"."""
+    token = settings.get(f"{kind}_token") or default
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise ValueError(f"{kind}_token is {token!r}; it must be a text, or an object with the text content")
+    return content
+
+
+def _length(settings: Mapping[str, Any]) -> int:
+    """Tokens of a chunk. Files without a limit have a number of thirty digits."""
+    length = settings.get("model_max_length") or LONGEST
+    if isinstance(length, int | float) and length >= 2**31:
+        return LONGEST
+    if type(length) is not int or length < SHORTEST:
+        raise ValueError(f"model_max_length is {length!r}; it must be a whole number, at least {SHORTEST}")
+    return length
 
 
 def _added(token: dict[str, Any]) -> AddedToken:

@@ -27,7 +27,8 @@ def standard_network(component: str, config_path: Path, weights: Path, tensors: 
     """
     network = empty_network(component, config_path)
     use_forms(network, forms_in(tensors))
-    wrong = misfit(_shapes(network.state_dict()), _shapes(tensors))
+    expected = network.state_dict()
+    wrong = misfit(_shapes(expected), _shapes(tensors)) or _whole_numbers(expected, tensors)
     if wrong is not None:
         raise WeightsError(f"{weights}{wrong}, by {config_path}{_what_else(component, tensors)}.")
     return filled(network, tensors)
@@ -88,7 +89,8 @@ def build(state_dict: Mapping[str, Tensor], network: type[Network], config: Mapp
         ValueError: a tensor is missing, surplus or of another shape. The sentence names the first one.
     """
     model = make(network, config)
-    wrong = misfit(_shapes(model.state_dict()), _shapes(state_dict))
+    expected = model.state_dict()
+    wrong = misfit(_shapes(expected), _shapes(state_dict)) or _whole_numbers(expected, state_dict)
     if wrong is not None:
         raise ValueError(f"it does not fit {network.__name__}:{wrong.removeprefix(':')}.")
     return filled(model, state_dict)
@@ -143,3 +145,12 @@ def _what_else(component: str, tensors: Mapping[str, Tensor]) -> str:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in tensors.items()}
+
+
+def _whole_numbers(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str | None:
+    """The first tensor with whole numbers where a network has others, as the end of a sentence like `misfit`'s; None: none."""
+    for key, tensor in expected.items():
+        if key in stored and tensor.is_floating_point() and not stored[key].is_floating_point():
+            kind = str(stored[key].dtype).removeprefix("torch.")
+            return f": {key} has whole numbers ({kind}), which its network does not read"
+    return None

@@ -15,6 +15,7 @@ SETTINGS = [
     {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
     {"size": 20, "crop_size": 33},
     {"size": {"height": 24, "width": 40}, "crop_size": {"height": 21, "width": 18}, "resample": 2},
+    {"image_mean": 0.4, "image_std": 0.3, "do_convert_rgb": False},
     {"rescale_factor": 0.01, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]},
 ]
 
@@ -32,6 +33,7 @@ def test_pixels_equal_transformers(tmp_path: Path, settings: dict) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     ours, theirs = ClipPreprocessor.from_pretrained(tmp_path), CLIPImageProcessorPil.from_pretrained(tmp_path)
     for picture in pictures():
+        picture = picture.convert("RGB") if settings.get("do_convert_rgb") is False else picture
         assert torch.equal(ours([picture]), theirs([picture], return_tensors="pt").pixel_values)
     assert ours(pictures()[:3]).shape[0] == 3
 
@@ -49,4 +51,39 @@ def test_either_reads_the_others_file(tmp_path: Path) -> None:
 def test_a_step_that_clip_needs(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
     with pytest.raises(ValueError, match="do_normalize is false"):
+        ClipPreprocessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"size": "x"},
+        {"size": None},
+        {"size": 0},
+        {"size": 22.5},
+        {"size": {"longest_edge": 64}},
+        {"size": {"height": 64, "width": -1}},
+        {"crop_size": [64, 64]},
+        {"crop_size": {"height": 64}},
+        {"resample": 99},
+        {"resample": "x"},
+        {"rescale_factor": "x"},
+        {"rescale_factor": None},
+        {"image_mean": [0.5]},
+        {"image_mean": [0.5, "x", 0.5]},
+        {"image_std": 0},
+        {"image_std": "x"},
+        {"image_std": [0.5, 0, 0.5]},
+    ],
+)
+def test_a_setting_of_another_kind(tmp_path: Path, said: dict) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    (name,) = said
+    with pytest.raises(ValueError, match=f"^{name} is .*; it must be "):
+        ClipPreprocessor.from_pretrained(tmp_path)
+
+
+def test_settings_that_are_no_object(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"preprocessor_config.json is not a JSON object"):
         ClipPreprocessor.from_pretrained(tmp_path)

@@ -118,3 +118,26 @@ def test_either_reads_what_was_saved(tmp_path: Path, added: bool) -> None:
     assert after(texts(500)) == before(texts(500))
     assert (after.pad_token_id, after.model_max_length) == (before.pad_token_id, 33)
     assert after.get_vocab() == before.get_vocab()
+
+
+@pytest.mark.parametrize("length", [2, 1, -5, "77", 77.5, True])
+def test_a_limit_that_leaves_no_room(tmp_path: Path, length: object) -> None:
+    folder = in_two_files(tmp_path, model_max_length=length)
+    with pytest.raises(ValueError, match=f"model_max_length is {length!r}; it must be a whole number, at least 3"):
+        ClipTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "unk_token"])
+def test_a_special_token_of_another_kind(tmp_path: Path, name: str) -> None:
+    for token in (5, ["!"], {"lstrip": False}):
+        with pytest.raises(ValueError, match=f"{name} is .*; it must be a text, or an object with the text content"):
+            ClipTokenizer.from_pretrained(in_two_files(tmp_path, **{name: token}))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+def test_settings_of_another_kind(tmp_path: Path, name: str) -> None:
+    folder = in_two_files(tmp_path)
+    for content in ("[]", "null", "5"):
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} is not a JSON object"):
+            ClipTokenizer.from_pretrained(folder)

@@ -435,6 +435,82 @@ def test_the_first_shape_that_does_not_fit_is_named(copy: Path, component: str) 
     assert len(str(caught.value).replace(str(copy), "")) < 300
 
 
+@pytest.mark.parametrize(
+    ("component", "name", "value", "allowed"),
+    [
+        ("text_encoder", "num_attention_heads", 4.0, "a whole number"),
+        ("text_encoder", "num_attention_heads", None, "a whole number"),
+        ("text_encoder", "hidden_size", "x", "a whole number"),
+        ("text_encoder", "eos_token_id", [1, 2], "a whole number"),
+        ("text_encoder", "layer_norm_eps", "1e-5", "a number"),
+        ("text_encoder", "pad_token_id", True, "a whole number or null"),
+        ("image_encoder", "image_size", [64, 64], "a whole number"),
+        ("vqgan", "scale_factor", "x", "a number"),
+        ("prior", "clip_seq", "4", "a whole number"),
+        ("controlnet_canny", "bottleneck_mode", 1, "a text"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(copy: Path, component: str, name: str, value: object, allowed: str) -> None:
+    set_config(copy, component, {name: value})
+    with pytest.raises(WeightsError) as caught:
+        ModelFolder.open(copy).load_component(component)
+    file = copy / component / "config.json"
+    expected = f"{file} does not describe the {component}: {name} is {value!r}; it must be {allowed}."
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("component", ["prior", "text_encoder", "vqgan"])
+def test_names_that_a_network_does_not_know_change_nothing(
+    copy: Path, components: dict[str, Any], component: str
+) -> None:
+    set_config(copy, component, {"self": 1, "foo": {"a": 1}, "torch_dtype": "float16"})
+    assert_same_weights(ModelFolder.open(copy).load_component(component), components[component])
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "prior"])
+def test_whole_numbers_in_place_of_others_are_named(copy: Path, component: str) -> None:
+    (file,) = (copy / component).glob("*.safetensors")
+    save_file({name: tensor.to(torch.int32) for name, tensor in load_file(file).items()}, file)
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(WeightsError, match=rf"^{file}: \S+ has whole numbers \(int32\), "):
+        ModelFolder.open(copy).load_component(component)
+
+
+def set_config(copy: Path, component: str, values: dict[str, Any]) -> None:
+    file = copy / component / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    write_model_json(copy, **ABOUT)
+
+
+def set_settings(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_a_tokenizer_and_a_text_encoder_that_do_not_fit(copy: Path) -> None:
+    set_settings(copy / "tokenizer" / "tokenizer_config.json", {"model_max_length": 78})
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(
+        WeightsError, match=r"tokenizer has a model_max_length of 78, but .*text_encoder takes at most 77"
+    ):
+        Cascade.load(copy)
+    new = {"80": {"content": "<new>"}}
+    set_settings(copy / "tokenizer" / "tokenizer_config.json", {"model_max_length": 77, "added_tokens_decoder": new})
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(
+        WeightsError, match=r"tokenizer has the token '<new>' with the id 80, but .*text_encoder has 80"
+    ):
+        Cascade.load(copy)
+
+
+def test_a_feature_extractor_and_an_image_encoder_that_do_not_fit(copy: Path) -> None:
+    set_settings(copy / "feature_extractor" / "preprocessor_config.json", {"crop_size": {"height": 32, "width": 30}})
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(
+        WeightsError, match=r"feature_extractor makes images of 30x32 pixels, but .*image_encoder reads 32x32"
+    ):
+        Cascade.load(copy)
+
+
 def test_old_position_ids_are_ignored(copy: Path) -> None:
     file = copy / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
