@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from cascade import Cascade, Request, kernels, sizes
 from cascade.images.tensors import to_image
+from cascade.kernels.e4m3 import E4M3, LARGEST
 from cascade.kernels.stream import Stream
 from cascade.networks.eight_bits import quantise
 from cascade.networks.layout import published_names
@@ -59,9 +60,6 @@ from scripts.stand_ins import NEEDED, make_network, write_stand_ins
 from scripts.timing import in_turn
 
 MINI = ROOT / "weights" / "mini"
-E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
-MULTIPLIES = (8, 9)  # the compute capability from which a GPU multiplies e4m3
 SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)
 TIMES = (0.9, 0.5, 0.1)  # of the predictions
 SIDE = 1024
@@ -81,7 +79,7 @@ def to_e4m3(x: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
 
 def multiplies(device: torch.device) -> bool:
     """Whether the device multiplies e4m3."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MULTIPLIES
+    return kernels.lacks_e4m3(device, torch.bfloat16) is None
 
 
 class Product(nn.Module):
@@ -209,10 +207,12 @@ class Network:
         state = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
         forms, names, made = forms_of(state, self.name, "fp8"), published_names(self.network), {}
         for name, layer in layers_of(self.network).items():
-            form = forms.get(names[f"{name}.weight"][0])
+            published = names[f"{name}.weight"]  # q, k and v are rounded each
+            form = forms.get(published[0])
             if form is not None:
+                parts = [FORMS[form].quantise(one) for one in layer.weight.detach().chunk(len(published))]
                 made[name] = FORMS[form].layer(layer).eval()
-                made[name].weight.data, made[name].weight_scale.data = FORMS[form].quantise(layer.weight.detach())
+                made[name].weight.data, made[name].weight_scale.data = map(torch.cat, zip(*parts, strict=True))
                 made[name].implementation = self.network.implementation
         return made
 

@@ -12,6 +12,7 @@ What whole pictures take: `scripts/benchmark --contenders ours "ours, fp8"`, and
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -81,88 +82,120 @@ def weights(inner: int, columns: int, copies: int, device: torch.device) -> list
     return made
 
 
-@torch.no_grad()
-def operations(
-    level: Level, samples: int, device: torch.device, implementation: str, copies: int | None = None
-) -> list[Operation]:
-    """The operations of a layer.
+def copies_of(level: Level) -> int:
+    """As many copies of a layer's weights as no cache holds."""
+    return min(max(-(-ROTATED // (8 * level.width**2)), 4), 64)
+
+
+class Layer:
+    """A layer with random inputs and weights.
 
     Args:
         level: see `Level`.
         samples: pictures of a batch, doubled where a stage is guided.
-        device: where they run.
+        device: where it runs.
         implementation: "triton" or "plain".
-        copies: of the weights; None: as many as no cache holds.
+        copies: of the weights.
     """
-    run, dtype, width = kernels.load(implementation), torch.bfloat16, level.width
-    shape = (samples, level.side, level.side)
-    x, scale, shift = (
-        torch.randn(*one, device=device) for one in ((*shape, width), (samples, width), (samples, width))
-    )
-    normed, hidden = (torch.randn(*shape, size, device=device).to(dtype) for size in (width, 4 * width))
-    factor = norm_factor(width)
-    normed_e4m3, hidden_e4m3, attended_e4m3 = (in_e4m3(one.float() * factor) for one in (normed, hidden, normed))
-    convolution = nn.Conv2d(width, width, 3, padding=1, groups=width, device=device, dtype=dtype).requires_grad_(False)
-    if implementation == "triton":
-        put_channels_side_by_side(convolution)
-    copies = copies or min(max(-(-ROTATED // (8 * width**2)), 4), 64)
-    first, last = weights(width, 4 * width, copies, device), weights(4 * width, width, copies, device)
-    to_qkv, to_out = weights(width, 3 * width, copies, device), weights(width, width, copies, device)
-    # The response norm in bfloat16 works in place, again and again: with other values, its results would become infinite.
-    gamma, beta = (size * torch.randn(1, 1, 1, 4 * width, device=device).to(dtype) for size in (0.0, 0.01))
-    qkv = torch.randn(samples, level.side**2, 3 * width, device=device).to(dtype).chunk(3, dim=-1)
-    key, value = (
-        one.unflatten(-1, (level.heads, -1)).transpose(1, 2)
-        for one in torch.randn(samples, level.tokens, 2 * width, device=device).to(dtype).chunk(2, dim=-1)
-    )
-    of_samples, stream = torch.rand(samples, device=device), Stream(x)
-    pending = Stream(x, last[0].layer.bias, scale, shift)
-    product = Product(normed, of_samples)
 
-    def by_columns(given: Tensor, all_weights: Sequence[Weights]) -> Call:
-        return lambda i: multiply_columns(given, *all_weights[i][1:], all_weights[i].layer.bias, dtype, 1 / factor)
+    @torch.no_grad()
+    def __init__(self, level: Level, samples: int, device: torch.device, implementation: str, copies: int) -> None:
+        self.run, self.dtype, width = kernels.load(implementation), torch.bfloat16, level.width
+        self.rows = samples * level.side**2
 
-    def by_one(given: Tensor, all_weights: Sequence[Weights]) -> Call:
-        return lambda i: multiply(given, *all_weights[i][1:], all_weights[i].layer.bias, dtype, 1 / factor)
+        def draw(*shape: int, size: float = 1.0) -> Tensor:
+            return size * torch.randn(*shape, device=device).to(self.dtype)
 
-    def product_of(given: Tensor, all_weights: Sequence[Weights]) -> Call:
-        return lambda i: multiply(given, *all_weights[i][1:], None, dtype)
+        shape = (samples, level.side, level.side)
+        self.factor = norm_factor(width)
+        self.normed, self.hidden = draw(*shape, width), draw(*shape, 4 * width)
+        self.normed_e4m3, self.hidden_e4m3 = (in_e4m3(one.float() * self.factor) for one in (self.normed, self.hidden))
+        self.convolution = nn.Conv2d(
+            width, width, 3, padding=1, groups=width, device=device, dtype=self.dtype
+        ).requires_grad_(False)
+        if implementation == "triton":
+            put_channels_side_by_side(self.convolution)
+        self.first, self.last, self.to_qkv, self.to_out = (
+            weights(inner, columns, copies, device)
+            for inner, columns in ((width, 4 * width), (4 * width, width), (width, 3 * width), (width, width))
+        )
+        # The response norm in bfloat16 works in place, again and again: with other values, its results would become infinite.
+        self.gamma, self.beta = (draw(1, 1, 1, 4 * width, size=size) for size in (0.0, 0.01))
+        self.qkv = draw(samples, level.side**2, 3 * width).chunk(3, dim=-1)
+        self.key, self.value = (
+            one.unflatten(-1, (level.heads, -1)).transpose(1, 2)
+            for one in draw(samples, level.tokens, 2 * width).chunk(2, dim=-1)
+        )
+        x, scale, shift = (
+            torch.randn(*one, device=device) for one in ((*shape, width), (samples, width), (samples, width))
+        )
+        self.stream, self.pending = Stream(x), Stream(x, self.last[0].layer.bias, scale, shift)
+        self.product = Product(self.normed, torch.rand(samples, device=device))
 
-    def chosen(few: Call, many: Call) -> tuple[Call, Call]:
-        return (few, many) if samples * level.side**2 <= fp8.FEW else (many, few)
-
-    def linear(given: Tensor, all_weights: Sequence[Weights]) -> Call:
+    def _linear(self, given: Tensor, all_weights: Sequence[Weights]) -> Call:
         return lambda i: F.linear(given, all_weights[i].layer.weight, all_weights[i].layer.bias)
 
-    def add(given: Tensor, all_weights: Sequence[Weights]) -> Call:
-        return lambda i: run.add_linear(stream, given, all_weights[i].layer)
+    def _added(self, given: Tensor, all_weights: Sequence[Weights]) -> Call:
+        return lambda i: self.run.add_linear(self.stream, given, all_weights[i].layer)
 
-    return [
-        Operation(
-            "convolution and norm",
-            lambda i: run.depthwise_norm(stream, convolution, dtype),
-            lambda i: run.depthwise_norm(stream, convolution, dtype, e4m3=True),
-        ),
-        Operation(
-            "MLP, first layer",
-            linear(normed, first),
-            *chosen(by_one(normed_e4m3, first), by_columns(normed_e4m3, first)),
-        ),
-        Operation(
-            "GELU and response",
-            lambda i: run.gelu_response(hidden, gamma, beta),
-            lambda i: run.gelu_response_e4m3(hidden, gamma, beta),
-        ),
-        Operation("MLP, last layer", add(hidden, last), product_of(hidden_e4m3, last), by_columns(hidden_e4m3, last)),
-        Operation(
-            "norm",
-            lambda i: run.norm(pending, dtype, next_linear=to_out[i].layer),
-            lambda i: run.norm(pending._replace(product=product), dtype, next_linear=to_out[i].layer, e4m3=True),
-        ),
-        Operation("q, k, v", linear(normed, to_qkv), by_columns(normed_e4m3, to_qkv), by_one(normed_e4m3, to_qkv)),
-        Operation("attention", lambda i: run.attention(*qkv, key, value), lambda i: run.attention(*qkv, key, value)),
-        Operation("attention, last layer", add(normed, to_out), add(normed, to_out), product_of(attended_e4m3, to_out)),
-    ]
+    def _by_columns(self, given: Tensor, all_weights: Sequence[Weights]) -> Call:
+        bias = [one.layer.bias for one in all_weights]
+        return lambda i: multiply_columns(given, *all_weights[i][1:], bias[i], self.dtype, 1 / self.factor)
+
+    def _by_one(self, given: Tensor, all_weights: Sequence[Weights]) -> Call:
+        bias = [one.layer.bias for one in all_weights]
+        return lambda i: multiply(given, *all_weights[i][1:], bias[i], self.dtype, 1 / self.factor)
+
+    def _product(self, given: Tensor, all_weights: Sequence[Weights]) -> Call:
+        return lambda i: multiply(given, *all_weights[i][1:], None, self.dtype)
+
+    def operations(self) -> list[Operation]:
+        """What the blocks call, in their order."""
+        run, dtype, normed, in_8_bits = self.run, self.dtype, self.normed, self.normed_e4m3
+        first = self._by_one(in_8_bits, self.first), self._by_columns(in_8_bits, self.first)
+        attention = partial(run.attention, *self.qkv, self.key, self.value)
+        with_product = self.pending._replace(product=self.product)
+        return [
+            Operation(
+                "convolution and norm",
+                lambda i: run.depthwise_norm(self.stream, self.convolution, dtype),
+                lambda i: run.depthwise_norm(self.stream, self.convolution, dtype, e4m3=True),
+            ),
+            Operation(
+                "MLP, first layer",
+                self._linear(normed, self.first),
+                *(first if self.rows <= fp8.FEW else reversed(first)),
+            ),
+            Operation(
+                "GELU and response",
+                lambda i: run.gelu_response(self.hidden, self.gamma, self.beta),
+                lambda i: run.gelu_response_e4m3(self.hidden, self.gamma, self.beta),
+            ),
+            Operation(
+                "MLP, last layer",
+                self._added(self.hidden, self.last),
+                self._product(self.hidden_e4m3, self.last),
+                self._by_columns(self.hidden_e4m3, self.last),
+            ),
+            Operation(
+                "norm",
+                lambda i: run.norm(self.pending, dtype, next_linear=self.to_out[i].layer),
+                lambda i: run.norm(with_product, dtype, next_linear=self.to_out[i].layer, e4m3=True),
+            ),
+            Operation(
+                "q, k, v",
+                self._linear(normed, self.to_qkv),
+                self._by_columns(in_8_bits, self.to_qkv),
+                self._by_one(in_8_bits, self.to_qkv),
+            ),
+            Operation("attention", lambda i: attention(), lambda i: attention()),
+            Operation(
+                "attention, last layer",
+                self._added(normed, self.to_out),
+                self._added(normed, self.to_out),
+                self._product(in_8_bits, self.to_out),
+            ),
+        ]
 
 
 @torch.no_grad()
@@ -200,12 +233,12 @@ def main(arguments: list[str] | None = None) -> None:
         for pictures in options.batches:
             # Stage C is guided; Stage B also with the authors' settings.
             for halves in (2,) if level.name == "Stage C" else (1, 2):
-                copies = min(max(-(-ROTATED // (8 * level.width**2)), 4), 64)
-                made = operations(level, halves * pictures, device, "triton", copies)
-                found = {one.name: seconds_of(one, copies, options.runs) for one in made}
+                copies = copies_of(level)
+                layer = Layer(level, halves * pictures, device, "triton", copies)
+                found = {one.name: seconds_of(one, copies, options.runs) for one in layer.operations()}
                 guided = ", guided" if halves == 2 else ""
                 print(table(f"{level.name}{guided}, batch {pictures}", level.layers, found), end="\n\n", flush=True)
-                del made
+                del layer
                 torch.cuda.empty_cache()
 
 

@@ -26,6 +26,9 @@ def begin() -> None:
     Until `end`, no garbage is collected. Imports make a million objects and next to no garbage; looking for it took 0.9 s of 5.7.
     """
     gc.disable()
+    # As torch does later, but CUDA's driver reads it when it is initialised. Set before there are threads: while one changes the
+    # environment, C code in another must not read it.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
     if hasattr(os, "posix_fadvise"):
         threading.Thread(target=read_ahead, name="read ahead", daemon=True).start()
     threading.Thread(target=wake_gpu, name="wake the GPU", daemon=True).start()
@@ -56,7 +59,6 @@ def wake_gpu() -> None:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:  # there is no such driver
         return
-    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # which torch sets, too, but the driver reads it now
     device, context = ctypes.c_int(), ctypes.c_void_p()
     number = int(wanted[1] or 0)
     if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), number) == 0:

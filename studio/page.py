@@ -1,29 +1,32 @@
-"""The page: where the form and the pictures are, and what its buttons do."""
+"""The page: its layout, and what its buttons do. What it asks for is read from `predict.py` (`fields`)."""
 
 import functools
 import html
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cog
 import gradio as gr
 from PIL import Image
 
-from cascade.limits import InputError
+from cascade.images.reading import read_picture
+from cascade.limits import ALPHA, InputError
 from serving.inputs import check_inputs
 from studio import views
-from studio.fields import FOLDS
-from studio.form import Form, Updates
-from studio.masks import before
+from studio.fields import BASIC, FOLDS, fold_for, inputs_of, named_in, read_fields
+from studio.masks import before, rectangle, strokes_of
 from studio.recall import recall
 from studio.session import Cancelled, Session
 
+NEW_SEED = "new each time"
 # What Enlarge asks for where the model has no ControlNet for it: image to image that changes little.
 ENLARGING = 0.2
 # What the buttons that put a picture into the form put it into.
 TARGETS = {"As image": "image", "As image prompt": "image_prompts", "As control": "control_images", "Inpaint": "brush"}
+Updates = dict[Any, Any]
 
 
 class Page:
@@ -35,7 +38,11 @@ class Page:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.fields = read_fields()
         self.running: defaultdict[str, set[threading.Event]] = defaultdict(set)
+        self.inputs: dict[str, gr.components.Component] = {}
+        self.notes: dict[str, gr.HTML] = {}
+        self.fold_of: dict[str, gr.Accordion] = {}
         self.blocks = gr.Blocks(title=self.title, analytics_enabled=False, fill_width=True)
         with self.blocks:
             self._lay_out()
@@ -48,21 +55,25 @@ class Page:
     # ---- what is where ----
 
     def _lay_out(self) -> None:
-        self.selected, self.form, self.dropped = gr.State(-1), Form(self.session), gr.State(None)
+        self.selected, self.recalled, self.dropped = gr.State(-1), gr.State({}), gr.State(None)
         gr.HTML(f"<h1>{html.escape(self.title)}</h1>", elem_id="title")
         with gr.Row(elem_id="ask"):
-            self.form.lay_out_prompt()
+            self._field("prompt", scale=5, autofocus=True, info=None, placeholder="What the picture shows")
             with gr.Column(scale=1, min_width=140, elem_id="go"):
                 self.make = gr.Button("Make", variant="primary", elem_id="make")
                 self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", visible=False)
-        self.form.lay_out_note("prompt")
+        self.notes["prompt"] = gr.HTML(visible=False, elem_id="prompt-note")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=3, min_width=320):
                 self._lay_out_pictures()
             with gr.Column(scale=2, min_width=320):
-                self.form.lay_out_basic()
-                self.form.lay_out_folds()
-                self._lay_out_recall()
+                with gr.Row(elem_id="basic"):
+                    for name in BASIC:
+                        hint = {"placeholder": NEW_SEED} if name == "seed" else {}
+                        self._field(name, info=None, min_width=90, **hint)
+                for name in BASIC:
+                    self.notes[name] = gr.HTML(visible=False, elem_id=f"{name}-note")
+                self._lay_out_folds()
                 self._lay_out_known()
 
     def _lay_out_pictures(self) -> None:
@@ -79,7 +90,17 @@ class Page:
         with gr.Accordion("Settings of this picture", open=False, visible=False) as self.said_fold:
             self.said = gr.HTML(elem_id="said")
 
-    def _lay_out_recall(self) -> None:
+    def _lay_out_folds(self) -> None:
+        for title in FOLDS:
+            mine = [name for name in self.fields if name not in ("prompt", *BASIC) and fold_for(name) == title]
+            with gr.Accordion(title, open=False, visible=self._has(title), elem_classes="fold") as fold:
+                for name in mine:
+                    if name == "mask":
+                        self._lay_out_brush()
+                    shape = "wide" if self.fields[name].is_wide else None
+                    self._field(name, visible=self._takes(name), elem_classes=shape)
+                    self.notes[name] = gr.HTML(visible=False, elem_id=f"{name}-note", elem_classes="wide")
+                    self.fold_of[name] = fold
         with gr.Accordion("Settings from a picture", open=True, elem_classes="fold"):
             self.drop = gr.File(
                 label="A picture that was made here", show_label=False, height=110, elem_id="drop", elem_classes="wide",
@@ -91,6 +112,17 @@ class Page:
                 elem_id="lacking", elem_classes="wide",
             )  # fmt: skip
 
+    def _lay_out_brush(self) -> None:
+        """Other ways to say the mask: a brush, the image's transparency, and for the keyboard, a rectangle."""
+        self.brush = gr.ImageEditor(
+            label="Paint the mask", type="pil", image_mode="RGBA", format="png", sources=(), transforms=(), layers=False,
+            brush=gr.Brush(colors=["#ffffff"], color_mode="fixed"), buttons=[], height=420, elem_id="brush", elem_classes="wide",
+        )  # fmt: skip
+        self.rectangle = gr.Textbox(
+            label="Mask a rectangle", info="Left, top, right, bottom in pixels of the image.", elem_id="rectangle"
+        )
+        self.alpha = gr.Checkbox(label="Repaint what is transparent in the image", elem_id="alpha")
+
     def _lay_out_known(self) -> None:
         known = self.session.service.vocabulary
         if known is None:
@@ -100,38 +132,61 @@ class Page:
             names = html.escape(", ".join(known.objects))
             gr.HTML(f"<p>It draws one object or two, and knows no other words than these: {words}.</p><p>{names}</p>")
 
+    def _field(self, name: str, **options: Any) -> None:
+        self.inputs[name] = self.fields[name].component(**options)
+
+    def _has(self, fold: str) -> bool:
+        """Whether the model has what the inputs of a fold need."""
+        cascade = self.session.service.cascade
+        needed = {
+            "Start from an image": cascade.effnet,
+            "Image prompts": cascade.image_prompts,
+            "Edges and other controls": cascade.controlnets,
+            "IP-Adapter": cascade.ip_adapter,
+        }
+        return fold not in needed or bool(needed[fold])
+
+    def _takes(self, name: str) -> bool:
+        service = self.session.service
+        needed = {
+            "upscale": "super_resolution" in service.cascade.controlnets,
+            "disable_safety_checker": service.safety is not None,
+        }
+        return needed.get(name, True)
+
     def _can(self, action: str) -> bool:
         folds = {"As image prompt": "Image prompts", "As control": "Edges and other controls"}
         folds |= dict.fromkeys(("As image", "Inpaint", "Enlarge"), "Start from an image")
-        return action not in folds or self.form.has(folds[action])
+        return action not in folds or self._has(folds[action])
 
     # ---- what happens when ----
 
     def _wire(self) -> None:
-        form = self.form
+        form = [*self.inputs.values(), self.rectangle, self.alpha, self.brush]
+        folds = [*dict.fromkeys(self.fold_of.values())]
         picture = [
             *(self.view, self.slider, self.compare, self.status, self.actions, self.download, self.gallery),
             *(self.said, self.said_fold, self.selected),
         ]
         making = {
             "fn": self._make,
-            "inputs": [form.recalled, self.selected, *form.components],
-            "outputs": [*picture, self.make, self.cancel, *form.notes.values(), *form.folds],
+            "inputs": [self.recalled, self.selected, *form],
+            "outputs": [*picture, self.make, self.cancel, *self.notes.values(), *folds],
             "concurrency_limit": None,  # the session lets one run; what is wrong with another is shown at once
             "show_progress": "hidden",
         }
         quick = {"show_progress": "hidden", "queue": False}
-        gr.on([self.make.click, form.inputs["prompt"].submit], **making).then(js="() => window.studio.keepFocus()")
+        gr.on([self.make.click, self.inputs["prompt"].submit], **making).then(js="() => window.studio.keepFocus()")
         self.cancel.click(self._cancel, **quick)
         self.gallery.select(self._select, None, picture, **quick)
         self.compare.input(views.compared, self.compare, self.slider, **quick)
         for name in ("image", "mask"):
-            image, seen = form.inputs[name], [form.inputs[name], form.notes[name], form.brush]
+            image, seen = self.inputs[name], [self.inputs[name], self.notes[name], self.brush]
             # Unprocessed: Gradio would open the file, and have no useful message for one that is not a picture.
-            image.input(functools.partial(form.look, name), image, seen, preprocess=False, **quick)
+            image.input(functools.partial(self._look, name), image, seen, preprocess=False, **quick)
 
-        filling = [*form.components, form.recalled, *form.folds]
-        lists = [form.inputs["image_prompts"], form.inputs["control_images"]]
+        filling = [*form, self.recalled, *folds]
+        lists = [self.inputs["image_prompts"], self.inputs["control_images"]]
         for name, button in self.does.items():
             act = getattr(self, f"_{name.lower().replace(' ', '_')}")
             filled = button.click(act, [self.selected, *lists], filling, **quick)
@@ -149,9 +204,9 @@ class Page:
         cancelled, mine = threading.Event(), self.running[request.session_hash]
         mine.add(cancelled)
         idle = {self.make: gr.update(visible=True), self.cancel: gr.update(visible=False)}
-        clean = {note: gr.update(visible=False) for note in (*self.form.notes.values(), self.status)}
+        clean = {note: gr.update(visible=False) for note in (*self.notes.values(), self.status)}
         try:
-            given = self.form.given(recalled, values)
+            given = self._given(recalled, values)
             check_inputs(given)
             yield clean | self._unknown(given["prompt"]) | self._busy()
             for state in self.session.make(given, cancelled):
@@ -165,6 +220,15 @@ class Page:
         finally:
             mine.discard(cancelled)
 
+    def _given(self, recalled: Mapping[str, Any], values: Sequence[Any]) -> dict[str, Any]:
+        """The inputs that the form says."""
+        *values, corners, alpha, painted = values
+        given = inputs_of(self.fields, dict(zip(self.inputs, values, strict=True)), recalled)
+        mask = rectangle(corners, given["image"]) if (corners or "").strip() else strokes_of(painted)
+        if alpha or mask is not None:
+            given["mask"] = ALPHA if alpha else cog.Path(self.session.keep_drawn(mask))
+        return given
+
     def _busy(self) -> Updates:
         return {
             self.view: gr.update(value=views.BEGUN, visible=True),
@@ -177,11 +241,15 @@ class Page:
         known = self.session.service.vocabulary
         unknown = known.unknown(prompt) if known else []
         text = f"{self.title} does not know: {', '.join(unknown)}."
-        return {self.form.notes["prompt"]: views.beside(text)} if unknown else {}
+        return {self.notes["prompt"]: views.beside(text)} if unknown else {}
 
     def _wrong(self, error: str) -> Updates:
         """An error, beside the input that it names."""
-        return self.form.wrong(error) or {self.status: views.beside(error, "error")}
+        name = named_in(self.fields, error)
+        if name is None:
+            return {self.status: views.beside(error, "error")}
+        opened = {self.fold_of[name]: gr.update(open=True)} if name in self.fold_of else {}
+        return {self.notes[name]: views.beside(error, "error")} | opened
 
     def _shown(self, at: int) -> Updates:
         """The gallery, and one of its pictures in full; none at -1."""
@@ -196,7 +264,7 @@ class Page:
                 old = self.session.keep_drawn(before(source, one.given["outpaint"], *picture.size))
             slider = gr.update(value=(str(old), str(one.path)), slider_position=views.SIDES["Both"], visible=True)
         newest_first = [(str(each.path), each.given["prompt"]) for each in reversed(made)]
-        defaults = {name: field.default for name, field in self.form.fields.items()}
+        defaults = {name: field.default for name, field in self.fields.items()}
         return {
             self.view: gr.update(value=views.finished(one), visible=source is None),
             self.slider: slider,
@@ -223,13 +291,47 @@ class Page:
         for one in tuple(self.running[request.session_hash]):
             one.set()
 
+    def _look(self, name: str, file: dict[str, Any] | None) -> Updates:
+        """An image was chosen or removed: lay it under the brush, or remove a file that is not a picture, and say so."""
+        updates = {self.notes[name]: gr.update(visible=False)}
+        path = file and file["path"]
+        try:
+            if path is not None:
+                read_picture(Path(path), name, needed=lambda *_: (1, 1))
+        except ValueError as error:
+            path = None
+            updates = {self.notes[name]: views.beside(str(error), "error"), self.inputs[name]: None}
+        return updates | ({self.brush: views.laid(path)} if name == "image" else {})
+
     # ---- what a picture is good for ----
 
+    def _filled(self, inputs: Mapping[str, Any], exact: Mapping[str, Any]) -> Updates:
+        """The form with these inputs, and the defaults of the others. `exact`: those without images, see `inputs_of`."""
+        values = {name: inputs.get(name, field.default) for name, field in self.fields.items()}
+        values["prompt"] = inputs.get("prompt", "")
+        alpha = values["mask"] == ALPHA
+        values["mask"] = None if alpha else values["mask"]
+        opened = [name for name, field in self.fields.items() if field.is_file and values[name]]
+        return {
+            **{self.inputs[name]: gr.update(value=self.fields[name].shown(value)) for name, value in values.items()},
+            **{self.fold_of[name]: gr.update(open=True) for name in opened},
+            self.rectangle: "",
+            self.alpha: alpha,
+            self.brush: views.laid(self.fields["image"].shown(values["image"])),
+            self.recalled: dict(exact),
+        }
+
+    def _with(self, **values: Any) -> Updates:
+        """The form with other values of some inputs."""
+        fold = self.fold_of[next(iter(values))]
+        filled = {self.inputs[name]: gr.update(value=self.fields[name].shown(value)) for name, value in values.items()}
+        return filled | {fold: gr.update(open=True)}
+
     def _again(self, at: int, *_: Any) -> Updates:
-        return self.form.filled(self.session.made[at].given)
+        return self._with_all(self.session.made[at].given)
 
     def _another_seed(self, at: int, *_: Any) -> Updates:
-        return self.form.filled({**self.session.made[at].given, "seed": None})
+        return self._with_all({**self.session.made[at].given, "seed": None})
 
     def _enlarge(self, at: int, *_: Any) -> Updates:
         """Twice the size: by its ControlNet, or else as image to image that changes little."""
@@ -239,41 +341,40 @@ class Page:
         needs_images = tuple(beginning for fold in FOLDS for beginning in FOLDS[fold] if fold != "LoRAs")
         given = {name: value for name, value in made.given.items() if not name.startswith(needs_images)}
         given |= {"image": made.path, "seed": made.seed, "num_images": 1, "width": None, "height": None}
-        if self.form.takes("upscale"):
-            return self.form.filled({**given, "upscale": True, "guidance_scale_prior": None})
-        return self.form.filled({**given, "width": 2 * width, "height": 2 * height, "prompt_strength": ENLARGING})
+        if self._takes("upscale"):
+            return self._with_all({**given, "upscale": True, "guidance_scale_prior": None})
+        return self._with_all({**given, "width": 2 * width, "height": 2 * height, "prompt_strength": ENLARGING})
+
+    def _with_all(self, given: Mapping[str, Any]) -> Updates:
+        return self._filled(given, {name: value for name, value in given.items() if not self.fields[name].is_file})
 
     def _as_image(self, at: int, *_: Any) -> Updates:
         image = self.session.made[at].path
-        return self.form.changed(image=image) | {self.form.brush: views.laid(str(image))}
+        return self._with(image=image) | {self.brush: views.laid(str(image))}
 
     def _inpaint(self, at: int, *_: Any) -> Updates:
         image = self.session.made[at].path
-        changed = self.form.changed(image=image, mask=None, outpaint=None, upscale=False, width=None, height=None)
-        return changed | {
-            self.form.rectangle: "",
-            self.form.alpha: False,
-            self.form.brush: views.laid(str(image)),
-        }
+        cleared = {self.rectangle: "", self.alpha: False, self.brush: views.laid(str(image))}
+        return self._with(image=image, mask=None, outpaint=None, upscale=False, width=None, height=None) | cleared
 
     def _as_image_prompt(self, at: int, prompts: Any, _: Any) -> Updates:
-        return self.form.changed(image_prompts=[*paths_of(prompts), self.session.made[at].path])
+        return self._with(image_prompts=[*paths_of(prompts), self.session.made[at].path])
 
     def _as_control(self, at: int, _: Any, controls: Any) -> Updates:
-        return self.form.changed(control_images=[*paths_of(controls), self.session.made[at].path])
+        return self._with(control_images=[*paths_of(controls), self.session.made[at].path])
 
     # ---- settings from a file ----
 
     def _drop(self, file: str) -> Updates:
         """Bring back the settings of a picture, and ask for the images that the session lacks."""
         try:
-            found = recall(self.session, Path(file), self.form.fields)
+            found = recall(self.session, Path(file), self.fields)
         except InputError as error:
             return {self.drop_note: views.beside(str(error), "error"), self.lacking: gr.update(visible=False)}
         lacking = [f"{name} (sha256 {digest[:12] or 'not recorded'})" for name, digest in found.lacking]
         asked = f"It was made from images that are not here: {', '.join(lacking)}. Drop them below." if lacking else ""
         text = " ".join((f"The settings of {Path(file).name} are back.", *found.remarks, asked)).strip()
-        return self.form.filled(found.inputs, found.exact) | {
+        return self._filled(found.inputs, found.exact) | {
             self.drop: None,  # ready for the next
             self.dropped: file,
             self.drop_note: views.beside(text),
@@ -282,7 +383,7 @@ class Page:
 
     def _add(self, dropped: str, files: Sequence[str]) -> Updates:
         """Keep the images that a dropped picture was made from; say which are not among them."""
-        wanted = {digest for _, digest in recall(self.session, Path(dropped), self.form.fields).lacking}
+        wanted = {digest for _, digest in recall(self.session, Path(dropped), self.fields).lacking}
         others = [Path(file).name for file in files if self.session.keep(Path(file))[1] not in wanted]
         updates = self._drop(dropped)
         if others:

@@ -134,3 +134,17 @@ def test_there_is_no_circle() -> None:
         for name in free:
             del left[name]
     assert left == {}
+
+
+def test_networks_on_the_meta_device_are_made_without_values() -> None:
+    """Else torch imports its compiler, in a second of a processor, see `networks.base.without_values`."""
+    blocks = [
+        (name, [ast.unparse(item.context_expr) for item in node.items])
+        for name in MODULES
+        if name.startswith(("cascade.", "serving."))
+        for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8")))
+        if isinstance(node, ast.With)
+    ]
+    devices = [(name, items) for name, items in blocks if any(item.startswith("torch.device(") for item in items)]
+    assert devices
+    assert [name for name, items in devices if not {"without_values()", "empty"} & set(items)] == []

@@ -131,7 +131,10 @@ def test_e4m3_is_as_exact_as_it_can_be() -> None:
 
 
 @pytest.mark.slow
-def test_eight_bits(tmp_path: Path) -> None:
+def test_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few times and shares, because each is a prediction, or pictures, more."""
+    monkeypatch.setattr(benchmark_eight_bits, "TIMES", (0.5,))
+    monkeypatch.setattr(benchmark_eight_bits, "SHARES", (0.5, 1.0))
     cascade = Cascade.load(MINI, "cpu", torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in cascade.prior.state_dict().items()}
     found = benchmark_eight_bits.miniature(cascade, ["a red apple", "two dogs"])
@@ -149,7 +152,7 @@ def test_eight_bits(tmp_path: Path) -> None:
         assert f"| bfloat16 | {100 * bfloat16:.3f} | 1.0 |" in text
         assert bfloat16 < one.error(one.in_fp8()) < rounded
     drawings = load_drawings(pack(["apple", "dog", "cat", "house", "boat", "sun"], tmp_path / "drawings.zip"))
-    prompts = make_prompts(drawings[1], STYLES, 0, 4, 2)
+    prompts = make_prompts(drawings[1], STYLES, 0, 2, 1)
     drawn = benchmark_eight_bits.draw_all(cascade, found, prompts, drawings, {"steps_prior": 2, "steps_decoder": 1})
     table = benchmark_eight_bits.picture_table(drawn).splitlines()
     assert len({line.count("|") for line in table}) == 1
@@ -161,9 +164,10 @@ def test_eight_bits(tmp_path: Path) -> None:
 
 
 def test_operations_in_fp8() -> None:
-    """Each computes in fp8 what it does in bfloat16, nearly: as far as their inputs are the same."""
+    """All run. Products of the same inputs are nearly those in bfloat16, in either form."""
     level = benchmark_fp8.Level("small", 32, 2, 3, 5, 7)
-    made = benchmark_fp8.operations(level, 2, torch.device("cpu"), "plain", copies=2)
+    with torch.no_grad():
+        made = benchmark_fp8.Layer(level, 2, torch.device("cpu"), "plain", copies=2).operations()
     found = {}
     for one in made:
         for call in one[1:]:
@@ -178,7 +182,10 @@ def test_operations_in_fp8() -> None:
     assert table[-1] == "| 7 layers, ms | 0.1 | 0.1 | |"
     for name in ("MLP, first layer", "q, k, v"):
         (one,) = (one for one in made if one.name == name)
-        assert one.bfloat16(0).shape == one.fp8(0).shape == one.other(0).shape
+        exact = one.bfloat16(0).float()
+        for product in (one.fp8(0), one.other(0)):
+            assert product.shape == exact.shape
+            assert 0 < (product - exact).norm() / exact.norm() < 0.06
 
 
 @pytest.fixture

@@ -131,6 +131,33 @@ def test_the_picture_that_nobody_asked_for_ends_when_somebody_asks(
     assert (read(run(predictor, **TINY, seed=1)[0]) == made).all()
 
 
+def test_a_prediction_begins_when_the_picture_that_nobody_asked_for_has_ended(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that fails at once: after an error, the GPU is asked whether it works, which breaks the capture of a graph."""
+    service = predictor.service
+    ended, touched = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def unasked() -> None:
+        service._asked.wait(60)
+        touched.wait(0.3)
+        ended.set()
+
+    def noted(*_: Any) -> None:
+        seen.append(ended.is_set())
+        touched.set()
+        raise ValueError("no previewer")
+
+    monkeypatch.setattr(service, "_asked", threading.Event())
+    monkeypatch.setattr(service, "_make", noted)
+    monkeypatch.setattr(service, "_look_after_gpu", lambda: seen.append(ended.is_set()))
+    service.model_thread.submit(unasked)
+    with pytest.raises(ValueError, match="no previewer"):
+        run(predictor, **TINY)
+    assert seen == [True, True]
+
+
 def test_a_picture_that_nobody_asked_for_may_fail(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

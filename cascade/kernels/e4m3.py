@@ -7,7 +7,6 @@ e4m3 has 3 bits of mantissa from 2**-6 to 448. How exactly a scale fits the valu
 times too large change no error of a prediction. So no pass over activations looks for their largest value.
 """
 
-import functools
 import math
 
 import torch
@@ -91,12 +90,15 @@ def _multiply_in_float32(
     return (made if bias is None else made + bias).to(dtype)
 
 
+# By device, value and rows. Never freed: graphs have their addresses.
+_constants: dict[tuple[torch.device, float, int], Tensor] = {}
+
+
 def _constant(device: torch.device, value: float, rows: int) -> Tensor:
     """float32 (rows, 1), each of this value. It keeps its address, for CUDA graphs."""
-    return _constants(device, value, 1 << (rows - 1).bit_length())[:rows]
-
-
-@functools.cache
-def _constants(device: torch.device, value: float, rows: int) -> Tensor:
-    # From the host, so that it is there on every stream when this returns.
-    return torch.full((rows, 1), value, dtype=torch.float32).to(device)
+    key = (device, value, 1 << (rows - 1).bit_length())
+    if key not in _constants:
+        # From the host, so that it is there on every stream when this returns. If several threads make one at the same time, all
+        # use the first: a graph may have captured its address.
+        _constants.setdefault(key, torch.full((key[2], 1), value, dtype=torch.float32).to(device))
+    return _constants[key][:rows]

@@ -8,6 +8,7 @@ sizes, and the graphs that depend on no size, such as the text encoder's.
 
 import contextlib
 import logging
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from cascade.kernels.parallel import without_collection
 from cascade.networks.protocol import UNet
 from cascade.networks.unet import Conditions, StableCascadeUNet
 from cascade.running.errors import is_out_of_memory
@@ -51,6 +53,11 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+# One capture at a time: models that several threads use share the stream, and before a capture, its thread waits for the whole
+# device, which would break another capture. Nor is garbage collected meanwhile, because to free pinned weights waits, too.
+_capturing = threading.RLock()
+
+
 class CapturedGraph:
     """A CUDA graph, with inputs and outputs at fixed addresses.
 
@@ -66,6 +73,10 @@ class CapturedGraph:
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], pool: tuple[int, int]) -> None:
+        with _capturing, without_collection:
+            self._capture(function, inputs, pool)
+
+    def _capture(self, function: Function, inputs: Sequence[Tensor], pool: tuple[int, int]) -> None:
         device = inputs[0].device
         self.inputs = tuple(tensor.clone() for tensor in inputs)
         self.given = [weakref.ref(tensor) for tensor in inputs]

@@ -71,7 +71,8 @@ def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
     # In one thread alone, see `WithoutProducts`, so that cuBLAS has started before the first picture.
     one = torch.zeros(SIDE, SIDE, device=vqgan.device, dtype=vqgan.dtype)
     torch.mm(one, one)
-    torch.cuda.synchronize(vqgan.device)
+    # Not the whole device: that would break a graph that another model of this process is capturing.
+    torch.cuda.current_stream(vqgan.device).synchronize()
     taken = time.perf_counter() - start
     logger.info("Prepared the kernels of %d blocks in %.1f s: %s.", len(jobs), taken, origin(vqgan.device))
 

@@ -14,7 +14,7 @@ from cascade.weights.errors import WeightsError
 from cascade.weights.fitting import misfit
 from cascade.weights.folder import ModelFolder
 from cascade.weights.hashing import sha256
-from cascade.weights.making import check_channels, empty_network
+from cascade.weights.making import check_channels, empty_network, make
 from cascade.weights.published import Part
 from cascade.weights.reading import read_header
 from cascade.weights.variants import controlnet_config
@@ -68,8 +68,7 @@ def check_content(download: Path, part: Part) -> None:
     elif part.dtype is None:
         ModelFolder.open(download).load_component(part.component)
     elif part.is_checkpoint:
-        with torch.device("meta"):
-            check_tensors(files[0], NETWORKS[part.component](), part.dtype)
+        check_tensors(files[0], make(NETWORKS[part.component], {}), part.dtype)
     else:
         config, weights = files
         check_tensors(weights, empty_network(part.component, config), part.dtype)
@@ -86,8 +85,7 @@ def controlnet_of(file: Path, component: str) -> ControlNet:
     except ValueError as error:
         raise WeightsError(f"{file} holds no published ControlNet. {error}") from error
     check_channels(file, component, config["in_channels"])
-    with torch.device("meta"):
-        return ControlNet(**config)
+    return make(ControlNet, config)
 
 
 def check_tensors(weights: Path, network: nn.Module, dtype: str) -> None:

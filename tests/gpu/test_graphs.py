@@ -1,19 +1,23 @@
-"""Captures that fail: the work is done all the same, and the next capture succeeds."""
+"""Captures that fail: the work is done all the same, and the next capture succeeds. And what must not happen during one."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cascade.guides.controls import Control
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.running.errors import is_lost, is_out_of_memory
 from cascade.running.graphs import GraphCache
+from cascade.running.packing import HostWeights
 
 SMALL = {"width": 128, "height": 128, "steps_prior": 2, "steps_decoder": 2}
 
@@ -80,6 +84,50 @@ def assert_captured_well(graphs: GraphCache) -> None:
             x = torch.rand(size, device="cuda", generator=torch.Generator("cuda").manual_seed(size))
             torch.testing.assert_close(graphs.run(("work", id(calls)), work, x), work(x))
         assert len(calls) == 2 + 3  # once before and once in the capture; and those to compare with
+
+
+def test_threads_capture_one_after_the_other() -> None:
+    """Two models of a process, each used by a thread of its own."""
+
+    def work(number: int) -> None:
+        graphs = GraphCache()
+        for size in range(1, 21):
+            x = torch.full((64 * size,), float(number + 1), device="cuda")
+            for _ in range(2):
+                made = graphs.run(("work", size), lambda x: (x[:, None] * x[None]).sum(dim=0), x)
+                torch.testing.assert_close(made, x.square() * len(x))
+        assert len(graphs) == 20
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(work, range(2)))
+
+
+def test_garbage_that_is_pinned_is_not_freed_during_a_capture(
+    graphs: GraphCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[bool] = []
+
+    def work(x: Tensor) -> Tensor:
+        objects = [[] for _ in range(300_000)]
+        seen.append(freed() is None)
+        return x + 0 * len(objects)
+
+    x, thresholds = torch.ones(3, device="cuda"), gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(100_000)  # objects, which only `work` makes
+    try:
+        packed = HostWeights(nn.Linear(10, 10), pin=True)
+        packed.itself = packed
+        freed = weakref.ref(packed)
+        del packed
+        for _ in range(2):
+            torch.testing.assert_close(graphs.run("work", work, x), x)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert seen == [False, False]
+    assert not caplog.records
+    gc.collect()
+    assert freed() is None
 
 
 @pytest.mark.parametrize("function", FAILING)

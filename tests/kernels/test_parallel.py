@@ -57,3 +57,21 @@ def test_collection_that_was_off_stays_off() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_collection_stays_off_until_the_last_has_ended() -> None:
+    """When two models are loaded at the same time."""
+    first_ended, second_began = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def second() -> None:
+        second_began.set()
+        assert first_ended.wait(60)
+        seen.append(gc.isenabled())
+
+    other = threading.Thread(target=parallel.in_threads, args=([second],))
+    parallel.in_threads([other.start, lambda: second_began.wait(60)])
+    first_ended.set()
+    other.join()
+    assert seen == [False]
+    assert gc.isenabled()

@@ -236,26 +236,24 @@ def test_shapes_that_gpus_cannot_multiply_stay_as_they_are(widths: tuple[int, in
 
 
 def test_the_published_networks() -> None:
-    """Nine tenths of Stage C's weights, and 7.0 GiB in all that a picture needs, with Stage A's 0.04."""
+    """Four fifths of Stage C's weights are multiplied in e4m3. What a picture needs is as large as docs/experiments.md says."""
     total = 0.0
-    for name, share in (("prior", 0.8), ("decoder", 0.75), ("text_encoder", 0), ("vqgan", 0)):
+    # Levels without attention are those of Stage B at the highest resolutions.
+    without_attention = {"prior": (), "decoder": ("down_blocks.0.", "down_blocks.1.", "up_blocks.2.", "up_blocks.3.")}
+    for name, share in (("prior", 0.8), ("decoder", 0.77), ("text_encoder", 0), ("vqgan", 0)):
         variant = next(one for one in VARIANTS if one.name == name)
         network = make_empty(variant.network, variant.config).to(torch.bfloat16)
+        shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
         fast = in_eight_bits_of(network, name, "fp8")
         sizes = [parameter.numel() for parameter in fast.parameters() if parameter.dtype == E4M3]
         assert sum(sizes) >= share * sum(parameter.numel() for parameter in network.parameters())
         total += sum(parameter.nbytes for parameter in fast.parameters())
-    assert total < 7.4 * 2**30
-    for name in ("prior", "decoder"):
-        variant = next(one for one in VARIANTS if one.name == name)
-        state = make_empty(variant.network, variant.config).state_dict()
-        shapes = {key: tensor.shape for key, tensor in state.items()}
-        forms = forms_of(shapes, name, "fp8")
-        left = rounded_names(shapes, name) - forms.keys()
-        kept = {one for one in left if "to_out" not in one and not one.startswith(("down_blocks.0", "down_blocks.1"))}
-        skips = {"prior": ["up_blocks.1.0"], "decoder": ["up_blocks.1.0"]}[name]
-        kept = {one for one in kept if name == "prior" or not one.startswith(("up_blocks.2", "up_blocks.3"))}
-        assert kept == {f"{one}.channelwise.{number}.weight" for one in skips for number in (0, 4)}
+        if name in without_attention:
+            left = rounded_names(shapes, name) - forms_of(shapes, name, "fp8").keys()
+            left = {one for one in left if "to_out" not in one and not one.startswith(without_attention[name])}
+            # The ResBlock with a skip connection.
+            assert left == {f"up_blocks.1.0.channelwise.{number}.weight" for number in (0, 4)}
+    assert round(total / 2**30, 2) == 6.20
 
 
 @STAGES

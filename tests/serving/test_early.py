@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,6 @@ def test_the_gpu_that_is_woken(wanted: str, number: int, monkeypatch: pytest.Mon
     driver = Driver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     monkeypatch.setenv("CASCADE_DEVICE", wanted)
-    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
     early.wake_gpu()
     assert driver.calls == [("cuInit", 0), ("cuDeviceGet", number), ("cuDevicePrimaryCtxRetain", 10 + number)]
 
@@ -99,7 +99,6 @@ def test_no_gpu_is_woken_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_that_does_not_wake_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CASCADE_DEVICE", raising=False)
-    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
     for failing, calls in (("cuInit", 1), ("cuDeviceGet", 2), ("cuDevicePrimaryCtxRetain", 3)):
         driver = Driver(failing)
         monkeypatch.setattr(ctypes, "CDLL", lambda name, driver=driver: driver)
@@ -107,6 +106,22 @@ def test_a_gpu_that_does_not_wake_is_left_to_torch(monkeypatch: pytest.MonkeyPat
         assert len(driver.calls) == calls
     monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     early.wake_gpu()
+
+
+def test_threads_find_the_environment_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """To change it while C code reads it may crash."""
+    monkeypatch.setenv("CASCADE_WEIGHTS", str(tmp_path))
+    monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
+    started: list[str | None] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda self: started.append(os.environ.get("CUDA_MODULE_LOADING")))
+    early.begin()
+    early.end()
+    assert started
+    assert set(started) == {"LAZY"}
+    before = dict(os.environ)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    early.wake_gpu()
+    assert dict(os.environ) == before
 
 
 def test_no_garbage_is_looked_for_in_what_was_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_a_picture_is_made_into_others(opened: Page, session: Session) -> None:
 def test_the_page_has_what_the_model_has(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     def folds_and_buttons() -> tuple[set[str], set[str]]:
         page = Layout(session)
-        folds = {fold.label for fold in page.form.fold_of.values() if fold.visible}
+        folds = {fold.label for fold in page.fold_of.values() if fold.visible}
         return folds, {name for name, button in page.does.items() if button.visible}
 
     monkeypatch.setattr(session.service.cascade, "ip_adapter", None)
