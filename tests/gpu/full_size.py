@@ -35,7 +35,7 @@ LATENT_DEVIATION, PIXEL_DEVIATION = 10.0, 0.2  # of what goes into Stage A, abou
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """The configuration of a published network, by its name in `single_file.VARIANTS`."""
+    """The configuration of a published network, by its name in `variants.VARIANTS`."""
     return next(variant.config for variant in VARIANTS if variant.name == name)
 
 

@@ -9,11 +9,11 @@ import torch
 from cascade import Cascade, Lora, Request
 from cascade.kernels import load, plain
 from cascade.networks.eight_bits import quantise
-from cascade.networks.precisions import precision_in
+from cascade.networks.precisions import IN_8_BITS, precision_in
 from cascade.running.graphs import GraphCache, GraphedUNet
 from cascade.weights import ModelFolder
 from scripts.stand_ins import shapes_of, write_lora
-from tests.components import in_eight_bits_of, restored_from
+from tests.components import equal, in_eight_bits_of, restored_from
 from tests.conftest import MINI
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
@@ -92,8 +92,9 @@ def test_graphs_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("memory", ["resident", "offload", "stream"])
-def test_loras_come_and_go(memory: str, tmp_path: Path) -> None:
-    cascade = Cascade.load(MINI, CUDA, "bfloat16", memory=memory, precision="int8")
+@pytest.mark.parametrize("precision", IN_8_BITS)
+def test_loras_come_and_go(memory: str, precision: str, tmp_path: Path) -> None:
+    cascade = Cascade.load(MINI, CUDA, "bfloat16", memory=memory, precision=precision)
     path = write_lora(tmp_path / "one.safetensors", shapes_of(MINI), 4, size=0.2)
     before = cascade.generate(REQUEST)
     other = cascade.generate(Request(REQUEST.prompt, width=256, height=256, seed=3, loras=[Lora(path)]))
@@ -102,11 +103,12 @@ def test_loras_come_and_go(memory: str, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(before[0]), np.asarray(after[0]))
 
 
-def test_the_base_is_restored_to_the_bit(tmp_path: Path) -> None:
-    cascade = Cascade.load(MINI, CUDA, "bfloat16", memory="resident", precision="int8")
+@pytest.mark.parametrize("precision", IN_8_BITS)
+def test_the_base_is_restored_to_the_bit(precision: str, tmp_path: Path) -> None:
+    cascade = Cascade.load(MINI, CUDA, "bfloat16", memory="resident", precision=precision)
     path = write_lora(tmp_path / "one.safetensors", shapes_of(MINI), 4, size=0.2)
     cascade.generate(Request("a", width=64, height=64, steps_prior=1, steps_decoder=1, loras=[Lora(path)]))
     cascade.generate(Request("a", width=64, height=64, steps_prior=1, steps_decoder=1))
-    fresh = ModelFolder.open(MINI).load_component("prior", device=CUDA, dtype=torch.bfloat16, precision="int8")
+    fresh = ModelFolder.open(MINI).load_component("prior", device=CUDA, dtype=torch.bfloat16, precision=precision)
     for key, tensor in fresh.state_dict().items():
-        assert torch.equal(cascade.prior.state_dict()[key], tensor), key
+        assert equal(cascade.prior.state_dict()[key], tensor), key

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade import Cascade, Lora, Request, kernels
+from cascade import Cascade, Request, kernels
 from cascade.kernels import plain
 from cascade.kernels.e4m3 import CAPABILITY, E4M3, in_e4m3, multiply, multiply_columns, norm_factor
 from cascade.kernels.layers import put_channels_side_by_side
@@ -21,12 +21,12 @@ from cascade.networks.precisions import precision_in
 from cascade.networks.unet import StableCascadeUNet
 from cascade.running.graphs import GraphCache, GraphedUNet
 from cascade.running.placement import GIB
-from cascade.weights import ModelFolder
 from miniature.icons import STYLES, load_objects
 from miniature.prompts import make_prompts
-from scripts.stand_ins import NEEDED, shapes_of, write_lora, write_stand_ins
+from scripts.stand_ins import NEEDED, write_stand_ins
 from tests.components import equal, in_eight_bits_of
 from tests.conftest import MINI
+from tests.gpu.drawing import draw, error
 from tests.gpu.full_size import make_unet, published_config, random_conditions
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
@@ -59,14 +59,6 @@ pytestmark = [
 @pytest.fixture
 def triton() -> ModuleType:
     return kernels.load("triton")
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
 
 
 def close(made: Tensor, wanted: Tensor) -> None:
@@ -241,27 +233,6 @@ def test_no_pass_of_its_own_rounds_or_scales_activations() -> None:
             torch.cuda.synchronize()
         counts[precision] = sum(event.count for event in profile.key_averages() if "at::native" in event.key)
     assert 0 < counts["fp8"] <= counts["full"]
-
-
-@pytest.mark.parametrize("memory", ["resident", "offload", "stream"])
-def test_loras_come_and_go(memory: str, tmp_path: Path) -> None:
-    cascade = Cascade.load(MINI, CUDA, "bfloat16", memory=memory, precision="fp8")
-    path = write_lora(tmp_path / "one.safetensors", shapes_of(MINI), 4, size=0.2)
-    before = cascade.generate(REQUEST)
-    other = cascade.generate(Request(REQUEST.prompt, width=256, height=256, seed=3, loras=[Lora(path)]))
-    assert np.abs(np.asarray(before[0], np.int16) - np.asarray(other[0], np.int16)).mean() > 1
-    after = cascade.generate(REQUEST)
-    assert np.array_equal(np.asarray(before[0]), np.asarray(after[0]))
-
-
-def test_the_base_is_restored_to_the_bit(tmp_path: Path) -> None:
-    cascade = Cascade.load(MINI, CUDA, "bfloat16", memory="resident", precision="fp8")
-    path = write_lora(tmp_path / "one.safetensors", shapes_of(MINI), 4, size=0.2)
-    cascade.generate(Request("a", width=64, height=64, steps_prior=1, steps_decoder=1, loras=[Lora(path)]))
-    cascade.generate(Request("a", width=64, height=64, steps_prior=1, steps_decoder=1))
-    fresh = ModelFolder.open(MINI).load_component("prior", device=CUDA, dtype=torch.bfloat16, precision="fp8")
-    for key, tensor in fresh.state_dict().items():
-        assert equal(cascade.prior.state_dict()[key], tensor), key
 
 
 def test_float16_stays_full() -> None:

@@ -23,6 +23,7 @@ from cascade.request import Request
 from cascade.running.graphs import SIZES, GraphCache, GraphedUNet
 from miniature.icons import STYLES, load_objects
 from miniature.prompts import make_prompts
+from tests.gpu.drawing import draw, error
 from tests.gpu.full_size import make_unet, published_config, random_conditions
 
 ROOT = Path(__file__).parents[2]
@@ -42,14 +43,6 @@ def no_grad():
 @pytest.fixture
 def triton() -> ModuleType:
     return kernels.load("triton")
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
 
 
 def streams(batch: int, height: int, width: int, channels: int, dtype: torch.dtype) -> list[Stream]:

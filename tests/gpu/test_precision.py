@@ -25,6 +25,7 @@ from cascade.stages.prior import prior_steps
 from cascade.stages.text import TextEmbeddings
 from tests.components import make_text_encoder, make_tokenizer
 from tests.diffusers_pipelines import make_pipelines, twin
+from tests.gpu.drawing import error
 from tests.gpu.full_size import make_stage_a, make_unet, published_config, random_conditions
 
 HEIGHT = WIDTH = 1024
@@ -163,11 +164,6 @@ def draw_in_float32(shape: Any, *, dtype: torch.dtype | None = None, **options: 
     and diffusers' error would be that of another picture.
     """
     return randn_tensor(shape, dtype=torch.float32, **options).to(dtype)
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative, in the Euclidean norm."""
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.fixture(scope="module")
