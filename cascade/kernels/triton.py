@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from triton.runtime import driver
 
 from cascade.kernels import compiled, plain
-from cascade.kernels.e4m3 import E4M3
-from cascade.kernels.e4m3 import norm_factor as _norm_factor
+from cascade.kernels import e4m3 as _e4m3
 from cascade.kernels.layers import is_hooked, is_ordinary, is_readable
 from cascade.kernels.plain import linear as linear
 from cascade.kernels.stream import Stream
@@ -26,8 +25,8 @@ from cascade.kernels.stream import Stream
 compiled.use_launchers()
 
 EPS = tl.constexpr(1e-6)
-LARGEST = tl.constexpr(448.0)  # of e4m3
-SMALLEST = tl.constexpr(1e-30)
+LARGEST = tl.constexpr(_e4m3.LARGEST)
+SMALLEST = tl.constexpr(plain.SMALLEST)
 # Minimum number of programs of a reduction: several per multiprocessor of the largest GPUs.
 PROGRAMS = 512
 LOG2E = 1.4426950408889634
@@ -93,12 +92,12 @@ def norm(
     batch, height, width, channels = x.shape
     changes = any(change is not None for change in (bias, scale, ahead, product))
     settled = torch.empty_like(x) if changes else x
-    normed = torch.empty_like(x, dtype=E4M3 if e4m3 else dtype)
+    normed = torch.empty_like(x, dtype=_e4m3.E4M3 if e4m3 else dtype)
     _norm[(batch * height * width,)](
         x, bias, scale, shift, ahead, *(product or (None, None)), settled, normed,
         height * width, channels, 0 if scale is None else scale.stride(0),
         HAS_BIAS=bias is not None, HAS_AFFINE=scale is not None, HAS_AHEAD=ahead is not None,
-        HAS_PRODUCT=product is not None, FACTOR=_norm_factor(channels) if e4m3 else 1.0,
+        HAS_PRODUCT=product is not None, FACTOR=_e4m3.norm_factor(channels) if e4m3 else 1.0,
         CB=_power(channels), num_warps=4 if channels > 256 else 1,
     )  # fmt: skip
     return Stream(settled), normed
@@ -219,7 +218,9 @@ def depthwise_norm(
     batch, height, width, channels = x.shape
     changes = before is not None or scale is not None
     settled = torch.empty_like(x) if changes else x
-    normed = x.new_empty(batch, height, width, channels * (1 if skip is None else 2), dtype=E4M3 if e4m3 else dtype)
+    normed = x.new_empty(
+        batch, height, width, channels * (1 if skip is None else 2), dtype=_e4m3.E4M3 if e4m3 else dtype
+    )
     columns = triton.cdiv(width, 4)
     # Four channels per thread, or two in narrow levels. For Stage C without pending operations, 16 warps with 64 registers
     # took 13.6 us (H100), and 8 warps with 128 took 15.4. With pending operations, 64 registers would spill.
@@ -229,7 +230,7 @@ def depthwise_norm(
         height, width, channels, columns,
         0 if scale is None else scale.stride(0), weight.stride(0), weight.stride(3),
         HAS_BEFORE=before is not None, HAS_AFFINE=scale is not None, HAS_SKIP=skip is not None,
-        FACTOR=_norm_factor(channels) if e4m3 else 1.0, CB=padded, num_warps=max(4, padded // 128),
+        FACTOR=_e4m3.norm_factor(channels) if e4m3 else 1.0, CB=padded, num_warps=max(4, padded // 128),
         maxnreg=64 if padded > 1024 and not changes else 128,
     )  # fmt: skip
     return Stream(settled), normed
@@ -366,7 +367,7 @@ def gelu_response(hidden: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 def gelu_response_e4m3(hidden: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """See `plain.gelu_response_e4m3`."""
-    out, of_samples = torch.empty_like(hidden, dtype=E4M3), hidden.new_empty(len(hidden), dtype=torch.float32)
+    out, of_samples = torch.empty_like(hidden, dtype=_e4m3.E4M3), hidden.new_empty(len(hidden), dtype=torch.float32)
     _gelu_response(hidden, gamma, beta, out, of_samples)
     return out, of_samples
 

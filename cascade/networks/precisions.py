@@ -4,7 +4,7 @@ A form is named by the dtype of its numbers: int8 is storage (`eight_bits`), e4m
 "fp8", weights that are used once a picture are int8, which is more exact.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,8 +53,7 @@ def forms_of(shapes: Mapping[str, Sequence[int]], network: str, precision: str) 
 
 def precision_of(tensors: Mapping[str, torch.dtype]) -> str:
     """The precision in which tensors with these names and dtypes are kept."""
-    kinds = {dtype for name, dtype in tensors.items() if scale_of(name) in tensors}
-    return "fp8" if E4M3 in kinds else "int8" if kinds else "full"
+    return _precision({dtype for name, dtype in tensors.items() if scale_of(name) in tensors})
 
 
 def bytes_of(shape: Sequence[int], form: torch.dtype) -> int:
@@ -114,5 +113,9 @@ def forms_in(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
 
 def precision_in(network: nn.Module) -> str:
     """The precision of a network: "full", "int8" or "fp8"."""
-    kinds = {type(module) for module in network.modules() if isinstance(module, EightBitLinear)}
-    return "fp8" if Fp8Linear in kinds else "int8" if kinds else "full"
+    return _precision({module.weight.dtype for module in network.modules() if isinstance(module, EightBitLinear)})
+
+
+def _precision(forms: Collection[torch.dtype]) -> str:
+    """The precision in which weights have these forms."""
+    return "fp8" if E4M3 in forms else "int8" if forms else "full"

@@ -1,6 +1,7 @@
 """Weights: download, check, convert and load them.
 
 - ``components``: their names and classes. ``making`` makes one from its files. ``settings``: the sampler's defaults.
+  ``fitting``: whether tensors fit a network. ``agreement``: whether components fit each other.
 - ``folder``: opens model folders and loads their components. ``writing`` writes model folders.
 - ``reading``: reads safetensors files. ``sums``: checksums of their pieces, compared during reading. ``hashing``: sha256.
   ``locking``: a lock that one process at a time holds.

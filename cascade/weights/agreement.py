@@ -1,4 +1,4 @@
-"""Whether the tokenizer and the image processor of a model make what its text and image encoders read."""
+"""Whether the components of a model fit each other: networks that share a setting, and what its text and image encoders read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +9,41 @@ from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.making import empty_network, load_processor
 
 TOWERS = ("text_encoder", "image_encoder")
+# Settings that must be equal in two components: (component, setting, other component, its setting).
+SHARED = (
+    ("prior", "clip_text_in_channels", "text_encoder", "hidden_size"),
+    ("prior", "clip_text_pooled_in_channels", "text_encoder", "projection_dim"),
+    ("prior", "clip_image_in_channels", "image_encoder", "projection_dim"),
+    ("ip_adapter", "feature_dim", "image_encoder", "hidden_size"),
+    ("decoder", "clip_text_pooled_in_channels", "text_encoder", "projection_dim"),
+    ("decoder", "effnet_in_channels", "prior", "out_channels"),
+    ("decoder", "out_channels", "vqgan", "latent_channels"),
+)
+
+
+def check_agreement(configs: Mapping[str, Any], others: Mapping[str, Path], target: Path) -> None:
+    """Make sure that new components fit each other and the existing ones.
+
+    Args:
+        configs: the configurations of the new networks.
+        others: the ``config.json`` files of the existing networks.
+        target: the model folder, for the error.
+
+    Raises:
+        WeightsError: two components differ in a setting of `SHARED`.
+    """
+    for first, setting, second, other in SHARED:
+        values = []
+        for component, name in ((first, setting), (second, other)):
+            if component in configs:
+                values.append(getattr(configs[component], name))
+            elif component in others:
+                values.append(getattr(empty_network(component, others[component]).config, name))
+        if {first, second} & configs.keys() and len(values) == 2 and values[0] != values[1]:
+            raise WeightsError(
+                f"In {target}, {first} and {second} would not fit each other: {setting} of {first} is {values[0]}, but "
+                f"{other} of {second} is {values[1]}."
+            )
 
 
 def check_processors(parts: Mapping[str, Any], root: Path) -> None:

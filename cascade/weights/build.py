@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.precisions import converted, forms_of, rounded, without_scale
-from cascade.weights.agreement import check_stored_processors
+from cascade.weights.agreement import check_agreement, check_stored_processors
 from cascade.weights.components import COMPONENTS, DISTILLED, EXTRAS, NEEDED, NETWORKS
 from cascade.weights.downloaded import check_part, place
 from cascade.weights.errors import WeightsError
 from cascade.weights.folder import ModelFolder
-from cascade.weights.making import empty_network
 from cascade.weights.manifest import Manifest
 from cascade.weights.names import SUFFIX
 from cascade.weights.published import ALWAYS, PARTS, Part
@@ -43,16 +42,6 @@ TURBO = DISTILLED.split("/")[0]
 TRAINED = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
 # Width and scale in the published vqgan/config.json. The scale is not the one to use.
 PUBLISHED_STAGE_A = (384, 0.3764)
-# Settings that must be equal in two components: (component, setting, other component, its setting).
-SHARED = (
-    ("prior", "clip_text_in_channels", "text_encoder", "hidden_size"),
-    ("prior", "clip_text_pooled_in_channels", "text_encoder", "projection_dim"),
-    ("prior", "clip_image_in_channels", "image_encoder", "projection_dim"),
-    ("ip_adapter", "feature_dim", "image_encoder", "hidden_size"),
-    ("decoder", "clip_text_pooled_in_channels", "text_encoder", "projection_dim"),
-    ("decoder", "effnet_in_channels", "prior", "out_channels"),
-    ("decoder", "out_channels", "vqgan", "latent_channels"),
-)
 
 
 def save_model(download: Path, target: Path, *, precision: str = "full") -> None:
@@ -259,31 +248,6 @@ def choose(asked: Mapping[str, Path], folders: list[Path], there: set[str]) -> d
 def components_in(folder: Path) -> set[str]:
     """The components and extras of a model folder; none if it does not exist."""
     return {name for name in (*COMPONENTS, *EXTRAS) if (folder / name).is_dir()}
-
-
-def check_agreement(configs: Mapping[str, Any], others: Mapping[str, Path], target: Path) -> None:
-    """Make sure that new components fit each other and the existing ones.
-
-    Args:
-        configs: the configurations of the new networks.
-        others: the ``config.json`` files of the existing networks.
-        target: the model folder, for the error.
-
-    Raises:
-        WeightsError: two components differ in a setting of `SHARED`.
-    """
-    for first, setting, second, other in SHARED:
-        values = []
-        for component, name in ((first, setting), (second, other)):
-            if component in configs:
-                values.append(getattr(configs[component], name))
-            elif component in others:
-                values.append(getattr(empty_network(component, others[component]).config, name))
-        if {first, second} & configs.keys() and len(values) == 2 and values[0] != values[1]:
-            raise WeightsError(
-                f"In {target}, {first} and {second} would not fit each other: {setting} of {first} is {values[0]}, but "
-                f"{other} of {second} is {values[1]}."
-            )
 
 
 def leave_out_distilled(folder: Path, origin: Path, others: Collection[str]) -> None:

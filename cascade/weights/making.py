@@ -27,8 +27,7 @@ def standard_network(component: str, config_path: Path, weights: Path, tensors: 
     """
     network = empty_network(component, config_path)
     use_forms(network, forms_in(tensors))
-    expected = network.state_dict()
-    wrong = misfit(_shapes(expected), _shapes(tensors)) or _whole_numbers(expected, tensors)
+    wrong = _what_is_wrong(network, tensors)
     if wrong is not None:
         raise WeightsError(f"{weights}{wrong}, by {config_path}{_what_else(component, tensors)}.")
     return filled(network, tensors)
@@ -89,8 +88,7 @@ def build(state_dict: Mapping[str, Tensor], network: type[Network], config: Mapp
         ValueError: a tensor is missing, surplus or of another shape. The sentence names the first one.
     """
     model = make(network, config)
-    expected = model.state_dict()
-    wrong = misfit(_shapes(expected), _shapes(state_dict)) or _whole_numbers(expected, state_dict)
+    wrong = _what_is_wrong(model, state_dict)
     if wrong is not None:
         raise ValueError(f"it does not fit {network.__name__}:{wrong.removeprefix(':')}.")
     return filled(model, state_dict)
@@ -147,8 +145,13 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in tensors.items()}
 
 
-def _whole_numbers(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str | None:
-    """The first tensor with whole numbers where a network has others, as the end of a sentence like `misfit`'s; None: none."""
+def _what_is_wrong(network: nn.Module, stored: Mapping[str, Tensor]) -> str | None:
+    """The end of a sentence on the first tensor that does not fit: see `misfit`, or whole numbers where the network has others;
+    None: all fit."""
+    expected = network.state_dict()
+    wrong = misfit(_shapes(expected), _shapes(stored))
+    if wrong is not None:
+        return wrong
     for key, tensor in expected.items():
         if key in stored and tensor.is_floating_point() and not stored[key].is_floating_point():
             kind = str(stored[key].dtype).removeprefix("torch.")
