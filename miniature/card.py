@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cascade.weights import DISTILLED, ModelFolder
+from cascade.weights import DISTILLED, TURBO, ModelFolder
 from cascade.weights.making import empty_network
 from miniature.evaluate_images import HEADINGS
 from miniature.fingerprint import fingerprint
@@ -156,7 +156,7 @@ def adapter_table(folder: Path, scores: Path) -> str:
 
 def turbo_table(folder: Path, scores: Path) -> str:
     """The table of ``scripts/evaluate-mini --compare``."""
-    _check(scores, folder, DISTILLED.split("/")[0])
+    _check(scores, folder, TURBO)
     return _read(scores.with_suffix(".md"))
 
 

@@ -4,9 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from cascade.weights import DISTILLED
+from cascade.weights import TURBO
 
-ASIDE = ("previewer", "ip_adapter", DISTILLED.split("/")[0])
+ASIDE = ("previewer", "ip_adapter", TURBO)
 """Pictures do not depend on these, unless they are asked for."""
 
 

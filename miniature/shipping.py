@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.weights import CONTROLNETS, DISTILLED, NETWORKS, ModelFolder
+from cascade.weights import CONTROLNETS, NETWORKS, TURBO, ModelFolder
 from cascade.weights.writing import replacement, write_model_json
 from miniature.icons import STYLES, load_objects
 from miniature.vocabulary import vocabulary
@@ -26,7 +26,7 @@ from training.run import FINISHED
 from training.stages import ORDER, STAGES, trained_by
 
 COSTS, VOCABULARY = "training.json", "vocabulary.json"
-LORAS, TURBO = "loras", DISTILLED.split("/")[0]
+LORAS = "loras"
 EXTRAS = ("ip_adapter", TURBO, LORAS)
 """What the limit of 40 MB does not count."""
 ADAPTED = ("tokenizer", "text_encoder", "prior")

@@ -18,7 +18,7 @@ from cascade.limits import InputError
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from cascade.speeds import SPEEDS
-from cascade.weights import DISTILLED, WeightsError
+from cascade.weights import TURBO, WeightsError
 from miniature.compare import compare, comparison_table
 from miniature.compose import compose
 from miniature.evaluate import (
@@ -356,7 +356,7 @@ def set_file(options: argparse.Namespace, seed: int) -> Path:
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
     """What a set's values, or those of a comparison, depend on besides its seed."""
-    turbo = [DISTILLED.split("/")[0]] if "turbo" in str([options.tried, options.compare]) else []
+    turbo = [TURBO] if "turbo" in str([options.tried, options.compare]) else []
     options_of_sets = {name: getattr(options, name) for name in ("prompts", "tried", "images")}
     return {"weights": fingerprint(options.weights, *turbo), **options_of_sets}
 

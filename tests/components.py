@@ -30,7 +30,7 @@ from cascade.networks.precisions import converted, forms_of, rounded, use_forms
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from cascade.weights import CONTROLNETS, DISTILLED, ModelFolder, StageSettings, save_model_folder
+from cascade.weights import CONTROLNETS, TURBO, ModelFolder, StageSettings, save_model_folder
 from scripts.stand_ins import shapes_of, write_lora
 from tests.conftest import MINI
 
@@ -231,7 +231,7 @@ def copy_mini(folder: Path, *without: str, copy: Callable[[str, str], object] = 
         without: further components to leave out.
         copy: copies a file.
     """
-    left = ("ip_adapter", DISTILLED.split("/")[0], "loras", "model.json", *without)
+    left = ("ip_adapter", TURBO, "loras", "model.json", *without)
     shutil.copytree(
         MINI,
         folder,

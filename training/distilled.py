@@ -10,8 +10,8 @@ from pathlib import Path
 
 import safetensors.torch
 
-from cascade.weights import DISTILLED, WeightsError, replacement, write_model_json
-from cascade.weights.build import TURBO, describe
+from cascade.weights import DISTILLED, TURBO, WeightsError, replacement, write_model_json
+from cascade.weights.build import describe
 from cascade.weights.hashing import sha256
 from cascade.weights.names import SUFFIX
 from cascade.weights.writing import link

@@ -29,6 +29,7 @@ EXPORTED = {
         "NEEDED",
         "NETWORKS",
         "PROCESSORS",
+        "TURBO",
     ),
     "errors": ("WeightsError",),
     "folder": ("ModelFolder",),

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.precisions import converted, forms_of, rounded, without_scale
 from cascade.weights.agreement import check_agreement, check_stored_processors
-from cascade.weights.components import COMPONENTS, DISTILLED, EXTRAS, NEEDED, NETWORKS
+from cascade.weights.components import COMPONENTS, DISTILLED, EXTRAS, NEEDED, NETWORKS, TURBO
 from cascade.weights.downloaded import check_part, place
 from cascade.weights.errors import WeightsError
 from cascade.weights.folder import ModelFolder
@@ -35,8 +35,6 @@ from cascade.weights.writing import link, replacement, write_model_json
 logger = logging.getLogger(__name__)
 
 STAGES = ("prior", "decoder")
-# The folder of the adapter for the speed "turbo".
-TURBO = DISTILLED.split("/")[0]
 # Components that are often fine-tuned. A file that holds one replaces the model's, even if another was asked for. Its other
 # components are used only where the model has none: ComfyUI's files hold the published encoders in half the precision.
 TRAINED = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")

@@ -31,10 +31,11 @@ PROCESSOR_FILES = {
     "feature_extractor": (("preprocessor_config.json",),),
 }
 COMPONENTS = (*PROCESSORS, *NETWORKS)
-# The adapter that makes few steps suffice, in an extra folder.
-DISTILLED = "turbo/turbo.safetensors"
+# The extra folder of the adapter that makes few steps suffice, and its file.
+TURBO = "turbo"
+DISTILLED = f"{TURBO}/turbo.safetensors"
 # Further folders, which other modules load. Their files are listed and checked with those of the components.
-EXTRAS = ("safety_checker", "turbo")
+EXTRAS = ("safety_checker", TURBO)
 
 # The components that every model needs, and the published repository that has each.
 NEEDED = {

@@ -41,7 +41,7 @@ from cascade.networks.layout import SCALE
 from cascade.networks.precisions import FORMS, bytes_of, converted, forms_of, precision_of, rounded, without_scale
 from cascade.sizes import SMALLEST, WHOLE
 from cascade.weights.blocks import DTYPES
-from cascade.weights.components import COMPONENTS, CONTROLNETS, DISTILLED, NEEDED, PROCESSORS, component_files
+from cascade.weights.components import COMPONENTS, CONTROLNETS, DISTILLED, NEEDED, PROCESSORS, TURBO, component_files
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.hashing import sha256
 from cascade.weights.making import check_channels, load_processor, single_file_network, standard_network
@@ -243,7 +243,7 @@ class ModelFolder:
         file = self.root / DISTILLED
         if not file.is_file():
             return None
-        self.compare(PurePosixPath(DISTILLED).parts[0])
+        self.compare(TURBO)
         return file
 
     def standard_files(self, components: Iterable[str]) -> dict[str, list[Path]]:

@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training.errors import writing
-from training.files import write_components
 from training.options import Options
 from training.task import Task
 from training.weights.checkpoint import Checkpoint, Progress
@@ -93,8 +91,3 @@ class ReplicatedWeights(TrainedWeights):
     @property
     def evaluates(self) -> bool:
         return self.accelerator.is_main_process
-
-    def write(self, model: Path, owner: str) -> None:
-        if self.accelerator.is_main_process:
-            with writing(model):
-                write_components(model, owner, self.task.save)

@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training.errors import writing
-from training.files import write_components
 from training.options import Options
 from training.task import Task
 from training.weights.checkpoint import Progress
@@ -75,8 +73,6 @@ class ShardedWeights(TrainedWeights):
         reshard(self.task)
 
     def write(self, model: Path, owner: str) -> None:
-        if self.accelerator.is_main_process:
-            with writing(model):
-                write_components(model, owner, self.task.save)
-        else:
+        super().write(model, owner)
+        if not self.accelerator.is_main_process:
             self.task.save(model)  # gives its rows to the main process

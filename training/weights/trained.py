@@ -11,6 +11,8 @@ from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from training.errors import writing
+from training.files import write_components
 from training.options import Options
 from training.task import Task
 from training.weights.checkpoint import Checkpoint
@@ -146,10 +148,12 @@ class TrainedWeights(ABC):
         with torch.no_grad(), self.accelerator.autocast():
             yield
 
-    @abstractmethod
     def write(self, model: Path, owner: str) -> None:
         """Writes the trained components, with the weights as they are, see `files.write_components`.
 
         Raises:
             TrainingError: they cannot be written.
         """
+        if self.accelerator.is_main_process:
+            with writing(model):
+                write_components(model, owner, self.task.save)
