@@ -6,6 +6,7 @@ Composing and encoding in every step would double its time: 30 ms of a step of S
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
@@ -24,14 +25,31 @@ Encode = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def encode_pictures(dataset: Dataset, indices: range, size: Size, encode: Encode) -> tuple[Tensor, ...]:
-    """Encodes the pictures ``indices`` (N) at ``size``, a batch at a time: tensors (N, ...), float16 or bytes."""
+    """Encodes the pictures ``indices`` (N) at ``size``, a batch at a time: tensors (N, ...), float16 or bytes.
+
+    Processes that train together take turns at the batches, and add up what they have; all call this at the same time.
+    """
     batch = max(1, BATCH * dataset.size[0] * dataset.size[1] // (size[0] * size[1]))
-    parts = []
-    for first in range(indices.start, indices.stop, batch):
-        chosen = torch.arange(first, min(first + batch, indices.stop))
-        encoded = encode(dataset.images(chosen, size))
-        parts.append([value if value.dtype == torch.uint8 else value.half() for value in encoded])
-    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+    batches = [indices[first : first + batch] for first in range(0, len(indices), batch)]
+    processes, own = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    if len(batches) < processes:
+        processes, own = 1, 0
+    made: tuple[Tensor, ...] = ()
+    for chosen in batches[own::processes]:
+        encoded = encode(dataset.images(torch.arange(chosen.start, chosen.stop), size))
+        made = made or tuple(_zeros(len(indices), value) for value in encoded)
+        for whole, value in zip(made, encoded, strict=True):
+            whole[chosen.start - indices.start : chosen.stop - indices.start] = value
+    if processes > 1:
+        for whole in made:
+            dist.all_reduce(whole)
+    return made
+
+
+def _zeros(count: int, encoded: Tensor) -> Tensor:
+    """For ``count`` rows like those of ``encoded``; float16, unless these are bytes."""
+    dtype = encoded.dtype if encoded.dtype == torch.uint8 else torch.float16
+    return torch.zeros(count, *encoded.shape[1:], dtype=dtype, device=encoded.device)
 
 
 class TextTable:

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade.networks.unet import StableCascadeUNet
+from training.dataset import Dataset
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
+from training.latents import encode_pictures
 from training.options import Options
 from training.processes import start_processes
 from training.run import train as train_stage
 from training.tasks.encoded_stage_c import EncodedStageCTask
+from training.tasks.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from training.trainer import Trainer
 from training.weights.fsdp import shard, whole
 
@@ -144,11 +147,37 @@ def lower(pictures: Path) -> dict[str, Tensor]:
     return {"made": outputs["errors"], "expected": expected.detach()}
 
 
+class Shades(Dataset):
+    """Pictures of 8x8 pixels, each of another shade."""
+
+    def images(self, indices: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        self.asked.extend(indices.tolist())
+        return (indices / len(self)).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+
+
+def encoded(count: int) -> tuple[Tensor, Tensor]:
+    """Encodes all pictures but the first, as floating-point numbers and as bytes. Processes share the work if it is large."""
+    pictures = Shades([""] * count, train_tokenizer([""], SMALLEST_VOCABULARY), (8, 8), torch.device("cpu"))
+    pictures.asked = []
+    latents, rows = encode_pictures(
+        pictures, range(1, count), (8, 8), lambda pixels: (pixels.mean(dim=3) / 3, (pixels[:, 0] * 255).byte())
+    )
+    pictures_of_others = set(range(1, count)).difference(pictures.asked)
+    assert bool(pictures_of_others) == (dist.is_initialized() and count > 256), pictures_of_others
+    return latents, rows
+
+
 def main(folder: Path, runs: list[str]) -> None:
     torch.set_num_threads(1)
     start_processes()
     pictures = folder / "pictures"
     for run in runs:
+        if run == "encoded":
+            latents, rows = encoded(600)
+            few, _ = encoded(3)
+            made = {"latents": latents, "rows": rows, "few": few}
+            torch.save(made, folder / f"{run}-{dist.get_rank()}.pt")
+            continue
         if run == "exact":
             made = train(pictures, folder / run, dropout=0.0)
         elif run == "kept":

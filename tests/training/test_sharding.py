@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small.write_pictures(folder / "own", 4)
     small.write_config(folder)
     runs = ["exact", "kept", "uninterrupted", "resumed", "halfway", "lower", "counted"]
-    runs += ["replicated", "replicated-halfway", "tokenizer"]
+    runs += ["replicated", "replicated-halfway", "tokenizer", "encoded"]
     subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
@@ -142,6 +142,16 @@ def test_a_gpu_alone_continues_what_two_have_begun(
     with caplog.at_level(logging.WARNING, logger="training"):
         assert_close(train(folder / "pictures", tmp_path, REPLICATED, dropout=0.0), alone)
     assert "The checkpoint is of 2 processes, and 1 continue it" in caplog.text
+
+
+def test_two_processes_encode_what_one_does(folder: Path) -> None:
+    latents, rows = sharded_training.encoded(600)
+    few, _ = sharded_training.encoded(3)
+    for process in range(2):
+        found = made(folder, f"encoded-{process}")
+        for name, value in (("latents", latents), ("rows", rows), ("few", few)):
+            assert found[name].dtype == value.dtype
+            assert torch.equal(found[name], value), name
 
 
 def test_two_processes_make_a_tokenizer(folder: Path) -> None:
