@@ -55,7 +55,12 @@ def test_pieces_of_work_are_counted(cascade: Cascade) -> None:
     assert [each.stage for each in progress] == ["text", *one, *one]
     assert [each.done for each in progress] == list(range(1, 22))
     assert {each.total for each in progress} == {21}
-    assert [each.latents is None for each in progress if each.stage in ("tiles", "decoder")] == 4 * [True, True, True, False]
+    assert [each.latents is None for each in progress if each.stage in ("tiles", "decoder")] == 4 * [
+        True,
+        True,
+        True,
+        False,
+    ]
     pictures = [each.image for each in progress if each.image is not None]
     assert [picture.size for picture in pictures] == [(WIDTH, HEIGHT)] * 2
     (other,) = cascade.generate(Request("a cat", seed=1, **LARGE))
