@@ -74,10 +74,10 @@ class Running:
         stage: its name.
         process: the process.
         gpus: the entries for CUDA_VISIBLE_DEVICES; none without a GPU.
-        began: `time.time` of its start.
+        began: `time.time` when it was started.
         entry: its entry in the ledger.
-        log: the file that has its output; None: it writes to this process's.
-        start: bytes in that file before.
+        log: the file that its output is appended to; None: it writes to this process's.
+        offset: bytes in that file before it was started.
     """
 
     stage: str
@@ -86,13 +86,13 @@ class Running:
     began: float
     entry: dict[str, Any]
     log: TextIO | None
-    start: int = 0
+    offset: int = 0
 
     def last_line(self) -> str | None:
         """The last line of its output, see `last_line`; None if this process has the output."""
         if self.log is None:
             return None
-        return last_line(Path(self.log.name).read_bytes()[self.start :].decode(errors="replace"))
+        return last_line(Path(self.log.name).read_bytes()[self.offset :].decode(errors="replace"))
 
 
 def last_line(output: str) -> str:
@@ -189,7 +189,7 @@ class Recipe:
         command = [sys.executable, "-m", *launcher(len(gpus)), "training.run", *map(str, files)]
         if math.isfinite(self.deadline):
             command += ["--minutes", str(max(0.0, (self.deadline - time.time()) / 60))]
-        environment, log, start = dict(os.environ), None, 0
+        environment, log, offset = dict(os.environ), None, 0
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if self.at_once > 1:
@@ -197,12 +197,12 @@ class Recipe:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 log = (folder / "output.log").open("a", encoding="utf-8")
-                start = log.tell()
+                offset = log.tell()
         now = time.time()
         entry = {"stage": stage, "started": timestamp(now), "seconds": 0.0, "gpus": gpus}
         self.ledger.processes.append(entry)
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        self.running.append(Running(stage, process, gpus, now, entry, log, start))
+        self.running.append(Running(stage, process, gpus, now, entry, log, offset))
         where = f" on GPU {', '.join(gpus)}" if gpus else ""
         say(f"{stage}: started{where}" + (f"; its output is in {log.name}" if log else ""))
 

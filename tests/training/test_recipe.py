@@ -57,12 +57,12 @@ def test_the_line_that_tells_why(output: str, line: str) -> None:
 def standing_in(stage: str, code: str, log: Path) -> Running:
     """A process that stands for a stage: it says that it is ready, and runs the code."""
     file = log.open("a", encoding="utf-8")
-    start = file.tell()
+    offset = file.tell()
     program = f"print('ready', flush=True)\n{code}"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=file, stderr=file)
-    while "ready" not in log.read_text()[start:]:
+    while "ready" not in log.read_text()[offset:]:
         time.sleep(0.01)
-    return Running(stage, process, (), time.time(), {}, file, start)
+    return Running(stage, process, (), time.time(), {}, file, offset)
 
 
 @pytest.fixture
