@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -20,11 +21,12 @@ from typing import Any, TextIO
 import torch
 
 from training.configuration import read_configuration
-from training.errors import writing
+from training.errors import TrainingError, writing
 from training.options import Options
-from training.record import Record, read_times, timestamp, write_times
+from training.record import FILE, Record, read_times, timestamp, write_times
 from training.run import FINISHED
 from training.stages import ORDER, trained_by, waits_for
+from training.values import check_values, kinds_of
 
 ROOT = Path(__file__).parent.parent
 LEDGER = "recipe.json"
@@ -55,7 +57,16 @@ class Ledger:
         Raises:
             TrainingError: it is damaged.
         """
-        return read_times(output / LEDGER, lambda content: cls(**content)) or cls()
+
+        def made(content: Mapping[str, Any]) -> Ledger:
+            ledger = cls(**content)
+            for call in ledger.calls:
+                itemgetter("started", "seconds", "gpus")(call)
+            for process in ledger.processes:
+                itemgetter("stage", "started", "seconds", "gpus")(process)
+            return ledger
+
+        return read_times(output / LEDGER, made) or cls()
 
     def save(self, output: Path) -> None:
         """Writes the ledger.
@@ -333,6 +344,20 @@ def process_seconds(entry: Mapping[str, Any]) -> float:
     return entry["seconds"] * max(1, len(entry["gpus"]))
 
 
+def samples_per_step(record: Record, folder: Path) -> int:
+    """The pictures of the native size in a step of a stage's last session.
+
+    Raises:
+        TrainingError: its options are not those of this version.
+    """
+    try:
+        check_values("the table of options", record.options, kinds_of(Options))
+        return Options(**record.options).samples(record.sessions[-1].processes)
+    except TrainingError as error:
+        file = folder / FILE
+        raise TrainingError(f"{file} is not of this version: {error} Remove it to go on without its times.") from error
+
+
 def costs(output: Path) -> dict[str, Any]:
     """What a training cost: steps, samples and seconds, by stage and in all.
 
@@ -342,7 +367,7 @@ def costs(output: Path) -> dict[str, Any]:
         phase, ``devices``, ``sessions``}.
 
     Raises:
-        TrainingError: a record is damaged.
+        TrainingError: a record is damaged, or of a version with other options.
     """
     ledger = Ledger.load(output)
     stages: dict[str, Any] = {}
@@ -355,7 +380,7 @@ def costs(output: Path) -> dict[str, Any]:
         if record is not None and record.sessions:
             stages[stage] |= {
                 "steps": record.steps,
-                "samples_per_step": Options(**record.options).samples(record.sessions[-1].processes),
+                "samples_per_step": samples_per_step(record, output / stage),
                 "seconds": record.seconds,
                 "devices": sorted({session.device for session in record.sessions}),
                 "sessions": len(record.sessions),
