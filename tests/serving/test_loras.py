@@ -198,6 +198,14 @@ def test_names(finder: Loras) -> None:
         finder.find(["other"], [1.0])
 
 
+@pytest.mark.parametrize("length", [256, 5000])
+def test_names_too_long_for_a_file(finder: Loras, length: int) -> None:
+    finder.folder.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"^lora_weights\[0\] is .*, which is not among .*: it has none\.$") as error:
+        finder.find(["x" * length], [1.0])
+    assert len(str(error.value)) < 200
+
+
 def test_urls_are_fetched_once(site: Site, finder: Loras) -> None:
     site.answers["/x/my%20style.safetensors"] = ADAPTER
     url = f"{site.url}/x/my%20style.safetensors?token=secret"
