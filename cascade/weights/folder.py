@@ -348,9 +348,16 @@ def _open_own(root: Path) -> ModelFolder:
             raise WeightsError(f"{path} lists {listed!r}, which is outside of the folder.")
         if listed.endswith(PICKLES):
             raise pickle_error(root / listed)
-        if not (root / listed).is_file():
-            raise WeightsError(f"{root / listed}, which model.json lists, is missing.")
+        if not _is_file(root / listed):
+            raise WeightsError(f"{root / shortened(listed, 100)}, which model.json lists, is missing.")
     return opened
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # its name is too long for a file
+        return False
 
 
 def _described(root: Path, content: Mapping[str, Any], path: Path) -> ModelFolder:
@@ -365,6 +372,9 @@ def _described(root: Path, content: Mapping[str, Any], path: Path) -> ModelFolde
         raise WeightsError(
             f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {WHOLE}."
         )
+    scale = content.get("stage_a_scale")
+    if scale is not None and not (type(scale) in (int, float) and 0 < scale < math.inf):
+        raise WeightsError(f"{path}: stage_a_scale is {shortened(repr(scale))}; it must be a number above 0.")
     return ModelFolder(
         root=root,
         name=content["name"],
@@ -374,7 +384,7 @@ def _described(root: Path, content: Mapping[str, Any], path: Path) -> ModelFolde
         parts={component: root / component for component in COMPONENTS if (root / component).is_dir()},
         checksums=checksums,
         sums=_read_sums(content.get("pieces"), path),
-        stage_a_scale=None if content.get("stage_a_scale") is None else float(content["stage_a_scale"]),
+        stage_a_scale=None if scale is None else float(scale),
     )
 
 
