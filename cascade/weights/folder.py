@@ -42,7 +42,7 @@ from cascade.networks.precisions import FORMS, bytes_of, converted, forms_of, pr
 from cascade.sizes import SMALLEST, WHOLE
 from cascade.weights.blocks import DTYPES
 from cascade.weights.components import COMPONENTS, CONTROLNETS, DISTILLED, NEEDED, PROCESSORS, TURBO, component_files
-from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.errors import WeightsError, readable, shortened
 from cascade.weights.hashing import sha256
 from cascade.weights.making import check_channels, load_processor, single_file_network, standard_network
 from cascade.weights.names import PICKLES, SUFFIX
@@ -118,6 +118,11 @@ class ModelFolder:
             WeightsError: the folder or one of its files is missing, damaged or a pickle.
         """
         root = Path(folder)
+        with readable(root):
+            return cls._open(root, lite, check)
+
+    @classmethod
+    def _open(cls, root: Path, lite: Collection[str], check: bool | None) -> "ModelFolder":
         if root.is_file():
             raise WeightsError(f"{root} is a file: scripts/save-weights --prior {root} makes a model folder of it.")
         if not root.is_dir():
@@ -185,7 +190,10 @@ class ModelFolder:
             raise ValueError(f"There is no component {component!r}; there are {', '.join(COMPONENTS)}.")
         if component not in self.parts:
             raise WeightsError(self._without([component]))
-        part = self.parts[component]
+        with readable(self.root):
+            return self._load(component, self.parts[component], device, dtype, precision)
+
+    def _load(self, component: str, part: Path, device: str | torch.device, dtype: torch.dtype, precision: str) -> Any:
         self._compare_small_files(part)
         if component in PROCESSORS:
             return load_processor(component, part)
@@ -348,16 +356,9 @@ def _open_own(root: Path) -> ModelFolder:
             raise WeightsError(f"{path} lists {listed!r}, which is outside of the folder.")
         if listed.endswith(PICKLES):
             raise pickle_error(root / listed)
-        if not _is_file(root / listed):
-            raise WeightsError(f"{root / shortened(listed, 100)}, which model.json lists, is missing.")
+        if not (root / listed).is_file():
+            raise WeightsError(f"{root / listed}, which model.json lists, is missing.")
     return opened
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # its name is too long for a file
-        return False
 
 
 def _described(root: Path, content: Mapping[str, Any], path: Path) -> ModelFolder:

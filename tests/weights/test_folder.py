@@ -524,9 +524,18 @@ def test_a_stage_a_without_a_scale(copy: Path, scale: float) -> None:
         ModelFolder.open(copy).load_component("vqgan")
 
 
-def test_a_listed_file_whose_name_is_too_long(copy: Path) -> None:
+def test_what_the_system_does_not_read(copy: Path) -> None:
+    with pytest.raises(WeightsError, match=r"^x+\.\.\. cannot be read: File name too long\.$"):
+        ModelFolder.open("x" * 5000)
+    (copy / "vqgan" / "config.json").unlink()
+    (copy / "vqgan" / "config.json").mkdir()
+    content = json.loads((copy / "model.json").read_text())
+    del content["files"]["vqgan/config.json"]
+    (copy / "model.json").write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=r"vqgan/config.json cannot be read: Is a directory\.$"):
+        ModelFolder.open(copy).load_component("vqgan")
     set_settings(copy / "model.json", {"files": {"x" * 5000: ""}})
-    with pytest.raises(WeightsError, match=r"x\.\.\., which model.json lists, is missing\.$"):
+    with pytest.raises(WeightsError, match=r"x\.\.\. cannot be read: File name too long\.$"):
         ModelFolder.open(copy)
 
 
@@ -576,6 +585,18 @@ def test_tokenizer_of_vocabulary_and_merges(copy: Path, components: dict[str, An
     loaded = ModelFolder.open(copy).load_component("tokenizer")
     assert loaded(["A red apple"])["input_ids"] == components["tokenizer"](["A red apple"])["input_ids"]
     assert loaded.model_max_length == 77
+
+
+def test_a_tokenizer_that_ends_its_library(copy: Path) -> None:
+    """The library's code in Rust panics, with an exception that is no `Exception`."""
+    file = copy / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"] |= {"continuing_subword_prefix": "##", "vocab": {**content["model"]["vocab"], "x": 0, "y": 1}}
+    content["model"]["merges"] = [["x", "y"]]
+    file.write_text(json.dumps(content))
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(WeightsError, match=r"tokenizer holds no readable tokenizer: slice index starts at 1"):
+        ModelFolder.open(copy).load_component("tokenizer")
 
 
 def test_feature_extractor_without_its_file(copy: Path) -> None:
@@ -645,7 +666,7 @@ def test_the_scale_of_stage_a(tmp_path: Path, components: dict[str, Any]) -> Non
     content = json.loads((tmp_path / "m" / "model.json").read_text())
     assert content["stage_a_scale"] == 0.5
     (tmp_path / "m" / "model.json").write_text(json.dumps({**content, "stage_a_scale": "large"}))
-    with pytest.raises(WeightsError, match=r"model.json stage_a_scale is 'large'; it must be a number above 0"):
+    with pytest.raises(WeightsError, match=r"model.json: stage_a_scale is 'large'; it must be a number above 0"):
         ModelFolder.open(tmp_path / "m")
 
 
