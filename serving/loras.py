@@ -126,7 +126,8 @@ class Loras:
         return [Recorded(Path(one.path).stem, _digest(Path(one.path)) if hashed else "", one.scale) for one in loras]
 
     def _local(self, label: str, name: str) -> Path:
-        there = {path.name: path for path in sorted(self.folder.iterdir())} if self.folder.is_dir() else {}
+        files = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        there = {path.name: path for path in files if path.exists()}
         for candidate in (name, f"{name}.safetensors"):
             if candidate in there:
                 return there[candidate]

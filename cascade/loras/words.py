@@ -11,6 +11,8 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from cascade.weights.errors import shortened
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +55,8 @@ def distinct(named: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
             number += 1
             own = f"{name}{number}"
         if own != name:
-            logger.warning("Two LoRAs bring the word %s; the second is called %s.", name, own)
+            logger.warning(
+                "Two LoRAs bring the word %s; the second is called %s.", shortened(name, 100), shortened(own, 100)
+            )
         found[own] = vectors
     return found

@@ -196,6 +196,9 @@ def test_names(finder: Loras) -> None:
         InputError, match=r"^lora_weights\[0\] is 'other', which is not among .*: it has a.tar, style\.$"
     ):
         finder.find(["other"], [1.0])
+    (finder.folder / "gone.safetensors").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"is 'gone', which is not among .*: it has a.tar, style\.$"):
+        finder.find(["gone"], [1.0])
 
 
 @pytest.mark.parametrize("length", [256, 5000])
