@@ -69,7 +69,7 @@ def jobs(
             network.to(dtype).eval().use_kernels("triton")
     if e4m3:
         sets += [([in_fp8(unet) for unet in unets], vqgan) for unets, vqgan in sets]
-    return [job for unets, vqgan in sets for job in jobs_of(unets, vqgan)] + [
+    return [job for unets, vqgan in sets for job in jobs_of(unets, vqgan, large=True)] + [
         partial(load("triton").dequantise, *in_groups(size), dtype) for size in sorted(groups)
     ]
 

@@ -173,7 +173,7 @@ def test_predictions_of_the_published_size(name: str, bound: float) -> None:
     for network in (half, fast):
         network.use_kernels("triton")
     torch.manual_seed(4)
-    conditions = {key: x.cuda() for key, x in random_conditions(config, (24, 24), 2).items()}
+    conditions = {key: x.cuda() for key, x in random_conditions(exact.config, (24, 24), 2).items()}
     for time in (0.99, 0.5, 0.1):
         sample, ratio = draw(2, exact.config.in_channels, *latent_size), torch.full((2,), time, device="cuda")
         expected, made = exact(sample, ratio, **conditions), fast(sample, ratio, **conditions)
