@@ -104,7 +104,9 @@ def test_gelu_and_response(triton: ModuleType, shape: tuple[int, ...], dtype: to
 
 
 @pytest.mark.parametrize(("head", "dtype"), [(48, torch.bfloat16), (64, torch.bfloat16), (64, torch.float16)])
-@pytest.mark.parametrize(("batch", "tokens", "context"), [(1, 1, 1), (2, 576, 85), (1, 1024, 4), (2, 77, 97), (2, 2500, 85)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "context"), [(1, 1, 1), (2, 576, 85), (1, 1024, 4), (2, 77, 97), (2, 2500, 85)]
+)
 def test_attention(triton: ModuleType, batch: int, tokens: int, context: int, head: int, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     heads = 3
