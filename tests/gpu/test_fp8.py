@@ -17,7 +17,7 @@ from cascade.kernels.layers import put_channels_side_by_side
 from cascade.kernels.stream import Product, Stream
 from cascade.networks import fp8
 from cascade.networks.fp8 import Fp8Linear
-from cascade.networks.precisions import precision_in
+from cascade.networks.precisions import network_precision
 from cascade.networks.unet import StableCascadeUNet
 from cascade.running.graphs import GraphCache, GraphedUNet
 from cascade.running.placement import GIB
@@ -254,7 +254,7 @@ def test_memory_of_the_published_size(tmp_path: Path) -> None:
     write_stand_ins(tmp_path, "cuda", NEEDED)
     torch.cuda.empty_cache()
     cascade = Cascade.load(tmp_path, CUDA, "bfloat16", memory="resident", precision="fp8")
-    assert precision_in(cascade.decoder) == "fp8"
+    assert network_precision(cascade.decoder) == "fp8"
     layers = [layer for layer in cascade.prior.modules() if isinstance(layer, Fp8Linear)]
     assert norm_factor(2048) == 8
     assert len(layers) == 64 + 2 * 62  # to_qkv, and MLPs but for the last block's and that with a skip connection
