@@ -451,10 +451,10 @@ class Cascade:
             yield pixels
 
     def _check_finite(self, finite: Sequence[bool]) -> None:
-        networks = {"C": self.prior, "B": self.decoder, "A": self.vqgan}
-        for (stage, network), fine in zip(networks.items(), finite, strict=True):
+        dtypes = (self.prior.dtype, self.decoder.dtype, self.vqgan.dtype)
+        for stage, kind, fine in zip("CBA", dtypes, finite, strict=True):
             if not fine:
-                dtype = str(network.dtype).removeprefix("torch.")
+                dtype = str(kind).removeprefix("torch.")
                 what = "pixels" if stage == "A" else "latents"
                 raise RuntimeError(
                     f"Stage {stage} made {what} that are not finite, in {dtype}: its weights are damaged, or need "
