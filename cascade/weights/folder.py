@@ -50,7 +50,7 @@ from cascade.networks.precisions import (
 from cascade.sizes import SMALLEST, WHOLE
 from cascade.weights.blocks import DTYPES
 from cascade.weights.components import COMPONENTS, CONTROLNETS, DISTILLED, NEEDED, PROCESSORS, TURBO, component_files
-from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.errors import WeightsError, readable, shortened
 from cascade.weights.hashing import sha256
 from cascade.weights.making import check_channels, load_processor, single_file_network, standard_network
 from cascade.weights.names import PICKLES, SUFFIX
@@ -126,6 +126,11 @@ class ModelFolder:
             WeightsError: the folder or one of its files is missing, damaged or a pickle.
         """
         root = Path(folder)
+        with readable(root):
+            return cls._open(root, lite, check)
+
+    @classmethod
+    def _open(cls, root: Path, lite: Collection[str], check: bool | None) -> "ModelFolder":
         if root.is_file():
             raise WeightsError(f"{root} is a file: scripts/save-weights --prior {root} makes a model folder of it.")
         if not root.is_dir():
@@ -193,7 +198,10 @@ class ModelFolder:
             raise ValueError(f"There is no component {component!r}; there are {', '.join(COMPONENTS)}.")
         if component not in self.parts:
             raise WeightsError(self._without([component]))
-        part = self.parts[component]
+        with readable(self.root):
+            return self._load(component, self.parts[component], device, dtype, precision)
+
+    def _load(self, component: str, part: Path, device: str | torch.device, dtype: torch.dtype, precision: str) -> Any:
         self._compare_small_files(part)
         if component in PROCESSORS:
             return load_processor(component, part)
@@ -373,6 +381,9 @@ def _described(root: Path, content: Mapping[str, Any], path: Path) -> ModelFolde
         raise WeightsError(
             f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {WHOLE}."
         )
+    scale = content.get("stage_a_scale")
+    if scale is not None and not (type(scale) in (int, float) and 0 < scale < math.inf):
+        raise WeightsError(f"{path}: stage_a_scale is {shortened(repr(scale))}; it must be a number above 0.")
     return ModelFolder(
         root=root,
         name=content["name"],
@@ -382,7 +393,7 @@ def _described(root: Path, content: Mapping[str, Any], path: Path) -> ModelFolde
         parts={component: root / component for component in COMPONENTS if (root / component).is_dir()},
         checksums=checksums,
         sums=_read_sums(content.get("pieces"), path),
-        stage_a_scale=None if content.get("stage_a_scale") is None else float(content["stage_a_scale"]),
+        stage_a_scale=None if scale is None else float(scale),
     )
 
 

@@ -127,7 +127,11 @@ def load_processor(component: str, folder: Path) -> Any:
         raise WeightsError(f"{folder} lacks {wanted}.")
     try:
         return PROCESSORS[component].from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except (
+        BaseException
+    ) as error:  # the tokenizers library raises bare Exception, or one that ends Rust and is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise WeightsError(f"{folder} holds no readable {component}: {shortened(error)}") from error
 
 
