@@ -17,12 +17,14 @@ from bulk import cluster
 from bulk.cluster import ATTEMPTS, reason, resources
 from bulk.run import RunError
 from bulk.tally import Done, Tally
-from tests.bulk.tables import SMALL, lines_of, make_run, pictures_of
+from tests.bulk.tables import SMALL, lines_of, make_run, pictures_of, write_table
 from tests.readme import ROOT
 
 # Seconds, after which a test ends that would never end. On a machine with ten times as many processes as cores, a worker's
 # start alone took eight minutes.
 PATIENCE = 3600
+# Processes of Ray that try for 60 s to tell the head that it is dead, and only then end.
+AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
 # Rows that take a while each, so that a worker can be killed in the middle of a shard.
 SLOW = {**SMALL, "steps_prior": 20, "steps_decoder": 20}
 ROWS: list[dict[str, Any] | str] = [
@@ -84,19 +86,25 @@ def runs(process: psutil.Process) -> bool:
 
 @contextmanager
 def started(folder: Path) -> Iterator[Driver]:
-    """A driver; at the end, none of its processes is left."""
+    """A driver; at the end, none of its processes is left but Ray's agents."""
     driver = Driver(folder)
     try:
         yield driver
     finally:
         driver.process.kill()
         driver.process.wait()
-        end = time.monotonic() + PATIENCE
-        while (left := [one for one in driver.family if runs(one)]) and time.monotonic() < end:
-            time.sleep(0.2)
-        for one in left:
-            one.kill()
+        left = await_ends([one for one in driver.family if not any(titled(one, agent) for agent in AGENTS)])
     assert left == [], "Ray's processes end with the driver"
+
+
+def await_ends(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that did not end by themselves, and are killed."""
+    end = time.monotonic() + PATIENCE
+    while (left := [one for one in processes if runs(one)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    for one in left:
+        one.kill()
+    return left
 
 
 @pytest.mark.slow
@@ -107,24 +115,24 @@ def test_kills_lose_nothing_and_make_nothing_twice(
     monkeypatch.setenv("CASCADE_DEVICE", "cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder, done = tmp_path / "ray", tmp_path / "ray" / "out"
-    make_run(tmp_path / "one", ROWS, keep=("id",))
     folder.mkdir()
-    (folder / "table.jsonl").write_bytes((tmp_path / "one" / "table.jsonl").read_bytes())
+    write_table(folder / "table.jsonl", ROWS)
 
-    with started(folder) as driver:
-        driver.wait_for(lambda: list(done.glob("*_stats.json")))
-        (victim, *_) = driver.wait_for(driver.workers)
+    with started(folder) as killed:
+        killed.wait_for(lambda: list(done.glob("*_stats.json")))
+        (victim, *_) = killed.wait_for(killed.workers)
         victim.send_signal(signal.SIGKILL)
         before = len(list(done.glob("*_stats.json")))
-        driver.wait_for(lambda: len(list(done.glob("*_stats.json"))) > before)
-        driver.workers()
-        os.kill(driver.process.pid, signal.SIGKILL)
+        killed.wait_for(lambda: len(list(done.glob("*_stats.json"))) > before)
+        killed.workers()
+        os.kill(killed.process.pid, signal.SIGKILL)
     made = {file.name: file.stat().st_mtime_ns for file in done.glob("0*")}
     whole = {file.name[:5] for file in done.glob("*_stats.json")}
     assert 2 <= len(whole) < 6
     with started(folder) as driver:
         assert driver.process.wait(PATIENCE) == 0, driver.log.read_text()
 
+    make_run(tmp_path / "one", ROWS, keep=("id",))
     assert pictures_of(done) == pictures_of(tmp_path / "one" / "out")
     same = [{**line, "seconds": 0} for line in lines_of(done)]
     assert same == [{**line, "seconds": 0} for line in lines_of(tmp_path / "one" / "out")]
@@ -135,6 +143,7 @@ def test_kills_lose_nothing_and_make_nothing_twice(
     }, "what is done is left as it is"
     assert {file.name for file in done.iterdir()} == {*again, "run.json"}
     assert "pictures/s" in driver.log.read_text()
+    assert await_ends(killed.family) == [], "nor is an agent of the killed driver left"
 
 
 def test_what_is_counted_survives_a_worker() -> None:

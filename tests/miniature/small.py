@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
+from miniature import icons
 from miniature.icons import STYLES, IconObject, pack_drawings
 
 DRAWN = """
@@ -23,11 +25,19 @@ def ellipse(radius: int = 9, hue: int = 0, light: int = 50) -> str:
     )
 
 
+def pack_quickly(
+    objects: Sequence[IconObject], sets: Sequence[dict[str, str]], file: Path, styles: Sequence[str]
+) -> None:
+    """`pack_drawings`, but files are larger, and take a tenth of the time."""
+    with mock.patch.object(icons, "EFFORT", 0):
+        pack_drawings(objects, sets, file, tuple(styles))
+
+
 def pack(names: Sequence[str], file: Path, styles: Sequence[str] = STYLES) -> Path:
     """Packs drawings of objects that differ in shape and colour, and their styles in lightness."""
     sets = [
         {name: ellipse(4 + index % 6, 60 * index, 30 + 20 * style) for index, name in enumerate(names)}
         for style in range(len(styles))
     ]
-    pack_drawings([IconObject(name, (name,) * len(styles)) for name in names], sets, file, tuple(styles))
+    pack_quickly([IconObject(name, (name,) * len(styles)) for name in names], sets, file, styles)
     return file
