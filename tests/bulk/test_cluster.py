@@ -1,4 +1,7 @@
-"""Ray itself: a run whose worker and then whose driver is killed has what a run in one process makes."""
+"""Ray itself: a run whose worker and then whose driver is killed has what a run in one process makes.
+
+Imports of Ray stand in functions: whoever runs other tests reads this file, too.
+"""
 
 import os
 import signal
@@ -13,8 +16,6 @@ from typing import Any
 import psutil
 import pytest
 
-from bulk import cluster
-from bulk.cluster import ATTEMPTS, reason, resources
 from bulk.run import RunError
 from bulk.tally import Done, Tally
 from tests.bulk.tables import SMALL, lines_of, make_run, pictures_of, write_table
@@ -147,6 +148,8 @@ def test_kills_lose_nothing_and_make_nothing_twice(
 
 
 def test_what_is_counted_survives_a_worker() -> None:
+    from bulk.cluster import ATTEMPTS
+
     tally = Tally()
     assert tally.begin(3) == 1
     tally.report(3, 2, 2, 0)
@@ -176,19 +179,25 @@ def test_what_is_counted_survives_a_worker() -> None:
 def test_one_worker_a_gpu(
     there: dict[str, float], workers: int | None, device: str, found: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from bulk.cluster import resources
+
     monkeypatch.setenv("CASCADE_DEVICE", device)
     assert resources(there, workers) == found
 
 
 def test_more_workers_than_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bulk.cluster import resources
+
     monkeypatch.delenv("CASCADE_DEVICE", raising=False)
     with pytest.raises(RunError, match=r"^--workers is 5; there are 4 GPUs, so it must be from 1 to 4\.$"):
         resources({"CPU": 8.0, "GPU": 4.0}, 5)
 
 
 def test_a_reason_is_the_last_sentence() -> None:
+    from bulk.cluster import reason
+
     text = (
         '\x1b[36mray::MapWorker()\x1b[39m\n  File "maker.py", line 1\nOSError: [Errno 28] No space left on device\n\n'
     )
     assert reason(RuntimeError(text)) == "OSError: [Errno 28] No space left on device"
-    assert cluster.reason(RuntimeError("")) == "RuntimeError"
+    assert reason(RuntimeError("")) == "RuntimeError"
