@@ -42,7 +42,12 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 # Texts of 1 to 4 chunks; full ones; two that end within one block of 64 keys; none, and one, at which a block begins.
-LENGTHS = [(77, 154, 231, 308), (308, 308), (100, 120, 308, 77), (0, 1, 64, 128)]
+LENGTHS = [
+    pytest.param((77, 154, 231, 308), marks=pytest.mark.slow),
+    (308, 308),
+    pytest.param((100, 120, 308, 77), marks=pytest.mark.slow),
+    (0, 1, 64, 128),
+]
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "condition alone"])
