@@ -30,7 +30,7 @@ from cascade.loras.words import Words
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.ip_adapter import IPAdapter
-from cascade.networks.precisions import precision_in
+from cascade.networks.precisions import network_precision
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -201,7 +201,7 @@ class Cascade:
     @property
     def precision(self) -> str:
         """How weights are kept: "full", "int8" or "fp8", see `load`."""
-        return precision_in(self.prior)
+        return network_precision(self.prior)
 
     # ---- what callers use ----
 

@@ -38,7 +38,8 @@ def quantise(matrix: Tensor) -> EightBits:
 
     The largest value becomes 448 or -448.
     """
-    scale = torch.linalg.vector_norm(matrix.float(), torch.inf) / LARGEST
+    # By a tensor: by a number, a GPU multiplies with its reciprocal, and rounds otherwise than a CPU.
+    scale = torch.linalg.vector_norm(matrix.float(), torch.inf) / torch.tensor(LARGEST, device=matrix.device)
     # In place: while networks are loaded, memory may be short. A matrix of zeros has the scale 0.
     weight = matrix.float().div(torch.where(scale > 0, scale, torch.inf)).clamp_(-LARGEST, LARGEST)
     return EightBits(weight.to(E4M3), scale.repeat(len(matrix), 1))

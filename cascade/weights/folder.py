@@ -38,7 +38,15 @@ from cascade.networks.controlnet import KINDS
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.eight_bits import scale_of
 from cascade.networks.layout import SCALE
-from cascade.networks.precisions import FORMS, bytes_of, converted, forms_of, precision_of, rounded, without_scale
+from cascade.networks.precisions import (
+    FORMS,
+    bytes_of,
+    converted,
+    rounded,
+    stored_precision,
+    wanted_forms,
+    without_scale,
+)
 from cascade.sizes import SMALLEST, WHOLE
 from cascade.weights.blocks import DTYPES
 from cascade.weights.components import COMPONENTS, CONTROLNETS, DISTILLED, NEEDED, PROCESSORS, TURBO, component_files
@@ -194,7 +202,7 @@ class ModelFolder:
             raise no_weights(part)
         sums = self._sums_of(weights) if self.checks else None
         header = read_header(weights)
-        forms = forms_of({name: shape for name, (shape, _) in header.items()}, component, precision)
+        forms = wanted_forms({name: shape for name, (shape, _) in header.items()}, component, precision)
         tensors = read_tensors(weights, device, dtype, sums, partial(rounded, forms=without_scale(forms, header)))
         check_eight_bits(weights[0], tensors)
         tensors = converted(tensors, forms, dtype)
@@ -256,7 +264,7 @@ class ModelFolder:
         found = set()
         for paths in self.standard_files(EIGHT_BIT_NETWORKS).values():
             header = read_header(paths)
-            found.add(precision_of({name: DTYPES.get(kind, torch.float32) for name, (_, kind) in header.items()}))
+            found.add(stored_precision({name: DTYPES.get(kind, torch.float32) for name, (_, kind) in header.items()}))
         return next((one for one in ("fp8", "int8") if one in found), "full")
 
     def size(self, component: str, dtype: torch.dtype, *, precision: str = "full") -> int:
@@ -271,7 +279,7 @@ class ModelFolder:
         if not weights:
             raise no_weights(self.parts[component])
         total, header = 0, read_header(weights)
-        forms = forms_of({name: shape for name, (shape, _) in header.items()}, component, precision)
+        forms = wanted_forms({name: shape for name, (shape, _) in header.items()}, component, precision)
         for name, (shape, kind) in header.items():
             if name.endswith(SCALE):
                 continue
