@@ -200,6 +200,8 @@ def in_eight_bits_of(network: nn.Module, name: str, precision: str = "int8") -> 
     state = network.state_dict()
     forms = wanted_forms({key: tensor.shape for key, tensor in state.items()}, name, precision)
     use_forms(made, forms)
+    if all(tensor.is_meta for tensor in state.values()):
+        return made  # there is nothing to be rounded
     made.load_state_dict(rounded(state, forms), assign=True)
     return made
 
