@@ -7,9 +7,9 @@ from typing import Any
 
 from bulk.run import Run
 from bulk.table import Row
-from cascade.limits import LIMITS, InputError, shown
+from cascade.limits import LIMITS, InputError
 from cascade.plan import OWN
-from serving.inputs import PICTURES, URL, check_inputs
+from serving.inputs import PICTURES, URL, check_inputs, file_named
 
 # Inputs in which the pictures of a batch may differ: the engine's own, and those that only files depend on.
 APART = {*OWN, "output_format", "output_quality", "disable_safety_checker", "previews"}
@@ -68,12 +68,7 @@ def files_of(name: str, value: Any, folder: Path) -> Any:
         return [files_of(f"{name}[{place}]", one, folder) for place, one in enumerate(value)]
     if not isinstance(value, str) or URL.match(value) or value in LIMITS[name.partition("[")[0]].choices:
         return value
-    if URL.match(value[1:]) and value[0] == "@":
-        raise InputError(f"{name} is {shown(value)}; a URL has no @ before it.")
-    file = folder / Path(value.removeprefix("@")).expanduser()
-    if not file.is_file():
-        raise InputError(f"{name} is {shown(value)}; there is no file {shown(str(file))}.")
-    return file
+    return file_named(name, value, folder)
 
 
 def batches(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:

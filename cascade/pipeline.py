@@ -30,7 +30,7 @@ from cascade.loras.words import Words
 from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.ip_adapter import IPAdapter
-from cascade.networks.precisions import precision_in
+from cascade.networks.precisions import network_precision
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -201,7 +201,7 @@ class Cascade:
     @property
     def precision(self) -> str:
         """How weights are kept: "full", "int8" or "fp8", see `load`."""
-        return precision_in(self.prior)
+        return network_precision(self.prior)
 
     # ---- what callers use ----
 
@@ -249,8 +249,8 @@ class Cascade:
         Raises:
             InputError: the request is no `Request`.
             ValueError: the model lacks a network that the request needs.
-            RuntimeError: memory does not suffice for one picture (`running.errors.is_out_of_memory`); or the stages'
-                latents are not finite.
+            RuntimeError: memory does not suffice for one picture (`running.errors.is_out_of_memory`); or what a stage
+                made is not finite.
         """
         check_request("request", request)
         yield from self._steps((request,))
@@ -440,22 +440,24 @@ class Cascade:
         """Stage A: pictures (3, H, W) in 0..1 of Stage B's latents, in tiles where memory is short.
 
         Raises:
-            RuntimeError: the latents of a stage are not finite.
+            RuntimeError: what a stage made is not finite.
         """
-        finite = torch.stack([semantic.isfinite().all(), latents.isfinite().all()])
+        finite = [semantic.isfinite().all(), latents.isfinite().all()]
         size = latents.shape[-2:]
         tile = tile_within(self.vqgan, *size, self.runner.workspace(most_bytes(self.vqgan, *size)))
-        for number, pixels in enumerate(decode_pixels(self.vqgan, latents, self.stage_a_scale, tile)):
-            if number == 0:  # asked for only now that the GPU has more to do, because asking waits for it
-                self._check_finite(finite.tolist())
+        for pixels in decode_pixels(self.vqgan, latents, self.stage_a_scale, tile):
+            # Asked for together, because asking waits for the GPU, as whoever gets the pixels does. The largest is NaN if any is.
+            self._check_finite(torch.stack([*finite, pixels.max().isfinite()]).tolist())
             yield pixels
 
     def _check_finite(self, finite: Sequence[bool]) -> None:
-        for stage, network, fine in zip("CB", (self.prior, self.decoder), finite, strict=True):
+        dtypes = (self.prior.dtype, self.decoder.dtype, self.vqgan.dtype)
+        for stage, kind, fine in zip("CBA", dtypes, finite, strict=True):
             if not fine:
-                dtype = str(network.dtype).removeprefix("torch.")
+                dtype = str(kind).removeprefix("torch.")
+                what = "pixels" if stage == "A" else "latents"
                 raise RuntimeError(
-                    f"Stage {stage} made latents that are not finite, in {dtype}: its weights are damaged, or need "
+                    f"Stage {stage} made {what} that are not finite, in {dtype}: its weights are damaged, or need "
                     "another dtype (CASCADE_DTYPE), such as float32; or a LoRA's scale or values are too large."
                 )
 

@@ -42,7 +42,7 @@ from cascade.kernels.e4m3 import E4M3, LARGEST
 from cascade.kernels.stream import Stream
 from cascade.networks.eight_bits import quantise
 from cascade.networks.layout import published_names
-from cascade.networks.precisions import FORMS, IN_8_BITS, forms_of
+from cascade.networks.precisions import FORMS, IN_8_BITS, wanted_forms
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.sampling import Noise, diffuse, finish
 from cascade.stages.decoder import decoder_steps
@@ -205,7 +205,7 @@ class Network:
     def in_fp8(self) -> dict[str, nn.Module]:
         """Replacements as the precision fp8 has them."""
         state = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
-        forms, names, made = forms_of(state, self.name, "fp8"), published_names(self.network), {}
+        forms, names, made = wanted_forms(state, self.name, "fp8"), published_names(self.network), {}
         for name, layer in layers_of(self.network).items():
             published = names[f"{name}.weight"]  # q, k and v are rounded each
             form = forms.get(published[0])

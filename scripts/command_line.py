@@ -8,6 +8,7 @@ import argparse
 import codecs
 import inspect
 import logging
+import os
 import re
 import shutil
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from cascade.limits import LIMITS, InputError, Limits, shown
 from cascade.weights import WeightsError
 from predict import Predictor
-from serving.inputs import URL, check_inputs, similar_inputs
+from serving.inputs import URL, check_inputs, file_named, similar_inputs
 from serving.texts import from_text
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
@@ -65,11 +66,7 @@ def read_value(name: str, text: str, limits: Limits) -> Any:
         InputError: a file cannot be read.
     """
     if text.startswith("@"):
-        if URL.match(text[1:]):
-            raise InputError(f"{name} is {shown(text)}; a URL has no @ before it.")
-        file = Path(text[1:]).expanduser()
-        if not file.is_file():
-            raise InputError(f"{name} is {shown(text)}; there is no file {shown(str(file))}.")
+        file = file_named(name, text)
         if limits.kind is Image.Image:
             return file
         text = read_text(name, file)
@@ -134,7 +131,7 @@ def read_format(output: str) -> str | None:
 
 
 def names_folder(output: str) -> bool:
-    return output.endswith("/") or Path(output).is_dir()
+    return output.endswith("/") or os.path.isdir(output)
 
 
 def save(made: list[Path], output: str) -> list[Path]:

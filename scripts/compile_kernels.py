@@ -27,7 +27,7 @@ from cascade.kernels.e4m3 import CAPABILITY
 from cascade.networks.base import without_values
 from cascade.networks.eight_bits import GROUP, EightBits, group_of, rounded_names
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
-from cascade.networks.precisions import forms_of, use_forms
+from cascade.networks.precisions import use_forms, wanted_forms
 from cascade.networks.unet import StableCascadeUNet
 from cascade.running.precompile import jobs_of
 from cascade.weights import ModelFolder
@@ -69,7 +69,7 @@ def jobs(
             network.to(dtype).eval().use_kernels("triton")
     if e4m3:
         sets += [([in_fp8(unet) for unet in unets], vqgan) for unets, vqgan in sets]
-    return [job for unets, vqgan in sets for job in jobs_of(unets, vqgan)] + [
+    return [job for unets, vqgan in sets for job in jobs_of(unets, vqgan, large=True)] + [
         partial(load("triton").dequantise, *in_groups(size), dtype) for size in sorted(groups)
     ]
 
@@ -78,7 +78,7 @@ def in_fp8(unet: StableCascadeUNet) -> StableCascadeUNet:
     """A copy of a network on the meta device, in the precision fp8."""
     made = copy.deepcopy(unet)
     shapes = {name: tensor.shape for name, tensor in made.state_dict().items()}
-    use_forms(made, forms_of(shapes, "prior", "fp8"))  # the same for both stages
+    use_forms(made, wanted_forms(shapes, "prior", "fp8"))  # the same for both stages
     made.use_kernels("triton")
     return made
 

@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         sockets = bind(options.host, options.port)
     except (OSError, OverflowError) as error:
-        sys.stderr.write(f"Cannot listen at {options.host}, port {options.port}: {error}.\n")
+        sys.stderr.write(f"Cannot listen at {options.host}, port {options.port}: {str(error).rstrip('.')}.\n")
         return 1
     runner, trainer, variables = read_config()
     try:

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -211,6 +212,23 @@ def check_picture(name: str, value: Any) -> Any:
     if isinstance(value, Path) or (isinstance(value, str) and (value in words or URL.match(value))):
         return value
     raise InputError(f"{name} is {shown(value)}; {' or '.join((FILE, *map(repr, words)))}.")
+
+
+def file_named(name: str, text: str, folder: Path = Path()) -> Path:
+    """The file that an input's text names, as FILE or @FILE; ~ is the user's folder.
+
+    Args:
+        folder: where relative paths begin.
+
+    Raises:
+        InputError: there is no such file, or the text is a URL with an @ before it.
+    """
+    if text.startswith("@") and URL.match(text[1:]):
+        raise InputError(f"{name} is {shown(text)}; a URL has no @ before it.")
+    file = folder / os.path.expanduser(text.removeprefix("@"))
+    if not os.path.isfile(file):  # pathlib's raises an error for a name that is too long
+        raise InputError(f"{name} is {shown(text)}; there is no file {shown(str(file))}.")
+    return file
 
 
 def read_image_and_mask(inputs: Mapping[str, Any], native: int) -> tuple[Image.Image | None, Image.Image | str | None]:

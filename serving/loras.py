@@ -126,18 +126,18 @@ class Loras:
         return [Recorded(Path(one.path).stem, _digest(Path(one.path)) if hashed else "", one.scale) for one in loras]
 
     def _local(self, label: str, name: str) -> Path:
+        files = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        there = {path.name: path for path in files if path.exists()}
         for candidate in (name, f"{name}.safetensors"):
-            path = self.folder / candidate
-            if path.exists() and path.parent == self.folder:
-                return path
-        there = [path.name.removesuffix(".safetensors") for path in self._local_files()]
-        listed = f"it has {', '.join(there[:20])}" if there else "it has none"
+            if candidate in there:
+                return there[candidate]
+        names = [
+            path.name.removesuffix(".safetensors")
+            for path in there.values()
+            if path.suffix != ".json" and path.name[0] != "."
+        ]
+        listed = f"it has {', '.join(names[:20])}" if names else "it has none"
         raise InputError(f"{label} is {shown(name)}, which is not among the model folder's loras: {listed}.")
-
-    def _local_files(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return sorted(path for path in self.folder.iterdir() if path.suffix != ".json" and path.name[0] != ".")
 
     # ---- downloads ----
 

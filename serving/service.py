@@ -196,8 +196,7 @@ class Service:
         self.outputs = tempfile.TemporaryDirectory(prefix="cascade-")
         with self.prepared(given) as ready:
             self._warn_of_unknown_words(ready.request)
-            # What `warm_up` has begun ends first. Its time and memory are not the prediction's. And while it captures a graph, to
-            # synchronise with the GPU, as after an error, would break the capture, and the GPU would seem to be lost.
+            # What `warm_up` has begun ends first: its time and memory are not the prediction's.
             self.model_thread.submit(lambda: None).result()
             try:
                 return self._with_care(ready.request, lambda: self._make(ready, record_metric, on_progress))

@@ -1,4 +1,7 @@
-"""The inputs of `predict.py` as fields of a form: read from `Predictor.run`, so that whatever it takes, the page has."""
+"""The inputs of `predict.py` as fields of a form: read from `Predictor.run`, so that whatever it takes, the page has.
+
+Gradio, whose import takes seconds, is imported where components are made.
+"""
 
 import inspect
 import re
@@ -6,12 +9,14 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cog
-import gradio as gr
 
 from predict import Predictor
+
+if TYPE_CHECKING:
+    from gradio.components import Component
 
 # The page's own business: it always shows previews if there is a previewer.
 NOT_SHOWN = ("self", "previews")
@@ -60,8 +65,10 @@ class Field:
     def is_file(self) -> bool:
         return issubclass(self.kind, cog.Path)
 
-    def component(self, **options: Any) -> gr.components.Component:
+    def component(self, **options: Any) -> "Component":
         """A Gradio component whose value is the input's, see `shown` and `given`. Limits are checked by `check_inputs`."""
+        import gradio as gr
+
         options = {"label": self.label, "elem_id": self.name, **options}
         if self.is_file:
             return self._file(options)
@@ -98,8 +105,10 @@ class Field:
             return list(range(self.low, self.high + 1))
         return list(self.choices)
 
-    def _file(self, options: dict[str, Any]) -> gr.components.Component:
+    def _file(self, options: dict[str, Any]) -> "Component":
         """Files reach the page byte for byte, so that their checksums are those of what the user has."""
+        import gradio as gr
+
         if self.many:
             return gr.Gallery(
                 type="filepath", file_types=["image"], columns=4, height=200, allow_preview=False, buttons=[], **options

@@ -26,7 +26,7 @@ from cascade.networks.controlnet import ControlNet
 from cascade.networks.effnet import SemanticEncoder
 from cascade.networks.eight_bits import NETWORKS
 from cascade.networks.ip_adapter import IPAdapter
-from cascade.networks.precisions import converted, forms_of, rounded, use_forms
+from cascade.networks.precisions import converted, rounded, use_forms, wanted_forms
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
@@ -198,8 +198,10 @@ def in_eight_bits_of(network: nn.Module, name: str, precision: str = "int8") -> 
     """A copy of a network with weights in 8 bits. `name`: of the component."""
     made = copy.deepcopy(network)
     state = network.state_dict()
-    forms = forms_of({key: tensor.shape for key, tensor in state.items()}, name, precision)
+    forms = wanted_forms({key: tensor.shape for key, tensor in state.items()}, name, precision)
     use_forms(made, forms)
+    if all(tensor.is_meta for tensor in state.values()):
+        return made  # there is nothing to be rounded
     made.load_state_dict(rounded(state, forms), assign=True)
     return made
 

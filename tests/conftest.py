@@ -16,16 +16,26 @@ from hypothesis import settings
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
 
-# Groups of tests that take long; they are begun first.
+# Groups of tests that take more than 15 s of a processor, the longest first. They are begun first, so that at the end no process
+# waits for one of them.
 LONGEST = (
     "tests/http",
     "tests/studio",
-    "tests/bulk/test_cluster.py",
     "tests/miniature/test_stages.py",
-    "tests/test_readme.py",
+    "tests/bulk/test_cluster.py",
+    "tests/test_benchmarks.py",
+    "tests/training/test_sharding.py",
     "tests/test_predict.py",
-    "tests/training/test_stopping.py",
-    "tests/training/test_own_pictures.py",
+    "tests/test_readme.py",
+    "tests/miniature/test_scripts.py",
+    "tests/hub/test_download.py",
+    "tests/training/tasks/test_distil.py",
+    "tests/test_scripts.py",
+    "tests/test_mini.py",
+    "tests/images/test_reading.py",
+    "tests/hub/test_save.py",
+    "tests/kernels/test_interpreted.py",
+    "tests/kernels/test_compiled.py",
 )
 
 # A busy machine is no fault of what is tested: no deadlines.

@@ -670,3 +670,12 @@ def test_latents_that_are_not_finite_end_the_work(
     if stage == "decoder":
         with pytest.raises(RuntimeError, match="Stage B made latents that are not finite"):
             cascade.reconstruct(photo(64, 64))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_pixels_that_are_not_finite_end_the_work(components: dict[str, Any], value: float) -> None:
+    cascade = make_cascade(components)
+    with torch.no_grad():
+        cascade.vqgan.up_blocks[0][0].bias[0] = value
+    with pytest.raises(RuntimeError, match=r"^Stage A made pixels that are not finite, in float32: ."):
+        cascade.generate(Request("a cat", **SMALL))

@@ -193,8 +193,13 @@ for name in names:
     if not child:
         os.dup2(os.open(os.path.join(folder, os.path.basename(name)), os.O_WRONLY | os.O_CREAT), 1)
         sys.argv, sys.path[0] = [name, "--help"], os.path.dirname(os.path.abspath(name))
-        runpy.run_path(name, run_name="__main__")
-        sys.exit()
+        code = 0
+        try:
+            runpy.run_path(name, run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
+        sys.stdout.flush()
+        os._exit(code)  # at once, without taking all imported modules apart
     if os.waitpid(child, 0)[1]:
         sys.exit(f"{name} --help failed")
 """

@@ -268,6 +268,11 @@ def test_a_file_that_is_no_text(tmp_path: Path, content: bytes) -> None:
         ("image=@/no/such.png", "image is '@/no/such.png'; there is no file '/no/such.png'."),
         ("image=@https://host/a.png", "image is '@https://host/a.png'; a URL has no @ before it."),
         ("prompt=@/no/such.txt", "prompt is '@/no/such.txt'; there is no file '/no/such.txt'."),
+        (f"image=@{'x' * 5000}", "image is '@xxx"),
+        (
+            "prompt=@~nobody-of-this-name/a",
+            "prompt is '@~nobody-of-this-name/a'; there is no file '~nobody-of-this-name/a'.",
+        ),
         ("image_prompt_strengths=7", "image_prompt_strengths[0] is 7; it must be a number from 0 to 2."),
     ],
 )

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -20,11 +21,12 @@ from typing import Any, TextIO
 import torch
 
 from training.configuration import read_configuration
-from training.errors import writing
+from training.errors import TrainingError, writing
 from training.options import Options
-from training.record import Record, read_times, timestamp, write_times
+from training.record import FILE, Record, read_times, timestamp, write_times
 from training.run import FINISHED
 from training.stages import ORDER, trained_by, waits_for
+from training.values import check_values, kinds_of
 
 ROOT = Path(__file__).parent.parent
 LEDGER = "recipe.json"
@@ -55,7 +57,16 @@ class Ledger:
         Raises:
             TrainingError: it is damaged.
         """
-        return read_times(output / LEDGER, lambda content: cls(**content)) or cls()
+
+        def made(content: Mapping[str, Any]) -> Ledger:
+            ledger = cls(**content)
+            for call in ledger.calls:
+                itemgetter("started", "seconds", "gpus")(call)
+            for process in ledger.processes:
+                itemgetter("stage", "started", "seconds", "gpus")(process)
+            return ledger
+
+        return read_times(output / LEDGER, made) or cls()
 
     def save(self, output: Path) -> None:
         """Writes the ledger.
@@ -74,10 +85,10 @@ class Running:
         stage: its name.
         process: the process.
         gpus: the entries for CUDA_VISIBLE_DEVICES; none without a GPU.
-        began: `time.time` of its start.
+        began: `time.time` when it was started.
         entry: its entry in the ledger.
-        log: the file that has its output; None: it writes to this process's.
-        start: bytes in that file before.
+        log: the file that its output is appended to; None: it writes to this process's.
+        offset: bytes in that file before it was started.
     """
 
     stage: str
@@ -86,13 +97,13 @@ class Running:
     began: float
     entry: dict[str, Any]
     log: TextIO | None
-    start: int = 0
+    offset: int = 0
 
     def last_line(self) -> str | None:
         """The last line of its output, see `last_line`; None if this process has the output."""
         if self.log is None:
             return None
-        return last_line(Path(self.log.name).read_bytes()[self.start :].decode(errors="replace"))
+        return last_line(Path(self.log.name).read_bytes()[self.offset :].decode(errors="replace"))
 
 
 def last_line(output: str) -> str:
@@ -189,7 +200,7 @@ class Recipe:
         command = [sys.executable, "-m", *launcher(len(gpus)), "training.run", *map(str, files)]
         if math.isfinite(self.deadline):
             command += ["--minutes", str(max(0.0, (self.deadline - time.time()) / 60))]
-        environment, log, start = dict(os.environ), None, 0
+        environment, log, offset = dict(os.environ), None, 0
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if self.at_once > 1:
@@ -197,12 +208,12 @@ class Recipe:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 log = (folder / "output.log").open("a", encoding="utf-8")
-                start = log.tell()
+                offset = log.tell()
         now = time.time()
         entry = {"stage": stage, "started": timestamp(now), "seconds": 0.0, "gpus": gpus}
         self.ledger.processes.append(entry)
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        self.running.append(Running(stage, process, gpus, now, entry, log, start))
+        self.running.append(Running(stage, process, gpus, now, entry, log, offset))
         where = f" on GPU {', '.join(gpus)}" if gpus else ""
         say(f"{stage}: started{where}" + (f"; its output is in {log.name}" if log else ""))
 
@@ -333,6 +344,20 @@ def process_seconds(entry: Mapping[str, Any]) -> float:
     return entry["seconds"] * max(1, len(entry["gpus"]))
 
 
+def samples_per_step(record: Record, folder: Path) -> int:
+    """The pictures of the native size in a step of a stage's last session.
+
+    Raises:
+        TrainingError: its options are not those of this version.
+    """
+    try:
+        check_values("the table of options", record.options, kinds_of(Options))
+        return Options(**record.options).samples(record.sessions[-1].processes)
+    except TrainingError as error:
+        file = folder / FILE
+        raise TrainingError(f"{file} is not of this version: {error} Remove it to go on without its times.") from error
+
+
 def costs(output: Path) -> dict[str, Any]:
     """What a training cost: steps, samples and seconds, by stage and in all.
 
@@ -342,7 +367,7 @@ def costs(output: Path) -> dict[str, Any]:
         phase, ``devices``, ``sessions``}.
 
     Raises:
-        TrainingError: a record is damaged.
+        TrainingError: a record is damaged, or of a version with other options.
     """
     ledger = Ledger.load(output)
     stages: dict[str, Any] = {}
@@ -355,7 +380,7 @@ def costs(output: Path) -> dict[str, Any]:
         if record is not None and record.sessions:
             stages[stage] |= {
                 "steps": record.steps,
-                "samples_per_step": Options(**record.options).samples(record.sessions[-1].processes),
+                "samples_per_step": samples_per_step(record, output / stage),
                 "seconds": record.seconds,
                 "devices": sorted({session.device for session in record.sessions}),
                 "sessions": len(record.sessions),

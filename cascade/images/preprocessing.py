@@ -17,6 +17,9 @@ from torch import Tensor
 
 SETTINGS = "preprocessor_config.json"
 STEPS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
+# Pixels, the longest side that settings may ask for. CLIP's towers read at most 448, and a picture may be 64 times as wide as
+# high: it is scaled before it is cropped.
+MOST_SIDE = 1024
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -55,8 +58,8 @@ class ClipPreprocessor:
                 raise ValueError(f"{step} is false, but CLIP reads scaled, cropped and normalised pictures")
         size, crop = said.get("size", cls.size), said.get("crop_size", cls.crop[0])
         scale, resample = said.get("rescale_factor", cls.scale), said.get("resample", cls.resample)
-        if not _is_number(scale):
-            raise ValueError(f"rescale_factor is {scale!r}; it must be a number")
+        if not _is_number(scale, zero=False):
+            raise ValueError(f"rescale_factor is {scale!r}; it must be a number other than 0")
         if resample not in list(Image.Resampling):
             raise ValueError(f"resample is {resample!r}; it must be one of Pillow's numbers, 0 to 5")
         shorter = size.get("shortest_edge", size) if isinstance(size, dict) else size
@@ -106,19 +109,20 @@ class ClipPreprocessor:
         Path(folder, SETTINGS).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(value: Any, *, zero: bool = True) -> bool:
+    """Whether it is a number with which float32 pixels stay finite; `zero`: whether it may be 0."""
+    return type(value) in (int, float) and abs(value) < 1e6 and (zero or abs(value) > 1e-6)
 
 
 def _is_side(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MOST_SIDE
 
 
 def _height_and_width(name: str, value: Any, more: str = "") -> tuple[int, int]:
     sides = (value.get("height"), value.get("width")) if isinstance(value, dict) else ()
     if not sides or not all(map(_is_side, sides)):
         raise ValueError(
-            f"{name} is {value!r}; it must be a number of pixels, or an object with height and width{more}"
+            f"{name} is {value!r}; it must be a number of pixels, 1 to {MOST_SIDE}, or an object with height and width{more}"
         )
     return sides
 
@@ -126,6 +130,6 @@ def _height_and_width(name: str, value: Any, more: str = "") -> tuple[int, int]:
 def _of_channels(name: str, values: Any, *, zero: bool = True) -> tuple[float, ...]:
     """Numbers for red, green and blue, or one for all; `zero`: whether they may be 0."""
     given = (values,) * 3 if _is_number(values) else values if isinstance(values, list | tuple) else ()
-    if len(given) != 3 or not all(_is_number(value) and (zero or value) for value in given):
+    if len(given) != 3 or not all(_is_number(value, zero=zero) for value in given):
         raise ValueError(f"{name} is {values!r}; it must be a number or three{'' if zero else ' other than 0'}")
     return tuple(map(float, given))

@@ -100,7 +100,7 @@ class Loras:
                     words += self._words_of(found)
         selection.placed, selection.words = placed, Words(distinct(words))
         if words:
-            logger.info("Words that the prompt may use: %s.", ", ".join(selection.words.names))
+            logger.info("Words that the prompt may use: %s.", shortened(", ".join(selection.words.names), 300))
         return selection
 
     def apply(self, selection: Selection) -> None:

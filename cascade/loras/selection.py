@@ -110,7 +110,7 @@ class Library:
         """
         adapter = Adapter.read(path, self._settings(path))
         placed = place(adapter, self.shapes, None if adapter.rows is None else self.vocabulary())
-        logger.info("%s: %s; %s.", path, placed.adapter.format, placed.summary)
+        logger.info("%s: %s; %s.", path, placed.adapter.format, shortened(placed.summary, 400))
         for word in placed.words:
             if word.outputs is not None:
                 logger.warning("%s: what %s adds to the text encoder's output is not used.", path, word.name)

@@ -53,6 +53,12 @@ def distinct(named: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
             number += 1
             own = f"{name}{number}"
         if own != name:
-            logger.warning("Two LoRAs bring the word %s; the second is called %s.", name, own)
+            logger.warning("Two LoRAs bring the word %s; the second is called %s.", _shown(name), _shown(own))
         found[own] = vectors
     return found
+
+
+def _shown(name: str) -> str:
+    """A name for the log: one line, without the middle of a long one."""
+    line = " ".join(name.split())
+    return line if len(line) <= 100 else f"{line[:60]}...{line[-30:]}"

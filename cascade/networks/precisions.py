@@ -34,8 +34,8 @@ FORMS = {torch.int8: Form(eight_bits.quantise, EightBitLinear, False), E4M3: For
 Forms = Mapping[str, torch.dtype]
 
 
-def forms_of(shapes: Mapping[str, Sequence[int]], network: str, precision: str) -> dict[str, torch.dtype]:
-    """The weights of a network that a precision keeps in 8 bits.
+def wanted_forms(shapes: Mapping[str, Sequence[int]], network: str, precision: str) -> dict[str, torch.dtype]:
+    """The form that a precision wants of each weight it keeps in 8 bits, by published name.
 
     Args:
         shapes: of all of its tensors, by published name.
@@ -51,8 +51,8 @@ def forms_of(shapes: Mapping[str, Sequence[int]], network: str, precision: str) 
     return stored | dict.fromkeys(fp8.names_of_products(shapes, rounded), E4M3)
 
 
-def precision_of(tensors: Mapping[str, torch.dtype]) -> str:
-    """The precision in which tensors with these names and dtypes are kept."""
+def stored_precision(tensors: Mapping[str, torch.dtype]) -> str:
+    """The precision in which tensors with these names and dtypes are stored: "full", "int8" or "fp8"."""
     return _precision({dtype for name, dtype in tensors.items() if scale_of(name) in tensors})
 
 
@@ -97,7 +97,7 @@ def use_forms(network: nn.Module, forms: Forms) -> None:
 
     Args:
         network: complete, its parameters on the meta device.
-        forms: see `forms_of`.
+        forms: see `wanted_forms`.
     """
     names = published_names(network)
     for name, module in list(network.named_modules()):
@@ -106,13 +106,13 @@ def use_forms(network: nn.Module, forms: Forms) -> None:
             network.set_submodule(name, FORMS[kinds.pop()].layer(module))
 
 
-def forms_in(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """The forms of tensors, those that have one."""
+def stored_forms(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """The forms of those tensors that are stored in 8 bits, by name."""
     return {name: tensor.dtype for name, tensor in tensors.items() if scale_of(name) in tensors}
 
 
-def precision_in(network: nn.Module) -> str:
-    """The precision of a network: "full", "int8" or "fp8"."""
+def network_precision(network: nn.Module) -> str:
+    """The precision of a network, by its layers: "full", "int8" or "fp8"."""
     return _precision({module.weight.dtype for module in network.modules() if isinstance(module, EightBitLinear)})
 
 

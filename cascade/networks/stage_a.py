@@ -4,6 +4,7 @@ Config fields and state-dict keys are those of the published diffusers checkpoin
 follows Stability-AI/StableCascade `modules/stage_a.py`, but `encode` and `decode` also apply the scale.
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -54,6 +55,8 @@ class StageA(UsesKernels, Network):
         latent_channels (`int`, 4): channels of the latents.
         num_vq_embeddings (`int`, 8192): rows of the codebook.
         scale_factor (`float`, 0.3764): default scale. `encode` divides its latents by it, and `decode` multiplies them.
+
+    Raises ValueError if the scale is not above 0.
     """
 
     @register_to_config
@@ -70,6 +73,8 @@ class StageA(UsesKernels, Network):
         scale_factor: float = 0.3764,
     ):
         super().__init__()
+        if not 0 < scale_factor < math.inf:
+            raise ValueError(f"scale_factor is {scale_factor}; it must be above 0")
         fold = up_down_scale_factor
         widths = [embed_dim // 2 ** (levels - 1 - i) for i in range(levels)]  # finest first
         self.factor = fold * 2 ** (levels - 1)

@@ -21,6 +21,15 @@ LISTED = "added_tokens_decoder"
 LONGEST, SHORTEST = 77, 3  # a chunk has a begin, an end, and a token between
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+# CLIP's options of the library's model, by name.
+MODEL = {
+    "dropout": None,
+    "continuing_subword_prefix": "",
+    "end_of_word_suffix": WORD_END,
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
 # A special token, an English ending, letters, one digit, or other signs.
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -29,7 +38,7 @@ class ClipTokenizer:
     """Turns texts into tokens. Use `from_pretrained`.
 
     Args:
-        tokenizer: with CLIP's vocabulary. Its steps before and after are replaced by CLIP's.
+        tokenizer: with CLIP's vocabulary and merges. Everything else of it is replaced by CLIP's.
         settings: of `SETTINGS`, `SPECIAL` and `ADDED`.
 
     Attributes:
@@ -37,10 +46,12 @@ class ClipTokenizer:
         model_max_length: tokens of a chunk, begin and end of text included.
 
     Raises:
-        ValueError: the vocabulary lacks a special token, or a setting has a value that is not allowed.
+        ValueError: it is of another kind, the vocabulary lacks a special token, or a setting has a value that is not allowed.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+        if not isinstance(tokenizer.model, BPE):
+            raise ValueError(f"its model is {type(tokenizer.model).__name__}; CLIP's is BPE")
         self._tokenizer, self._settings = tokenizer, settings
         names = {"bos": BEGIN, "eos": END, "pad": END, "unk": END}
         names = {kind: _special(settings, kind, default) for kind, default in names.items()}
@@ -50,6 +61,9 @@ class ClipTokenizer:
         for kind, name in names.items():
             if name not in vocabulary:
                 raise ValueError(f"the vocabulary lacks the {kind}_token {name}")
+        for option, value in MODEL.items():
+            setattr(tokenizer.model, option, value)
+        tokenizer.model.unk_token = names["unk"]
         tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names.values()])
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
             vocabulary[names[kind]] for kind in ("bos", "eos", "pad")
@@ -78,7 +92,8 @@ class ClipTokenizer:
         """Read `WHOLE`, or `VOCABULARY` and `MERGES`, from a folder.
 
         Raises:
-            Exception: a file is missing or damaged; the library has no narrower type.
+            Exception, PanicException: a file is missing or damaged; the library has no narrower types, and the second is no
+                Exception.
         """
         folder = Path(folder)
         settings = _read(folder / SETTINGS)

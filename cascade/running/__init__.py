@@ -21,6 +21,7 @@ The life of a weight:
 6. Short of memory. ``retry`` makes the missing pictures again: without the graphs captured so far, then with half as many
    pictures at a time, then one by one without graphs. Weights stay where they are.
 
-Also here: ``device`` chooses device and dtype, ``errors`` tells a lack of memory and a lost GPU from other errors, and
-``precompile`` compiles Triton kernels before the first picture.
+Also here: ``device`` chooses device and dtype, ``errors`` tells a lack of memory and a lost GPU from other errors,
+``precompile`` compiles Triton kernels before the first picture, and ``waits`` keeps waits for the whole GPU apart from captures
+of graphs in other threads.
 """

@@ -2,6 +2,8 @@
 
 import torch
 
+from cascade.running.waits import one_at_a_time
+
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA (through torch's allocator, a graph's instantiation or Triton) and Metal
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -23,20 +25,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether this process can no longer use a GPU. Waits until the GPU has finished its work.
+    """Whether this process can no longer use a GPU. Waits until captures of graphs end, and the GPU has finished its work.
 
     After an illegal address, a device-side assert or a failed launch, every CUDA call fails until the process ends. After
     other errors, such as a lack of memory, the next call succeeds.
     """
     if device.type != "cuda":
         return False
-    for _ in range(2):  # the first call may report an error of earlier work
-        try:
-            torch.cuda.synchronize(device)
-            torch.ones(1, device=device).add_(1).item()  # raises if no work can be launched
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                return False
-            continue
-        return False
-    return True
+    with one_at_a_time:
+        for _ in range(2):  # the first call may report an error of earlier work
+            try:
+                torch.cuda.synchronize(device)
+                torch.ones(1, device=device).add_(1).item()  # raises if no work can be launched
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    return False
+                continue
+            return False
+        return True

@@ -8,7 +8,6 @@ sizes, and the graphs that depend on no size, such as the text encoder's.
 
 import contextlib
 import logging
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from cascade.kernels.parallel import without_collection
 from cascade.networks.protocol import UNet
 from cascade.networks.unet import Conditions, StableCascadeUNet
 from cascade.running.errors import is_out_of_memory
+from cascade.running.waits import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,6 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-# One capture at a time: models that several threads use share the stream, and before a capture, its thread waits for the whole
-# device, which would break another capture. Nor is garbage collected meanwhile, because to free pinned weights waits, too.
-_capturing = threading.RLock()
-
-
 class CapturedGraph:
     """A CUDA graph, with inputs and outputs at fixed addresses.
 
@@ -73,7 +68,9 @@ class CapturedGraph:
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], pool: tuple[int, int]) -> None:
-        with _capturing, without_collection:
+        # One capture at a time: models that several threads use share the stream, and before a capture, its thread waits for
+        # the whole device. Nor is garbage collected meanwhile, because finalizers may call CUDA.
+        with one_at_a_time, without_collection:
             self._capture(function, inputs, pool)
 
     def _capture(self, function: Function, inputs: Sequence[Tensor], pool: tuple[int, int]) -> None:

@@ -4,11 +4,13 @@ import mmap
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
+from cascade.running.waits import one_at_a_time
 
 ALIGNMENT = 256  # bytes; kernels read up to 16 at a time, and cuBLAS chooses its kernel by alignment
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
@@ -62,7 +64,8 @@ class HostWeights:
                 place.tensor.data.copy_(data)
         if pin:
             _pin(self.host)
-            weakref.finalize(self, _unpin, self.host, torch.cuda.current_device()).atexit = False
+            unpin = partial(_unpin, self.host, torch.cuda.current_device())
+            weakref.finalize(self, one_at_a_time.when_free, unpin).atexit = False
 
     @property
     def size(self) -> int:

@@ -66,10 +66,8 @@ def available(device: torch.device) -> int:
     """Bytes that can still be allocated on a GPU: its free memory, or less if the process is limited to a fraction of it."""
     with torch.cuda.device(device):
         free, total = torch.cuda.mem_get_info()
-        if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # since torch 2.8
-            limit = int(torch.cuda.get_per_process_memory_fraction() * total)
-            free = min(free, limit - torch.cuda.memory_reserved())
-    return max(free, 0)
+        limit = int(torch.cuda.get_per_process_memory_fraction() * total)
+    return max(0, min(free, limit - torch.cuda.memory_reserved(device)))
 
 
 def usable(device: torch.device) -> int:

@@ -8,6 +8,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from cascade.running.device import current
 
 logger = logging.getLogger(__name__)
 SIDE = 8  # height and width of the blocks' inputs
+LARGE_SIDE = 64  # so many queries that attention takes larger blocks
 PRODUCTS = (F.linear, torch.addmm, torch._addmm_activation)
 
 
@@ -77,9 +79,14 @@ def precompile(unets: list[StableCascadeUNet], vqgan: StageA) -> None:
     logger.info("Prepared the kernels of %d blocks in %.1f s: %s.", len(jobs), taken, origin(vqgan.device))
 
 
-def jobs_of(unets: list[StableCascadeUNet], vqgan: StageA) -> list[Callable[[], object]]:
-    """Functions that run all kernels of these networks, one block each. The networks may be on the meta device."""
-    found = [job for unet in unets for job in _jobs(unet)] + _stage_a_jobs(vqgan)
+def jobs_of(unets: list[StableCascadeUNet], vqgan: StageA, *, large: bool = False) -> list[Callable[[], object]]:
+    """Functions that run all kernels of these networks, one block each. The networks may be on the meta device.
+
+    Args:
+        large: also those that only pictures of about 2048x2048 and more use.
+    """
+    sides = (SIDE, LARGE_SIDE) if large else (SIDE,)
+    found = [job for unet in unets for job in _jobs(unet, sides)] + _stage_a_jobs(vqgan)
     return [functools.partial(_run, vqgan.device, job) for job in found]
 
 
@@ -88,7 +95,7 @@ def _run(device: torch.device, job: Callable[[], object]) -> None:
         job()
 
 
-def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
+def _jobs(unet: StableCascadeUNet, sides: Sequence[int]) -> list[Callable[[], object]]:
     jobs: dict[tuple, Callable[[], object]] = {}
     for block in unet.blocks():
         if isinstance(block, ResBlock):
@@ -99,14 +106,14 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
                 jobs[ResBlock, channels, layer, skip, pending] = _res_block(block, channels, skip, pending, unet.device)
         elif isinstance(block, AttnBlock):
             channels = block.attention.channels
-            for pending in (False, True):
-                jobs[AttnBlock, channels, pending] = _attention_block(block, channels, pending, unet)
+            for pending, side in product((False, True), sides):
+                jobs[AttnBlock, channels, pending, side] = _attention_block(block, channels, pending, unet, side=side)
             if type(block.attention.to_qkv) is Fp8Linear:
-                jobs[AttnBlock, channels, Product] = _attention_block(block, channels, True, unet, product=True)
+                jobs[AttnBlock, channels, Product] = _attention_block(block, channels, True, unet, of_product=True)
             if unet.config.clip_text_in_channels is not None:  # its batches may have texts of different lengths
-                for biased in (False, True):
-                    jobs[AttnBlock, channels, "hides", biased] = _attention_block(
-                        block, channels, False, unet, hides=True, biased=biased
+                for biased, side in product((False, True), sides):
+                    jobs[AttnBlock, channels, "hides", biased, side] = _attention_block(
+                        block, channels, False, unet, side=side, hides=True, biased=biased
                     )
     for channels in unet.config.block_out_channels:
         for pending in (False, True):
@@ -116,14 +123,22 @@ def _jobs(unet: StableCascadeUNet) -> list[Callable[[], object]]:
     return list(jobs.values())
 
 
-def _stream(channels: int, pending: bool, device: torch.device, dtype: torch.dtype, *, product: bool = False) -> Stream:
-    x = torch.zeros(1, SIDE, SIDE, channels, device=device, dtype=torch.float32)
+def _stream(
+    channels: int,
+    pending: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    side: int = SIDE,
+    of_product: bool = False,
+) -> Stream:
+    x = torch.zeros(1, side, side, channels, device=device, dtype=torch.float32)
     if not pending:
         return Stream(x)
     # Halves of one tensor, like the timestep mappers' results.
     scale, shift = torch.zeros(1, 2 * channels, device=device, dtype=torch.float32).chunk(2, dim=1)
     stream = Stream(x, torch.zeros(channels, device=device, dtype=dtype), scale, shift)
-    return stream._replace(product=Product(x.to(dtype), x.new_zeros(1))) if product else stream
+    return stream._replace(product=Product(x.to(dtype), x.new_zeros(1))) if of_product else stream
 
 
 def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device: torch.device) -> Callable[[], object]:
@@ -140,16 +155,17 @@ def _attention_block(
     pending: bool,
     unet: StableCascadeUNet,
     *,
+    side: int = SIDE,
     hides: bool = False,
     biased: bool = False,
-    product: bool = False,
+    of_product: bool = False,
 ) -> Callable[[], object]:
     def job() -> object:
         tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
         key_value = block.condition.forward(tokens, block.kv_mapper, block.attention)
         bias = torch.zeros(tokens.shape[:2], device=unet.device, dtype=torch.float32) if biased else None
         hidden = torch.zeros(len(tokens), 2, dtype=torch.int32, device=unet.device) if hides else None
-        stream = _stream(channels, pending, unet.device, unet.dtype, product=product)
+        stream = _stream(channels, pending, unet.device, unet.dtype, side=side, of_product=of_product)
         return block.forward(stream, *key_value, bias, hidden)
 
     return job

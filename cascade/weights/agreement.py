@@ -82,6 +82,12 @@ def _check_tokens(tokenizer: Any, config: Any, root: Path) -> None:
             f"{root / 'tokenizer'} has the token {shortened(repr(token), 50)} with the id {place}, but {root / 'text_encoder'} "
             f"has {config.vocab_size} tokens, its vocab_size."
         )
+    # The pooled vector is that of the end of text. 2 stands in old configurations, for the token with the largest id.
+    if config.eos_token_id not in (2, tokenizer.eos_token_id):
+        raise WeightsError(
+            f"{root / 'tokenizer'} ends texts by the token {tokenizer.eos_token_id}, but {root / 'text_encoder'} looks for "
+            f"{config.eos_token_id}, its eos_token_id."
+        )
 
 
 def _check_images(processor: Any, config: Any, root: Path) -> None:

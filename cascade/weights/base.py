@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cascade.networks.eight_bits import EightBits, scale_of
 from cascade.weights import blocks
-from cascade.weights.errors import WeightsError
+from cascade.weights.errors import WeightsError, readable
 
 # Maximum bytes that are read ahead, and of those that are on their way to the GPU, unless one tensor has more. Torch keeps
 # pinned memory for later, so what is needed once stays.
@@ -111,7 +111,7 @@ class FileWeights:
         self, network: str, names: Sequence[str], device: torch.device, current: Callable[[str], Stored]
     ) -> Iterator[tuple[str, Stored]]:
         """See `BaseWeights`."""
-        try:
+        with readable(network):
             for path in self._files[network]:
                 if _State.of(path) != self._states[path]:
                     raise WeightsError(f"{path} has changed since it was loaded; load the model again.")
@@ -125,8 +125,6 @@ class FileWeights:
             for name in names:
                 _, tensor = next(read)
                 yield name, EightBits(tensor, next(read)[1]) if scale_of(name) in stored else tensor
-        except OSError as error:
-            raise WeightsError(f"{error.filename or network} cannot be read: {error.strerror or error}.") from error
 
 
 def _header(path: Path) -> dict[str, _Stored]:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
-from cascade.networks.precisions import converted, forms_of, rounded, without_scale
+from cascade.networks.precisions import converted, rounded, wanted_forms, without_scale
 from cascade.weights.agreement import check_agreement, check_stored_processors
 from cascade.weights.components import COMPONENTS, DISTILLED, EXTRAS, NEEDED, NETWORKS, TURBO
 from cascade.weights.downloaded import check_part, place
@@ -297,7 +297,7 @@ def store_in_eight_bits(folder: Path, precision: str) -> None:
         files = find_weights(folder / component)
         logger.info("Storing %s in 8 bits.", component)
         tensors = read_tensors(files)
-        forms = forms_of({name: tensor.shape for name, tensor in tensors.items()}, component, precision)
+        forms = wanted_forms({name: tensor.shape for name, tensor in tensors.items()}, component, precision)
         new = without_scale(forms, tensors)
         for name, tensor in tensors.items():
             if name in new and tensor.is_floating_point() and not tensor.isfinite().all():

@@ -38,11 +38,19 @@ from cascade.networks.controlnet import KINDS
 from cascade.networks.eight_bits import NETWORKS as EIGHT_BIT_NETWORKS
 from cascade.networks.eight_bits import scale_of
 from cascade.networks.layout import SCALE
-from cascade.networks.precisions import FORMS, bytes_of, converted, forms_of, precision_of, rounded, without_scale
+from cascade.networks.precisions import (
+    FORMS,
+    bytes_of,
+    converted,
+    rounded,
+    stored_precision,
+    wanted_forms,
+    without_scale,
+)
 from cascade.sizes import SMALLEST, WHOLE
 from cascade.weights.blocks import DTYPES
 from cascade.weights.components import COMPONENTS, CONTROLNETS, DISTILLED, NEEDED, PROCESSORS, TURBO, component_files
-from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.errors import WeightsError, readable, shortened
 from cascade.weights.hashing import sha256
 from cascade.weights.making import check_channels, load_processor, single_file_network, standard_network
 from cascade.weights.names import PICKLES, SUFFIX
@@ -118,6 +126,11 @@ class ModelFolder:
             WeightsError: the folder or one of its files is missing, damaged or a pickle.
         """
         root = Path(folder)
+        with readable(root):
+            return cls._open(root, lite, check)
+
+    @classmethod
+    def _open(cls, root: Path, lite: Collection[str], check: bool | None) -> "ModelFolder":
         if root.is_file():
             raise WeightsError(f"{root} is a file: scripts/save-weights --prior {root} makes a model folder of it.")
         if not root.is_dir():
@@ -185,7 +198,10 @@ class ModelFolder:
             raise ValueError(f"There is no component {component!r}; there are {', '.join(COMPONENTS)}.")
         if component not in self.parts:
             raise WeightsError(self._without([component]))
-        part = self.parts[component]
+        with readable(self.root):
+            return self._load(component, self.parts[component], device, dtype, precision)
+
+    def _load(self, component: str, part: Path, device: str | torch.device, dtype: torch.dtype, precision: str) -> Any:
         self._compare_small_files(part)
         if component in PROCESSORS:
             return load_processor(component, part)
@@ -194,7 +210,7 @@ class ModelFolder:
             raise no_weights(part)
         sums = self._sums_of(weights) if self.checks else None
         header = read_header(weights)
-        forms = forms_of({name: shape for name, (shape, _) in header.items()}, component, precision)
+        forms = wanted_forms({name: shape for name, (shape, _) in header.items()}, component, precision)
         tensors = read_tensors(weights, device, dtype, sums, partial(rounded, forms=without_scale(forms, header)))
         check_eight_bits(weights[0], tensors)
         tensors = converted(tensors, forms, dtype)
@@ -256,7 +272,7 @@ class ModelFolder:
         found = set()
         for paths in self.standard_files(EIGHT_BIT_NETWORKS).values():
             header = read_header(paths)
-            found.add(precision_of({name: DTYPES.get(kind, torch.float32) for name, (_, kind) in header.items()}))
+            found.add(stored_precision({name: DTYPES.get(kind, torch.float32) for name, (_, kind) in header.items()}))
         return next((one for one in ("fp8", "int8") if one in found), "full")
 
     def size(self, component: str, dtype: torch.dtype, *, precision: str = "full") -> int:
@@ -271,7 +287,7 @@ class ModelFolder:
         if not weights:
             raise no_weights(self.parts[component])
         total, header = 0, read_header(weights)
-        forms = forms_of({name: shape for name, (shape, _) in header.items()}, component, precision)
+        forms = wanted_forms({name: shape for name, (shape, _) in header.items()}, component, precision)
         for name, (shape, kind) in header.items():
             if name.endswith(SCALE):
                 continue
@@ -365,6 +381,9 @@ def _described(root: Path, content: Mapping[str, Any], path: Path) -> ModelFolde
         raise WeightsError(
             f"{path}: native_size is {shortened(repr(size))}; it must be a whole number from {SMALLEST} to {WHOLE}."
         )
+    scale = content.get("stage_a_scale")
+    if scale is not None and not (type(scale) in (int, float) and 0 < scale < math.inf):
+        raise WeightsError(f"{path}: stage_a_scale is {shortened(repr(scale))}; it must be a number above 0.")
     return ModelFolder(
         root=root,
         name=content["name"],
@@ -374,7 +393,7 @@ def _described(root: Path, content: Mapping[str, Any], path: Path) -> ModelFolde
         parts={component: root / component for component in COMPONENTS if (root / component).is_dir()},
         checksums=checksums,
         sums=_read_sums(content.get("pieces"), path),
-        stage_a_scale=None if content.get("stage_a_scale") is None else float(content["stage_a_scale"]),
+        stage_a_scale=None if scale is None else float(scale),
     )
 
 

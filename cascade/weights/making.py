@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cascade.networks.base import Network, without_values
 from cascade.networks.controlnet import ControlNet
-from cascade.networks.precisions import forms_in, use_forms
+from cascade.networks.precisions import stored_forms, use_forms
 from cascade.weights.components import CONTROLNETS, NETWORKS, PROCESSOR_FILES, PROCESSORS
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.fitting import OPTIONAL_KEYS, current_names, misfit
@@ -26,7 +26,7 @@ def standard_network(component: str, config_path: Path, weights: Path, tensors: 
         WeightsError: the tensors do not fit the configuration.
     """
     network = empty_network(component, config_path)
-    use_forms(network, forms_in(tensors))
+    use_forms(network, stored_forms(tensors))
     wrong = _what_is_wrong(network, tensors)
     if wrong is not None:
         raise WeightsError(f"{weights}{wrong}, by {config_path}{_what_else(component, tensors)}.")
@@ -127,7 +127,11 @@ def load_processor(component: str, folder: Path) -> Any:
         raise WeightsError(f"{folder} lacks {wanted}.")
     try:
         return PROCESSORS[component].from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except (
+        BaseException
+    ) as error:  # the tokenizers library raises bare Exception, or one that ends Rust and is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise WeightsError(f"{folder} holds no readable {component}: {shortened(error)}") from error
 
 

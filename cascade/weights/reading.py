@@ -5,7 +5,6 @@ Several threads read a file. They compare checksums before they copy tensors to 
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -18,7 +17,7 @@ from torch import Tensor
 from cascade.networks.eight_bits import is_in_8_bits
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.names import PICKLES, STEMS, SUFFIX, VARIANTS, index_names
-from cascade.weights.sums import PIECE, READERS, Piece, divide
+from cascade.weights.sums import PIECE, READERS, Piece, divide, in_threads
 
 # (shape, safetensors' name for the dtype) of each tensor of a file, by name.
 Header = dict[str, tuple[tuple[int, ...], str]]
@@ -200,8 +199,7 @@ def _read_file(
                     read |= change(there)
         return read
 
-    with ThreadPoolExecutor(READERS) as threads:
-        return {key: tensor for share in threads.map(read, range(READERS)) for key, tensor in share.items()}
+    return {key: tensor for share in in_threads(read, len(pieces)) for key, tensor in share.items()}
 
 
 def _damaged(path: Path, piece: Piece, sums: Sums) -> WeightsError:

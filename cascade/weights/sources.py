@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cascade.networks.controlnet import KINDS, ControlNet
 from cascade.weights.components import COMPONENTS, PROCESSORS
-from cascade.weights.errors import WeightsError, shortened
+from cascade.weights.errors import WeightsError, readable, shortened
 from cascade.weights.fitting import misfit
 from cascade.weights.making import check_channels, empty_network, filled, load_processor, make
 from cascade.weights.names import PICKLES, STEMS, SUFFIX
@@ -162,12 +162,10 @@ def find(path: Path, wanted: str | None = None) -> dict[str, Source]:
     Raises:
         WeightsError: there is no such file or folder, or it holds something else. The sentence names it, if it is known.
     """
-    try:
+    with readable(path):
         if not path.exists():
             raise WeightsError(f"There is no file or folder {path}.")
         return _found(path, wanted)
-    except OSError as error:
-        raise WeightsError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
 
 
 def _found(path: Path, wanted: str | None) -> dict[str, Source]:

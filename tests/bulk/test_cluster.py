@@ -1,4 +1,7 @@
-"""Ray itself: a run whose worker and then whose driver is killed has what a run in one process makes."""
+"""Ray itself: a run whose worker and then whose driver is killed has what a run in one process makes.
+
+Imports of Ray stand in functions: whoever runs other tests reads this file, too.
+"""
 
 import os
 import signal
@@ -13,16 +16,16 @@ from typing import Any
 import psutil
 import pytest
 
-from bulk import cluster
-from bulk.cluster import ATTEMPTS, reason, resources
 from bulk.run import RunError
 from bulk.tally import Done, Tally
-from tests.bulk.tables import SMALL, lines_of, make_run, pictures_of
+from tests.bulk.tables import SMALL, lines_of, make_run, pictures_of, write_table
 from tests.readme import ROOT
 
 # Seconds, after which a test ends that would never end. On a machine with ten times as many processes as cores, a worker's
 # start alone took eight minutes.
 PATIENCE = 3600
+# Processes of Ray that try for 60 s to tell the head that it is dead, and only then end.
+AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
 # Rows that take a while each, so that a worker can be killed in the middle of a shard.
 SLOW = {**SMALL, "steps_prior": 20, "steps_decoder": 20}
 ROWS: list[dict[str, Any] | str] = [
@@ -84,19 +87,25 @@ def runs(process: psutil.Process) -> bool:
 
 @contextmanager
 def started(folder: Path) -> Iterator[Driver]:
-    """A driver; at the end, none of its processes is left."""
+    """A driver; at the end, none of its processes is left but Ray's agents."""
     driver = Driver(folder)
     try:
         yield driver
     finally:
         driver.process.kill()
         driver.process.wait()
-        end = time.monotonic() + PATIENCE
-        while (left := [one for one in driver.family if runs(one)]) and time.monotonic() < end:
-            time.sleep(0.2)
-        for one in left:
-            one.kill()
+        left = await_ends([one for one in driver.family if not any(titled(one, agent) for agent in AGENTS)])
     assert left == [], "Ray's processes end with the driver"
+
+
+def await_ends(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that did not end by themselves, and are killed."""
+    end = time.monotonic() + PATIENCE
+    while (left := [one for one in processes if runs(one)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    for one in left:
+        one.kill()
+    return left
 
 
 @pytest.mark.slow
@@ -107,24 +116,24 @@ def test_kills_lose_nothing_and_make_nothing_twice(
     monkeypatch.setenv("CASCADE_DEVICE", "cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder, done = tmp_path / "ray", tmp_path / "ray" / "out"
-    make_run(tmp_path / "one", ROWS, keep=("id",))
     folder.mkdir()
-    (folder / "table.jsonl").write_bytes((tmp_path / "one" / "table.jsonl").read_bytes())
+    write_table(folder / "table.jsonl", ROWS)
 
-    with started(folder) as driver:
-        driver.wait_for(lambda: list(done.glob("*_stats.json")))
-        (victim, *_) = driver.wait_for(driver.workers)
+    with started(folder) as killed:
+        killed.wait_for(lambda: list(done.glob("*_stats.json")))
+        (victim, *_) = killed.wait_for(killed.workers)
         victim.send_signal(signal.SIGKILL)
         before = len(list(done.glob("*_stats.json")))
-        driver.wait_for(lambda: len(list(done.glob("*_stats.json"))) > before)
-        driver.workers()
-        os.kill(driver.process.pid, signal.SIGKILL)
+        killed.wait_for(lambda: len(list(done.glob("*_stats.json"))) > before)
+        killed.workers()
+        os.kill(killed.process.pid, signal.SIGKILL)
     made = {file.name: file.stat().st_mtime_ns for file in done.glob("0*")}
     whole = {file.name[:5] for file in done.glob("*_stats.json")}
     assert 2 <= len(whole) < 6
     with started(folder) as driver:
         assert driver.process.wait(PATIENCE) == 0, driver.log.read_text()
 
+    make_run(tmp_path / "one", ROWS, keep=("id",))
     assert pictures_of(done) == pictures_of(tmp_path / "one" / "out")
     same = [{**line, "seconds": 0} for line in lines_of(done)]
     assert same == [{**line, "seconds": 0} for line in lines_of(tmp_path / "one" / "out")]
@@ -135,9 +144,12 @@ def test_kills_lose_nothing_and_make_nothing_twice(
     }, "what is done is left as it is"
     assert {file.name for file in done.iterdir()} == {*again, "run.json"}
     assert "pictures/s" in driver.log.read_text()
+    assert await_ends(killed.family) == [], "nor is an agent of the killed driver left"
 
 
 def test_what_is_counted_survives_a_worker() -> None:
+    from bulk.cluster import ATTEMPTS
+
     tally = Tally()
     assert tally.begin(3) == 1
     tally.report(3, 2, 2, 0)
@@ -167,19 +179,25 @@ def test_what_is_counted_survives_a_worker() -> None:
 def test_one_worker_a_gpu(
     there: dict[str, float], workers: int | None, device: str, found: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from bulk.cluster import resources
+
     monkeypatch.setenv("CASCADE_DEVICE", device)
     assert resources(there, workers) == found
 
 
 def test_more_workers_than_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bulk.cluster import resources
+
     monkeypatch.delenv("CASCADE_DEVICE", raising=False)
     with pytest.raises(RunError, match=r"^--workers is 5; there are 4 GPUs, so it must be from 1 to 4\.$"):
         resources({"CPU": 8.0, "GPU": 4.0}, 5)
 
 
 def test_a_reason_is_the_last_sentence() -> None:
+    from bulk.cluster import reason
+
     text = (
         '\x1b[36mray::MapWorker()\x1b[39m\n  File "maker.py", line 1\nOSError: [Errno 28] No space left on device\n\n'
     )
     assert reason(RuntimeError(text)) == "OSError: [Errno 28] No space left on device"
-    assert cluster.reason(RuntimeError("")) == "RuntimeError"
+    assert reason(RuntimeError("")) == "RuntimeError"

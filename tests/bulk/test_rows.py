@@ -63,6 +63,9 @@ def test_pictures_are_paths_or_urls(tmp_path: Path) -> None:
     assert made.inputs["image_prompts"] == (file, "http://host/b.png", "data:,x")
     for value, sentence in {
         "b.png": f"image_prompts[0] is 'b.png'; there is no file {shown(str(tmp_path / 'b.png'))}.",
+        "x" * 300: f"image_prompts[0] is {shown('x' * 300)}; there is no file {shown(str(tmp_path / ('x' * 300)))}.",
+        "~nobody-of-this-name/a": "image_prompts[0] is '~nobody-of-this-name/a'; there is no file "
+        f"{shown(str(tmp_path / '~nobody-of-this-name' / 'a'))}.",
         "@http://host/b.png": "image_prompts[0] is '@http://host/b.png'; a URL has no @ before it.",
     }.items():
         assert job(folder=tmp_path, image_prompts=[value]).error == sentence

@@ -9,7 +9,7 @@ import torch
 from cascade import Cascade, Lora, Request
 from cascade.kernels import load, plain
 from cascade.networks.eight_bits import quantise
-from cascade.networks.precisions import IN_8_BITS, precision_in
+from cascade.networks.precisions import IN_8_BITS, network_precision
 from cascade.running.graphs import GraphCache, GraphedUNet
 from cascade.weights import ModelFolder
 from scripts.stand_ins import shapes_of, write_lora
@@ -73,7 +73,7 @@ def difference(one: Cascade, other: Cascade, request: Request = REQUEST) -> floa
 @pytest.mark.parametrize("memory", ["offload", "stream"])
 def test_memory_modes_make_the_same_pictures(memory: str, resident: Cascade) -> None:
     cascade = Cascade.load(MINI, CUDA, "bfloat16", memory=memory, precision="int8")
-    assert precision_in(cascade.prior) == "int8"
+    assert network_precision(cascade.prior) == "int8"
     assert difference(cascade, resident) < 0.5
 
 

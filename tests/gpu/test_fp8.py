@@ -17,7 +17,7 @@ from cascade.kernels.layers import put_channels_side_by_side
 from cascade.kernels.stream import Product, Stream
 from cascade.networks import fp8
 from cascade.networks.fp8 import Fp8Linear
-from cascade.networks.precisions import precision_in
+from cascade.networks.precisions import network_precision
 from cascade.networks.unet import StableCascadeUNet
 from cascade.running.graphs import GraphCache, GraphedUNet
 from cascade.running.placement import GIB
@@ -173,7 +173,7 @@ def test_predictions_of_the_published_size(name: str, bound: float) -> None:
     for network in (half, fast):
         network.use_kernels("triton")
     torch.manual_seed(4)
-    conditions = {key: x.cuda() for key, x in random_conditions(config, (24, 24), 2).items()}
+    conditions = {key: x.cuda() for key, x in random_conditions(exact.config, (24, 24), 2).items()}
     for time in (0.99, 0.5, 0.1):
         sample, ratio = draw(2, exact.config.in_channels, *latent_size), torch.full((2,), time, device="cuda")
         expected, made = exact(sample, ratio, **conditions), fast(sample, ratio, **conditions)
@@ -254,7 +254,7 @@ def test_memory_of_the_published_size(tmp_path: Path) -> None:
     write_stand_ins(tmp_path, "cuda", NEEDED)
     torch.cuda.empty_cache()
     cascade = Cascade.load(tmp_path, CUDA, "bfloat16", memory="resident", precision="fp8")
-    assert precision_in(cascade.decoder) == "fp8"
+    assert network_precision(cascade.decoder) == "fp8"
     layers = [layer for layer in cascade.prior.modules() if isinstance(layer, Fp8Linear)]
     assert norm_factor(2048) == 8
     assert len(layers) == 64 + 2 * 62  # to_qkv, and MLPs but for the last block's and that with a skip connection

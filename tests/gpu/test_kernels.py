@@ -104,7 +104,9 @@ def test_gelu_and_response(triton: ModuleType, shape: tuple[int, ...], dtype: to
 
 
 @pytest.mark.parametrize(("head", "dtype"), [(48, torch.bfloat16), (64, torch.bfloat16), (64, torch.float16)])
-@pytest.mark.parametrize(("batch", "tokens", "context"), [(1, 1, 1), (2, 576, 85), (1, 1024, 4), (2, 77, 97)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "context"), [(1, 1, 1), (2, 576, 85), (1, 1024, 4), (2, 77, 97), (2, 2500, 85)]
+)
 def test_attention(triton: ModuleType, batch: int, tokens: int, context: int, head: int, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     heads = 3
@@ -137,7 +139,7 @@ def exact_attention(given: tuple[Tensor | None, ...], **options: Tensor) -> Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [576, 77])
+@pytest.mark.parametrize("tokens", [2500, 576, 77])
 def test_attention_with_a_bias(triton: ModuleType, tokens: int, dtype: torch.dtype) -> None:
     """Zeros change nothing, to the bit."""
     torch.manual_seed(2)
@@ -151,7 +153,7 @@ def test_attention_with_a_bias(triton: ModuleType, tokens: int, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [576, 77])
+@pytest.mark.parametrize("tokens", [2500, 576, 77])
 @pytest.mark.parametrize("counted", [False, True])
 def test_attention_that_leaves_out_padding(triton: ModuleType, tokens: int, dtype: torch.dtype, counted: bool) -> None:
     """Texts of 0 to 4 chunks in one batch: each has the result that it has alone, to the bit."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cascade.guides.controls import Control
 from cascade.networks.effnet import SemanticEncoder
-from cascade.networks.precisions import precision_in
+from cascade.networks.precisions import network_precision
 from cascade.networks.previewer import Previewer
 from cascade.networks.stage_a import StageA
 from cascade.pipeline import Cascade
@@ -181,7 +181,7 @@ def test_a_download_in_8_bits(lite: Path, target: Path) -> None:
     assert snapshot(lite) == before
     folder = ModelFolder.open(target)
     folder.verify()
-    assert precision_in(folder.load_component("decoder", precision="int8")) == folder.precision() == "int8"
+    assert network_precision(folder.load_component("decoder", precision="int8")) == folder.precision() == "int8"
     assert make_picture(target).std() > 1
     # The same command in full makes it anew from the download.
     save_weights(lite, target)

@@ -12,7 +12,7 @@ from cascade.images.bands import AVERAGED_TO, Upright
 from cascade.images.colours import Conversion, to_rgb
 from cascade.images.decoding import TURNS, Array
 
-sides = st.integers(1, 120)
+sides = st.integers(1, 70)
 
 
 def noise(mode: str, width: int, height: int) -> Image.Image:
@@ -38,7 +38,7 @@ def whole_scaled(image: Image.Image, needed: tuple[int, int]) -> Image.Image:
     size=st.tuples(sides, sides),
     needed=st.tuples(st.integers(1, 50), st.integers(1, 50)),
     turn=st.none() | st.sampled_from(list(TURNS.values())),
-    band_pixels=st.integers(1, 5000),
+    band_pixels=st.integers(1, 2000),
 )
 def test_scaled_in_bands_as_whole(
     mode: str, size: tuple[int, int], needed: tuple[int, int], turn: Any, band_pixels: int
@@ -61,7 +61,7 @@ def test_scaled_in_bands_as_whole(
     needed=st.none() | st.tuples(st.integers(1, 50), st.integers(1, 50)),
     turn=st.none() | st.sampled_from(list(TURNS.values())),
     background=st.sampled_from(["white", None]),
-    band_pixels=st.integers(1, 5000),
+    band_pixels=st.integers(1, 2000),
 )
 def test_converted_in_bands_as_whole(
     mode: str, size: tuple[int, int], needed: Any, turn: Any, background: str | None, band_pixels: int
@@ -83,7 +83,7 @@ def test_converted_in_bands_as_whole(
     mode=st.sampled_from(["RGB", "RGBA"]),
     size=st.tuples(sides, sides),
     turn=st.none() | st.sampled_from(list(TURNS.values())),
-    band_pixels=st.integers(1, 5000),
+    band_pixels=st.integers(1, 2000),
 )
 def test_what_opencv_decodes_as_what_pillow_does(mode: str, size: tuple[int, int], turn: Any, band_pixels: int) -> None:
     image = noise(mode, *size)

@@ -1,6 +1,7 @@
 """What CLIP's vision tower reads, against transformers' processor on the same settings."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,16 @@ def test_a_step_that_clip_needs(tmp_path: Path) -> None:
     [
         {"size": "x"},
         {"size": None},
+        {"size": 1025},
+        {"size": {"height": 10**9, "width": 64}},
+        {"crop_size": 10**6},
+        {"image_mean": math.nan},
+        {"image_mean": 10**400},
+        {"image_std": math.inf},
+        {"image_std": [1e-320, 1, 1]},
+        {"rescale_factor": math.nan},
+        {"rescale_factor": 10**400},
+        {"rescale_factor": 0},
         {"size": 0},
         {"size": 22.5},
         {"size": {"longest_edge": 64}},

@@ -358,7 +358,7 @@ print(int(line.split()[1]) * 1024)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say how much memory was used")
-@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("WEBP", "RGB")])
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), pytest.param("WEBP", "RGB", marks=pytest.mark.slow)])
 def test_a_large_picture_is_in_memory_once(tmp_path: Path, kind: str, mode: str) -> None:
     """Of 4 bytes a pixel, with 35 MB of Python and Pillow, 50 of OpenCV, which decodes WebP, and a few bands."""
     Image.new(mode, (6000, 5000), "tan").save(tmp_path / "picture", kind)

@@ -41,8 +41,13 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.float(), expected, atol=2e-3, rtol=2e-3)
 
 
-# Texts of 1 to 4 chunks; all of them; two that end within one block of 64 keys; none, and one, at which a block begins.
-LENGTHS = [(77, 154, 231, 308), (308, 308, 308, 308), (100, 120, 308, 77), (0, 1, 64, 128)]
+# Texts of 1 to 4 chunks; full ones; two that end within one block of 64 keys; none, and one, at which a block begins.
+LENGTHS = [
+    pytest.param((77, 154, 231, 308), marks=pytest.mark.slow),
+    (308, 308),
+    pytest.param((100, 120, 308, 77), marks=pytest.mark.slow),
+    (0, 1, 64, 128),
+]
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "condition alone"])

@@ -307,6 +307,22 @@ def test_words_inside_of_other_words_are_letters(components: dict[str, Any], tmp
     )
 
 
+def test_names_of_words_take_one_line_of_the_log(
+    components: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cascade = make_cascade(components)
+    name = f"a\nSeeds: 7 {'x' * 5000}"
+    paths = []
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        paths.append(word_file(tmp_path / str(number), "a", number, key=f"bundle_emb.{name}.clip_g"))
+    with caplog.at_level("INFO"):
+        cascade.generate(Request("a", **SMALL, loras=[Lora(path) for path in paths]))
+    said = [record.getMessage() for record in caplog.records if "Seeds: 7" in record.getMessage()]
+    assert len(said) == 4
+    assert all("\n" not in line and len(line) < 700 for line in said)
+
+
 def test_words_that_share_a_name_get_numbers(components: dict[str, Any], tmp_path: Path) -> None:
     cascade = make_cascade(components)
     paths = []

@@ -26,7 +26,7 @@ from miniature.loras import (
     write_subject,
 )
 from miniature.scenes import COLOUR_NAMES
-from tests.miniature.small import ellipse, pack
+from tests.miniature.small import ellipse, pack, quick_packing
 from training.lora.pictures import captioned_pictures, find_pictures
 from training.lora.settings import read_recipe
 
@@ -38,7 +38,8 @@ RECIPES = Path(__file__).parent.parent.parent / "miniature"
 def inks(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     file = tmp_path_factory.mktemp("inks") / "ink.zip"
     drawn = {name: ellipse(4 + index % 6, 0, 3 * index) for index, name in enumerate(NAMES)}
-    pack_drawings([IconObject(name, (name,)) for name in NAMES], [drawn], file, (STYLE.style,))
+    with quick_packing():
+        pack_drawings([IconObject(name, (name,)) for name in NAMES], [drawn], file, (STYLE.style,))
     drawings, names, styles = load_drawings(file)
     assert (names, styles) == (NAMES, ["ink"])
     return drawings

@@ -15,7 +15,7 @@ from cascade.weights import DISTILLED
 from miniature.icons import ICON_SETS, STYLES, load_drawings, load_objects
 from scripts import build_mini_data, evaluate_mini, train_mini
 from scripts.stand_ins import shapes_of, write_lora
-from tests.miniature.small import pack
+from tests.miniature.small import pack, quick_packing
 
 NAMES = ("cat", "dog", "owl", "fox")
 
@@ -38,7 +38,8 @@ def icons(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def drawings(icons: Path) -> Path:
     pytest.importorskip("resvg_py")
-    build_mini_data.build(icons / "drawings.zip", icons, icons / "objects.json")
+    with quick_packing():
+        build_mini_data.build(icons / "drawings.zip", icons, icons / "objects.json")
     return icons / "drawings.zip"
 
 

@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import tomllib
 from dataclasses import replace
@@ -31,7 +29,7 @@ from cascade.request import Request
 from cascade.weights import ModelFolder
 from miniature import dataset
 from tests.miniature.small import DRAWN, pack
-from tests.training.small import OWN_CLOCK, train, write_config
+from tests.training.small import OTHER_CLOCK, train, write_config
 from training import run, statistics
 from training.recipe import Ledger, copy_stage, costs, costs_table, train_all
 from training.record import Record
@@ -223,44 +221,32 @@ def test_a_component_of_a_finished_stage_is_stored_as_it_ships(trained: Path) ->
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_several_processes_train_together(trained: Path, tmp_path: Path) -> None:
-    """By torchrun, which ``accelerate launch`` uses for GPUs."""
-    shutil.copytree(trained / "model", tmp_path / "model", ignore=shutil.ignore_patterns("prior"))
-    (tmp_path / "own_clock.py").write_text(OWN_CLOCK)
-    config = write_config(
-        tmp_path,
-        DRAWN + "stage_c.options = { steps = 24, batch_size = 4, learning_rate = 1e-3, accumulate = 2 }\n"
-        "stage_c.options.checkpoint_seconds = 0.5",
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    files = ["--data", trained.parent / "drawings.zip", "--output", tmp_path]
-    subprocess.run(
-        [*launch, tmp_path / "own_clock.py", config, "stage_c", *files],
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=1200,
-    )
-    assert (tmp_path / "stage_c" / run.FINISHED).exists()
+def test_several_processes_divide_a_batch(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the stage's GPUs, by torchrun, which ``accelerate launch`` uses for GPUs; here, they compute on the CPU."""
+    earlier = ("tokenizer", "stage_a", "clip", "semantic")
+    tables = tomllib.loads((trained.parent / "config.toml").read_text())
+    others = [f"- {stage}" for stage in run.STAGES if stage in tables and stage not in (*earlier, "stage_c")]
+    options = "steps = 24, batch_size = 8, learning_rate = 1e-3, accumulate = 2, checkpoint_seconds = 0.5, gpus = 2"
+    config = write_config(tmp_path, DRAWN + "\n".join([*others, f"stage_c.options = {{ {options} }}"]))
+    output = tmp_path / "run"
+    for stage in earlier:
+        copy_stage(trained, stage, output)
+    # Read by every Python that starts.
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "sitecustomize.py").write_text(OTHER_CLOCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert train_all(config, trained.parent / "drawings.zip", output) == 0
+    assert (output / "stage_c" / run.FINISHED).exists()
     # Each process keeps a random state of its own, and the gradients of both are in the one network that is saved.
-    assert len(list((tmp_path / "stage_c" / "state").glob("random_states_*.pkl"))) == 2
-    one, two = (StableCascadeUNet.from_pretrained(folder / "model" / "prior") for folder in (trained, tmp_path))
+    assert len(list((output / "stage_c" / "state").glob("random_states_*.pkl"))) == 2
+    one, two = (StableCascadeUNet.from_pretrained(folder / "model" / "prior") for folder in (trained, output))
     assert all(torch.isfinite(value).all() for value in two.state_dict().values())
     assert not torch.equal(one.clf[1].weight, two.clf[1].weight)
-
-
-def test_gpus_divide_a_batch(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many processes as the stage's GPUs; here, they compute on the CPU."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
-    tables = tomllib.loads((trained.parent / "config.toml").read_text())
-    others = [f"- {stage}" for stage in run.STAGES if stage in tables and stage != "stage_a"]
-    lines = [*others, "stage_a.options.batch_size = 4", "stage_a.options.gpus = 2"]
-    config, output = write_config(tmp_path, DRAWN + "\n".join(lines)), tmp_path / "run"
-    copy_stage(trained, "tokenizer", output)
-    assert train_all(config, trained.parent / "drawings.zip", output) == 0
-    assert Record.load(output / "stage_a").sessions[0].processes == 2
-    (process,) = (one for one in Ledger.load(output).processes if one["stage"] == "stage_a")
+    assert Record.load(output / "stage_c").sessions[0].processes == 2
+    (process,) = Ledger.load(output).processes
     assert process["gpus"] == ["4", "7"]
-    made = costs(output)["stages"]["stage_a"]
-    assert made["samples_per_step"] == 4
+    made = costs(output)["stages"]["stage_c"]
+    assert made["samples_per_step"] == 16
     assert made["process_seconds"] == 2 * process["seconds"]

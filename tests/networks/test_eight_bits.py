@@ -20,7 +20,7 @@ from cascade.networks.eight_bits import (
     quantise,
     rounded_names,
 )
-from cascade.networks.precisions import bytes_of, precision_in
+from cascade.networks.precisions import bytes_of, network_precision
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.weights.making import make as make_empty
 from cascade.weights.variants import VARIANTS
@@ -97,8 +97,8 @@ def test_a_unet_computes_with_the_matrices(name: str, config: dict, channels: in
     ordinary = restored_from(eight, make(config).to(dtype))
     given = {key: tensor.to(dtype) for key, tensor in inputs(config).items()}
     sample, time = torch.randn(2, channels, 8, 8), torch.full((2,), 0.3)
-    assert precision_in(eight) == "int8"
-    assert precision_in(ordinary) == "full"
+    assert network_precision(eight) == "int8"
+    assert network_precision(ordinary) == "full"
     with torch.no_grad():
         assert torch.equal(eight(sample, time, **given), ordinary(sample, time, **given))
 
@@ -153,7 +153,7 @@ def test_a_text_encoder_computes_with_the_matrices(components: dict) -> None:
     tokens = torch.tensor([[3, 4, 5, 6]])
     with torch.no_grad():
         made, wanted = eight(tokens), ordinary(tokens)
-    assert precision_in(eight) == "int8"
+    assert network_precision(eight) == "int8"
     assert torch.equal(made.last_hidden_state, wanted.last_hidden_state)
     assert torch.equal(made.text_embeds, wanted.text_embeds)
 

@@ -16,7 +16,7 @@ from cascade.kernels.stream import Product, Stream
 from cascade.networks import fp8
 from cascade.networks.eight_bits import EightBitLinear, rounded_names
 from cascade.networks.fp8 import Fp8Linear
-from cascade.networks.precisions import converted, forms_of, precision_in, rounded, without_scale
+from cascade.networks.precisions import converted, network_precision, rounded, wanted_forms, without_scale
 from cascade.networks.unet import AttnBlock, GeluResponse, ResBlock, StableCascadeUNet
 from cascade.weights.making import make as make_empty
 from cascade.weights.variants import VARIANTS
@@ -155,7 +155,7 @@ def with_rounded_inputs(fast: StableCascadeUNet, original: StableCascadeUNet) ->
 def test_blocks_round_the_inputs_of_their_products(name: str, config: dict, channels: int) -> None:
     original = make(config)
     fast = in_eight_bits_of(original, name, "fp8")
-    assert precision_in(fast) == "fp8"
+    assert network_precision(fast) == "fp8"
     blocks = zip(fast.blocks(), with_rounded_inputs(fast, original).blocks(), original.blocks(), strict=True)
     compared = 0
     for several in blocks:
@@ -249,7 +249,7 @@ def test_the_published_networks() -> None:
         assert sum(sizes) >= share * sum(parameter.numel() for parameter in network.parameters())
         total += sum(parameter.nbytes for parameter in fast.parameters())
         if name in without_attention:
-            left = rounded_names(shapes, name) - forms_of(shapes, name, "fp8").keys()
+            left = rounded_names(shapes, name) - wanted_forms(shapes, name, "fp8").keys()
             left = {one for one in left if "to_out" not in one and not one.startswith(without_attention[name])}
             # The ResBlock with a skip connection.
             assert left == {f"up_blocks.1.0.channelwise.{number}.weight" for number in (0, 4)}
@@ -325,7 +325,7 @@ def test_one_form_becomes_another() -> None:
     fast, small = (in_eight_bits_of(make(STAGE_C), "prior", one).state_dict() for one in ("fp8", "int8"))
     for one in (fast, small):
         for precision in ("fp8", "int8", "full"):
-            forms = forms_of(shapes, "prior", precision)
+            forms = wanted_forms(shapes, "prior", precision)
             made = converted(rounded(one, without_scale(forms, one)), forms, torch.bfloat16)
             assert {key for key in made if key.endswith("weight_scale")} == {f"{key}_scale" for key in forms}
             for key, tensor in made.items():
@@ -333,5 +333,5 @@ def test_one_form_becomes_another() -> None:
             matrices = converted(made, {}, torch.float32)
             for key, tensor in state.items():
                 assert error(matrices[key], tensor) < 0.045, key
-    same = converted(fast, forms_of(shapes, "prior", "fp8"), torch.float32)
+    same = converted(fast, wanted_forms(shapes, "prior", "fp8"), torch.float32)
     assert all(tensor is fast[key] for key, tensor in same.items())

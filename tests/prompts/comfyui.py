@@ -15,9 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from cascade.networks.unet import StableCascadeUNet
 from cascade.prompts.conversion import convert
 from cascade.prompts.embeddings import PICKLES, SUFFIX
-from tests import fixture_data
+from tests import fixture_data, packed
 
-FOLDER = Path(os.environ.get("CASCADE_PROMPT_FIXTURES") or Path(__file__).parent.parent / "fixtures" / "prompts")
+FOLDER = packed.folder("CASCADE_PROMPT_FIXTURES", Path(__file__).parent.parent / "fixtures" / "prompts")
 SEED = int(os.environ.get("CASCADE_PROMPT_FIXTURES_SEED") or 0)
 EMBEDDINGS = FOLDER / "embeddings"
 

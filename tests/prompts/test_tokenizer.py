@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,37 @@ def test_tokens_of_two_files_equal_transformers(tmp_path: Path) -> None:
     equal(folder)
     ours = ClipTokenizer.from_pretrained(folder)
     assert ours(["<new>"], add_special_tokens=False)["input_ids"] == [[count]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"unk_token": "[UNK]"},
+        {"unk_token": None},
+        {"dropout": 0.5},
+        {"end_of_word_suffix": None},
+        {"fuse_unk": True, "byte_fallback": True},
+        {"ignore_merges": True},
+    ],
+)
+def test_options_of_the_model_are_clips_as_in_transformers(tmp_path: Path, options: dict[str, object]) -> None:
+    """Also in a vocabulary that lacks a byte, where the token for what is unknown stands."""
+    content = json.loads(WHOLE.read_text())
+    content["model"]["merges"] = [merge for merge in content["model"]["merges"] if "Ã" not in "".join(merge)]
+    content["model"]["vocab"].pop("Ã")
+    content["model"]["vocab"].pop("Ã</w>")
+    content["model"] |= options
+    (tmp_path / WHOLE.name).write_text(json.dumps(content))
+    shutil.copy(WHOLE.with_name("tokenizer_config.json"), tmp_path)
+    equal(tmp_path)
+
+
+def test_another_kind_of_tokenizer(tmp_path: Path) -> None:
+    content = json.loads(WHOLE.read_text())
+    content["model"] = {"type": "WordLevel", "vocab": content["model"]["vocab"], "unk_token": "<|endoftext|>"}
+    (tmp_path / WHOLE.name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="its model is WordLevel; CLIP's is BPE"):
+        ClipTokenizer.from_pretrained(tmp_path)
 
 
 def test_files_of_older_versions_equal_transformers(tmp_path: Path) -> None:

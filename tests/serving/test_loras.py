@@ -196,6 +196,17 @@ def test_names(finder: Loras) -> None:
         InputError, match=r"^lora_weights\[0\] is 'other', which is not among .*: it has a.tar, style\.$"
     ):
         finder.find(["other"], [1.0])
+    (finder.folder / "gone.safetensors").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"is 'gone', which is not among .*: it has a.tar, style\.$"):
+        finder.find(["gone"], [1.0])
+
+
+@pytest.mark.parametrize("length", [256, 5000])
+def test_names_too_long_for_a_file(finder: Loras, length: int) -> None:
+    finder.folder.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"^lora_weights\[0\] is .*, which is not among .*: it has none\.$") as error:
+        finder.find(["x" * length], [1.0])
+    assert len(str(error.value)) < 200
 
 
 def test_urls_are_fetched_once(site: Site, finder: Loras) -> None:

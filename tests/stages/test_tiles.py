@@ -16,7 +16,7 @@ from cascade.sampling import Noise, Step, finish
 from cascade.stages import tiles
 from cascade.stages.decoder import decoder_steps, tiles_together
 from cascade.stages.pixels import decode_pixels
-from cascade.stages.tiles import GRID, OVERLAP, TILE, Part, Tiles, condition_in_bands, ramps, starts
+from cascade.stages.tiles import GRID, OVERLAP, TILE, Part, Tiles, condition_in_bands, edge, ramps, starts
 from miniature.evaluate_large import seam
 from tests.conftest import MINI
 from tests.tiny import count_calls
@@ -52,10 +52,12 @@ def steps(decoder: StableCascadeUNet, at_once: int | None, **options: Any) -> li
 
 @given(side=sides)
 def test_tiles_of_one_size_cover_a_side_and_overlap(side: int) -> None:
-    begins, edge = starts(side), min(side, TILE)
-    assert (begins[0], begins[-1] + edge) == (0, side)
+    begins, length = starts(side), edge(side)
+    assert length <= TILE
+    assert length == side or length % GRID == 0
+    assert (begins[0], begins[-1] + length) == (0, side)
     for one, other in pairwise(begins):
-        assert OVERLAP - GRID <= one + edge - other < edge
+        assert OVERLAP <= one + length - other < length
     assert all(begin % GRID == 0 for begin in begins[:-1])
     assert begins[-1] % 2 == 0
 
@@ -84,10 +86,11 @@ def test_every_tile_is_in_one_group(height: int, width: int, at_once: int) -> No
     assert window.item() == pytest.approx(height * width, rel=1e-4)
 
 
-def test_the_largest_picture_has_sixteen_tiles() -> None:
+def test_the_largest_picture_has_nine_tiles_and_one_just_too_large_has_small_ones() -> None:
     largest = sizes.decoder_size(sizes.LARGEST, sizes.LARGEST)
-    assert (len(Tiles(*largest)), Tiles(*largest).edges) == (16, (TILE, TILE))
+    assert (len(Tiles(*largest)), Tiles(*largest).edges) == (9, (TILE, TILE))
     assert Tiles(*sizes.decoder_size(512, 4096)).edges == (128, TILE)
+    assert Tiles(512, 520).edges == (272, 288)
 
 
 @pytest.mark.usefixtures("small")

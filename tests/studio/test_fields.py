@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import cog
-import gradio as gr
 import pytest
 
 from cascade.limits import LIMITS, InputError
@@ -95,8 +94,10 @@ def test_what_a_file_says_is_passed_as_it_says_it() -> None:
 
 
 def test_an_input_of_tomorrow_has_a_component() -> None:
+    from gradio.components import Component
+
     for kind, many, choices in ((str, False, ("a", "b")), (int, True, ()), (float, False, ()), (bool, False, ())):
         one = Field("new", kind, many, "Says.", False if kind is bool else None, 0, 1, choices)
-        assert isinstance(one.component(), gr.components.Component)
+        assert isinstance(one.component(), Component)
     assert unwrapped(list[float] | None) == (float, True)
     assert unwrapped(bool) == (bool, False)

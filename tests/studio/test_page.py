@@ -11,7 +11,6 @@ from playwright.sync_api import Locator, Page, expect
 
 from serving.record import read_record
 from studio.fields import FOLDS, fold_for, read_fields
-from studio.page import Page as Layout
 from studio.session import Made, Session
 
 pytestmark = pytest.mark.slow
@@ -272,6 +271,8 @@ def test_a_picture_is_made_into_others(opened: Page, session: Session) -> None:
 
 
 def test_the_page_has_what_the_model_has(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    from studio.page import Page as Layout
+
     def folds_and_buttons() -> tuple[set[str], set[str]]:
         page = Layout(session)
         folds = {fold.label for fold in page.fold_of.values() if fold.visible}

@@ -155,14 +155,13 @@ task = { rank = 2, paths = 12, substeps = 2, own = 0.5, semantic_noise = 0.1 }
 """
 
 # The second process's clock runs ten times as fast: by its own, it would save and stop at other steps than the first.
-OWN_CLOCK = """
+OTHER_CLOCK = """
 import os, sys, time
-if os.environ["RANK"] == "1":
+if os.environ.get("RANK") == "1":
     clock, start = time.time, time.time()
     time.time = lambda: start + 10 * (clock() - start)
-from training.run import main
-sys.exit(main())
 """
+OWN_CLOCK = f"{OTHER_CLOCK}from training.run import main\nsys.exit(main())\n"
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200), "black": (0, 0, 0)}
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.training.small import write_config
-from training.recipe import Recipe, Running, last_line
+from training.errors import TrainingError
+from training.recipe import Ledger, Recipe, Running, costs, last_line
+from training.record import Record, Session
 
 # As torchrun 2.11 writes it, shortened.
 TORCHRUN = """
@@ -57,12 +59,12 @@ def test_the_line_that_tells_why(output: str, line: str) -> None:
 def standing_in(stage: str, code: str, log: Path) -> Running:
     """A process that stands for a stage: it says that it is ready, and runs the code."""
     file = log.open("a", encoding="utf-8")
-    start = file.tell()
+    offset = file.tell()
     program = f"print('ready', flush=True)\n{code}"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=file, stderr=file)
-    while "ready" not in log.read_text()[start:]:
+    while "ready" not in log.read_text()[offset:]:
         time.sleep(0.01)
-    return Running(stage, process, (), time.time(), {}, file, start)
+    return Running(stage, process, (), time.time(), {}, file, offset)
 
 
 @pytest.fixture
@@ -93,3 +95,38 @@ def test_a_failed_stage_stops_the_others(recipe: Recipe, tmp_path: Path, capsys:
     recipe.running.append(standing_in("stage_c", "import sys; sys.exit('stage_c: no memory')", tmp_path / "c.log"))
     assert recipe.train() == 1
     assert capsys.readouterr().out == "stage_c: no memory\nstage_b: ready\n"
+
+
+OPTIONS = {"steps": 9, "batch_size": 4, "learning_rate": 1e-3, "accumulate": 3}
+SESSION = Session("2026-11-27T00:00:00+00:00", "cpu", 1, 0, 9, {"train": 2.0})
+
+
+def test_costs(tmp_path: Path) -> None:
+    Record("stage_a", OPTIONS, [SESSION]).save(tmp_path / "stage_a")
+    assert costs(tmp_path)["stages"]["stage_a"]["samples_per_step"] == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({**OPTIONS, "batches": 2}, "unknown name batches"),
+        ({"steps": 9}, "batch_size"),
+        ({**OPTIONS, "accumulate": 0}, "accumulate is 0; it must be"),
+        ({**OPTIONS, "batch_size": "4"}, "batch_size"),
+    ],
+)
+def test_options_of_another_version_are_told_in_a_sentence(options: dict, words: str, tmp_path: Path) -> None:
+    Record("stage_a", options, [SESSION]).save(tmp_path / "stage_a")
+    with pytest.raises(TrainingError, match="Remove it to go on without its times") as error:
+        costs(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'stage_a' / 'record.json'} is not of this version: ")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("entry", [{}, {"stage": "stage_a"}, {"stage": "stage_a", "seconds": 2.0}, "stage_a"])
+def test_a_damaged_entry_of_the_ledger_is_told_in_a_sentence(entry: object, tmp_path: Path) -> None:
+    ledger = Ledger()
+    ledger.processes.append(entry)
+    ledger.save(tmp_path)
+    with pytest.raises(TrainingError, match=r"recipe.json is damaged .*; remove it to go on without its times"):
+        costs(tmp_path)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cascade import Cascade, Request
 from cascade.networks.eight_bits import NETWORKS
-from cascade.networks.precisions import forms_of, precision_in
+from cascade.networks.precisions import network_precision, wanted_forms
 from cascade.running.device import SettingError
 from cascade.weights import ModelFolder, WeightsError, write_model_json
 from cascade.weights.build import describe
@@ -61,10 +61,10 @@ def test_stored_and_rounded_weights_are_the_same(model_folder: Path, stored: Pat
     for name in NETWORKS:
         rounded = ModelFolder.open(model_folder).load_component(name, dtype=dtype, precision="int8")
         read = ModelFolder.open(stored).load_component(name, dtype=dtype, precision="int8")
-        assert precision_in(rounded) == "int8"
+        assert network_precision(rounded) == "int8"
         assert same_weights(rounded, read)
         ordinary = ModelFolder.open(stored).load_component(name, dtype=dtype)
-        assert precision_in(ordinary) == "full"
+        assert network_precision(ordinary) == "full"
         assert same_weights(ordinary, restored_from(read, ordinary))
 
 
@@ -81,7 +81,7 @@ def test_what_is_stored(stored: Path) -> None:
     assert tensors["clip_txt_mapper.weight"].dtype == torch.float32
     for key, tensor in tensors.items():
         assert (tensor.dtype == torch.int8) == (
-            key in forms_of({key: one.shape for key, one in tensors.items()}, "prior", "int8")
+            key in wanted_forms({key: one.shape for key, one in tensors.items()}, "prior", "int8")
         ), key
     assert len({(stored / name / "config.json").stat().st_mode for name in NETWORKS}) == 1
     assert (stored / PRIOR).stat().st_mode == (stored / "prior" / "config.json").stat().st_mode
@@ -130,7 +130,7 @@ def test_what_is_loaded(model_folder: Path, stored: Path, precision: str, of_ori
         cascade = Cascade.load(folder, "cpu", precision=precision)
         assert cascade.precision == wanted
         for network in (cascade.prior, cascade.decoder, cascade.text.encoder, cascade.image_prompts.encoder):
-            assert precision_in(network) == wanted
+            assert network_precision(network) == wanted
 
 
 def test_pictures_do_not_depend_on_what_is_stored(model_folder: Path, stored: Path) -> None:

@@ -1,6 +1,7 @@
 """Model folders: writing, loading, and errors that name the file."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -503,6 +504,41 @@ def test_a_tokenizer_and_a_text_encoder_that_do_not_fit(copy: Path) -> None:
         Cascade.load(copy)
 
 
+@pytest.mark.parametrize("end", [0, 78, 10**12])
+def test_a_tokenizer_and_a_text_encoder_with_other_ends_of_text(copy: Path, end: int) -> None:
+    """The pooled vector would be the begin of text's, so all prompts would have the same one."""
+    set_settings(copy / "text_encoder" / "config.json", {"eos_token_id": end})
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(
+        WeightsError,
+        match=rf"tokenizer ends texts by the token 79, but .*text_encoder looks for {end}, its eos_token_id\.",
+    ):
+        Cascade.load(copy)
+
+
+@pytest.mark.parametrize("scale", [0, -1, math.nan])
+def test_a_stage_a_without_a_scale(copy: Path, scale: float) -> None:
+    set_settings(copy / "vqgan" / "config.json", {"scale_factor": scale})
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(WeightsError, match=rf"vqgan: scale_factor is {scale}; it must be above 0\."):
+        ModelFolder.open(copy).load_component("vqgan")
+
+
+def test_what_the_system_does_not_read(copy: Path) -> None:
+    with pytest.raises(WeightsError, match=r"^x+\.\.\. cannot be read: File name too long\.$"):
+        ModelFolder.open("x" * 5000)
+    (copy / "vqgan" / "config.json").unlink()
+    (copy / "vqgan" / "config.json").mkdir()
+    content = json.loads((copy / "model.json").read_text())
+    del content["files"]["vqgan/config.json"]
+    (copy / "model.json").write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=r"vqgan/config.json cannot be read: Is a directory\.$"):
+        ModelFolder.open(copy).load_component("vqgan")
+    set_settings(copy / "model.json", {"files": {"x" * 5000: ""}})
+    with pytest.raises(WeightsError, match=r"x\.\.\. cannot be read: File name too long\.$"):
+        ModelFolder.open(copy)
+
+
 def test_no_model_folder_is_made_with_a_tokenizer_that_does_not_fit(copy: Path, tmp_path: Path) -> None:
     shutil.copytree(copy / "tokenizer", tmp_path / "own")
     set_settings(tmp_path / "own" / "tokenizer_config.json", {"model_max_length": 78})
@@ -549,6 +585,18 @@ def test_tokenizer_of_vocabulary_and_merges(copy: Path, components: dict[str, An
     loaded = ModelFolder.open(copy).load_component("tokenizer")
     assert loaded(["A red apple"])["input_ids"] == components["tokenizer"](["A red apple"])["input_ids"]
     assert loaded.model_max_length == 77
+
+
+def test_a_tokenizer_that_ends_its_library(copy: Path) -> None:
+    """The library's code in Rust panics, with an exception that is no `Exception`."""
+    file = copy / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"] |= {"continuing_subword_prefix": "##", "vocab": {**content["model"]["vocab"], "x": 0, "y": 1}}
+    content["model"]["merges"] = [["x", "y"]]
+    file.write_text(json.dumps(content))
+    write_model_json(copy, **ABOUT)
+    with pytest.raises(WeightsError, match=r"tokenizer holds no readable tokenizer: slice index starts at 1"):
+        ModelFolder.open(copy).load_component("tokenizer")
 
 
 def test_feature_extractor_without_its_file(copy: Path) -> None:
@@ -618,7 +666,7 @@ def test_the_scale_of_stage_a(tmp_path: Path, components: dict[str, Any]) -> Non
     content = json.loads((tmp_path / "m" / "model.json").read_text())
     assert content["stage_a_scale"] == 0.5
     (tmp_path / "m" / "model.json").write_text(json.dumps({**content, "stage_a_scale": "large"}))
-    with pytest.raises(WeightsError, match=r"model.json lacks a field or has one of the wrong kind"):
+    with pytest.raises(WeightsError, match=r"model.json: stage_a_scale is 'large'; it must be a number above 0"):
         ModelFolder.open(tmp_path / "m")
 
 
@@ -709,6 +757,12 @@ def test_published_in_the_hub_cache(published: Path, tmp_path: Path) -> None:
         ("sampler.prior.rescale", True, "in the sampler of prior, rescale is True; it must be a number from 0 to 1."),
         ("native_size", 0, "native_size is 0; it must be a whole number from 64 to 2048."),
         ("native_size", "128", "native_size is '128'; it must be a whole number from 64 to 2048."),
+        ("stage_a_scale", 0, "stage_a_scale is 0; it must be a number above 0."),
+        ("stage_a_scale", -0.43, "stage_a_scale is -0.43; it must be a number above 0."),
+        ("stage_a_scale", math.nan, "stage_a_scale is nan; it must be a number above 0."),
+        ("stage_a_scale", math.inf, "stage_a_scale is inf; it must be a number above 0."),
+        ("stage_a_scale", True, "stage_a_scale is True; it must be a number above 0."),
+        ("stage_a_scale", "0.43", "stage_a_scale is '0.43'; it must be a number above 0."),
         ("license", -1, "license is -1; it must be a text."),
         ("name", ["x"], "name is ['x']; it must be a text."),
     ],

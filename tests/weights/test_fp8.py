@@ -15,7 +15,7 @@ from torch import nn
 from cascade import Cascade, Control, Request, kernels
 from cascade.kernels.e4m3 import E4M3
 from cascade.networks.eight_bits import NETWORKS
-from cascade.networks.precisions import forms_of, precision_in
+from cascade.networks.precisions import network_precision, wanted_forms
 from cascade.weights import ModelFolder, WeightsError
 from scripts.save_weights import main
 from tests.components import components_in_eight_bits, equal, restored_from
@@ -53,16 +53,16 @@ def test_stored_and_rounded_weights_are_the_same(model_folder: Path, stored: Pat
     for name in NETWORKS:
         rounded = ModelFolder.open(model_folder).load_component(name, dtype=dtype, precision="fp8")
         read = ModelFolder.open(stored).load_component(name, dtype=dtype, precision="fp8")
-        assert precision_in(rounded) == ("fp8" if name in ("prior", "decoder") else "int8")
+        assert network_precision(rounded) == ("fp8" if name in ("prior", "decoder") else "int8")
         assert same_weights(rounded, read)
         ordinary = ModelFolder.open(stored).load_component(name, dtype=dtype)
-        assert precision_in(ordinary) == "full"
+        assert network_precision(ordinary) == "full"
         assert same_weights(ordinary, restored_from(read, ordinary))
 
 
 def test_what_is_stored(stored: Path, model_folder: Path, tmp_path: Path) -> None:
     tensors = load_file(stored / PRIOR)
-    forms = forms_of({key: tensor.shape for key, tensor in tensors.items()}, "prior", "fp8")
+    forms = wanted_forms({key: tensor.shape for key, tensor in tensors.items()}, "prior", "fp8")
     assert set(forms.values()) == {torch.int8, E4M3}
     for key, tensor in tensors.items():
         if not key.endswith("scale"):
@@ -113,8 +113,8 @@ def test_the_miniature_takes_less_disk(tmp_path: Path) -> None:
 def test_what_is_loaded(model_folder: Path, stored: Path, precision: str, of_original: str, of_stored: str) -> None:
     for folder, wanted in ((model_folder, of_original), (stored, of_stored)):
         cascade = Cascade.load(folder, "cpu", precision=precision)
-        assert cascade.precision == precision_in(cascade.decoder) == wanted
-        assert precision_in(cascade.text.encoder) == {"fp8": "int8"}.get(wanted, wanted)
+        assert cascade.precision == network_precision(cascade.decoder) == wanted
+        assert network_precision(cascade.text.encoder) == {"fp8": "int8"}.get(wanted, wanted)
 
 
 @pytest.mark.parametrize("precision", ["fp8", "auto"])

@@ -35,7 +35,7 @@ def make_accelerator(options: Options, folder: Path, *, precision: str, compiled
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
         # CUDA graphs ("reduce-overhead"), because launches bound the miniature's steps: Stage B, batch 256, has 33 ms of
-        # kernels in a step of 74 ms. Constant sizes, because inductor fails on these networks with dynamic ones (torch 2.13).
+        # kernels in a step of 74 ms. Constant sizes, because inductor fails on these networks with dynamic ones (torch 2.11).
         dynamo_plugin=TorchDynamoPlugin(
             backend="inductor" if compiled else "no", mode="reduce-overhead", dynamic=False
         ),

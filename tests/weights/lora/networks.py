@@ -16,10 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from cascade.networks.unet import StableCascadeUNet
 from cascade.weights.lora import Placed, merged
 from cascade.weights.lora.words import TABLE
-from tests import fixture_data
+from tests import fixture_data, packed
 from tests.fixture_data import weight
 
-FOLDER = Path(os.environ.get("CASCADE_LORA_FIXTURES") or Path(__file__).parents[2] / "fixtures" / "lora")
+FOLDER = packed.folder("CASCADE_LORA_FIXTURES", Path(__file__).parents[2] / "fixtures" / "lora")
 SEED = int(os.environ.get("CASCADE_LORA_FIXTURES_SEED") or 0)
 
 

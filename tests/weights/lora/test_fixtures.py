@@ -67,6 +67,15 @@ def test_lora_fixture(name: str, tmp_path: Path) -> None:
         check_stage_c(name)
 
 
+def test_lora_fixture_without_an_adapter() -> None:
+    network, encoder, given, words = unet("stage_c"), text_encoder(), tensors("stage_c"), tensors("text_encoder")
+    conditions = network.condition(given["clip_text_pooled"], given["clip_text"], given["clip_img"])
+    close(network(given["x"], given["r"], conditions), given["out"])
+    hidden, pooled = encode(encoder, words)
+    close(hidden[:, description("text_encoder")["rows"]], words["hidden"])
+    close(pooled, words["pooled"])
+
+
 def check_stage_c(name: str) -> None:
     network, encoder, given, expected = unet("stage_c"), text_encoder(), tensors("stage_c"), tensors(name)
     placed = place(Adapter.read(file_of(name)), {"prior": shapes(network), "text_encoder": shapes(encoder)})

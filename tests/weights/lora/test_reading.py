@@ -610,6 +610,7 @@ SHAPES = st.lists(st.integers(0, 5), max_size=4)
 KINDS = st.sampled_from([torch.float32, torch.float16, torch.float64, torch.int64, torch.uint8])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, phases=(Phase.generate,))  # shrinking would take minutes
 @given(data=st.data())
 def test_every_wrong_file_gives_one_sentence(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
