@@ -1,4 +1,4 @@
-"""Keeps waits for a whole GPU apart from captures of CUDA graphs, which such a wait would break, also in another thread."""
+"""Keeps waits for a whole GPU apart from captures of CUDA graphs: such a wait breaks a capture, also in another thread."""
 
 import logging
 import threading
@@ -40,11 +40,12 @@ class OneAtATime:
         # Who finds the lock taken leaves the functions to its holder, who looks for them after it has released the lock.
         while self._later and self._lock.acquire(blocking=False):
             try:
-                if self._depth or not self._later:  # this thread captures, or another one was faster
+                if self._depth:  # this thread is inside already, and looks for them when it leaves
                     return
                 self._depth += 1
                 try:
-                    self._later.popleft()()
+                    if self._later:  # neither another thread nor a finalizer in this one was faster
+                        self._later.popleft()()
                 except Exception:
                     logger.exception("Work that waited for the end of a capture failed.")
                 finally:

@@ -1,17 +1,21 @@
 """Waits for a whole GPU against captures in other threads. Threads and locks are real; what would wait, only counts."""
 
 import gc
+import itertools
 import logging
+import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade.running import packing
+from cascade.running import packing, waits
 from cascade.running.errors import is_lost
 from cascade.running.graphs import CapturedGraph
 from cascade.running.packing import HostWeights
@@ -155,3 +159,51 @@ def test_nothing_is_forgotten_and_nothing_overlaps() -> None:
     for thread in threads:
         thread.join(ENOUGH)
     assert len(done) == 8 * 300
+
+
+def interrupted(work: Callable[[], object], at: Mapping[int, Callable[[], object]]) -> int:
+    """Do work, and call functions before its instructions of these numbers in `waits`. Returns how many there were."""
+    numbers = itertools.count()
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != waits.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and (call := at.get(next(numbers))):
+            call()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return next(numbers)
+
+
+@pytest.mark.parametrize("second", ["thread", "finalizer"])
+@pytest.mark.parametrize("first", ["thread", "finalizer"])
+def test_nothing_is_forgotten_wherever_a_thread_is_interrupted(
+    first: str, second: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By another thread, or by a finalizer in the thread itself, twice."""
+    context, given, done = OneAtATime(), [], []
+
+    def add() -> None:
+        given.append(1)
+        context.when_free(lambda: done.append(1))
+
+    def add_in_a_thread() -> None:
+        thread = threading.Thread(target=add)
+        thread.start()
+        thread.join(ENOUGH)
+        assert not thread.is_alive()
+
+    calls = {"thread": add_in_a_thread, "finalizer": add}
+    count = interrupted(add, {})
+    for one, other in itertools.combinations(range(count), 2):
+        interrupted(add, {one: calls[first], other: calls[second]})
+        assert len(done) == len(given), (one, other)
+    assert len(given) > count * (count - 1)  # both, nearly always: after the first, fewer instructions may be left
+    assert not caplog.records
