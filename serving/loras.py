@@ -127,7 +127,7 @@ class Loras:
 
     def _local(self, label: str, name: str) -> Path:
         files = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        there = {path.name: path for path in files if path.exists()}
+        there = {path.name: path for path in files if os.path.exists(path)}  # pathlib's raises an error for some links
         for candidate in (name, f"{name}.safetensors"):
             if candidate in there:
                 return there[candidate]

@@ -23,4 +23,5 @@ def readable(path: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WeightsError(f"{shortened(error.filename or path)} cannot be read: {error.strerror or error}.") from error
+        said = shortened(error.strerror or error).rstrip(".")
+        raise WeightsError(f"{shortened(error.filename or path)} cannot be read: {said}.") from error

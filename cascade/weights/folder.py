@@ -240,14 +240,19 @@ class ModelFolder:
         """Compare the files of a component, or of one of ``EXTRAS``, with ``model.json``, as loading a component does.
 
         Raises:
-            WeightsError: a file differs.
+            WeightsError: a file differs, or cannot be read.
         """
-        self._compare_small_files(self.root / name)
+        with readable(self.root):
+            self._compare_small_files(self.root / name)
         for path, sums in self.sums.items() if self.checks else ():
-            if path.startswith(f"{name}/") and sums_of(self.root / path, sums.least) != sums.listed:
+            file = self.root / path
+            if not path.startswith(f"{name}/"):
+                continue
+            check_header(file)
+            if sums_of(file, sums.least) != sums.listed:
                 raise WeightsError(
-                    f"{self.root / path} is damaged: its content differs from the checksums in {sums.where}. Fetch or copy "
-                    "the file again."
+                    f"{file} is damaged: its content differs from the checksums in {sums.where}. Fetch or copy the file "
+                    "again."
                 )
 
     def distilled(self) -> Path | None:

@@ -127,9 +127,8 @@ def load_processor(component: str, folder: Path) -> Any:
         raise WeightsError(f"{folder} lacks {wanted}.")
     try:
         return PROCESSORS[component].from_pretrained(folder)
-    except (
-        BaseException
-    ) as error:  # the tokenizers library raises bare Exception, or one that ends Rust and is no Exception
+    # The tokenizers library raises a bare Exception, or if its Rust code panics, a PanicException, which is no Exception.
+    except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise WeightsError(f"{folder} holds no readable {component}: {shortened(error)}") from error

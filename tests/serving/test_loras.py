@@ -197,6 +197,8 @@ def test_names(finder: Loras) -> None:
     ):
         finder.find(["other"], [1.0])
     (finder.folder / "gone.safetensors").symlink_to("nowhere")
+    (finder.folder / "odd.safetensors").symlink_to("x" * 300)  # longer than a file's name may be
+    assert finder.find(["style"], [1.0]) == [Lora(finder.folder / "style.safetensors", 1.0)]
     with pytest.raises(InputError, match=r"is 'gone', which is not among .*: it has a.tar, style\.$"):
         finder.find(["gone"], [1.0])
 

@@ -29,6 +29,7 @@ from cascade.weights import (
     write_model_json,
 )
 from cascade.weights.build import save_own
+from cascade.weights.errors import readable
 
 ABOUT = {
     "name": "Tiny",
@@ -98,6 +99,9 @@ def test_distilled_weights_are_compared(copy: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(WeightsError, match=r"turbo\.safetensors is damaged: "):
+        ModelFolder.open(copy).distilled()
+    file.write_bytes(content[:-1])
+    with pytest.raises(WeightsError, match=r"turbo\.safetensors is truncated or no safetensors file: "):
         ModelFolder.open(copy).distilled()
 
 
@@ -537,6 +541,13 @@ def test_what_the_system_does_not_read(copy: Path) -> None:
     set_settings(copy / "model.json", {"files": {"x" * 5000: ""}})
     with pytest.raises(WeightsError, match=r"x\.\.\. cannot be read: File name too long\.$"):
         ModelFolder.open(copy)
+
+
+def test_what_other_libraries_say_of_files_is_one_short_line() -> None:
+    with pytest.raises(WeightsError, match=r"^here cannot be read: no such thing") as error, readable("here"):
+        raise OSError("no such\nthing " * 100)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 def test_no_model_folder_is_made_with_a_tokenizer_that_does_not_fit(copy: Path, tmp_path: Path) -> None:
