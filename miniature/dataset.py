@@ -47,7 +47,7 @@ class Scenes(Dataset):
     """``count`` scenes of one split.
 
     Args:
-        drawings, names, styles: of `icons.load_drawings`.
+        drawings, names, styles: from `icons.load_drawings`.
         count: number of scenes.
         tokenizer, size, device: as `Dataset` has them.
         seed: decides all scenes and captions.
@@ -94,7 +94,7 @@ class Scenes(Dataset):
 
     @cached_property
     def reference_plans(self) -> Plans:
-        """Of the reference images."""
+        """The plans of the reference images."""
         referred = with_other_objects(self.plans, self.other, len(self.objects), self.seed + 1)
         return elsewhere(referred, self.objects, self.seed + 2)
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 DRAWING_SIZE = 192
 """Side of a packed drawing in pixels, slightly more than a default object's in a scene of 256 pixels."""
 EFFORT = 6
-"""libwebp's method, 0 to 6: at 6, files are smallest and take longest. The pixels of a drawing without loss are the same."""
+"""libwebp's method, 0 to 6. At 6, files are smallest, and take longest to write. Lossless pixels do not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -499,18 +499,18 @@ def pack_drawings(
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
-    """The file of drawings and its catalogue; errors are `load_drawings`' own."""
+    """The file of drawings and its catalogue. Errors while it is open become those of `load_drawings`."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive, json.loads(archive.read("catalogue.json"))
     except FileNotFoundError:
         raise TrainingError(f"There is no file {path}; scripts/build-mini-data makes it.") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise TrainingError(f"{path} is not a complete file of drawings; scripts/build-mini-data makes it.") from error
 
 
 def load_names(path: Path | str) -> tuple[list[str], list[str]]:
-    """The names and styles alone that `load_drawings` returns, with its errors."""
+    """The names and styles that `load_drawings` returns, without the drawings. Raises the same errors."""
     with _opened(path) as (_, catalogue):
         return catalogue["names"], catalogue["styles"]
 

@@ -16,8 +16,8 @@ from hypothesis import settings
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
 
-# Groups of tests that take more than 15 s of a processor, the longest first. They are begun first, so that at the end no process
-# waits for one of them.
+# Groups of tests that take more than 15 s of processor time, the longest first. They are begun first, so that at the end no
+# process waits for one of them.
 LONGEST = (
     "tests/http",
     "tests/studio",

@@ -1,8 +1,7 @@
 """Folders of reference data, packed: all files but README.md in one `files.tar.xz`, without loss.
 
 Random float32 numbers do not compress. Where a program's weights were drawn by torch, the archive has zeros in their place,
-and `drawn.json` says how to draw them again: the generator's seed, how many of its numbers were used before, and by what the
-result was multiplied. Other processors may draw the last bit differently.
+and `drawn.json` in it says how to draw them again, see `Draw`. On other processors, the last bit may differ.
 
     python -m tests.packed unpack tests/fixtures/lora FOLDER
     python -m tests.packed pack FOLDER tests/fixtures/lora    # tensors that its archive knows how to draw are drawn again
@@ -112,9 +111,10 @@ def known_draws(packed: Path) -> Draws:
     """What a packed folder's archive says of drawn tensors; nothing if there is no archive."""
     if not (packed / ARCHIVE).is_file():
         return {}
-    with tempfile.TemporaryDirectory() as found, tarfile.open(packed / ARCHIVE) as archive:
-        archive.extract(DRAWN, found, filter="data")
-        return read_draws((Path(found) / DRAWN).read_bytes())
+    with tarfile.open(packed / ARCHIVE) as archive:
+        content = archive.extractfile(DRAWN)
+        assert content is not None, f"{DRAWN} is a file"
+        return read_draws(content.read())
 
 
 def read_draws(content: bytes) -> Draws:

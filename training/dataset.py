@@ -27,7 +27,8 @@ class Dataset(ABC):
     """Captioned pictures by index, at any size.
 
     Args:
-        captions: one for each picture, or what makes them, which is called only if they are needed.
+        captions: one for each picture; or a function that returns them, called once, when they are first needed. ``__len__``
+            needs them, unless a subclass overrides it.
         tokenizer: CLIP tokenizer for the captions.
         size: default height and width of the pictures in pixels.
         device: where pixels and tokens are kept.
@@ -111,8 +112,8 @@ class Dataset(ABC):
     def tokenise(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids as int32 and attention mask as int8, each (len(texts), 77).
 
-        No token of CLIP goes over a space, so each different word is tokenised once. All miniature's captions together took 24 s
-        of a processor, and take 1.4 s.
+        No token of CLIP contains a space, so each different word is tokenised once: for the miniature's captions, 1.4 instead of
+        24 s of processor time.
         """
         words = [text.split(" ") for text in texts]
         different = list(dict.fromkeys(chain.from_iterable(words)))

@@ -27,12 +27,13 @@ Encode = Callable[[Tensor], tuple[Tensor, ...]]
 def encode_pictures(dataset: Dataset, indices: range, size: Size, encode: Encode) -> tuple[Tensor, ...]:
     """Encodes the pictures ``indices`` (N) at ``size``, a batch at a time: tensors (N, ...), float16 or bytes.
 
-    Processes that train together take turns at the batches, and add up what they have; all call this at the same time.
+    Processes that train together divide the batches, and each gets what all have encoded. All must call this, with the same
+    arguments.
     """
     batch = max(1, BATCH * dataset.size[0] * dataset.size[1] // (size[0] * size[1]))
     batches = [indices[first : first + batch] for first in range(0, len(indices), batch)]
     processes, own = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    if len(batches) < processes:
+    if len(batches) < processes:  # without a batch, a process would not know the tensors' shapes
         processes, own = 1, 0
     made: tuple[Tensor, ...] = ()
     for chosen in batches[own::processes]:
@@ -42,7 +43,7 @@ def encode_pictures(dataset: Dataset, indices: range, size: Size, encode: Encode
             whole[chosen.start - indices.start : chosen.stop - indices.start] = value
     if processes > 1:
         for whole in made:
-            dist.all_reduce(whole)
+            dist.all_reduce(whole)  # adds: where others have encoded, there are zeros
     return made
 
 

@@ -60,6 +60,7 @@ class Ledger:
 
         def made(content: Mapping[str, Any]) -> Ledger:
             ledger = cls(**content)
+            # Raises an error for an entry that is no table, or lacks a name.
             for call in ledger.calls:
                 itemgetter("started", "seconds", "gpus")(call)
             for process in ledger.processes:
@@ -345,7 +346,7 @@ def process_seconds(entry: Mapping[str, Any]) -> float:
 
 
 def samples_per_step(record: Record, folder: Path) -> int:
-    """The pictures of the native size in a step of a stage's last session.
+    """The pictures of the native size in a step of a stage's last session. ``folder``: the stage's.
 
     Raises:
         TrainingError: its options are not those of this version.

@@ -20,6 +20,8 @@ STEPS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_norm
 # Pixels, the longest side that settings may ask for. CLIP's towers read at most 448, and a picture may be 64 times as wide as
 # high: it is scaled before it is cropped.
 MOST_SIDE = 1024
+# What a setting must be, for errors.
+NUMBER = "a number from -1e6 to 1e6"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -59,7 +61,7 @@ class ClipPreprocessor:
         size, crop = said.get("size", cls.size), said.get("crop_size", cls.crop[0])
         scale, resample = said.get("rescale_factor", cls.scale), said.get("resample", cls.resample)
         if not _is_number(scale, zero=False):
-            raise ValueError(f"rescale_factor is {scale!r}; it must be a number other than 0")
+            raise ValueError(f"rescale_factor is {scale!r}; it must be {NUMBER} other than 0")
         if resample not in list(Image.Resampling):
             raise ValueError(f"resample is {resample!r}; it must be one of Pillow's numbers, 0 to 5")
         shorter = size.get("shortest_edge", size) if isinstance(size, dict) else size
@@ -110,7 +112,7 @@ class ClipPreprocessor:
 
 
 def _is_number(value: Any, *, zero: bool = True) -> bool:
-    """Whether it is a number with which float32 pixels stay finite; `zero`: whether it may be 0."""
+    """Whether float32 pixels stay finite with it: it is `NUMBER`. `zero`: whether it may be within 1e-6 of 0."""
     return type(value) in (int, float) and abs(value) < 1e6 and (zero or abs(value) > 1e-6)
 
 
@@ -128,8 +130,8 @@ def _height_and_width(name: str, value: Any, more: str = "") -> tuple[int, int]:
 
 
 def _of_channels(name: str, values: Any, *, zero: bool = True) -> tuple[float, ...]:
-    """Numbers for red, green and blue, or one for all; `zero`: whether they may be 0."""
+    """Numbers for red, green and blue, or one for all; `zero`: see `_is_number`."""
     given = (values,) * 3 if _is_number(values) else values if isinstance(values, list | tuple) else ()
     if len(given) != 3 or not all(_is_number(value, zero=zero) for value in given):
-        raise ValueError(f"{name} is {values!r}; it must be a number or three{'' if zero else ' other than 0'}")
+        raise ValueError(f"{name} is {values!r}; it must be {NUMBER}{'' if zero else ' other than 0'}, or three")
     return tuple(map(float, given))

@@ -30,7 +30,7 @@ SMALLEST = tl.constexpr(plain.SMALLEST)
 # Minimum number of programs of a reduction: several per multiprocessor of the largest GPUs.
 PROGRAMS = 512
 LOG2E = 1.4426950408889634
-# Queries from which attention takes larger blocks.
+# Number of queries from which attention takes larger blocks.
 LARGE_ATTENTION = 2304
 # Bytes of hidden activations of Stage A's MLPs that are computed at a time, so that they stay in the L2 cache of a large GPU.
 # A whole picture of 1024x1024 has 384 MiB.
@@ -226,8 +226,8 @@ def depthwise_norm(
         batch, height, width, channels * (1 if skip is None else 2), dtype=_e4m3.E4M3 if e4m3 else dtype
     )
     columns = triton.cdiv(width, 4)
-    # On an H100, 8 warps with the 173 to 183 registers that they need take 11.5 us for Stage C, 11.4 in e4m3; 16 warps with 64
-    # registers 13.1 and, because they spill more, 16.5. Operations of the stream that are pending need still more registers.
+    # On an H100, 8 warps with the 173 to 183 registers that they need take 11.5 us for Stage C, and 11.4 in e4m3. 16 warps with
+    # 64 registers, which spill, take 13.1, and 16.5 in e4m3. Pending operations of the stream need still more registers.
     padded = _power(channels)
     warps, registers = (8, None) if padded > 1024 and not changes else (max(4, padded // 128), 128)
     _depthwise_norm[(batch * height * columns,)](
@@ -323,6 +323,7 @@ def _response_sizes(
 
 @triton.jit
 def _sum_and_maxima(total, first, second, other, other_first, other_second):
+    """Combine two triples of a sum and two maxima, for `tl.reduce`."""
     return total + other, tl.maximum(first, other_first), tl.maximum(second, other_second)
 
 
@@ -345,7 +346,7 @@ def _respond(
         bounds_ptr += 2 * sample * sums + every
         first = tl.load(bounds_ptr, mask=every < sums, other=0.0)
         second = tl.load(bounds_ptr + sums, mask=every < sums, other=0.0)
-        # One reduction: threads wait for each other once instead of three times.
+        # One reduction instead of three, so that threads wait for each other once.
         total, first, second = tl.reduce((sizes, first, second), 0, _sum_and_maxima)
     else:
         total = tl.sum(sizes)

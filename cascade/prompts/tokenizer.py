@@ -21,7 +21,7 @@ LISTED = "added_tokens_decoder"
 LONGEST, SHORTEST = 77, 3  # a chunk has a begin, an end, and a token between
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-# CLIP's options of the library's model, by name.
+# Options of the library's model, by name, as CLIP has them. A file may have others.
 MODEL = {
     "dropout": None,
     "continuing_subword_prefix": "",
@@ -46,7 +46,8 @@ class ClipTokenizer:
         model_max_length: tokens of a chunk, begin and end of text included.
 
     Raises:
-        ValueError: it is of another kind, the vocabulary lacks a special token, or a setting has a value that is not allowed.
+        ValueError: the tokenizer is of another kind, its vocabulary lacks a special token, or a setting has a value that is not
+            allowed.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
@@ -92,8 +93,8 @@ class ClipTokenizer:
         """Read `WHOLE`, or `VOCABULARY` and `MERGES`, from a folder.
 
         Raises:
-            Exception, PanicException: a file is missing or damaged; the library has no narrower types, and the second is no
-                Exception.
+            Exception: a file is missing or damaged; the library has no narrower type.
+            PanicException: the same, where the library's Rust code panics; a BaseException, but no Exception.
         """
         folder = Path(folder)
         settings = _read(folder / SETTINGS)
@@ -103,11 +104,7 @@ class ClipTokenizer:
                 settings[LISTED] = {place: {"content": token} for token, place in added.items()}
         if (folder / WHOLE).is_file():
             return cls(Tokenizer.from_file(str(folder / WHOLE)), settings)
-        unknown = _special(settings, "unk", END)
-        made = BPE.from_file(
-            str(folder / VOCABULARY), str(folder / MERGES), unk_token=unknown, end_of_word_suffix=WORD_END
-        )
-        return cls(Tokenizer(made), settings)
+        return cls(Tokenizer(BPE.from_file(str(folder / VOCABULARY), str(folder / MERGES))), settings)
 
     def __call__(
         self,

@@ -26,7 +26,7 @@ from cascade.running.device import current
 
 logger = logging.getLogger(__name__)
 SIDE = 8  # height and width of the blocks' inputs
-LARGE_SIDE = 64  # so many queries that attention takes larger blocks
+LARGE_SIDE = 64  # has 4096 queries, with which attention takes larger blocks: `kernels.triton.LARGE_ATTENTION`
 PRODUCTS = (F.linear, torch.addmm, torch._addmm_activation)
 
 
@@ -109,7 +109,7 @@ def _jobs(unet: StableCascadeUNet, sides: Sequence[int]) -> list[Callable[[], ob
             for pending, side in product((False, True), sides):
                 jobs[AttnBlock, channels, pending, side] = _attention_block(block, channels, pending, unet, side=side)
             if type(block.attention.to_qkv) is Fp8Linear:
-                jobs[AttnBlock, channels, Product] = _attention_block(block, channels, True, unet, of_product=True)
+                jobs[AttnBlock, channels, Product] = _attention_block(block, channels, True, unet, with_product=True)
             if unet.config.clip_text_in_channels is not None:  # its batches may have texts of different lengths
                 for biased, side in product((False, True), sides):
                     jobs[AttnBlock, channels, "hides", biased, side] = _attention_block(
@@ -130,7 +130,7 @@ def _stream(
     dtype: torch.dtype,
     *,
     side: int = SIDE,
-    of_product: bool = False,
+    with_product: bool = False,
 ) -> Stream:
     x = torch.zeros(1, side, side, channels, device=device, dtype=torch.float32)
     if not pending:
@@ -138,7 +138,7 @@ def _stream(
     # Halves of one tensor, like the timestep mappers' results.
     scale, shift = torch.zeros(1, 2 * channels, device=device, dtype=torch.float32).chunk(2, dim=1)
     stream = Stream(x, torch.zeros(channels, device=device, dtype=dtype), scale, shift)
-    return stream._replace(product=Product(x.to(dtype), x.new_zeros(1))) if of_product else stream
+    return stream._replace(product=Product(x.to(dtype), x.new_zeros(1))) if with_product else stream
 
 
 def _res_block(block: ResBlock, channels: int, skip: bool, pending: bool, device: torch.device) -> Callable[[], object]:
@@ -158,14 +158,14 @@ def _attention_block(
     side: int = SIDE,
     hides: bool = False,
     biased: bool = False,
-    of_product: bool = False,
+    with_product: bool = False,
 ) -> Callable[[], object]:
     def job() -> object:
         tokens = torch.zeros(1, 4, unet.config.conditioning_dim, device=unet.device, dtype=unet.dtype)
         key_value = block.condition.forward(tokens, block.kv_mapper, block.attention)
         bias = torch.zeros(tokens.shape[:2], device=unet.device, dtype=torch.float32) if biased else None
         hidden = torch.zeros(len(tokens), 2, dtype=torch.int32, device=unet.device) if hides else None
-        stream = _stream(channels, pending, unet.device, unet.dtype, side=side, of_product=of_product)
+        stream = _stream(channels, pending, unet.device, unet.dtype, side=side, with_product=with_product)
         return block.forward(stream, *key_value, bias, hidden)
 
     return job

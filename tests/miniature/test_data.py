@@ -308,7 +308,10 @@ def test_drawings_are_whole_or_not_there(tmp_path: Path, capsys: pytest.CaptureF
     assert [path.name for path in tmp_path.iterdir()] == ["drawings.zip"]
     assert "6/6" in capsys.readouterr().err
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(
-        TrainingError, match=r"drawings.zip is not a complete file of drawings; scripts/build-mini-data"
-    ):
+    incomplete = r"drawings.zip is not a complete file of drawings; scripts/build-mini-data"
+    with pytest.raises(TrainingError, match=incomplete):
+        load_drawings(file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("catalogue.json", "[]")
+    with pytest.raises(TrainingError, match=incomplete):
         load_drawings(file)

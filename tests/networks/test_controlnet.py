@@ -32,7 +32,9 @@ def randomized(network: ControlNet) -> ControlNet:
     return network.eval()
 
 
-@pytest.mark.parametrize("kind", ["canny", "inpainting", pytest.param("super_resolution", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "super_resolution")) for kind in PUBLISHED]
+)
 @torch.no_grad()
 def test_against_the_authors(kind):
     name = f"controlnet_{kind}"

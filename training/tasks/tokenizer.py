@@ -33,8 +33,8 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> CLIPTokenizer:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    # As special tokens, letters have fixed ids. Otherwise those at a word's end get theirs in a hash map's order, which differs
-    # from run to run, and decides between pairs that occur equally often.
+    # As special tokens, letters have fixed ids. Without, letters at a word's end would get ids in a hash map's order, which
+    # differs from run to run. The ids decide between pairs that occur equally often.
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - 2, end_of_word_suffix="</w>", special_tokens=letters, show_progress=False
     )
