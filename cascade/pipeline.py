@@ -446,8 +446,8 @@ class Cascade:
         size = latents.shape[-2:]
         tile = tile_within(self.vqgan, *size, self.runner.workspace(most_bytes(self.vqgan, *size)))
         for pixels in decode_pixels(self.vqgan, latents, self.stage_a_scale, tile):
-            # All three at once, because `tolist` waits for the GPU, as the caller does next. Pixels were clamped, so they are in
-            # 0..1 or NaN, and the largest is NaN if any is.
+            # All three at once, because `tolist` waits for the GPU, as the caller does next. Pixels are in 0..1 or NaN, and the
+            # largest is NaN if any is.
             self._check_finite(torch.stack([*finite, pixels.max().isfinite()]).tolist())
             yield pixels
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cascade import sizes
+from cascade import pipeline, sizes
 from cascade.compat.diffusers import DiffusersCascade
 from cascade.guides.controls import Control
 from cascade.images.tensors import to_image, to_pixels
@@ -672,10 +672,17 @@ def test_latents_that_are_not_finite_end_the_work(
             cascade.reconstruct(photo(64, 64))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_pixels_that_are_not_finite_end_the_work(components: dict[str, Any], value: float) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("layer", ["up_blocks.0.0", "out_block.0"])
+@pytest.mark.parametrize("edge", [None, 5], ids=["whole", "tiles"])
+def test_pixels_that_are_not_finite_end_the_work(
+    components: dict[str, Any], edge: int | None, layer: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also infinite ones, which clamping would make white or black."""
     cascade = make_cascade(components)
+    if edge is not None:
+        monkeypatch.setattr(pipeline, "tile_within", lambda *_: edge)
     with torch.no_grad():
-        cascade.vqgan.up_blocks[0][0].bias[0] = value
+        cascade.vqgan.get_submodule(layer).bias[0] = value
     with pytest.raises(RuntimeError, match=r"^Stage A made pixels that are not finite, in float32: ."):
         cascade.generate(Request("a cat", **SMALL))

@@ -1,6 +1,7 @@
 """Stage A: decoder latents -> pixels, whole or in tiles."""
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,8 @@ def decode_pixels(
 ) -> Iterator[Tensor]:
     """Stage B's latents (B, 4, h, w) -> pictures, float32 (3, 4h, 4w) in 0..1, one by one, because pixels take memory.
 
+    Pixels that Stage A makes not finite are NaN.
+
     Args:
         vqgan: Stage A.
         scale: factor on the latents; None: the one in Stage A's configuration.
@@ -32,7 +35,7 @@ def decode_pixels(
     margin, factor = vqgan.reach, vqgan.factor
     for one in latents.to(vqgan.dtype).split(1):
         if tile >= max(height, width):
-            yield vqgan.decode(one, scale=scale)[0].float().clamp(0, 1)
+            yield _in_range(vqgan.decode(one, scale=scale)[0])
             continue
         pixels = one.new_empty(3, factor * height, factor * width, dtype=torch.float32)
         for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
@@ -40,8 +43,13 @@ def decode_pixels(
             part = vqgan.decode(one[..., above : top + tile + margin, before : left + tile + margin], scale=scale)[0]
             place = pixels[:, factor * top : factor * (top + tile), factor * left : factor * (left + tile)]
             part = part[:, factor * (top - above) :, factor * (left - before) :]
-            place.copy_(part[:, : place.shape[1], : place.shape[2]])
-        yield pixels.clamp_(0, 1)
+            place.copy_(_in_range(part[:, : place.shape[1], : place.shape[2]]))
+        yield pixels
+
+
+def _in_range(pixels: Tensor) -> Tensor:
+    """New pixels, float32 in 0..1; NaN where they are not finite: clamped, infinite ones would be white or black."""
+    return torch.where(pixels.isfinite(), pixels, math.nan).float().clamp_(0, 1)
 
 
 def decoding_bytes(vqgan: StageA, height: int, width: int) -> int:
