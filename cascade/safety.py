@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from cascade.weights import ModelFolder, WeightsError
+from cascade.weights.errors import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +69,7 @@ class SafetyChecker:
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
         except Exception as error:  # transformers raises nothing narrower
-            raise WeightsError(f"{folder} holds no readable image classifier: {error}") from error
+            raise WeightsError(f"{folder} holds no readable image classifier: {shortened(error)}") from error
         # transformers would make them up.
         if report["missing_keys"]:
             raise WeightsError(f"{folder / 'model.safetensors'} lacks {sorted(report['missing_keys'])[0]}.")

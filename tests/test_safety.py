@@ -111,8 +111,18 @@ def test_pickles_are_not_opened(folder: Path) -> None:
 def test_truncated_files(folder: Path, name: str) -> None:
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(WeightsError, match=f"{folder} holds no readable image classifier: "):
+    with pytest.raises(WeightsError, match=f"{folder} holds no readable image classifier: ") as error:
         SafetyChecker.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_classifier_is_told_in_one_short_line(folder: Path) -> None:
+    """transformers answers with a list of all that it knows."""
+    (folder / "config.json").write_text('{"model_type": "unheard of"}')
+    with pytest.raises(WeightsError, match=f"{folder} holds no readable image classifier: ") as error:
+        SafetyChecker.load(folder)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 def test_weights_are_never_made_up(folder: Path) -> None:

@@ -363,7 +363,8 @@ def _open_own(root: Path) -> ModelFolder:
     try:
         opened = _described(root, content, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{path} lacks a field or has one of the wrong kind: {error}.") from error
+        said = shortened(error).rstrip(".")
+        raise WeightsError(f"{path} lacks a field or has one of the wrong kind: {said}.") from error
     for listed in opened.checksums:
         if PurePosixPath(listed).is_absolute() or ".." in PurePosixPath(listed).parts:
             raise WeightsError(f"{path} lists {listed!r}, which is outside of the folder.")

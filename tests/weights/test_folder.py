@@ -543,6 +543,13 @@ def test_what_the_system_does_not_read(copy: Path) -> None:
         ModelFolder.open(copy)
 
 
+def test_what_is_wrong_with_a_description_is_one_short_line(copy: Path) -> None:
+    set_settings(copy / "model.json", {"sampler": {"prior": {"x" * 5000: 1}}})
+    with pytest.raises(WeightsError, match=r"model\.json lacks a field or has one of the wrong kind: ") as error:
+        ModelFolder.open(copy)
+    assert len(str(error.value)) < 400
+
+
 def test_what_other_libraries_say_of_files_is_one_short_line() -> None:
     with pytest.raises(WeightsError, match=r"^here cannot be read: no such thing") as error, readable("here"):
         raise OSError("no such\nthing " * 100)
