@@ -28,7 +28,7 @@ from training.dataset import Dataset, Split
 from training.errors import TrainingError, writing
 from training.options import Options
 from training.processes import start_processes
-from training.stages import STAGES, maker
+from training.stages import STAGES, advice, maker
 from training.trainer import Trainer
 from training.workshop import Workshop
 
@@ -86,6 +86,8 @@ def compile_step(config_file: Path, stage: str, data: Path, output: Path) -> Non
     check_agreement(config, output / "model", stage)
     if stage not in STAGES:
         raise TrainingError(f"{stage} has no network that could be compiled.")
+    if not (output / "model" / "tokenizer").is_dir():
+        raise TrainingError(f"{output / 'model'} lacks the tokenizer: {advice(['tokenizer'])}.")
     options = Options(**config[stage]["options"])
     task = config[stage].get("task", {})
     if "paths" in task:
@@ -99,7 +101,7 @@ def compile_step(config_file: Path, stage: str, data: Path, output: Path) -> Non
         trainer.weights.network.train()
         trainer.step()
         trainer.accelerator.end_training()
-    logger.info("%s: compiled ahead in %.0f s", stage, time.time() - began)
+    logger.info("%s: the first step was taken ahead, after %.0f s", stage, time.time() - began)
 
 
 def complete(shop: Workshop, stage: str, model: Path) -> None:

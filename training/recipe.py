@@ -441,8 +441,8 @@ def costs(output: Path) -> dict[str, Any]:
 
     Returns:
         ``seconds``: wall-clock time of all calls; ``process_seconds``: the sum over all stages' processes, whether they ran at
-        once or not; ``calls``; and ``stages``: {stage: ``steps``, ``samples_per_step``, ``process_seconds``, ``ahead_seconds`` (of the
-        processes that only compiled it ahead, if any), ``seconds`` by phase, ``devices``, ``sessions``}.
+        once or not; ``calls``; and ``stages``: {stage: ``steps``, ``samples_per_step``, ``process_seconds``, ``ahead_seconds``
+        (of the processes that only compiled it ahead, if any), ``seconds`` by phase, ``devices``, ``sessions``}.
 
     Raises:
         TrainingError: a record is damaged, or of a version with other options.
