@@ -292,16 +292,21 @@ class Recipe:
 
     def _collect_ahead(self) -> None:
         """Handles processes that compiled ahead and have ended. Failures do no harm: the stages then compile."""
-        self._end([one for one in self.ahead if time.time() - one.began > LONGEST_AHEAD])
+        late = [one for one in self.ahead if time.time() - one.began > LONGEST_AHEAD]
+        self._end(late)
+        for one in late:
+            say(f"{one.stage}: not compiled ahead: it took longer than {LONGEST_AHEAD:.0f} s")
         for one in list(self.ahead):
             code = one.process.poll()
             one.entry["seconds"] = time.time() - one.began
-            if code is not None:
-                self.ahead.remove(one)
-                compile_log.close(one.log)
-                how = "compiled" if code == 0 else "not compiled"
-                what = f" after {one.entry['seconds']:.0f} s" if code == 0 else f": {one.last_line()}"
-                say(f"{one.stage}: {how} ahead{what}")
+            if code is None:
+                continue
+            self.ahead.remove(one)
+            compile_log.close(one.log)
+            if code == 0:
+                say(f"{one.stage}: compiled ahead after {one.entry['seconds']:.0f} s")
+            elif not self.stopping:  # Ctrl-C reaches all processes of a terminal
+                say(f"{one.stage}: not compiled ahead: {one.last_line()}")
 
     def _end(self, ahead: list[Running]) -> None:
         """Ends processes that compile ahead, and waits until they have ended."""

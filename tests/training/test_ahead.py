@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd import autograd_cache
 
 from tests.training.small import train, write_config, write_pictures
@@ -151,25 +150,6 @@ def test_stages_look_for_what_was_compiled_ahead(begun: Path, tmp_path: Path, mo
     for stage in STAGES:
         assert key(stage) == ahead[stage], stage
         assert train_anew(begun / "config.toml", stage, data, output) == 0
-
-
-@pytest.mark.slow
-def test_a_stage_finds_what_was_compiled_ahead(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The previewer, the smallest network, compiled by another process."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the number of threads is a part of the kernels
-    monkeypatch.setattr(torch._inductor.config.cpp, "threads", 1)
-    config, output = write_config(tmp_path, "previewer.options.compile = true"), tmp_path / "run"
-    shutil.copytree(begun / "run", output)
-    files = [config, "previewer", "--data", begun / "pictures", "--output", output, "--compile-only"]
-    assert subprocess.run([sys.executable, "-m", "training.run", *map(str, files)]).returncode == 0
-    for stage in ("stage_a", "clip", "semantic"):
-        assert train_anew(begun / "config.toml", stage, begun / "pictures", output) == 0
-    counters.clear()
-    assert train_anew(config, "previewer", begun / "pictures", output) == 0
-    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
-    assert not counters["aot_autograd"]["autograd_cache_miss"]
-    assert not counters["inductor"]["fxgraph_cache_miss"]
 
 
 @pytest.mark.slow

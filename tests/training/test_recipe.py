@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.small import write_config
+from training import recipe as recipe_module
 from training.errors import TrainingError
 from training.recipe import Ledger, Recipe, Running, costs, costs_table, last_line
 from training.record import Record, Session
@@ -179,6 +180,16 @@ def test_a_stage_starts_though_it_is_still_compiled_ahead(ahead: Callable[[str],
     assert time.time() - began < 30
     assert len(calls(tmp_path)) == len(STAGES_OF_IT) + 2
     assert all(not Path("/proc", pid).exists() for pid in (tmp_path / "pids").read_text().split())
+
+
+def test_what_hangs_is_ended(
+    ahead: Callable[[str], Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or the stage would wait for it forever."""
+    monkeypatch.setattr(recipe_module, "LONGEST_AHEAD", 0.1)
+    made = ahead("exec sleep 60")
+    assert made.train() == 0
+    assert "semantic: not compiled ahead: it took longer than 0 s\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("why", ["signal", "deadline", "failure"])
