@@ -227,11 +227,12 @@ class Recipe:
 
     def _start_ahead(self) -> None:
         """Starts to compile stages that cannot start yet, once each, as soon as there is a tokenizer."""
-        if "tokenizer" in self.unfinished:
+        active = {one.stage for one in self.running}
+        if "tokenizer" in active.union(self.unfinished):  # the first stages start when its process has ended
             return
         while self.later and len(self.ahead) < self.compile_ahead:
             stage = self.later.pop(0)
-            if not self.finished(stage) and stage not in {one.stage for one in self.running}:
+            if not self.finished(stage) and stage not in active:
                 self.ahead.append(self._launch(stage, compile_log.open_locked(self.output / stage), "--compile-only"))
                 self.ahead[-1].entry["ahead"] = True
 

@@ -101,15 +101,15 @@ def test_a_failed_stage_stops_the_others(recipe: Recipe, tmp_path: Path, capsys:
     assert capsys.readouterr().out == "stage_c: no memory\nstage_b: ready\n"
 
 
-# Stands for Python: each stage finishes soon; what compiles ahead does as the file ``ahead`` says. All calls
-# are in ``calls``, with their GPUs.
+# Stands for Python: each stage finishes soon, and ends a little later; what compiles ahead does as the file ``ahead`` says.
+# All calls are in ``calls``, with their GPUs.
 PYTHON = """#!/bin/sh
 here=$(dirname "$0")
 while [ "$1" != training.run ]; do shift; done
 echo "$3 $CUDA_VISIBLE_DEVICES $8" >> "$here/calls"
 case "$*" in
 *--compile-only*) . "$here/ahead" ;;
-*) sleep 0.2; mkdir -p "$7/$3"; touch "$7/$3/finished" ;;
+*) sleep 0.2; mkdir -p "$7/$3"; touch "$7/$3/finished"; sleep 0.3 ;;
 esac
 """
 STAGES_OF_IT = ("tokenizer", "stage_a", "clip", "semantic", "stage_b", "previewer")
