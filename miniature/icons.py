@@ -10,14 +10,11 @@ Drawing `object * len(STYLES) + style` is object `object` in style `style`, ever
 import io
 import json
 import logging
-import mmap
-import multiprocessing
-import os
 import re
 import signal
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +34,6 @@ DRAWING_SIZE = 192
 """Side of a packed drawing in pixels, slightly more than a default object's in a scene of 256 pixels."""
 EFFORT = 6
 """libwebp's method, 0 to 6: at 6, files are smallest and take longest. The pixels of a drawing without loss are the same."""
-MOST_PROCESSES = 16
-DRAWINGS_OF_A_PROCESS = 100
-"""Fewer drawings do not repay a further process that decodes them."""
 
 
 @dataclass(frozen=True)
@@ -535,36 +529,12 @@ def load_drawings(path: Path | str) -> tuple[torch.Tensor, list[str], list[str]]
     with _opened(path) as (archive, catalogue):
         names, styles, size = catalogue["names"], catalogue["styles"], catalogue["size"]
         files = [archive.read(f"{index:05d}.webp") for index in range(len(names) * len(styles))]
-    return torch.from_numpy(_decode(files, size)), names, styles
+    drawings = np.empty((len(files), 4, size, size), np.uint8)
 
+    def decode(index: int) -> None:
+        image = Image.open(io.BytesIO(files[index])).convert("RGBA").convert("RGBa")
+        drawings[index] = np.asarray(image).transpose(2, 0, 1)
 
-def _decode(files: list[bytes], size: int) -> np.ndarray:
-    """Decodes drawings: uint8 (len(files), 4, size, size), as `load_drawings` has them.
-
-    Pillow decodes in one thread at a time: all drawings take 4 s of a core, so several processes decode them.
-    """
-    # Memory that processes share; not in /dev/shm, of which containers have little.
-    memory = mmap.mmap(-1, len(files) * 4 * size * size)
-    drawings = np.frombuffer(memory, np.uint8).reshape(len(files), 4, size, size)
-
-    def decode(number: int, processes: int) -> None:
-        for index in range(number, len(files), processes):
-            image = Image.open(io.BytesIO(files[index])).convert("RGBA").convert("RGBa")
-            drawings[index] = np.asarray(image).transpose(2, 0, 1)
-
-    def help_out(number: int, processes: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal
-        decode(number, processes)
-
-    processes = max(1, min(len(os.sched_getaffinity(0)), MOST_PROCESSES, len(files) // DRAWINGS_OF_A_PROCESS))
-    # Forked, because a new interpreter needs as long to import torch. They use Pillow and numpy only, never torch or a GPU.
-    fork = multiprocessing.get_context("fork")
-    others = [fork.Process(target=help_out, args=(i, processes), daemon=True) for i in range(1, processes)]
-    for process in others:
-        process.start()
-    decode(0, processes)
-    for number, process in enumerate(others, 1):
-        process.join()
-        if process.exitcode:  # it was killed, or there is an error, which this process then raises
-            decode(number, processes)
-    return drawings
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(decode, range(len(files))))
+    return torch.from_numpy(drawings), names, styles

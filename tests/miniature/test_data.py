@@ -1,7 +1,5 @@
 import io
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from miniature import icons
 from miniature.captions import STYLE_PHRASES, Captioner, article
 from miniature.compose import background, compose
 from miniature.icons import (
@@ -119,26 +116,6 @@ def test_packed_drawings_come_back_premultiplied_and_in_order(tmp_path) -> None:
     assert torch.equal(centre[:, :3].argmax(1), torch.arange(3))
     assert (centre[:, 3] == 255).all()
     assert (drawings[:, :3] <= drawings[:, 3:]).all()
-
-
-def test_processes_decode_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if one of them is killed."""
-    pytest.importorskip("resvg_py")
-    file = pack(("apple", "pear", "plum"), tmp_path / "drawings.zip")
-    expected, _, _ = load_drawings(file)
-    monkeypatch.setattr(icons, "DRAWINGS_OF_A_PROCESS", 2)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
-    assert torch.equal(load_drawings(file)[0], expected)
-    parent = os.getpid()
-    read = Image.open
-
-    def read_or_die(content: io.BytesIO) -> Image.Image:
-        if os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return read(content)
-
-    monkeypatch.setattr(Image, "open", read_or_die)
-    assert torch.equal(load_drawings(file)[0], expected)
 
 
 def test_catalogue_of_the_pack_is_readable_without_the_renderer(tmp_path) -> None:

@@ -32,14 +32,14 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> CLIPTokenizer:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    # As special tokens, letters have fixed ids. Otherwise those at a word's end get theirs in a hash map's order, which differs
+    # from run to run, and decides between pairs that occur equally often.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 2 - len(alphabet),
-        end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
-        show_progress=False,
+        vocab_size=vocabulary - 2, end_of_word_suffix="</w>", special_tokens=letters, show_progress=False
     )
     tokenizer.train_from_iterator(captions, trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    pieces = [*letters, *("".join(pair) for pair in merges)]
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, START, END]))}
     return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in merges], model_max_length=77)
