@@ -145,37 +145,12 @@ def test_stages_look_for_what_was_compiled_ahead(begun: Path, tmp_path: Path, mo
         return keys[0]
 
     monkeypatch.setattr(autograd_cache, "autograd_cache_key", found)
-    ahead = {stage: key(stage, "--compile-only") for stage in STAGES}
-    assert len(set(ahead.values())) == len(STAGES)
-    for stage in STAGES:
+    longest = ("stage_a", "clip", "semantic", "stage_b", "stage_c")
+    ahead = {stage: key(stage, "--compile-only") for stage in longest}
+    assert len(set(ahead.values())) == len(longest)
+    for stage in longest:
         assert key(stage) == ahead[stage], stage
         assert train_anew(begun / "config.toml", stage, data, output) == 0
-
-
-FINDS = """
-import sys
-from torch._dynamo.utils import counters
-from training.run import main
-code = main()
-print("hits", counters["aot_autograd"]["autograd_cache_hit"], "misses", counters["aot_autograd"]["autograd_cache_miss"])
-sys.exit(code)
-"""
-
-
-@pytest.mark.slow
-def test_a_stage_finds_what_was_compiled_ahead(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The previewer, the smallest network, in other processes."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the number of threads is a part of the kernels
-    config, data = write_config(tmp_path, "previewer.options.compile = true"), begun / "pictures"
-    output = shutil.copytree(begun / "run", tmp_path / "run")
-    files = list(map(str, (config, "previewer", "--data", data, "--output", output)))
-    assert subprocess.run([sys.executable, "-m", "training.run", *files, "--compile-only"]).returncode == 0
-    for stage in ("stage_a", "clip", "semantic"):
-        assert train_anew(begun / "config.toml", stage, data, output) == 0
-    found = subprocess.run([sys.executable, "-c", FINDS, *files], capture_output=True, text=True)
-    assert found.stdout == "hits 1 misses 0\n"
-    assert (output / "previewer" / FINISHED).exists()
 
 
 @pytest.mark.slow
