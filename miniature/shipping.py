@@ -186,7 +186,7 @@ def merged_costs(before: Mapping[str, Any] | None, new: dict[str, Any], shipment
     together = stages | new["stages"]
     return {
         "seconds": sum(call["seconds"] for call in calls),
-        "process_seconds": sum(one["process_seconds"] for one in together.values()),
+        "process_seconds": sum(one["process_seconds"] + one.get("ahead_seconds", 0) for one in together.values()),
         "calls": calls,
         "stages": {stage: together[stage] for stage in ORDER if stage in together},
     }

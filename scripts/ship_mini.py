@@ -66,7 +66,7 @@ def try_out(folder: Path) -> None:
     """Makes pictures in few steps: of a prompt, at the speed turbo, of a reference and with each LoRA.
 
     Raises:
-        TrainingError: a picture has one colour only, as infinite or untrained weights make it.
+        TrainingError: a picture has one colour only, as untrained weights make it.
         WeightsError, InputError: a component is damaged, or a LoRA does not fit.
     """
     cascade = Cascade.load(folder, "cpu")

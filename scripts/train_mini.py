@@ -15,7 +15,7 @@ from training import command
 from training.assemble import assemble
 from training.configuration import read_configuration
 from training.errors import TrainingError, writing
-from training.recipe import costs, costs_table, train_all, visible_gpus
+from training.recipe import AT_MOST_AHEAD, costs, costs_table, train_all, visible_gpus
 from training.run import FINISHED
 from training.stages import ORDER
 
@@ -37,6 +37,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--at-once",
         action=command.AtLeastOne,
         help="stages that may run at the same time (default: as many as there are GPUs, at least 1)",
+    )
+    parser.add_argument(
+        "--compile-ahead",
+        action=command.AtLeastOne,
+        nargs="?",
+        const=AT_MOST_AHEAD,
+        default=0,
+        metavar="N",
+        help="compile stages that cannot start yet beside those that run, so many at the same time (default: %(const)s); on "
+        "GPUs only",
     )
     parser.add_argument(
         "--copy-to", type=Path, help="a folder that gets what each finished stage made, to go on elsewhere with"
@@ -77,7 +87,15 @@ def train_mini(options: argparse.Namespace, deadline: float) -> int:
         code = subprocess.run([ROOT / "scripts" / "build-mini-data", "--output", data], cwd=ROOT).returncode
         if code:
             return code
-    code = train_all(config, data, output, at_once=options.at_once, deadline=deadline, copy_to=copy_to)
+    code = train_all(
+        config,
+        data,
+        output,
+        at_once=options.at_once,
+        deadline=deadline,
+        copy_to=copy_to,
+        compile_ahead=options.compile_ahead,
+    )
     if code:
         return code
     left = [stage for stage in ORDER if stage in tables and not (output / stage / FINISHED).exists()]

@@ -1,6 +1,7 @@
 """All stages of a configuration by one call: each in a process of its own, several at once, and resumable stage by stage.
 
-A stage starts when the earlier stages that write what it needs are finished. Times are measured here and in `training.record`.
+A stage starts when the earlier stages that write what it needs are finished. Meanwhile, its step can be compiled ahead
+(`training.ahead`). Times are measured here and in `training.record`.
 """
 
 import math
@@ -20,12 +21,13 @@ from typing import Any, TextIO
 
 import torch
 
+from training import compile_log
 from training.configuration import read_configuration
 from training.errors import TrainingError, writing
-from training.options import Options
+from training.options import Options, compiles
 from training.record import FILE, Record, read_times, timestamp, write_times
 from training.run import FINISHED
-from training.stages import ORDER, trained_by, waits_for
+from training.stages import ORDER, STAGES, trained_by, waits_for
 from training.values import check_values, kinds_of
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,12 @@ TRACEBACK = "Traceback (most recent call last):"
 OF_LAUNCHER = re.compile(r"[IWE]\d{4} .*torch/distributed")
 WRITE_SECONDS = 10.0
 """The ledger is written this often, so that a killed call loses less of its time."""
+AT_MOST_AHEAD = 6
+"""Processes, or pairs of them, that compile ahead at once, unless another number is given. Each keeps a core busy."""
+LONGEST_AHEAD = 900.0
+"""Seconds after which a process that compiles ahead is ended. It takes two minutes; a stage would wait for one that hangs."""
+SECONDS_TO_END = 40.0
+"""torchrun gives its processes 30 s to end."""
 
 
 @dataclass
@@ -44,7 +52,7 @@ class Ledger:
     Attributes:
         calls: of `train_all`: ``started`` (UTC), ``seconds`` and ``gpus`` (their number).
         processes: of stages: ``stage``, ``started``, ``gpus`` (their entries in CUDA_VISIBLE_DEVICES) and ``seconds``, from the
-            start to the end.
+            start to the end; and ``ahead``, true, if they only compiled the stage ahead.
     """
 
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -136,7 +144,15 @@ class Recipe:
     """One call that trains all stages; see `train_all`."""
 
     def __init__(
-        self, config: Path, data: Path, output: Path, *, at_once: int, deadline: float, copy_to: Path | None
+        self,
+        config: Path,
+        data: Path,
+        output: Path,
+        *,
+        at_once: int,
+        deadline: float,
+        copy_to: Path | None,
+        compile_ahead: int = 0,
     ) -> None:
         self.config, self.data, self.output = config, data, output
         self.at_once, self.deadline, self.copy_to = at_once, deadline, copy_to
@@ -145,6 +161,14 @@ class Recipe:
         self.wanted = {stage: tables[stage].get("options", {}).get("gpus", 1) for stage in self.stages}
         self.gpus = visible_gpus()
         self.running: list[Running] = []
+        self.compile_ahead = compile_ahead if self.gpus else 0
+        self.ahead: list[Running] = []
+        # Stages to compile ahead, those whose turn comes first at the beginning.
+        self.later = [
+            stage
+            for stage in self.stages
+            if stage in STAGES and compiles(Options(**tables[stage]["options"]), torch.device("cuda"))
+        ]
         self.code = 0
         self.stopping = False
         self.ledger = Ledger.load(output)
@@ -161,14 +185,21 @@ class Recipe:
 
     def train(self) -> int:
         """Starts stages as they become ready, until all are finished or none can be started; returns the exit code."""
-        while True:
-            self._collect()
-            if not self.stopping and not self.code and time.time() < self.deadline:
-                self._start_ready()
-            if not self.running:
-                break
-            self._write_ledger(WRITE_SECONDS)
-            time.sleep(POLL_SECONDS)
+        try:
+            while True:
+                self._collect()
+                self._collect_ahead()
+                if not self.stopping and not self.code and time.time() < self.deadline:
+                    self._start_ready()
+                    self._start_ahead()
+                else:
+                    self._end(self.ahead)
+                if not self.running:
+                    break
+                self._write_ledger(WRITE_SECONDS)
+                time.sleep(POLL_SECONDS)
+        finally:
+            self._end(self.ahead)
         self._write_ledger(0)
         return self.code
 
@@ -195,33 +226,50 @@ class Recipe:
             if stage not in active and not active.union(self.unfinished).intersection(waits_for(stage)):
                 self._start(stage)
 
+    def _start_ahead(self) -> None:
+        """Starts to compile stages that cannot start yet, once each, as soon as there is a tokenizer."""
+        active = {one.stage for one in self.running}
+        if "tokenizer" in active.union(self.unfinished):  # the first stages start when its process has ended
+            return
+        while self.later and len(self.ahead) < self.compile_ahead:
+            stage = self.later.pop(0)
+            if not self.finished(stage) and stage not in active:
+                self.ahead.append(self._launch(stage, compile_log.open_locked(self.output / stage), "--compile-only"))
+                self.ahead[-1].entry["ahead"] = True
+
     def _start(self, stage: str) -> None:
-        files = [self.config, stage, "--data", self.data, "--output", self.output]
-        gpus = self._least_busy(self.wanted[stage])
-        command = [sys.executable, "-m", *launcher(len(gpus)), "training.run", *map(str, files)]
+        options, log = [], None
         if math.isfinite(self.deadline):
-            command += ["--minutes", str(max(0.0, (self.deadline - time.time()) / 60))]
-        environment, log, offset = dict(os.environ), None, 0
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+            options = ["--minutes", str(max(0.0, (self.deadline - time.time()) / 60))]
         if self.at_once > 1:
             folder = self.output / stage
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 log = (folder / "output.log").open("a", encoding="utf-8")
-                offset = log.tell()
+        one = self._launch(stage, log, *options)
+        self.running.append(one)
+        where = f" on GPU {', '.join(one.gpus)}" if one.gpus else ""
+        say(f"{stage}: started{where}" + (f"; its output is in {log.name}" if log else ""))
+
+    def _launch(self, stage: str, log: TextIO | None, *options: str) -> Running:
+        """Starts the process of a stage, or the launcher of its processes."""
+        files = [self.config, stage, "--data", self.data, "--output", self.output]
+        gpus = self._least_busy(self.wanted[stage])
+        command = [sys.executable, "-m", *launcher(len(gpus)), "training.run", *map(str, files), *options]
+        environment, offset = dict(os.environ), log.seek(0, os.SEEK_END) if log else 0
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         now = time.time()
         entry = {"stage": stage, "started": timestamp(now), "seconds": 0.0, "gpus": gpus}
         self.ledger.processes.append(entry)
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        self.running.append(Running(stage, process, gpus, now, entry, log, offset))
-        where = f" on GPU {', '.join(gpus)}" if gpus else ""
-        say(f"{stage}: started{where}" + (f"; its output is in {log.name}" if log else ""))
+        return Running(stage, process, gpus, now, entry, log, offset)
 
     def _least_busy(self, count: int) -> tuple[str, ...]:
-        """The ``count`` GPUs with the fewest stages, or all if there are fewer."""
-        busy = [gpu for one in self.running for gpu in one.gpus]
-        return tuple(sorted(self.gpus, key=busy.count)[:count])
+        """The ``count`` GPUs with the fewest stages, or all if there are fewer; of those with equally many, those on which
+        fewer are compiled ahead."""
+        stages, ahead = ([gpu for one in those for gpu in one.gpus] for those in (self.running, self.ahead))
+        return tuple(sorted(self.gpus, key=lambda gpu: (stages.count(gpu), ahead.count(gpu)))[:count])
 
     def _collect(self) -> None:
         """Handles stages whose processes have ended."""
@@ -243,6 +291,38 @@ class Recipe:
             else:
                 self._failed(one, code)
             self._write_ledger(0)
+
+    def _collect_ahead(self) -> None:
+        """Handles processes that compiled ahead and have ended. Failures do no harm: the stages then compile."""
+        late = [one for one in self.ahead if time.time() - one.began > LONGEST_AHEAD]
+        self._end(late)
+        for one in late:
+            say(f"{one.stage}: not compiled ahead: it took longer than {LONGEST_AHEAD:.0f} s")
+        for one in list(self.ahead):
+            code = one.process.poll()
+            one.entry["seconds"] = time.time() - one.began
+            if code is None:
+                continue
+            self.ahead.remove(one)
+            compile_log.close(one.log)
+            if code == 0:
+                say(f"{one.stage}: compiled ahead after {one.entry['seconds']:.0f} s")
+            elif not self.stopping:  # Ctrl-C reaches all processes of a terminal
+                say(f"{one.stage}: not compiled ahead: {one.last_line()}")
+
+    def _end(self, ahead: list[Running]) -> None:
+        """Ends processes that compile ahead, and waits until they have ended."""
+        for one in ahead:
+            one.process.terminate()
+        for one in list(ahead):
+            try:
+                one.process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                one.process.kill()
+                one.process.wait()
+            one.entry["seconds"] = time.time() - one.began
+            self.ahead.remove(one)
+            compile_log.close(one.log)
 
     def _failed(self, one: Running, code: int) -> None:
         """Keeps the exit code of the first stage that failed, and has the others save and end."""
@@ -298,6 +378,7 @@ def train_all(
     at_once: int = 1,
     deadline: float = math.inf,
     copy_to: Path | None = None,
+    compile_ahead: int = 0,
 ) -> int:
     """Trains every stage that the configuration has a table for and that is not finished.
 
@@ -308,6 +389,7 @@ def train_all(
         at_once: how many stages may run at the same time; they are spread over the GPUs.
         deadline: wall-clock time (`time.time`) at which stages save and end, and no more are started.
         copy_to: gets what each finished stage made, in the layout of ``output``, so that training can continue elsewhere.
+        compile_ahead: how many stages that cannot start yet may be compiled at the same time, if there are GPUs.
 
     Returns:
         0 if all stages are finished or the time is up; otherwise the exit code of the first stage that failed, or 128 plus the
@@ -316,7 +398,9 @@ def train_all(
     Raises:
         TrainingError: the configuration or the ledger is damaged, or a file cannot be written.
     """
-    recipe = Recipe(config, data, output, at_once=at_once, deadline=deadline, copy_to=copy_to)
+    recipe = Recipe(
+        config, data, output, at_once=at_once, deadline=deadline, copy_to=copy_to, compile_ahead=compile_ahead
+    )
     with passing_signals_to(recipe.interrupt):
         return recipe.train()
 
@@ -364,8 +448,8 @@ def costs(output: Path) -> dict[str, Any]:
 
     Returns:
         ``seconds``: wall-clock time of all calls; ``process_seconds``: the sum over all stages' processes, whether they ran at
-        once or not; ``calls``; and ``stages``: {stage: ``steps``, ``samples_per_step``, ``process_seconds``, ``seconds`` by
-        phase, ``devices``, ``sessions``}.
+        once or not; ``calls``; and ``stages``: {stage: ``steps``, ``samples_per_step``, ``process_seconds``, ``ahead_seconds``
+        (of the processes that only compiled it ahead, if any), ``seconds`` by phase, ``devices``, ``sessions``}.
 
     Raises:
         TrainingError: a record is damaged, or of a version with other options.
@@ -373,11 +457,15 @@ def costs(output: Path) -> dict[str, Any]:
     ledger = Ledger.load(output)
     stages: dict[str, Any] = {}
     for stage in ORDER:
-        taken = sum(process_seconds(one) for one in ledger.processes if one["stage"] == stage)
+        own = [one for one in ledger.processes if one["stage"] == stage]
+        taken = sum(process_seconds(one) for one in own if not one.get("ahead"))
+        ahead = sum(process_seconds(one) for one in own if one.get("ahead"))
         record = Record.load(output / stage)
-        if not taken and record is None:
+        if not taken and not ahead and record is None:
             continue
         stages[stage] = {"process_seconds": taken}
+        if ahead:
+            stages[stage]["ahead_seconds"] = ahead
         if record is not None and record.sessions:
             stages[stage] |= {
                 "steps": record.steps,
@@ -405,6 +493,9 @@ def costs_table(made: Mapping[str, Any]) -> str:
         training = f"{one['seconds'].get('train', 0) / 60:.1f}" if "seconds" in one else ""
         devices = ", ".join(one.get("devices", ()))
         rows.append([stage, steps, samples, f"{one['process_seconds'] / 60:.1f}", training, devices])
+    ahead = sum(one.get("ahead_seconds", 0) for one in made["stages"].values())
+    if ahead:
+        rows.append(["compiled ahead", "", "", f"{ahead / 60:.1f}", "", ""])
     rows.append(["all stages", "", "", f"{made['process_seconds'] / 60:.1f}", "", ""])
     calls = f"{len(made['calls'])} call{'s' * (len(made['calls']) != 1)}"
     lines = ["| " + " | ".join(row) + " |" for row in rows]

@@ -19,6 +19,7 @@ import torch
 from cascade.weights.writing import save_component
 from training import command
 from training.agreement import check_agreement
+from training.ahead import compile_step
 from training.configuration import read_configuration
 from training.errors import writing
 from training.files import write_components
@@ -126,6 +127,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="the training's folder")
     command.add_minutes(parser)
     command.add_steps(parser)
+    parser.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="only compile the stage's step, with untrained networks where trained ones are missing; torch keeps the kernels, "
+        "nothing else is written",
+    )
     return parser.parse_args(arguments)
 
 
@@ -135,6 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.time() + 60 * options.minutes
 
     def work() -> None:
+        if options.compile_only:
+            compile_step(options.config, options.stage, options.data, options.output)
+            return
         finished = train(
             options.config, options.stage, options.data, options.output, deadline=deadline, steps=options.steps
         )

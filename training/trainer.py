@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from training.compile_log import wait_until_compiled
 from training.errors import TrainingError, writing
 from training.interruption import Interruption, Stopped
 from training.options import Options, compiles, learning_rate_factor
@@ -105,6 +106,7 @@ class Trainer:
         """Trains until the last step, or until the deadline; see `fit`."""
         self.weights.network.train()
         self.clock.lap("prepare")
+        wait_until_compiled(self.folder)
         with Interruption() as interruption, contextlib.closing(self._bar()) as bar:
             while self.progress.step < self.options.steps and self._goes_on(interruption, deadline):
                 outputs = self.step()

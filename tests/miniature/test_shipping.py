@@ -262,7 +262,7 @@ def test_infinite_weights_are_not_shipped(
     finish(trained, *ORDER)
     before = snapshot(shipped)
     assert ship(trained) == 1
-    assert capsys.readouterr().err.endswith("A picture by the weights has one colour only.\n")
+    assert "Stage A made pixels that are not finite, in float32: its weights are damaged" in capsys.readouterr().err
     assert snapshot(shipped) == before
 
 

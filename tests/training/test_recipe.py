@@ -1,18 +1,22 @@
 """What `training.recipe` says and returns when stages fail or are stopped, with processes that stand for stages."""
 
+import math
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.training.small import write_config
+from training import recipe as recipe_module
 from training.errors import TrainingError
-from training.recipe import Ledger, Recipe, Running, costs, last_line
+from training.recipe import Ledger, Recipe, Running, costs, costs_table, last_line
 from training.record import Record, Session
+from training.stages import STAGES
 
 # As torchrun 2.11 writes it, shortened.
 TORCHRUN = """
@@ -95,6 +99,133 @@ def test_a_failed_stage_stops_the_others(recipe: Recipe, tmp_path: Path, capsys:
     recipe.running.append(standing_in("stage_c", "import sys; sys.exit('stage_c: no memory')", tmp_path / "c.log"))
     assert recipe.train() == 1
     assert capsys.readouterr().out == "stage_c: no memory\nstage_b: ready\n"
+
+
+# Stands for Python: each stage finishes soon, and ends a little later; what compiles ahead does as the file ``ahead`` says.
+# All calls are in ``calls``, with their GPUs.
+PYTHON = """#!/bin/sh
+here=$(dirname "$0")
+while [ "$1" != training.run ]; do shift; done
+echo "$3 $CUDA_VISIBLE_DEVICES $8" >> "$here/calls"
+case "$*" in
+*--compile-only*) . "$here/ahead" ;;
+*) sleep 0.2; mkdir -p "$7/$3"; touch "$7/$3/finished"; sleep 0.3 ;;
+esac
+"""
+STAGES_OF_IT = ("tokenizer", "stage_a", "clip", "semantic", "stage_b", "previewer")
+REMOVED = "\n".join(f"- {stage}" for stage in STAGES if stage not in STAGES_OF_IT)
+CHANGES = f"""
+semantic.options.gpus = 2
+previewer.options.compile = false
+{REMOVED}
+"""
+
+
+@pytest.fixture
+def ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recipe]:
+    """Makes a recipe that compiles ahead, two at once, on two of three GPUs' stages; the argument is the file ``ahead``."""
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
+
+    def make(script: str) -> Recipe:
+        (tmp_path / "ahead").write_text(script)
+        files = (write_config(tmp_path, CHANGES), tmp_path, tmp_path / "run")
+        (tmp_path / "run").mkdir()
+        return Recipe(*files, at_once=2, deadline=math.inf, copy_to=None, compile_ahead=2)
+
+    return make
+
+
+def calls(folder: Path) -> list[str]:
+    return [line.rstrip() for line in (folder / "calls").read_text().splitlines()]
+
+
+def test_later_stages_are_compiled_ahead(
+    ahead: Callable[[str], Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that compile and cannot start yet, after the tokenizer, on the GPUs that are least busy."""
+    recipe = ahead("sleep 0.1")
+    assert recipe.train() == 0
+    made = calls(tmp_path)
+    assert made[0] == "tokenizer 4"
+    assert sorted(made[1:5]) == ["clip 7", "semantic 9,4 --compile-only", "stage_a 4", "stage_b 9 --compile-only"]
+    assert [line for line in made[5:] if "compile" in line] == []
+    said = capsys.readouterr().out
+    assert all(f"{stage}: compiled ahead after 0 s\n" in said for stage in ("semantic", "stage_b"))
+    assert [one["stage"] for one in recipe.ledger.processes if one.get("ahead")] == ["semantic", "stage_b"]
+    made = costs(tmp_path / "run")
+    assert made["stages"]["stage_b"]["ahead_seconds"] < made["stages"]["stage_b"]["process_seconds"]
+    assert made["process_seconds"] == pytest.approx(
+        sum(one["process_seconds"] + one.get("ahead_seconds", 0) for one in made["stages"].values())
+    )
+    assert costs_table(made).splitlines()[-4].startswith("| compiled ahead |  |  | 0.0 |")
+
+
+def test_a_stage_that_could_not_be_compiled_ahead_is_trained(
+    ahead: Callable[[str], Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ahead("echo no memory; exit 1").train() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "semantic: not compiled ahead: no memory" in said
+    assert all((tmp_path / "run" / stage / "finished").exists() for stage in STAGES_OF_IT)
+
+
+def test_a_stage_starts_though_it_is_still_compiled_ahead(ahead: Callable[[str], Recipe], tmp_path: Path) -> None:
+    """It waits itself, before its first step. What still compiles at the end is ended."""
+    recipe = ahead("echo $$ >> $here/pids; exec sleep 60")
+    began = time.time()
+    assert recipe.train() == 0
+    assert time.time() - began < 30
+    assert len(calls(tmp_path)) == len(STAGES_OF_IT) + 2
+    assert all(not Path("/proc", pid).exists() for pid in (tmp_path / "pids").read_text().split())
+
+
+def test_what_hangs_is_ended(
+    ahead: Callable[[str], Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or the stage would wait for it forever."""
+    monkeypatch.setattr(recipe_module, "LONGEST_AHEAD", 0.1)
+    made = ahead("exec sleep 60")
+    assert made.train() == 0
+    assert "semantic: not compiled ahead: it took longer than 0 s\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("why", ["signal", "deadline", "failure"])
+def test_what_compiles_ahead_ends_with_the_recipe(why: str, ahead: Callable[[str], Recipe], tmp_path: Path) -> None:
+    """At the deadline, though the stages still run."""
+    recipe, pids, end = ahead("echo $$ >> $here/pids; exec sleep 60"), tmp_path / "pids", tmp_path / "end"
+    lasting = "*) [ $3 = tokenizer ] || while :; do [ -e $here/end ] && exit 3; sleep 0.1; done;"
+    (tmp_path / "python").write_text(PYTHON.replace("*) sleep 0.2;", lasting))
+
+    def alive() -> list[str]:
+        return [pid for pid in pids.read_text().split() if Path("/proc", pid).exists()]
+
+    def stop() -> None:
+        while not pids.exists() or len(pids.read_text().split()) < 2:
+            time.sleep(0.05)
+        if why == "signal":
+            recipe.interrupt(signal.SIGTERM)
+            return
+        if why == "deadline":
+            recipe.deadline = 0
+            while alive():
+                time.sleep(0.05)
+        end.touch()
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert recipe.train() == (128 + signal.SIGTERM if why == "signal" else 3)
+    assert recipe.ahead == []
+    assert not alive()
+
+
+def test_nothing_is_compiled_ahead_without_a_gpu(
+    ahead: Callable[[str], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert ahead("exit 1").train() == 0
+    assert not any("compile" in line for line in calls(tmp_path))
 
 
 OPTIONS = {"steps": 9, "batch_size": 4, "learning_rate": 1e-3, "accumulate": 3}
