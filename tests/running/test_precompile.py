@@ -36,10 +36,8 @@ def networks(request: pytest.FixtureRequest) -> tuple[list[StableCascadeUNet], S
 
 
 def test_all_blocks_run_without_products(networks: tuple[list[StableCascadeUNet], StageA]) -> None:
-    jobs = jobs_of(*networks, large=True)
-    assert len(jobs) > len(jobs_of(*networks))
     with Called() as called:
-        for job in jobs:
+        for job in jobs_of(*networks):
             job()
     assert {"native_layer_norm", "gelu", "convolution"} <= called.names
     # Without a GPU, attention is plain torch's, which multiplies batches of matrices on a CPU.
