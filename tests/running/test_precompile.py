@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade.networks.stage_a import StageA
-from cascade.networks.unet import StableCascadeUNet
+from cascade.networks.unet import AttnBlock, StableCascadeUNet
 from cascade.running.precompile import WithoutProducts, jobs_of
 from tests.components import in_eight_bits_of, make_decoder, make_prior
 from tests.readme import ROOT
@@ -42,6 +42,15 @@ def test_all_blocks_run_without_products(networks: tuple[list[StableCascadeUNet]
     assert {"native_layer_norm", "gelu", "convolution"} <= called.names
     # Without a GPU, attention is plain torch's, which multiplies batches of matrices on a CPU.
     assert {name for name in called.names if "mm" in name or name == "linear"} <= {"bmm"}
+
+
+def test_large_pictures_have_kernels_of_their_own() -> None:
+    """Of attention alone: with and without pending operations, and in Stage C with hidden and biased keys."""
+    vqgan = StageA(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8)
+    for unet, kinds in ((make_prior(), 4), (make_decoder(), 2)):
+        widths = {block.attention.channels for block in unet.blocks() if isinstance(block, AttnBlock)}
+        more = len(jobs_of([unet], vqgan, large=True)) - len(jobs_of([unet], vqgan))
+        assert more == kinds * len(widths) > 0
 
 
 def test_the_compiler_is_not_imported() -> None:
