@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -113,6 +113,16 @@ class Running:
         if self.log is None:
             return None
         return last_line(Path(self.log.name).read_bytes()[self.offset :].decode(errors="replace"))
+
+
+def ended(started: list[Running]) -> Iterator[tuple[Running, int]]:
+    """Those whose processes have ended, with their exit codes; takes them from the list. Notes the seconds of all."""
+    for one in list(started):
+        code = one.process.poll()
+        one.entry["seconds"] = time.time() - one.began
+        if code is not None:
+            started.remove(one)
+            yield one, code
 
 
 def last_line(output: str) -> str:
@@ -273,12 +283,7 @@ class Recipe:
 
     def _collect(self) -> None:
         """Handles stages whose processes have ended."""
-        for one in list(self.running):
-            code = one.process.poll()
-            one.entry["seconds"] = time.time() - one.began
-            if code is None:
-                continue
-            self.running.remove(one)
+        for one, code in ended(self.running):
             if one.log:
                 one.log.close()
             if self.finished(one.stage):
@@ -298,12 +303,7 @@ class Recipe:
         self._end(late)
         for one in late:
             say(f"{one.stage}: not compiled ahead: it took longer than {LONGEST_AHEAD:.0f} s")
-        for one in list(self.ahead):
-            code = one.process.poll()
-            one.entry["seconds"] = time.time() - one.began
-            if code is None:
-                continue
-            self.ahead.remove(one)
+        for one, code in ended(self.ahead):
             compile_log.close(one.log)
             if code == 0:
                 say(f"{one.stage}: compiled ahead after {one.entry['seconds']:.0f} s")

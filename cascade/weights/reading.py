@@ -17,7 +17,7 @@ from torch import Tensor
 from cascade.networks.eight_bits import is_in_8_bits
 from cascade.weights.errors import WeightsError, shortened
 from cascade.weights.names import PICKLES, STEMS, SUFFIX, VARIANTS, index_names
-from cascade.weights.sums import PIECE, READERS, Piece, divide, in_threads
+from cascade.weights.sums import PIECE, READERS, Piece, divide, read_shares
 
 # (shape, safetensors' name for the dtype) of each tensor of a file, by name.
 Header = dict[str, tuple[tuple[int, ...], str]]
@@ -199,7 +199,7 @@ def _read_file(
                     read |= change(there)
         return read
 
-    return {key: tensor for share in in_threads(read, len(pieces)) for key, tensor in share.items()}
+    return {key: tensor for share in read_shares(read, len(pieces)) for key, tensor in share.items()}
 
 
 def _damaged(path: Path, piece: Piece, sums: Sums) -> WeightsError:

@@ -85,7 +85,7 @@ def _runs(sizes: Mapping[str, int], least: int) -> Iterator[list[str]]:
         yield run
 
 
-def in_threads(read: Callable[[int], Read], pieces: int) -> list[Read]:
+def read_shares(read: Callable[[int], Read], pieces: int) -> list[Read]:
     """The results of ``read(share)``, which reads every ``READERS``th of so many pieces, from number ``share`` on.
 
     Each call has a thread, but a file of one piece is read in this one: of small files, most of the time would be threads'.
@@ -105,5 +105,5 @@ def sums_of(path: Path, least: int = PIECE) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return [piece.sum(map(file.get_tensor, piece.keys)) for piece in pieces[share::READERS]]
 
-    shares = in_threads(read, len(pieces))
+    shares = read_shares(read, len(pieces))
     return [shares[number % READERS][number // READERS] for number in range(len(pieces))]
