@@ -16,6 +16,7 @@ from cascade.images.reading import read_picture
 from cascade.limits import ALPHA, InputError
 from serving.inputs import check_inputs
 from studio import views
+from studio.blocks import Blocks
 from studio.fields import BASIC, FOLDS, fold_for, inputs_of, named_in, read_fields
 from studio.masks import before, rectangle, strokes_of
 from studio.recall import recall
@@ -43,7 +44,7 @@ class Page:
         self.inputs: dict[str, gr.components.Component] = {}
         self.notes: dict[str, gr.HTML] = {}
         self.fold_of: dict[str, gr.Accordion] = {}
-        self.blocks = gr.Blocks(title=self.title, analytics_enabled=False, fill_width=True)
+        self.blocks = Blocks(title=self.title, analytics_enabled=False, fill_width=True)
         with self.blocks:
             self._lay_out()
             self._wire()

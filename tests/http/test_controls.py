@@ -139,22 +139,23 @@ def preview_of(metrics: dict[str, Any]) -> Image.Image:
 
 def test_previews_while_it_runs(controlled: Server, receiver: Receiver) -> None:
     """For whoever asks again, and in webhooks; the list of pictures is what it always is."""
-    inputs = {"prompt": "a red apple", "steps_prior": 50, "steps_decoder": 1, "previews": True, "width": 512}
+    inputs = {"prompt": "a red apple", "steps_prior": 50, "steps_decoder": 1, "previews": True, "width": 256}
     controlled.wait_until("READY")
     hook = {"webhook": f"{receiver.url}/done"}
-    controlled.put("shown", {**inputs, "height": 512}, {"Prefer": "respond-async"}, **hook)
+    controlled.put("shown", {**inputs, "height": 256}, {"Prefer": "respond-async"}, **hook)
     # Asked again under its name, it is not run again: the answer is how far it is.
     state = wait_for(
         lambda: state if (state := controlled.put("shown", inputs).json()).get("metrics", {}).get("previews") else None,
         30,
         "a preview",
+        longest=0.02,  # before the request ends
     )
     assert state["status"] == "processing"
-    assert preview_of(state["metrics"]).size == (96, 96)
+    assert preview_of(state["metrics"]).size == (48, 48)
     updates = receiver.webhooks("/done")
     shown = [update["metrics"] for update in updates if update["metrics"].get("previews")]
     assert shown
-    assert preview_of(shown[-1]).size == (96, 96)
+    assert preview_of(shown[-1]).size == (48, 48)
     last = updates[-1]
     assert (last["status"], last["metrics"]["previews"]) == ("succeeded", [])
     assert len(last["output"]) == 1

@@ -1,5 +1,6 @@
 """Whatever fits the published schema works, whatever does not is refused, and nothing piles up."""
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -36,6 +37,7 @@ images = st.builds(
 )
 
 
+@functools.cache
 def published_inputs(server: Server) -> dict[str, dict[str, Any]]:
     """name -> schema, with the references of choices replaced by what they refer to."""
     schemas = requests.get(f"{server.url}/openapi.json", timeout=ANSWER).json()["components"]["schemas"]

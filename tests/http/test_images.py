@@ -73,8 +73,7 @@ def made(server: Server, **inputs: Any) -> bytes:
 
 def refusal(server: Server, **inputs: Any) -> str:
     """What the failure of a request says; the next one works. An input that is None is left out."""
-    server.wait_until("READY")
-    answer = server.post({name: value for name, value in {**SMALL, **inputs}.items() if value is not None})
+    answer = server.post_when_ready({name: value for name, value in {**SMALL, **inputs}.items() if value is not None})
     assert answer.status_code == 200, answer.text
     assert answer.json()["status"] == "failed", answer.text
     server.predict(**SMALL)
@@ -188,9 +187,9 @@ def test_image_prompts(server: Server) -> None:
     ids=["text", "no base64", "huge", "large", "cut", "long"],
 )
 def test_what_is_no_picture_gets_one_sentence(server: Server, url: str, message: str) -> None:
-    assert refusal(server, image=url).startswith(message)
-    assert refusal(server, image_prompts=[url]).startswith(message.replace("image ", "image_prompts[0] "))
-    assert refusal(server, image=data_url(halves()), mask=url).startswith(message.replace("image ", "mask "))
+    assert server.error(image=url).startswith(message)
+    assert server.error(image_prompts=[url]).startswith(message.replace("image ", "image_prompts[0] "))
+    assert server.error(image=data_url(halves()), mask=url).startswith(message.replace("image ", "mask "))
     assert refusal(server, control_images=[url]).startswith(message.replace("image ", "control_images[0] "))
 
 
@@ -200,10 +199,10 @@ def test_nothing_on_the_server_is_opened(server: Server, tmp_path: Path, place: 
     halves().save(tmp_path / "halves.png")
     place = place.replace("PICTURE", str(tmp_path / "halves.png"))
     sentence = f"is {shown(place)}; it must be an http, https or data URL of a picture"
-    assert refusal(server, image=place) == f"image {sentence}."
-    assert refusal(server, image=data_url(halves()), mask=place) == f"mask {sentence} or 'alpha'."
-    for name in ("image_prompts", "control_images"):
-        assert refusal(server, **{name: [data_url(halves()), place]}) == f"{name}[1] {sentence}."
+    assert server.error(image=place) == f"image {sentence}."
+    assert server.error(image=data_url(halves()), mask=place) == f"mask {sentence} or 'alpha'."
+    for name, said in (("image_prompts", server.error), ("control_images", partial(refusal, server))):
+        assert said(**{name: [data_url(halves()), place]}) == f"{name}[1] {sentence}."
 
 
 def test_too_many_images(server: Server) -> None:

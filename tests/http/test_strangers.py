@@ -110,7 +110,7 @@ def test_nine_pictures_of_64_megapixels_in_one_request(server: Server) -> None:
     """Each would take 1.2 GB, were it read by Pillow in the worker."""
     small, *_ = MANY_PIXELS
     images = {"image": small, "image_prompts": [small] * 4, "control_images": [small] * 4}
-    server.predict(**SMALL, image=small)
+    server.predict(**SMALL, image=data_url(Image.new("RGB", (64, 64))))
     server.wait_until("READY")
     before = worker_memory(server)
     with watched(server) as sizes:

@@ -30,8 +30,7 @@ def trainer(quick_mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A training makes two pictures, too."""
     server = Server(tmp_path_factory.mktemp("trainer"), "--train", weights=quick_mini)
     try:
-        assert wait_for(lambda: server.status() in ("READY", "SETUP_FAILED"), 180, "the start")
-        assert server.status() == "READY", server.log.read_text()
+        assert server.wait_until("READY", "SETUP_FAILED") == "READY", server.log.read_text()
         yield server
     finally:
         server.stop()
