@@ -64,8 +64,7 @@ def browser() -> "Iterator[Browser]":
 @pytest.fixture(scope="package")
 def tab(browser: "Browser") -> "Page":
     """One tab for all tests: there, the page is loaded again in a third of the time that it takes in a new one."""
-    # A quarter of the pixels, which no GPU draws here: the brush's canvas is drawn again sixty times a second.
-    tab = browser.new_page(device_scale_factor=0.5)
+    tab = browser.new_page()
     tab.set_default_timeout(PATIENCE)
     return tab
 
