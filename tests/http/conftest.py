@@ -31,8 +31,9 @@ def ready(folder: Path, **options: Any) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with ready(tmp_path_factory.mktemp("server")) as server:
+def shared_server(quick_mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a miniature whose own settings are two steps of each stage."""
+    with ready(tmp_path_factory.mktemp("server"), weights=quick_mini) as server:
         yield server
 
 

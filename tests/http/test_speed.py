@@ -8,9 +8,9 @@ from tests.metadata import read_record
 SMALL = {"prompt": "a red apple", "width": 64, "height": 64, "seed": 7}
 
 
-def test_the_log_and_the_record_say_what_a_speed_means(server: Server) -> None:
+def test_the_log_and_the_record_say_what_a_speed_means(controlled: Server) -> None:
     """And the record's inputs make the same file again."""
-    made = server.predict(**SMALL, speed="fast")
+    made = controlled.predict(**SMALL, speed="fast")
     assert made["status"] == "succeeded", made
     (said,) = [line for line in made["logs"].splitlines() if line.startswith("Speed ")]
     (output,) = made["output"]
@@ -21,8 +21,8 @@ def test_the_log_and_the_record_say_what_a_speed_means(server: Server) -> None:
     assert inputs["steps_prior"] < 20
     assert inputs["steps_decoder"] < 10
     assert record["sampling"]["sampler"] == "ddim_cosine"
-    assert server.predict(**inputs)["output"] == made["output"]
-    exact = server.predict(**SMALL)
+    assert controlled.predict(**inputs)["output"] == made["output"]
+    exact = controlled.predict(**SMALL)
     assert exact["output"] != made["output"]
     assert "Speed " not in exact["logs"]
 
