@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from tests.http.serving import Server, data_url, picture
-from tests.http.test_images import BLUE, QUICK, RED, refusal
+from tests.http.test_images import BLUE, FEWEST, RED, refusal
 
-INPUTS = {name: value for name, value in QUICK.items() if name not in ("width", "height")}
+INPUTS = {name: value for name, value in FEWEST.items() if name not in ("width", "height")}
 
 
 def source(size: tuple[int, int] = (100, 75)) -> Image.Image:
