@@ -3,6 +3,8 @@
 Imports of Gradio, Playwright and torch stand in functions: whoever runs other tests reads this file, too.
 """
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +21,23 @@ if TYPE_CHECKING:
 
 # Milliseconds: a busy machine is no fault of the page.
 PATIENCE = 60_000
+# Pixels, the edge of the square that is made when no size is asked for.
+SIDE = 128
 
 
 @pytest.fixture(scope="package")
 def session(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Session]":
+    """Of the miniature, but with pictures of a quarter of its pixels."""
     from studio import door
+    from tests.components import copy_mini
 
     if not (MINI / "model.json").is_file():
         pytest.skip("weights/mini is not there")
+    weights = copy_mini(tmp_path_factory.mktemp("weights") / "mini", copy=os.symlink)
+    content = json.loads((weights / "model.json").read_text())
+    (weights / "model.json").write_text(json.dumps(content | {"native_size": SIDE}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CASCADE_WEIGHTS", str(MINI))
+        patch.setenv("CASCADE_WEIGHTS", str(weights))
         patch.setenv("CASCADE_DEVICE", "cpu")
         for name in ("CASCADE_METADATA", "CASCADE_DTYPE", "CASCADE_MEMORY"):
             patch.delenv(name, raising=False)

@@ -12,6 +12,7 @@ from playwright.sync_api import Locator, Page, expect
 from serving.record import read_record
 from studio.fields import FOLDS, fold_for, read_fields
 from studio.session import Made, Session
+from tests.studio.conftest import SIDE
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +38,10 @@ def make(page: Page, session: Session, count: int = 1) -> list[Made]:
     """Click Make, and wait for the pictures."""
     before = len(session.made)
     page.locator("#make").click()
-    return made_since(page, session, before, count)
+    made = made_since(page, session, before, count)
+    # The event has ended. Until then, Gradio sends its last updates once more, which undoes what was clicked meanwhile.
+    expect(page.locator("#make")).to_be_focused()
+    return made
 
 
 def made_since(page: Page, session: Session, before: int, count: int = 1) -> list[Made]:
@@ -109,7 +113,7 @@ def test_a_prompt_is_typed_and_its_picture_grows(opened: Page, session: Session)
     assert picture.get_attribute("alt") == made.given["prompt"] == "a lemon on a blue background"
     assert picture.bounding_box() == pytest.approx(frame, abs=12)  # the preview has the picture's size
     # What the browser shows is the file, decoded.
-    assert picture.evaluate("one => [one.naturalWidth, one.naturalHeight]") == [256, 256]
+    assert picture.evaluate("one => [one.naturalWidth, one.naturalHeight]") == [SIDE, SIDE]
     with opened.expect_download() as download:
         opened.locator("#download").click()
     assert download.value.path().read_bytes() == made.path.read_bytes()
@@ -139,9 +143,9 @@ def test_a_mask_is_painted_and_all_else_stays(opened: Page, session: Session) ->
     assert made.given["image"].read_bytes() == apple.path.read_bytes()
     with Image.open(made.given["mask"]) as image:
         mask = np.asarray(image.convert("L")) > 0
-    assert mask.shape == (256, 256)
+    assert mask.shape == (SIDE, SIDE)
     assert 0.01 < mask.mean() < 0.5
-    assert mask[128, 128]
+    assert mask[SIDE // 2, SIDE // 2]
     old, new = pixels(apple.path), pixels(made.path)
     assert (old == new)[~mask].all()
     assert (old != new)[mask].any()
@@ -268,7 +272,7 @@ def test_a_picture_is_made_into_others(opened: Page, session: Session) -> None:
     expect(opened.locator("#said")).to_contain_text("11")
     opened.get_by_role("button", name="Enlarge").click()
     (large,) = made_since(opened, session, count + 4)
-    assert pixels(large.path).shape == (512, 512, 3)
+    assert pixels(large.path).shape == (2 * SIDE, 2 * SIDE, 3)
     assert large.given["image"].read_bytes() == first.path.read_bytes()
 
 
@@ -336,12 +340,12 @@ def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
     go("#actions button", text="Inpaint")
     keys.press("Enter")
     expect(opened.locator("#image img")).to_be_visible()
-    give("rectangle", "0, 0, 128, 256")
+    give("rectangle", f"0, 0, {SIDE // 2}, {SIDE}")
     go("#make", "Shift+Tab")
     keys.press("Enter")
     (masked,) = made_since(opened, session, before + 1)
     with Image.open(masked.given["mask"]) as mask:
-        assert mask.getbbox() == (0, 0, 128, 256)
+        assert mask.getbbox() == (0, 0, SIDE // 2, SIDE)
     go("#compare input[value='Before']")
     keys.press("Space")
     opened.wait_for_function(WHERE, arg=1)
