@@ -1,6 +1,8 @@
 """Training on a few pictures of one's own, on a CPU: every stage works; what is wrong is one sentence that names it."""
 
+import json
 import logging
+import re
 import shutil
 import socket
 import sys
@@ -14,6 +16,9 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from PIL import Image
 
 from cascade.weights import ModelFolder
+from scripts import train_mini
+from serving.vocabulary import FILE as VOCABULARY
+from tests.miniature.small import DRAWN
 from tests.training.small import train, write_config, write_pictures
 from training import assemble, run, statistics
 from training.configuration import read_configuration
@@ -59,6 +64,33 @@ def test_a_model_folder_is_made_of_them(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_call_makes_a_model_folder_of_them(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``scripts/train-mini``, on a folder of pictures instead of the drawings."""
+    output = shutil.copytree(trained / "run", tmp_path / "run")
+    files = ["--config", trained / "config.toml", "--data", trained / "pictures", "--output", output]
+    assert train_mini.main([*map(str, files)]) == 0
+    assert capsys.readouterr().out.endswith(f"{output / 'weights'}\n")
+    ModelFolder.open(output / "weights").verify()
+    made = json.loads((output / "weights" / train_mini.COSTS).read_text())
+    assert tuple(made["stages"]) == tuple(run.STAGES)
+    assert not (output / "weights" / VOCABULARY).exists()  # nobody knows what words one's own captions could have had
+
+
+@pytest.mark.parametrize(("name", "source"), [("picures", DRAWN), ("picures.zip", "")])
+def test_one_call_on_pictures_that_are_not_there(
+    tmp_path: Path, name: str, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not draw the miniature's data in their place."""
+    config = write_config(tmp_path, source)
+    files = ["--config", config, "--data", tmp_path / name, "--output", tmp_path / "run"]
+    assert train_mini.main([*map(str, files)]) == 1
+    assert capsys.readouterr().err.startswith(f"There is no {tmp_path / name}; --data must be a folder of ")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.slow
 def test_the_log_says_what_it_does(
     trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,7 +100,14 @@ def test_the_log_says_what_it_does(
     assert "2 steps of 4, on 36 pictures and 4 held-out ones" in caplog.text
     assert "clip: not compiled, because there is no GPU." in caplog.text
     (figures,) = [message for message in caplog.messages if "unseen_accuracy" in message]
-    assert figures.endswith("(on 4 held-out pictures, too few to say much)")
+    assert re.fullmatch(
+        r"clip: step 2: unseen_loss [\d.]+, unseen_accuracy [\d.]+ \(on 4 held-out pictures, too few to say much\)",
+        figures,
+    )
+    # What the libraries say of files concerns a scratch folder that is gone, and takes a moment.
+    assert train(trained / "config.toml", "stage_a", trained / "pictures", tmp_path) == 0
+    assert "saved to" not in caplog.text
+    assert not re.search(r"(Loading|Writing) \w+", capsys.readouterr().err)
 
 
 @pytest.mark.slow
