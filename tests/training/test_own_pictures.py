@@ -25,7 +25,7 @@ from training.configuration import read_configuration
 from training.dataset import Dataset
 from training.latents import Encoded
 from training.options import Options
-from training.picture_folder import split_pictures
+from training.picture_folder import captioned_pictures, split_pictures
 from training.shapes import Shapes
 from training.statistics import statistics_batches
 from training.workshop import Workshop
@@ -191,6 +191,11 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-60])
 
 
+def link(file: Path, target: str) -> None:
+    file.unlink()
+    file.symlink_to(target)
+
+
 FAULTS = {
     "no caption": (
         lambda folder: (folder / "03.txt").unlink(),
@@ -205,6 +210,9 @@ FAULTS = {
         lambda folder: (folder / "03.png").write_text("text"),
         "pictures/03.png is not a picture in one of the",
     ),
+    "broken link": (lambda folder: link(folder / "03.png", "none.png"), "03.png cannot be read: No such file"),
+    # A file that even root cannot read from its beginning.
+    "unreadable caption": (lambda folder: link(folder / "03.txt", "/proc/self/mem"), "03.txt cannot be read: "),
     "empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "pictures holds no pictures (.jpg,"),
     "no folder": (
         shutil.rmtree,
@@ -236,6 +244,17 @@ def test_wrong_data(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
+def test_folders_and_what_is_hidden_are_no_pictures(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "pictures", 2)
+    (folder / "drawings.png").mkdir()
+    for hidden in (".thumbnails", ".thumbnails/deeper", "__MACOSX"):
+        (folder / hidden).mkdir()
+        shutil.copy(folder / "00.png", folder / hidden / "00.png")
+    shutil.copytree(folder, tmp_path / ".data" / "pictures")  # its own path may have such a name
+    for one in (folder, tmp_path / ".data" / "pictures"):
+        assert [file.name for file, _ in captioned_pictures(one)] == ["00.png", "01.png"]
+
+
 def test_pictures_are_looked_at_once_and_again_after_a_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
