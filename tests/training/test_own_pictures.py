@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from PIL import Image
 
 from cascade.weights import ModelFolder
-from scripts import train_mini
+from scripts import encode_pictures, train_lora, train_mini
 from serving.vocabulary import FILE as VOCABULARY
+from tests.conftest import MINI
 from tests.miniature.small import DRAWN
 from tests.training.small import train, write_config, write_pictures
 from training import assemble, run, statistics
@@ -110,9 +112,26 @@ def test_the_log_says_what_it_does(
     assert not re.search(r"(Loading|Writing) \w+", capsys.readouterr().err)
 
 
+def train_tokenizer(folder: Path, output: Path) -> int:
+    return train(folder / "config.toml", "tokenizer", folder / "pictures", output)
+
+
+def train_lora_of(folder: Path, output: Path) -> int:
+    return train_lora.main([str(folder / "pictures"), f"--weights={MINI}", "--steps=1", f"--output={output}"])
+
+
+def encode(folder: Path, output: Path) -> int:
+    return encode_pictures.main([str(folder / "pictures"), str(output), f"--weights={MINI}", "--resolution=128"])
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("call", [train_tokenizer, train_lora_of, encode])
 def test_accelerate_launch_starts_one_process_without_gpus_and_training_says_so(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    call: Callable[[Path, Path], int],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In this process, with the variables that the launcher would give to the one that it starts."""
     given = ["--num_processes", "2", "--cpu", "-m", "training.run", "config.toml", "tokenizer"]
@@ -124,10 +143,10 @@ def test_accelerate_launch_starts_one_process_without_gpus_and_training_says_so(
         monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)  # so that they are read
     try:
-        assert train(trained / "config.toml", "tokenizer", trained / "pictures", tmp_path) == 0
+        assert call(trained, tmp_path / "made") == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    said = "One process trains: without GPUs, accelerate launch starts no more."
+    said = "Only one process runs: without GPUs, accelerate launch starts no more."
     assert sum(said in message for message in caplog.messages) == 1
 
 
