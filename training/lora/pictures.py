@@ -68,7 +68,7 @@ def unpack(archive: Path, folder: Path, name: str) -> Path:
         if isinstance(error, OSError) and error.errno is not None:
             raise TrainingError(f"{name} cannot be unpacked: {error.strerror}.") from error
         if not zipfile.is_zipfile(archive):
-            raise TrainingError(f"{name} is not a zip file.") from error
+            raise TrainingError(f"{name} is not a complete zip file.") from error
         raise TrainingError(f"{name} is a damaged or encrypted zip file: {str(error).rstrip('.')}.") from error
     folder.mkdir(parents=True, exist_ok=True)
     return folder

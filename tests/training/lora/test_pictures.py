@@ -50,9 +50,9 @@ def link() -> bytes:
 
 
 BAD = {
-    "no zip": (b"hello", "is not a zip file."),
-    "empty": (b"", "is not a zip file."),
-    "cut": (zipped({"a.png": bytes(9999)})[:-40], "is not a zip file."),
+    "no zip": (b"hello", "is not a complete zip file."),
+    "empty": (b"", "is not a complete zip file."),
+    "cut": (zipped({"a.png": bytes(9999)})[:-40], "is not a complete zip file."),
     "damaged": (
         zipped({"a.png": bytes(99)}).replace(bytes(99), bytes(98) + b"x"),
         "damaged or encrypted zip file: Bad CRC-32",
