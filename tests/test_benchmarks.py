@@ -1,7 +1,6 @@
 """The benchmarks of parts, as far as a CPU runs them: on the miniature, with quick pictures."""
 
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from scripts.stand_ins import shapes_of, write_lora
 from scripts.timing import in_turn, percent_more
 from tests.conftest import MINI
 from tests.miniature.small import pack
+from tests.training.nursery import Nursery
 from tests.training.test_encoded import RECIPE
 from training.encoded.recipe import read_recipe
 
@@ -198,13 +198,12 @@ def training(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_training_speed_is_kept_though_it_is_stopped(tmp_path: Path, training: list[str]) -> None:
+def test_training_speed_is_kept_though_it_is_stopped(tmp_path: Path, training: list[str], nursery: Nursery) -> None:
     """By two processes; SIGTERM comes after a few of the timed steps."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [nursery.python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     with subprocess.Popen(
         [*launch, "-m", "scripts.benchmark_training", "speed", *training, "--steps", "1000000"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
     ) as process:

@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import CLIPTokenizer
 
 from cascade.networks.unet import StableCascadeUNet
 from tests.training import sharded_training, small
+from tests.training.nursery import Nursery
 from tests.training.sharded_training import OPTIONS, REPLICATED, SIZES, make_trainer, train, write_pictures
 from training.errors import TrainingError
 from training.tasks.tokenizer import SMALLEST_VOCABULARY
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Path:
     """What two processes have made, see `sharded_training.main`."""
     folder = tmp_path_factory.mktemp("sharded")
     write_pictures(folder / "pictures")
@@ -37,12 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs += ["replicated", "replicated-halfway", "tokenizer", "encoded"]
     subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *(nursery.python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
             *(sharded_training.__file__, folder, *runs),
         ],
         check=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=1200,
     )
     return folder
