@@ -110,8 +110,8 @@ def stand_in(address: str) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
     child = Child(address, sys.argv[1:], os.environ, [0, 1, 2])
-    for number in early:
-        os.kill(child.pid, number)
+    for one in early:
+        os.kill(child.pid, one)
     code = child.wait()
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
@@ -138,14 +138,13 @@ def main() -> None:
         listening.bind(address)
         listening.listen(64)
         print("ready", flush=True)
-        while sys.stdin not in (ready := select.select([listening, sys.stdin], [], [])[0]):
-            for one in ready:
-                connection, _ = one.accept()
-                attending.append(os.fork())
-                if not attending[-1]:
-                    listening.close()
-                    attend(connection)
-                connection.close()
+        while sys.stdin not in select.select([listening, sys.stdin], [], [])[0]:
+            connection, _ = listening.accept()
+            attending.append(os.fork())
+            if not attending[-1]:
+                listening.close()
+                attend(connection)
+            connection.close()
             attending = [one for one in attending if not os.waitpid(one, os.WNOHANG)[0]]
     for one in attending:
         os.waitpid(one, 0)
@@ -173,7 +172,7 @@ def attend(connection: socket.socket) -> NoReturn:
         os.close(file)
     connection.sendall(b"%d\n" % child)
     ended = os.pidfd_open(child)
-    if ended not in select.select([ended, connection], [], [])[0]:  # who asked for it is no more
+    if ended not in select.select([ended, connection.fileno()], [], [])[0]:  # who asked for it is no more
         os.kill(child, signal.SIGKILL)
     about = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     assert about is not None
