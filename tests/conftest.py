@@ -9,10 +9,13 @@ import os
 import signal
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.training.nursery import Nursery
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
 
@@ -21,16 +24,18 @@ MINI = Path(__file__).parent.parent / "weights" / "mini"
 LONGEST = (
     "tests/http",
     "tests/studio",
-    "tests/miniature/test_stages.py",
+    "tests/training/test_ahead.py",
     "tests/bulk/test_cluster.py",
     "tests/test_benchmarks.py",
+    "tests/miniature/test_stages.py",
     "tests/training/test_sharding.py",
     "tests/test_predict.py",
     "tests/test_readme.py",
+    "tests/training/tasks/test_distil.py",
+    "tests/weights/test_sources.py",
+    "tests/test_scripts.py",
     "tests/miniature/test_scripts.py",
     "tests/hub/test_download.py",
-    "tests/training/tasks/test_distil.py",
-    "tests/test_scripts.py",
     "tests/test_mini.py",
     "tests/images/test_reading.py",
     "tests/hub/test_save.py",
@@ -93,6 +98,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return group_of(nodeid)
 
     return Groups(config, log)
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Generator["Nursery", None, None]:
+    """Makes Python processes for trainings that do not wait for imports."""
+    from tests.training.nursery import Nursery
+
+    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,15 @@ def drawings(icons: Path) -> Path:
     return icons / "drawings.zip"
 
 
+@pytest.fixture(scope="module")
+def small_mini(quick_mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`quick_mini` with pictures of 128 pixels a side."""
+    folder = shutil.copytree(quick_mini, tmp_path_factory.mktemp("weights") / "mini", symlinks=True)
+    content = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**content, "native_size": 128}))
+    return folder
+
+
 @pytest.mark.slow
 def test_drawings_of_what_all_sets_have(drawings: Path) -> None:
     _, names, styles = load_drawings(drawings)
@@ -67,10 +76,10 @@ def test_without_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 @pytest.mark.slow
-def test_evaluation(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation(drawings: Path, small_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two sets; a third one joins them without the first two being judged again."""
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--batch", "2"]
-    options += ["--try", "guidance_scale_prior=1,steps_prior=2", "--seed", "7", "--weights", str(quick_mini)]
+    options += ["--try", "guidance_scale_prior=1,steps_prior=2", "--seed", "7", "--weights", str(small_mini)]
     assert evaluate_mini.main([*options, "--sets", "2"]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
@@ -89,7 +98,7 @@ def test_evaluation(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: py
     folder = tmp_path / "out" / "set-7"
     sheets = {file.name: Image.open(file).size for file in folder.glob("*.png")}
     names = ("scenes-0.png", "a-0.png", "ba-0.png", "cba-0.png", "guidance_scale_prior=1,steps_prior=2-0.png")
-    assert sheets == dict.fromkeys(names, (10 * 256, 256))
+    assert sheets == dict.fromkeys(names, (10 * 128, 128))
     assert len((folder / "verdicts.tsv").read_text().splitlines()) == 5
 
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("set-[78]*")}
@@ -99,9 +108,9 @@ def test_evaluation(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: py
 
 
 @pytest.mark.slow
-def test_comparison(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison(drawings: Path, small_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--seed", "7", "--count", "2"]
-    options += ["--weights", str(quick_mini), "--compare", "fast", "steps_prior=2,sampler=ddim,guidance_interval=0:0.5"]
+    options += ["--weights", str(small_mini), "--compare", "fast", "steps_prior=2,sampler=ddim,guidance_interval=0:0.5"]
     assert evaluate_mini.main(options) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()
@@ -118,20 +127,20 @@ def test_comparison(drawings: Path, quick_mini: Path, tmp_path: Path, capsys: py
         assert (len(values["object first"]), len(values["both objects first"])) == (2, 1)
     assert evaluate_mini.main([*options[:-2], "turbo"]) == 1
     assert capsys.readouterr().err.startswith("speed is 'turbo', which needs distilled weights")
-    folder = shutil.copytree(quick_mini, tmp_path / "mini")
+    folder = shutil.copytree(small_mini, tmp_path / "mini")
     (folder / DISTILLED).parent.mkdir()
     write_lora(folder / DISTILLED, shapes_of(folder, ("prior", "decoder")), 2)
-    options[options.index(str(quick_mini))] = str(folder)
+    options[options.index(str(small_mini))] = str(folder)
     assert evaluate_mini.main([*options[:-2], "turbo"]) == 0
     assert "\n| score | exact | turbo |\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_evaluation_of_images(
-    drawings: Path, quick_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    drawings: Path, small_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--drawings", str(drawings), "--output", str(tmp_path / "out"), "--prompts", "4", "--sets", "1"]
-    assert evaluate_mini.main([*options, "--images", "1", "--weights", str(quick_mini)]) == 0
+    assert evaluate_mini.main([*options, "--images", "1", "--weights", str(small_mini)]) == 0
     output = capsys.readouterr()
     assert output.out.startswith("4 prompts, --seed ")
     assert "Image-to-image: scenes at each prompt_strength" in output.out
@@ -141,7 +150,7 @@ def test_evaluation_of_images(
 @pytest.mark.slow
 def test_evaluation_of_loras(
     drawings: Path,
-    quick_mini: Path,
+    small_mini: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -151,10 +160,10 @@ def test_evaluation_of_loras(
     pack(NAMES, data.with_name("ink-drawings.zip"), ("ink",))
     (tmp_path / "loras").mkdir()
     for file in ("ink", "pim"):
-        write_lora(tmp_path / "loras" / f"{file}.safetensors", shapes_of(quick_mini), 2)
+        write_lora(tmp_path / "loras" / f"{file}.safetensors", shapes_of(small_mini), 2)
     monkeypatch.setattr(evaluate_mini, "judge_style", partial(evaluate_mini.judge_style, count=2))
     monkeypatch.setattr(evaluate_mini, "judge_subject", partial(evaluate_mini.judge_subject, count=2, more=2))
-    options = ["--drawings", str(data), "--output", str(tmp_path / "out"), "--seed", "7", "--weights", str(quick_mini)]
+    options = ["--drawings", str(data), "--output", str(tmp_path / "out"), "--seed", "7", "--weights", str(small_mini)]
     assert evaluate_mini.main([*options, "--loras", str(tmp_path / "loras")]) == 0
     said = capsys.readouterr().out
     assert (tmp_path / "out" / "loras-7.md").read_text() == said

@@ -1,11 +1,15 @@
 """The miniature's recipe at the smallest size that still runs the real code: from drawings to a model folder."""
 
+import contextlib
+import io
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 import tomllib
 from dataclasses import replace
@@ -29,6 +33,7 @@ from cascade.request import Request
 from cascade.weights import ModelFolder
 from miniature import dataset
 from tests.miniature.small import DRAWN, pack
+from tests.training.nursery import Nursery
 from tests.training.small import OTHER_CLOCK, train, write_config
 from training import run, statistics
 from training.recipe import Ledger, copy_stage, costs, costs_table, train_all
@@ -52,15 +57,16 @@ NETWORKS = {
 }
 
 
-# The stages that a process of their own trains; a process imports for longer than a stage takes here.
+# The stages that a process of their own trains.
 ALONE = ("previewer", "controlnet_canny", "ip_adapter")
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with drawings and a configuration; in ``run``, all stages; in ``kept``, what they made.
+def recipe(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Path:
+    """A folder with drawings and a configuration; in ``run``, all stages; in ``kept``, what they made; in ``said``, what
+    ``scripts/train-mini`` said.
 
-    ``scripts/train-mini`` trains the last stages, two at once; this process those before them.
+    It trains the last stages, two at once; this process those before them.
     """
     folder = tmp_path_factory.mktemp("training")
     data = pack(("apple", "pear", "plum", "fig", "lime", "melon"), folder / "drawings.zip")
@@ -72,8 +78,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if stage not in ALONE:
                 assert train(config, stage, data, output) == 0
                 copy_stage(output, stage, kept)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        assert train_mini(folder, output, "--at-once", "2", "--copy-to", str(kept)) == 0
+        patch.setattr(sys, "executable", str(nursery.python))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert train_mini(folder, output, "--at-once", "2", "--copy-to", str(kept)) == 0
+    (folder / "said").write_text(said.getvalue())
     return folder
 
 
@@ -141,22 +149,32 @@ def test_steps_and_times_are_beside_the_weights(trained: Path) -> None:
     assert table[-1].endswith(" minutes in 1 call.")
 
 
-def test_no_stage_starts_before_those_it_waits_for(trained: Path) -> None:
+def test_no_stage_starts_before_those_it_waits_for(recipe: Path, trained: Path) -> None:
     """And some run at the same time."""
     processes = json.loads((trained / "recipe.json").read_text())["processes"]
     assert sorted(one["stage"] for one in processes) == sorted(ALONE)
     starts = {one["stage"]: datetime.fromisoformat(one["started"]).timestamp() for one in processes}  # whole seconds
     ends = {one["stage"]: starts[one["stage"]] + one["seconds"] for one in processes}
+    said = [re.findall(r"\w+", line)[:2] for line in (recipe / "said").read_text().splitlines()]
+    started, finished = ({stage: said.index([stage, word]) for stage in ALONE} for word in ("started", "finished"))
     waits = [(stage, before) for stage in ALONE for before in waits_for(stage) if before in ALONE]
     assert waits
-    assert all(starts[stage] >= ends[before] - 2 for stage, before in waits)
+    for stage, before in waits:
+        assert starts[stage] >= ends[before] - 1
+        assert started[stage] > finished[before]
     pairs = itertools.combinations(ALONE, 2)
-    assert any(starts[second] < ends[first] - 2 and starts[first] < ends[second] - 2 for first, second in pairs)
+    assert any(max(started[one], started[other]) < min(finished[one], finished[other]) for one, other in pairs)
 
 
 def test_what_is_kept_is_enough_to_go_on_elsewhere(
-    recipe: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    trained: Path,
+    tmp_path: Path,
+    nursery: Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(sys, "executable", str(nursery.python))
     kept = shutil.copytree(recipe / "kept", tmp_path / "kept")
     assert not list(kept.rglob("state"))
     shutil.rmtree(kept / "previewer")
@@ -174,7 +192,7 @@ def test_what_is_kept_is_enough_to_go_on_elsewhere(
 
 
 def test_a_stage_that_fails_ends_the_call(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its last line is said, where its output is in a file because several run at once."""
+    """Its last line is said, where its output is in a file because several run at once. The process is Python's own here."""
     kept = shutil.copytree(recipe / "kept", tmp_path / "kept")
     shutil.rmtree(kept / "previewer")
     shutil.rmtree(kept / "model" / "effnet")
@@ -184,9 +202,14 @@ def test_a_stage_that_fails_ends_the_call(recipe: Path, tmp_path: Path, capfd: p
 
 
 def test_a_signal_is_passed_on_to_stages_which_save(
-    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    recipe: Path,
+    tmp_path: Path,
+    nursery: Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """And what the call cost is known, that of the tokenizer too, which has no record."""
+    monkeypatch.setattr(sys, "executable", str(nursery.python))
     tables = ("model", "data", "tokenizer", "vqgan", "stage_a")
     others = [f"- {name}" for name in tomllib.loads((recipe / "config.toml").read_text()) if name not in tables]
     lasting = "stage_a.options = { steps = 100000, batch_size = 2, learning_rate = 1e-3, evaluate_every = 2 }"
@@ -221,7 +244,9 @@ def test_a_component_of_a_finished_stage_is_stored_as_it_ships(trained: Path) ->
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_several_processes_divide_a_batch(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_divide_a_batch(
+    tmp_path: Path, trained: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As many as the stage's GPUs, by torchrun, which ``accelerate launch`` uses for GPUs; here, they compute on the CPU."""
     earlier = ("tokenizer", "stage_a", "clip", "semantic")
     tables = tomllib.loads((trained.parent / "config.toml").read_text())
@@ -236,7 +261,7 @@ def test_several_processes_divide_a_batch(tmp_path: Path, trained: Path, monkeyp
     (tmp_path / "first" / "sitecustomize.py").write_text(OTHER_CLOCK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "executable", str(nursery.python))
     assert train_all(config, trained.parent / "drawings.zip", output) == 0
     assert (output / "stage_c" / run.FINISHED).exists()
     # Each process keeps a random state of its own, and the gradients of both are in the one network that is saved.

@@ -121,14 +121,16 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def train(
-    pictures: Path, folder: Path, options: Options = OPTIONS, *, until: int = STEPS, **others: Any
+    pictures: Path, folder: Path, options: Options = OPTIONS, *, until: int = STEPS, writes: bool = True, **others: Any
 ) -> dict[str, Tensor]:
-    """Trains up to a step, and writes a checkpoint and Stage C. `Trainer.run` would also end the processes' connection."""
+    """Trains up to a step, and writes a checkpoint and Stage C, if anybody reads them. `Trainer.run` would also end the
+    processes' connection."""
     trainer = make_trainer(pictures, folder, options, **others)
     while trainer.progress.step < until:
         trainer.step()
-    trainer.save()
-    trainer.review()
+    if writes:
+        trainer.save()
+        trainer.review()
     return state_of(trainer)
 
 
@@ -181,14 +183,14 @@ def main(folder: Path, runs: list[str]) -> None:
         if run == "exact":
             made = train(pictures, folder / run, dropout=0.0)
         elif run == "kept":
-            made = train(pictures, folder / run, dropout=0.0, recompute=0.5)
+            made = train(pictures, folder / run, writes=False, dropout=0.0, recompute=0.5)
         elif run == "uninterrupted":
-            made = train(pictures, folder / run, dropout=0.2, weight="adaptive")
+            made = train(pictures, folder / run, writes=False, dropout=0.2, weight="adaptive")
         elif run == "resumed":
             train(pictures, folder / run, until=2, dropout=0.2, weight="adaptive")
-            made = train(pictures, folder / run, dropout=0.2, weight="adaptive")
+            made = train(pictures, folder / run, writes=False, dropout=0.2, weight="adaptive")
         elif run == "replicated":
-            made = train(pictures, folder / run, REPLICATED, dropout=0.0)
+            made = train(pictures, folder / run, REPLICATED, writes=False, dropout=0.0)
         elif run == "replicated-halfway":
             made = train(pictures, folder / run, REPLICATED, until=2, dropout=0.0)
         elif run == "tokenizer":

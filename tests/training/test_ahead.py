@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch._functorch._aot_autograd import autograd_cache
 
+from tests.training.nursery import Nursery
 from tests.training.small import train, write_config, write_pictures
 from training import compile_log
 from training.ahead import scratch
@@ -155,13 +156,17 @@ def test_stages_look_for_what_was_compiled_ahead(begun: Path, tmp_path: Path, mo
 
 @pytest.mark.slow
 def test_a_recipe_compiles_ahead(
-    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    begun: Path,
+    tmp_path: Path,
+    nursery: Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """With processes that compute on the CPU."""
     others = [f"- {stage}" for stage in STAGES if stage not in ("stage_a", "clip")]
     config, output = write_config(tmp_path, "\n".join(others)), tmp_path / "run"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "executable", str(nursery.python))
     assert train_all(config, begun / "pictures", output, compile_ahead=3) == 0
     assert all((output / stage / FINISHED).exists() for stage in ("tokenizer", "stage_a", "clip"))
     (ahead,) = (one for one in Ledger.load(output).processes if one.get("ahead"))

@@ -1,25 +1,21 @@
 """However a training ends, what it leaves is complete, and it goes on to the same weights."""
 
 import hashlib
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.training.nursery import Nursery
 from tests.training.small import train, write_config, write_pictures
 from training import run
 from training.files import whole_file, write_components
 
-ROOT = Path(__file__).parent.parent.parent
 WEIGHTS = Path("model") / "vqgan" / "diffusion_pytorch_model.safetensors"
 CHANGES = """
 stage_a.options.steps = 12
@@ -50,44 +46,8 @@ def again(begun: Path, output: Path, *options: str) -> int:
     return train(begun / "config.toml", "stage_a", begun / "pictures", output, *options)
 
 
-# Forks children that train: so only the first one waits for imports. Nothing runs before the forks, threads least of all.
-NURSERY = """
-import json, os, signal, sys, time
-from training import run
-print("ready", flush=True)
-for line in sys.stdin:
-    arguments, errors, number, there, pause = json.loads(line)
-    child = os.fork()
-    if not child:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-        os._exit(run.main(arguments))
-    while there and not os.path.exists(there):
-        time.sleep(0.01)
-    if number:
-        time.sleep(pause)
-        os.kill(child, number)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        [sys.executable, "-c", NURSERY],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
-        yield process
-        process.stdin.close()
-
-
 def in_child(
-    nursery: subprocess.Popen[str],
+    nursery: Nursery,
     config: Path,
     output: Path,
     number: int = 0,
@@ -100,16 +60,18 @@ def in_child(
     Returns its exit code, minus the signal that ended it, and what it wrote to stderr.
     """
     errors = output.with_suffix(".err")
-    errors.unlink(missing_ok=True)
-    arguments = [config, "stage_a", "--data", config.parent / "pictures", "--output", output]
-    line = [[str(one) for one in arguments], str(errors), int(number), str(there or ""), pause]
-    nursery.stdin.write(json.dumps(line) + "\n")
-    nursery.stdin.flush()
-    return int(nursery.stdout.readline()), errors.read_text().splitlines()
+    files = [config, "stage_a", "--data", config.parent / "pictures", "--output", output]
+    child = nursery.start("-m", "training.run", *files, errors=errors)
+    while there and not there.exists():
+        time.sleep(0.01)
+    if number:
+        time.sleep(pause)
+        os.kill(child.pid, number)
+    return child.wait(), errors.read_text().splitlines()
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on(begun: Path, tmp_path: Path, nursery: subprocess.Popen[str]) -> None:
+def test_killed_at_any_moment_it_goes_on(begun: Path, tmp_path: Path, nursery: Nursery) -> None:
     """SIGKILL while it does nothing but train a step, save, evaluate and write the component, again and again."""
     output, whole = (shutil.copytree(begun / "run", tmp_path / name) for name in ("run", "whole"))
     # By a child too: with another number of threads than here, the last bits of sums differ.
@@ -129,9 +91,7 @@ def test_killed_at_any_moment_it_goes_on(begun: Path, tmp_path: Path, nursery: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_stops(
-    begun: Path, tmp_path: Path, nursery: subprocess.Popen[str], number: int, code: int
-) -> None:
+def test_a_signal_saves_and_stops(begun: Path, tmp_path: Path, nursery: Nursery, number: int, code: int) -> None:
     output = shutil.copytree(begun / "run", tmp_path / "run")
     shutil.copytree(begun / "pictures", tmp_path / "pictures")
     lasting = "stage_a.options = { steps = 100000, batch_size = 2, learning_rate = 1e-3, evaluate_every = 5 }"

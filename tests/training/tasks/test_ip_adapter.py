@@ -30,7 +30,7 @@ from training.tasks.ip_adapter import IPAdapterTask, new_ip_adapter
 from training.trainer import fit
 from training.workshop import load_component
 
-OPTIONS = Options(steps=30, batch_size=8, learning_rate=3e-3, warmup=2, precision="no", compile=False, ema=0.9)
+OPTIONS = Options(steps=20, batch_size=8, learning_rate=3e-3, warmup=2, precision="no", compile=False, ema=0.9)
 CPU = torch.device("cpu")
 # The tiny model has components of other sizes.
 OWN = "- decoder\n- controlnet"
@@ -85,7 +85,7 @@ def make_task(parts: dict[str, Any], dataset: type[Dataset] = Colours, **changes
 
 @pytest.mark.slow
 def test_a_new_one_changes_nothing(mini: dict[str, Any]) -> None:
-    task = make_task(mini)
+    task = make_task(mini, unseen=Colours(2, mini["tokenizer"]))
     batch = task.batch(0, 4, step_generator(0, 0, 0, CPU))
     with torch.no_grad():
         one, two = (task(**{**batch, "features": batch["features"] * factor})["loss"] for factor in (1, 0))

@@ -32,7 +32,7 @@ COLOURS = {
         "orange": (1, 0.5, 0),
     }.items()
 }
-OPTIONS = Options(steps=40, batch_size=16, learning_rate=1e-2, warmup=5, precision="no", compile=False, ema=0.5)
+OPTIONS = Options(steps=25, batch_size=16, learning_rate=1e-2, warmup=5, precision="no", compile=False, ema=0.5)
 
 
 class Colours(Dataset):
