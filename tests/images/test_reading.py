@@ -322,6 +322,7 @@ print(*memory)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="there is no glibc")
 def test_freed_memory_is_given_back_before_a_large_picture_is_decoded(tmp_path: Path) -> None:
     small, large = tmp_path / "small", FIXTURES / "64-megapixels.webp"
@@ -357,8 +358,9 @@ print(int(line.split()[1]) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say how much memory was used")
-@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), pytest.param("WEBP", "RGB", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("WEBP", "RGB")])
 def test_a_large_picture_is_in_memory_once(tmp_path: Path, kind: str, mode: str) -> None:
     """Of 4 bytes a pixel, with 35 MB of Python and Pillow, 50 of OpenCV, which decodes WebP, and a few bands."""
     Image.new(mode, (6000, 5000), "tan").save(tmp_path / "picture", kind)
@@ -387,6 +389,7 @@ def test_a_large_avif_file_has_pillows_pixels(
     assert decoded[1].size == ((40, 60) if orientation == 6 else (60, 40))
 
 
+@pytest.mark.slow
 def test_webp_whose_headers_disagree_about_transparency(tmp_path: Path) -> None:
     """A large file: Pillow finds the mode, and OpenCV decodes it."""
     Image.new("RGBA", (4100, 4100), (255, 0, 0, 128)).save(tmp_path / "simple", "WEBP", lossless=True, method=0)

@@ -12,6 +12,8 @@ from tests.kernels.interpreting import run
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+pytestmark = pytest.mark.slow
+
 HEADS, HEAD = 2, 16
 # Of other condition tokens, behind the text.
 OTHERS = 8
@@ -44,12 +46,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 # Numbers of queries: more than one block of 64 has, of which the second is not full, or less. Lengths of texts: 1 to 4 chunks;
 # full ones; two that end within one block of 64 keys; none, and one, at which a block begins.
-SHAPES = [
-    pytest.param(20, (77, 154, 231, 308), marks=pytest.mark.slow),
-    (20, (308, 308)),
-    pytest.param(20, (100, 120, 308, 77), marks=pytest.mark.slow),
-    (70, (0, 1, 64, 128)),
-]
+SHAPES = [(20, (77, 154, 231, 308)), (20, (308, 308)), (20, (100, 120, 308, 77)), (70, (0, 1, 64, 128))]
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "condition alone"])

@@ -14,6 +14,8 @@ from tests.kernels.interpreting import run
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (2, 3, 6, 48)
 
 
