@@ -5,6 +5,7 @@ A network's time and memory do not depend on the values of its weights, so measu
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -40,30 +41,34 @@ def randomize(network: nn.Module) -> nn.Module:
     return network.to(torch.bfloat16)
 
 
-def make_network(name: str, device: str | torch.device) -> nn.Module:
+def make_network(name: str, device: str | torch.device, **changes: Any) -> nn.Module:
     """A network of the published size, in bfloat16 and eval mode.
 
     Args:
         name: of `PLACES`, or "image_encoder".
         device: where it is made.
+        changes: of its configuration.
     """
     classes = {variant.name: (variant.network, variant.config) for variant in VARIANTS}
     classes["controlnet_canny"] = (ControlNet, {})
-    return randomize(make(*classes[name], device)).eval()
+    network, config = classes[name]
+    return randomize(make(network, {**config, **changes}, device)).eval()
 
 
 def write_stand_ins(folder: Path, device: str, names: Collection[str] = tuple(PLACES)) -> None:
     """Write networks in bfloat16, and the miniature's tokenizer. All of `PLACES` have 18 GB, those `NEEDED` 12 GB."""
+    tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")
+    save_component(folder / "stable-cascade-prior/tokenizer", tokenizer, torch.bfloat16)
     for name in names:
-        network, place = make_network(name, device), folder / PLACES[name]
+        # The text encoder looks for the token with which this tokenizer ends texts.
+        changes = {"eos_token_id": tokenizer.eos_token_id} if name == "text_encoder" else {}
+        network, place = make_network(name, device, **changes), folder / PLACES[name]
         if place.suffix:  # a single file
             place.parent.mkdir(parents=True, exist_ok=True)
             save_file({key: tensor.cpu().contiguous() for key, tensor in network.state_dict().items()}, place)
         else:
             save_component(place, network, torch.bfloat16)
         del network
-    tokenizer = ModelFolder.open(ROOT / "weights" / "mini").load_component("tokenizer")
-    save_component(folder / "stable-cascade-prior/tokenizer", tokenizer, torch.bfloat16)
 
 
 def shapes_of(folder: Path, networks: Sequence[str] = ("prior",)) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from cascade.weights.agreement import check_stored_processors
 from scripts import benchmark_cards, benchmarking, stand_ins
 from scripts.benchmarking import CASES, floor, table
 
@@ -21,6 +23,14 @@ def test_stand_ins_have_the_published_sizes(name: str) -> None:
     published = {"prior": 3600, "prior_lite": 1000, "decoder": 1560, "decoder_lite": 700, "text_encoder": 695}
     others = {"vqgan": 18.4, "effnet": 21, "controlnet_canny": 53, "image_encoder": 304}
     assert millions == pytest.approx({**published, **others}[name], rel=0.06)
+
+
+def test_the_text_encoder_fits_the_tokenizer_that_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
+    variants = [replace(one, config=one.config | narrow) for one in stand_ins.VARIANTS if one.name == "text_encoder"]
+    monkeypatch.setattr(stand_ins, "VARIANTS", variants)
+    stand_ins.write_stand_ins(tmp_path, "cpu", ["text_encoder"])
+    check_stored_processors(tmp_path / "stable-cascade-prior", tmp_path)
 
 
 def result(contender: str, case: str, per_image: float) -> dict:

@@ -8,8 +8,8 @@ noted. Any other kernel is compiled by Triton as usual.
     compiled/triton-3.6.0/cpython-312-.../   sums.json; for each launcher KEY.so
 
 A launcher is a C function through which Python starts a kernel. Triton writes one for each signature, and calls gcc for each.
-They depend on the version of Python. Triton's own cache is not filled instead, because its keys contain the sum of
-libtriton.so, which differs between versions of Python and takes a second to compute.
+They depend on the version of Python, and kernels with one signature share one. Triton's own cache is not filled instead,
+because its keys contain the sum of libtriton.so, which differs between versions of Python and takes a second to compute.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import triton
@@ -38,6 +39,9 @@ SUMS = "sums.json"
 # How many kernels of this process were "read", and how many were not there ("made" by Triton, or found in its cache).
 counts: Counter[str] = Counter()
 _lock = threading.Lock()
+_load = build._load_module_from_path
+_loaded: dict[str, ModuleType] = {}
+_loading = threading.Lock()
 # An option whose value is a path.
 PATHS = "extern_libs"
 # A setting of Triton's that does not change the code.
@@ -184,8 +188,23 @@ def build_launcher(
             knobs.build.impl = build_launcher
 
 
+def load_once(name: str, path: str) -> ModuleType:
+    """The module of this name in a file. Replaces Triton's function, and loads each file once in a process.
+
+    All launchers are modules named ``__triton_launcher``. If a file is loaded again, Python writes its functions into the module
+    of that name that was loaded last (as for all modules whose state has the size -1). So a thread that read a launcher, while
+    another thread read one for the second time, could get the other's: "function takes exactly 19 arguments (28 given)". Some of
+    the servers that were started together on a busy machine failed by it.
+    """
+    with _loading:
+        if path not in _loaded:
+            _loaded[path] = _load(name, path)
+        return _loaded[path]
+
+
 def use_launchers() -> None:
-    """Let Triton take its launchers from `FOLDER`, if it has some for this Python."""
+    """Let Triton load each launcher once, and take it from `FOLDER`, if there are some for this Python."""
+    build._load_module_from_path = load_once
     if knobs.build.impl is None and _sums(launcher_folder()):
         knobs.build.impl = build_launcher
 

@@ -103,17 +103,17 @@ class Library:
         return tuple(sorted(_states(path, self._settings(path))))
 
     def read(self, path: Path) -> Placed:
-        """Read an adapter for this model's networks. Logs what it is.
+        """Read an adapter for this model's networks. Logs what it is, by its file's name alone: users read that log.
 
         Raises:
             WeightsError: it cannot be read, or does not fit.
         """
         adapter = Adapter.read(path, self._settings(path))
         placed = place(adapter, self.shapes, None if adapter.rows is None else self.vocabulary())
-        logger.info("%s: %s; %s.", path, placed.adapter.format, shortened(placed.summary, 400))
+        logger.info("%s: %s; %s.", path.name, placed.adapter.format, shortened(placed.summary, 400))
         for word in placed.words:
             if word.outputs is not None:
-                logger.warning("%s: what %s adds to the text encoder's output is not used.", path, word.name)
+                logger.warning("%s: what %s adds to the text encoder's output is not used.", path.name, word.name)
         return placed
 
     def _settings(self, path: Path) -> list[Path]:

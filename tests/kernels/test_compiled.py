@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.runtime import build
 
 from cascade.kernels import compiled
 from cascade.kernels import triton as kernels
 from cascade.kernels.compiled import Kernel
 from cascade.kernels.compiling import compile_kernels, compile_launchers, pretended
 from cascade.kernels.e4m3 import E4M3
+from cascade.kernels.parallel import in_threads
 from cascade.kernels.stream import Product, Stream
 from cascade.networks.stage_a import StageA
 from cascade.running.precompile import jobs_of
@@ -162,6 +165,38 @@ def test_launchers_need_no_gcc(made: tuple[int, set[str]], folder: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "built-in function launch" in done.stdout
     assert "{'launchers read': 1}" in done.stdout
+
+
+LAUNCHER = """
+#include <Python.h>
+static PyObject *launch(PyObject *self, PyObject *args) { return PyLong_FromLong(%d); }
+static PyMethodDef methods[] = {{"launch", launch, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "__triton_launcher", NULL, -1, methods};
+PyMODINIT_FUNC PyInit___triton_launcher(void) { return PyModule_Create(&module); }
+"""
+
+
+@gcc
+def test_a_launcher_read_again_leaves_the_others_as_they_are() -> None:
+    """As several threads do: kernels with one signature share a launcher. All launchers are modules of one name."""
+    one, other, again = (build.compile_module_from_src(LAUNCHER % n, "__triton_launcher") for n in (1, 2, 1))
+    assert [module.launch() for module in (one, other, again)] == [1, 2, 1]
+
+
+@gcc
+def test_threads_get_the_launchers_that_they_read() -> None:
+    def read(number: int) -> None:
+        found.append((number, build.compile_module_from_src(LAUNCHER % number, "__triton_launcher").launch()))
+
+    found: list[tuple[int, int]] = []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as possible
+    try:
+        in_threads([partial(read, number % 8) for number in range(1000)])
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(found) == 1000
+    assert [(number, got) for number, got in found if number != got] == []
 
 
 @pytest.mark.slow

@@ -291,6 +291,8 @@ def test_words_are_used_by_name(components: dict[str, Any], tmp_path: Path, capl
             for name, prompt in prompts.items()
         }
     assert "Words that the prompt may use: xyz, <q r>." in caplog.text
+    assert f"{one.name}: " in caplog.text
+    assert str(one.parent) not in caplog.text  # users read the log of their prediction
     assert same(made["xyz"], made["embedding:xyz"])
     assert same(made["xyz"], made["XYZ"])
     assert len({image.tobytes() for (image,) in made.values()}) == 3
