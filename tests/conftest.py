@@ -34,8 +34,6 @@ LONGEST = (
     "tests/test_mini.py",
     "tests/images/test_reading.py",
     "tests/hub/test_save.py",
-    "tests/kernels/test_interpreted.py",
-    "tests/kernels/test_compiled.py",
 )
 
 # A busy machine is no fault of what is tested: no deadlines.
@@ -68,8 +66,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, Any, Any]:
-    """Collects no garbage among what tests import, neither now nor later: it is a million objects and next to no garbage."""
+    """Collects no garbage among what tests import, neither now nor later: it is a million objects and next to no garbage.
+
+    And looks for it less often while they run, because networks are made of many small objects.
+    """
     gc.disable()
+    gc.set_threshold(5_000, 10, 2)
     try:
         return (yield)
     finally:
