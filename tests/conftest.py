@@ -16,8 +16,8 @@ from hypothesis import settings
 
 MINI = Path(__file__).parent.parent / "weights" / "mini"
 
-# Groups of tests that take more than 15 s of processor time, the longest first. They are begun first, so that at the end no
-# process waits for one of them.
+# Groups of tests that take more than 8 s of processor time, the longest first: of all tests, and then of those that are not
+# slow. They are begun first, so that at the end no process waits for one of them.
 LONGEST = (
     "tests/http",
     "tests/studio",
@@ -34,6 +34,16 @@ LONGEST = (
     "tests/test_mini.py",
     "tests/images/test_reading.py",
     "tests/hub/test_save.py",
+    "tests/kernels/test_compiled.py",
+    "tests/kernels/test_interpreted.py",
+    "tests/weights/lora/test_writing.py",
+    "tests/test_pipeline.py",
+    "tests/miniature/test_shipping.py",
+    "tests/loras/test_loras.py",
+    "tests/weights/lora/test_fixtures.py",
+    "tests/loras/test_eight_bits.py",
+    "tests/weights/test_fp8.py",
+    "tests/weights/test_eight_bits.py",
 )
 
 # A busy machine is no fault of what is tested: no deadlines.
