@@ -300,7 +300,11 @@ class Planner:
     def _missing(self, what: str, download: str) -> ValueError:
         """This model lacks something, and where it comes from. Published networks fit the published Stage C only."""
         widths = (PUBLISHED_WIDTH,) if download == "controlnet" else PUBLISHED_WIDTHS
-        advice = f"none was published for a Stage C of width {self.width}, but docs/training.md says how to train one"
+        advice = f"none was published for a Stage C of width {self.width}, " + (
+            "and none can be trained here"
+            if "super_resolution" in what
+            else "but docs/training.md says how to train one"
+        )
         if self.width in widths:
             advice = f"scripts/download-weights --only --with {download}, then scripts/save-weights, add it"
         return ValueError(f"This model has no {what}; {advice}.")

@@ -1,4 +1,7 @@
-"""Trains the miniature from nothing: drawings, every stage, the model folder, and what it all cost."""
+"""Trains the miniature from nothing: drawings, every stage, the model folder, and what it all cost.
+
+With another configuration, it trains all stages on a folder of one's own pictures, or on what another source reads.
+"""
 
 import argparse
 import json
@@ -17,9 +20,12 @@ from training.configuration import read_configuration
 from training.errors import TrainingError, writing
 from training.recipe import AT_MOST_AHEAD, costs, costs_table, train_all, visible_gpus
 from training.run import FINISHED
+from training.sources import check_path
 from training.stages import ORDER
 
 COSTS = "training.json"
+DRAWINGS = "miniature.dataset:Drawings"
+"""The source that reads the miniature's drawings, as a configuration names it."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -29,7 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--data",
         type=Path,
         default=ROOT / "build" / "mini" / "drawings.zip",
-        help="the drawings, which are made if they are not there (default: %(default)s)",
+        help="the drawings, a zip that is made if it is not there, or a folder of pictures with captions (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "mini", help="default: %(default)s")
     command.add_minutes(parser)
@@ -83,10 +89,12 @@ def train_mini(options: argparse.Namespace, deadline: float) -> int:
     config, data, output = (path.absolute() for path in (options.config, options.data, options.output))
     copy_to = options.copy_to.absolute() if options.copy_to else None
     tables = read_configuration(config)
-    if not data.exists():
+    drawn = tables["data"].get("source") == DRAWINGS and not data.is_dir()
+    if drawn and data.suffix == ".zip" and not data.exists():
         code = subprocess.run([ROOT / "scripts" / "build-mini-data", "--output", data], cwd=ROOT).returncode
         if code:
             return code
+    check_path(data)
     code = train_all(
         config,
         data,
@@ -105,9 +113,10 @@ def train_mini(options: argparse.Namespace, deadline: float) -> int:
     folder = output / "weights"
     assemble(tables, output / "model", folder)
     made = costs(output)
-    _, names, styles = load_drawings(data)
     with writing(folder):
-        (folder / FILE).write_text(json.dumps(vocabulary(names, styles), indent=1) + "\n", encoding="utf-8")
+        if drawn:
+            _, names, styles = load_drawings(data)
+            (folder / FILE).write_text(json.dumps(vocabulary(names, styles), indent=1) + "\n", encoding="utf-8")
         (folder / COSTS).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(f"{costs_table(made)}\n{folder}\n")
     return 0

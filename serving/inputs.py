@@ -259,7 +259,14 @@ def size_of_image(inputs: Mapping[str, Any], native: int, width: int, height: in
     if inputs["upscale"]:
         check_enlarged(width, height)
     elif inputs["outpaint"]:
-        check_canvas((width, height), *inputs["outpaint"])
+        left, above, right, below = check_canvas((width, height), *inputs["outpaint"])
+        canvas = {"width": left + width + right, "height": above + height + below}
+        for name, side in canvas.items():
+            if inputs[name] not in (None, side):
+                size = f"{canvas['width']}x{canvas['height']} pixels"
+                raise InputError(
+                    f"{name} is {inputs[name]}, but image has {size} with outpaint, and pictures have that size."
+                )
     elif inputs["mask"] is not None:
         check_masked(width, height)
     else:

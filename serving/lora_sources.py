@@ -14,8 +14,8 @@ from cascade.limits import InputError, shown
 
 ENDINGS = (".safetensors", ".tar", ".tar.gz", ".tgz", ".zip")
 FORMS = (
-    "it must be the name of a file in the model folder's loras, owner/name or owner/name/file on the Hub, a link to a model "
-    "of Civitai, or a URL that ends in .safetensors, .tar or .zip"
+    "it must be the name of a file in the model folder's loras, owner/name[/file] on the Hub, a link to Civitai, or a URL of "
+    "a .safetensors, .tar or .zip"
 )
 # Parameters of URLs that are not secret.
 PUBLIC_PARAMETERS = ("modelVersionId", "type", "format", "size", "fp", "download")

@@ -100,6 +100,20 @@ def test_optional_components_may_be_missing(model_folder: Path, tmp_path: Path) 
             assert str(caught.value).endswith(f"; {advice}")
 
 
+def test_a_controlnet_that_cannot_be_trained_here(model_folder: Path, tmp_path: Path) -> None:
+    """Training has no stage for super_resolution, so no document says how to train one."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    content = json.loads((folder / "model.json").read_text())
+    name = "controlnet_super_resolution"
+    shutil.rmtree(folder / name, ignore_errors=True)
+    content["files"] = {path: value for path, value in content["files"].items() if not path.startswith(f"{name}/")}
+    (folder / "model.json").write_text(json.dumps(content))
+    cascade = Cascade.load(folder, device="cpu")
+    with pytest.raises(ValueError, match=f"^This model has no {name}, which upscale and controls") as caught:
+        cascade.generate(Request("", controls=(Control("super_resolution", photo(64, 64)),), width=128, height=128))
+    assert str(caught.value).endswith("; none was published for a Stage C of width 16, and none can be trained here.")
+
+
 def test_a_needed_component_may_not(model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)

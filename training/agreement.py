@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cascade.networks.base import without_values
+from cascade.networks.ip_adapter import attention_blocks
 from cascade.sizes import ENCODER_STRIDE, STAGE_A_FACTOR, semantic_size
 from cascade.weights import NETWORKS
 from training.configuration import NETWORK_TABLES
@@ -50,11 +51,13 @@ class Part:
         label: its name in an error.
         values: its complete configuration.
         made: whether it is in the model folder.
+        network: with these values, on the meta device.
     """
 
     label: str
     values: Mapping[str, Any]
     made: bool
+    network: Any
 
 
 def find_part(component: str, config: Mapping[str, Any], model: Path, *, anew: bool = False) -> Part | None:
@@ -86,10 +89,10 @@ def find_part(component: str, config: Mapping[str, Any], model: Path, *, anew: b
         _check_heads(label, values["hidden_size"], values["num_attention_heads"])
     try:
         with torch.device("meta"), without_values():
-            NETWORKS[component](**{name: value for name, value in values.items() if name in parameters})
+            network = NETWORKS[component](**{name: value for name, value in values.items() if name in parameters})
     except Exception as error:  # for wrong values, networks raise all kinds of errors
         raise TrainingError(f"No {component} can be built from {label}: {summary(error)}.") from error
-    return Part(label, values, made=label != f"[{table}]")
+    return Part(label, values, made=label != f"[{table}]", network=network)
 
 
 def _check_heads(label: str, width: int, heads: int) -> None:
@@ -135,6 +138,7 @@ def check_agreement(config: Mapping[str, Any], model: Path, stage: str) -> None:
     _check_factors(parts)
     _check_pictures(config, parts)
     _check_controlnets(config, model, parts, stage)
+    _check_ip_adapter(parts)
 
 
 def _check_equal(first: Part, name: str, second: Part, other: str) -> None:
@@ -210,3 +214,22 @@ def _check_controlnets(config: Mapping[str, Any], model: Path, parts: Mapping[st
                 raise TrainingError(
                     f"{label} holds {block}; {parts['prior'].label} has {there} ResBlocks, from 0 to {there - 1}."
                 )
+
+
+def _check_ip_adapter(parts: Mapping[str, Part]) -> None:
+    """The IP-Adapter must be for attention blocks that Stage C has, of their widths."""
+    if "ip_adapter" not in parts or "prior" not in parts:
+        return
+    adapter, prior = parts["ip_adapter"], parts["prior"]
+    there = [block.attention.channels for block in attention_blocks(prior.network)]
+    for block, width in adapter.network.widths.items():
+        if not 0 <= block < len(there):
+            raise TrainingError(
+                f"{adapter.label} blocks holds {block}; {prior.label} has {len(there)} attention blocks, from 0 to "
+                f"{len(there) - 1}."
+            )
+        if width != there[block]:
+            raise TrainingError(
+                f"{adapter.label} block_channels is {width} for block {block}, and {prior.label} is {there[block]} wide there; "
+                "they must be equal."
+            )

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import transformers
+
 from training.errors import TrainingError
 from training.interruption import Stopped
 
@@ -54,6 +56,10 @@ def run(train: Callable[[], None], name: str = "") -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs six lines a checkpoint
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.WARNING
+    )  # it names the scratch folder that a component is saved to
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take a moment
     try:
         train()
     except TrainingError as error:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -30,26 +30,53 @@ HELD_OUT = 50
 Captioned = tuple[Path, str]
 
 
+def is_hidden(name: PurePath) -> bool:
+    """Whether a path in a folder of pictures has a part that begins with a dot, or that macOS adds to a zip."""
+    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.parts)
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of ``folder`` and its sub-folders, sorted by path, without what is hidden; broken links are among them."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in ENDINGS and not path.is_dir() and not is_hidden(path.relative_to(folder))
+    )
+
+
+def read_caption(file: Path, name: str) -> str:
+    """The text of a caption's file.
+
+    Args:
+        name: the file's name in errors.
+
+    Raises:
+        TrainingError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TrainingError(
+            f"{name} is not UTF-8: byte {error.start + 1} is {error.object[error.start]:#04x}."
+        ) from None
+    except OSError as error:
+        raise TrainingError(f"{name} cannot be read: {error.strerror or error}.") from error
+
+
 def captioned_pictures(folder: Path) -> list[Captioned]:
     """The pictures of ``folder`` and its sub-folders with their captions, sorted by path.
 
-    Files whose names begin with a dot are ignored.
+    Files and folders whose names begin with a dot are ignored.
 
     Raises:
-        TrainingError: there is not a picture, a picture has no caption, or a caption is not UTF-8.
+        TrainingError: there is not a picture, a picture has no caption, or a caption cannot be read or is not UTF-8.
     """
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
     found = []
-    for file in sorted(files):
+    for file in picture_files(folder):
         caption = file.with_suffix(".txt")
         if not caption.is_file():
             raise TrainingError(f"{file} has no caption; it must be beside it, in {caption.name}.")
-        try:
-            found.append((file, caption.read_text(encoding="utf-8-sig").strip()))
-        except UnicodeDecodeError as error:
-            raise TrainingError(
-                f"{caption} is not UTF-8: byte {error.start + 1} is {error.object[error.start]:#04x}."
-            ) from None
+        found.append((file, read_caption(caption, str(caption)).strip()))
     if not found:
         raise TrainingError(f"{folder} holds no pictures ({', '.join(ENDINGS)}).")
     return found
@@ -70,7 +97,7 @@ def read(file: Path, needed: Size | None = None) -> Image.Image:
     except PictureError as error:
         raise TrainingError(str(error)) from error
     except OSError as error:
-        raise TrainingError(f"{file} cannot be read: {error}") from error
+        raise TrainingError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 def check_pictures(files: Sequence[Path], record: Path) -> None:
@@ -84,7 +111,7 @@ def check_pictures(files: Sequence[Path], record: Path) -> None:
     Raises:
         TrainingError: a picture cannot be read; the error names it.
     """
-    listing = "\n".join(f"{file}\t{(about := file.stat()).st_size}\t{about.st_mtime_ns}" for file in files)
+    listing = "\n".join(map(_about, files))
     digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
     if record.is_file() and record.read_text() == digest:
         return
@@ -94,6 +121,15 @@ def check_pictures(files: Sequence[Path], record: Path) -> None:
             list(pool.map(read, files[first : first + 64]))
     with writing(record), whole_file(record) as part:
         part.write_text(digest)
+
+
+def _about(file: Path) -> str:
+    """A file's name, size and time of modification."""
+    try:
+        about = file.stat()
+    except OSError as error:
+        raise TrainingError(f"{file} cannot be read: {error.strerror or error}.") from error
+    return f"{file}\t{about.st_size}\t{about.st_mtime_ns}"
 
 
 def held_out_every(count: int) -> int:

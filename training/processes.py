@@ -1,4 +1,4 @@
-"""The processes that train together."""
+"""The processes that train, or encode, together."""
 
 import logging
 import os
@@ -10,15 +10,16 @@ logger = logging.getLogger(__name__)
 
 
 def start_processes() -> PartialState:
-    """Joins the processes that train together, if there are several.
+    """Joins the processes that work together, if there are several. Further calls return the same.
 
     Without a GPU, accelerate does that only if ``cpu`` is set.
     """
+    joined = PartialState._shared_state != {}
     state = PartialState(cpu=not torch.cuda.is_available())
     # accelerate's launcher sets MASTER_ADDR for several processes, but starts only one without GPUs and MPI.
-    if state.num_processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+    if not joined and state.num_processes == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         logger.warning(
-            "One process trains: without GPUs, accelerate launch starts no more. To start several on CPUs, use "
-            "python -m torch.distributed.run --standalone --nproc_per_node 2 -m training.run ..."
+            "Only one process runs: without GPUs, accelerate launch starts no more. To start several on CPUs, write "
+            "python -m torch.distributed.run --standalone --nproc_per_node 2 in place of accelerate launch and its options."
         )
     return state

@@ -42,6 +42,18 @@ class Source(Protocol):
         """The pictures of one split; ``size`` is their default (height, width)."""
 
 
+def check_path(path: Path) -> None:
+    """Checks that ``--data`` exists.
+
+    Raises:
+        TrainingError: it does not.
+    """
+    if not path.exists():
+        raise TrainingError(
+            f"There is no {path}; --data must be a folder of captioned pictures, or a path that [data] source reads."
+        )
+
+
 def find_source(name: str) -> type:
     """The class that ``"module:Class"`` names.
 

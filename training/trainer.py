@@ -10,6 +10,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from cascade.running.errors import is_out_of_memory
 from training.compile_log import wait_until_compiled
-from training.errors import TrainingError, writing
+from training.errors import TrainingError, summary, writing
 from training.interruption import Interruption, Stopped
 from training.options import Options, compiles, learning_rate_factor
 from training.randomness import same_random_state, step_generator
@@ -55,7 +57,8 @@ def fit(
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; a checkpoint has been saved.
-        TrainingError: the checkpoint does not fit, the weights are no longer finite, or a file cannot be written.
+        TrainingError: the checkpoint does not fit, the weights are no longer finite, a step needs more memory than there is or
+            cannot be compiled, or a file cannot be written.
     """
     return Trainer(task, options, folder, model, time.time() if began is None else began).run(deadline)
 
@@ -70,13 +73,13 @@ class Trainer:
 
     def __init__(self, task: Task, options: Options, folder: Path, model: Path, began: float) -> None:
         self.task, self.options, self.folder, self.model = task, options, folder, model
-        compiled = compiles(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        if not compiled and options.compile:
+        self.compiled = compiles(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if not self.compiled and options.compile:
             logger.info("%s: not compiled, because there is no GPU.", folder.name)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.progress = Progress()
         form = ShardedWeights if options.sharded else ReplicatedWeights
-        self.weights = form(task, options, folder, self.progress, compiled=compiled)
+        self.weights = form(task, options, folder, self.progress, compiled=self.compiled)
         self.accelerator = self.weights.accelerator
         # Processes differ, or dropout would have the same masks in all.
         set_seed((options.seed + self.accelerator.process_index) % 2**32)
@@ -109,7 +112,8 @@ class Trainer:
         wait_until_compiled(self.folder)
         with Interruption() as interruption, contextlib.closing(self._bar()) as bar:
             while self.progress.step < self.options.steps and self._goes_on(interruption, deadline):
-                outputs = self.step()
+                with self._explaining():
+                    outputs = self.step()
                 if self.progress.step == self.first + 1:
                     self.clock.lap("compile")
                 bar.update()
@@ -176,6 +180,24 @@ class Trainer:
         self.progress.step += 1
         return outputs
 
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Says in a sentence why a step failed, if memory or torch's compiler may be the reason."""
+        try:
+            yield
+        except (RuntimeError, AssertionError) as error:  # what torch has compiled asserts shapes and strides
+            if is_out_of_memory(error):
+                raise TrainingError(
+                    f"{self.folder.name}: the memory is too small for a micro-batch of {self.batch_size}; a smaller batch_size "
+                    "needs less, and a larger accumulate makes up for it."
+                ) from error
+            if self.compiled and self.progress.step == self.first:
+                raise TrainingError(
+                    f"{self.folder.name}: the first step, compiled, failed ({summary(error)}); compile = false trains without "
+                    "compiling."
+                ) from error
+            raise
+
     def _batch(self, index: int) -> dict[str, Tensor]:
         """Micro-batch ``index`` of this process."""
         generator = step_generator(self.options.seed, index, self.accelerator.process_index, self.device)
@@ -237,7 +259,8 @@ class Trainer:
         unseen = self.task.unseen
         few = figures and unseen is not None and len(unseen) < FEW_PICTURES
         note = f" (on {len(unseen)} held-out pictures, too few to say much)" if few else ""
-        logger.info("%s: step %d %s%s", self.folder.name, self.progress.step, figures, note)
+        said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items()) or "no figures"
+        logger.info("%s: step %d: %s%s", self.folder.name, self.progress.step, said, note)
         samples = self.folder / "samples"
         if picture is not None:
             with writing(samples):

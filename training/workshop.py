@@ -22,13 +22,14 @@ from cascade.networks.controlnet import ControlNet
 from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.stage_a import StageA
 from cascade.weights import NETWORKS, StageSettings
+from cascade.weights.settings import PUBLISHED_STAGE_A_SCALE
 from training.agreement import table_of
 from training.dataset import Dataset, Split
 from training.errors import FILE_ERRORS, TrainingError, summary
 from training.options import Options
 from training.picture_folder import Pictures
 from training.shapes import Shapes
-from training.sources import Source, make_source
+from training.sources import Source, check_path, make_source
 from training.stages import STAGES, advice, check_needs, maker
 from training.task import Task
 from training.tasks.controlnet import CONTROL_KINDS, new_controlnet
@@ -126,10 +127,7 @@ class Workshop:
         options = self.config["data"]
         if self.data.is_dir():
             return self.pictures
-        if not self.data.exists():
-            raise TrainingError(
-                f"There is no {self.data}; --data must be a folder of captioned pictures, or a path that [data] source reads."
-            )
+        check_path(self.data)
         if "source" not in options:
             raise TrainingError(
                 f"{self.data} is not a folder of pictures, and [data] names no source that could read it."
@@ -189,6 +187,9 @@ class Workshop:
         if folder.is_dir() and not anew:
             return (self._empty(component) if resumes else load_component(self.model, component)).train()
         sizes = self.config[table_of(component)]
+        if component == "vqgan":
+            # The class's default is that of the published configuration, which is not the scale of the published weights.
+            sizes = {"scale_factor": PUBLISHED_STAGE_A_SCALE, **sizes}
         if component == "text_encoder":
             return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, **self.tokens())).train()
         if component == "image_encoder":

@@ -99,7 +99,7 @@ def test_the_time_limit_returns_what_there_is(trainer: Server, pictures: str) ->
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"hello", "input_images is not a zip file."),
+        (b"hello", "input_images is not a complete zip file."),
         (zipped({"../a.png": b"x"}), "input_images holds '../a.png', whose path leads out of the folder."),
         (zipped({"notes.pdf": b"x"}), "There are no pictures (.jpg, .jpeg, .png, .webp) in pictures."),
         (zipped({"a.png": b"x"}), "a.png is not a picture in one of the formats"),

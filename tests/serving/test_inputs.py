@@ -192,6 +192,10 @@ def test_the_same_sentence(made: Callable[..., Request], name: str, text: str, v
         ({"upscale": True}, "upscale needs image, which is left out."),
         ({"outpaint": [8, 8, 8, 8]}, "outpaint needs image, which is left out."),
         ({"outpaint": [8]}, "outpaint has 1 value; it must have 4."),
+        (
+            {"image": "IMAGE", "outpaint": [8, 0, 0, 0], "width": 64},
+            "width is 64, but image has 108x80 pixels with outpaint, and pictures have that size.",
+        ),
         ({"image": "IMAGE", "outpaint": [8, 8, 8, -8]}, "outpaint[3] is -8; it must be a whole number from 0 to 4096."),
         ({"control_scales": [1]}, "control_scales needs control_images, which is left out."),
         ({"control_images": ["IMAGE"] * 5}, "control_images has 5 images; it may have at most 4."),

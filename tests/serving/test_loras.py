@@ -162,13 +162,15 @@ def test_what_texts_say(text: str, source: object) -> None:
         "https://civitai.com/user/x",
         "https://civitai.com/models/1?modelVersionId=x",
         "ftp://x.org/a.safetensors",
+        "\x1f" * 200,
     ],
 )
 def test_texts_that_say_nothing(text: str) -> None:
     with pytest.raises(
         InputError, match=r"^lora_weights\[2\] is .*; it must be the name of a file in the model folder's"
-    ):
+    ) as error:
         source_of("lora_weights[2]", text)
+    assert len(str(error.value)) < 250
 
 
 @pytest.mark.parametrize(

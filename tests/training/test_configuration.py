@@ -121,6 +121,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("decoder.in_channels = 8", "[vqgan] latent_channels is 4, and [decoder] in_channels is 8"),
         ("controlnet.proj_blocks = [0, 4]", "[controlnet] proj_blocks holds 4; [prior] has 4 ResBlocks, from 0 to 3."),
         (
+            "ip_adapter_network.blocks = [0, 4]",
+            "[ip_adapter_network] blocks holds 4; [prior] has 4 attention blocks, from 0 to 3.",
+        ),
+        (
+            "ip_adapter_network.blocks = [-1, 3]",
+            "[ip_adapter_network] blocks holds -1; [prior] has 4 attention blocks, from 0 to 3.",
+        ),
+        (
+            "ip_adapter_network.block_channels = 24",
+            "[ip_adapter_network] block_channels is 24 for block 0, and [prior] is 16 wide there; they must be equal.",
+        ),
+        (
+            "ip_adapter_network.block_channels = [16, 24]",
+            "[ip_adapter_network] block_channels is 24 for block 3, and [prior] is 16 wide there; they must be equal.",
+        ),
+        (
             "controlnet.proj_blocks = [0, 0]",
             "[controlnet] proj_blocks is [0, 0]; each ResBlock may occur only once.",
         ),

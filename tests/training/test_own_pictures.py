@@ -1,9 +1,12 @@
 """Training on a few pictures of one's own, on a CPU: every stage works; what is wrong is one sentence that names it."""
 
+import json
 import logging
+import re
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +17,17 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from PIL import Image
 
 from cascade.weights import ModelFolder
+from scripts import encode_pictures, train_lora, train_mini
+from serving.vocabulary import FILE as VOCABULARY
+from tests.conftest import MINI
+from tests.miniature.small import DRAWN
 from tests.training.small import train, write_config, write_pictures
 from training import assemble, run, statistics
 from training.configuration import read_configuration
 from training.dataset import Dataset
 from training.latents import Encoded
 from training.options import Options
-from training.picture_folder import split_pictures
+from training.picture_folder import captioned_pictures, split_pictures
 from training.shapes import Shapes
 from training.statistics import statistics_batches
 from training.workshop import Workshop
@@ -59,6 +66,33 @@ def test_a_model_folder_is_made_of_them(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_call_makes_a_model_folder_of_them(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``scripts/train-mini``, on a folder of pictures instead of the drawings."""
+    output = shutil.copytree(trained / "run", tmp_path / "run")
+    files = ["--config", trained / "config.toml", "--data", trained / "pictures", "--output", output]
+    assert train_mini.main([*map(str, files)]) == 0
+    assert capsys.readouterr().out.endswith(f"{output / 'weights'}\n")
+    ModelFolder.open(output / "weights").verify()
+    made = json.loads((output / "weights" / train_mini.COSTS).read_text())
+    assert tuple(made["stages"]) == tuple(run.STAGES)
+    assert not (output / "weights" / VOCABULARY).exists()  # nobody knows what words one's own captions could have had
+
+
+@pytest.mark.parametrize(("name", "source"), [("picures", DRAWN), ("picures.zip", "")])
+def test_one_call_on_pictures_that_are_not_there(
+    tmp_path: Path, name: str, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not draw the miniature's data in their place."""
+    config = write_config(tmp_path, source)
+    files = ["--config", config, "--data", tmp_path / name, "--output", tmp_path / "run"]
+    assert train_mini.main([*map(str, files)]) == 1
+    assert capsys.readouterr().err.startswith(f"There is no {tmp_path / name}; --data must be a folder of ")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.slow
 def test_the_log_says_what_it_does(
     trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,12 +102,36 @@ def test_the_log_says_what_it_does(
     assert "2 steps of 4, on 36 pictures and 4 held-out ones" in caplog.text
     assert "clip: not compiled, because there is no GPU." in caplog.text
     (figures,) = [message for message in caplog.messages if "unseen_accuracy" in message]
-    assert figures.endswith("(on 4 held-out pictures, too few to say much)")
+    assert re.fullmatch(
+        r"clip: step 2: unseen_loss [\d.]+, unseen_accuracy [\d.]+ \(on 4 held-out pictures, too few to say much\)",
+        figures,
+    )
+    # What the libraries say of files concerns a scratch folder that is gone, and takes a moment.
+    assert train(trained / "config.toml", "stage_a", trained / "pictures", tmp_path) == 0
+    assert "saved to" not in caplog.text
+    assert not re.search(r"(Loading|Writing) \w+", capsys.readouterr().err)
+
+
+def train_tokenizer(folder: Path, output: Path) -> int:
+    return train(folder / "config.toml", "tokenizer", folder / "pictures", output)
+
+
+def train_lora_of(folder: Path, output: Path) -> int:
+    return train_lora.main([str(folder / "pictures"), f"--weights={MINI}", "--steps=1", f"--output={output}"])
+
+
+def encode(folder: Path, output: Path) -> int:
+    return encode_pictures.main([str(folder / "pictures"), str(output), f"--weights={MINI}", "--resolution=128"])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("call", [train_tokenizer, train_lora_of, encode])
 def test_accelerate_launch_starts_one_process_without_gpus_and_training_says_so(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    call: Callable[[Path, Path], int],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In this process, with the variables that the launcher would give to the one that it starts."""
     given = ["--num_processes", "2", "--cpu", "-m", "training.run", "config.toml", "tokenizer"]
@@ -85,10 +143,10 @@ def test_accelerate_launch_starts_one_process_without_gpus_and_training_says_so(
         monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)  # so that they are read
     try:
-        assert train(trained / "config.toml", "tokenizer", trained / "pictures", tmp_path) == 0
+        assert call(trained, tmp_path / "made") == 0
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    said = "One process trains: without GPUs, accelerate launch starts no more."
+    said = "Only one process runs: without GPUs, accelerate launch starts no more."
     assert sum(said in message for message in caplog.messages) == 1
 
 
@@ -152,6 +210,11 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-60])
 
 
+def link(file: Path, target: str) -> None:
+    file.unlink()
+    file.symlink_to(target)
+
+
 FAULTS = {
     "no caption": (
         lambda folder: (folder / "03.txt").unlink(),
@@ -166,6 +229,9 @@ FAULTS = {
         lambda folder: (folder / "03.png").write_text("text"),
         "pictures/03.png is not a picture in one of the",
     ),
+    "broken link": (lambda folder: link(folder / "03.png", "none.png"), "03.png cannot be read: No such file"),
+    # A file that even root cannot read from its beginning.
+    "unreadable caption": (lambda folder: link(folder / "03.txt", "/proc/self/mem"), "03.txt cannot be read: "),
     "empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "pictures holds no pictures (.jpg,"),
     "no folder": (
         shutil.rmtree,
@@ -197,6 +263,17 @@ def test_wrong_data(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
+def test_folders_and_what_is_hidden_are_no_pictures(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "pictures", 2)
+    (folder / "drawings.png").mkdir()
+    for hidden in (".thumbnails", ".thumbnails/deeper", "__MACOSX"):
+        (folder / hidden).mkdir()
+        shutil.copy(folder / "00.png", folder / hidden / "00.png")
+    shutil.copytree(folder, tmp_path / ".data" / "pictures")  # its own path may have such a name
+    for one in (folder, tmp_path / ".data" / "pictures"):
+        assert [file.name for file, _ in captioned_pictures(one)] == ["00.png", "01.png"]
+
+
 def test_pictures_are_looked_at_once_and_again_after_a_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 from training.errors import TrainingError
@@ -311,6 +313,34 @@ def test_steps_and_times_are_recorded(tmp_path: Path) -> None:
     assert 100 <= first["prepare"] < 160
     assert set(second) == {"prepare", "compile", "train", "evaluate", "save"}
     assert sum(record.seconds.values()) == pytest.approx(100 + time.time() - began, abs=5)
+
+
+@pytest.mark.slow
+def test_a_step_that_cannot_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, for want of a C++ compiler."""
+    monkeypatch.setattr(inductor_config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps whether the first network was compiled
+    try:
+        with pytest.raises(TrainingError) as raised:
+            fit(Line(), replace(OPTIONS, compile=True), tmp_path / "line", tmp_path / "model")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch._dynamo.reset()
+    assert str(raised.value).startswith("line: the first step, compiled, failed (")
+    assert "no-such-compiler" in str(raised.value)
+    assert str(raised.value).endswith("); compile = false trains without compiling.")
+
+
+def test_a_step_for_which_the_memory_is_too_small(tmp_path: Path) -> None:
+    task = Line()
+    task.forward = lambda x, y: {"loss": task.line(x).new_empty(2**50).mean()}  # type: ignore[method-assign]
+    with pytest.raises(TrainingError) as raised:
+        fit(task, OPTIONS, tmp_path / "line", tmp_path / "model")
+    assert str(raised.value) == (
+        "line: the memory is too small for a micro-batch of 16; a smaller batch_size needs less, and a larger accumulate makes "
+        "up for it."
+    )
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

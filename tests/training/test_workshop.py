@@ -1,6 +1,7 @@
 """Components as training reads them from a model folder, and as it makes a new one of them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascade.weights import DISTILLED, ModelFolder
+from cascade.weights.settings import PUBLISHED_STAGE_A_SCALE
+from scripts import save_weights
+from tests.conftest import MINI
 from tests.training.small import write_config
 from training.assemble import assemble
 from training.configuration import read_configuration
 from training.errors import TrainingError
-from training.workshop import load_component
+from training.workshop import Workshop, load_component
 
 
 @pytest.fixture
@@ -38,6 +42,27 @@ def test_a_new_model_folder_keeps_the_scale(scaled: Path, tmp_path: Path) -> Non
     made = ModelFolder.open(tmp_path / "made")
     configured = made.load_component("vqgan").config.scale_factor
     assert (configured if made.stage_a_scale is None else made.stage_a_scale) == 0.5
+
+
+@pytest.mark.parametrize("own", [None, 0.5])
+def test_a_new_stage_a_has_the_scale_that_it_is_decoded_with(tmp_path: Path, own: float | None) -> None:
+    """Also if the configuration leaves out its scale and width, and scripts/save-weights makes the model folder.
+
+    That script takes the class's defaults for the published configuration, which has another scale than the weights.
+    """
+    table = "[vqgan]\n" + ("" if own is None else f"scale_factor = {own}\n")
+    config = tmp_path / "config.toml"
+    config.write_text(re.sub(r"\[vqgan\]\n.*?(?=\[)", table, write_config(tmp_path).read_text(), flags=re.DOTALL))
+    shop = Workshop(read_configuration(config), tmp_path, tmp_path / "run", torch.device("cpu"))
+    made = shop.network("vqgan").eval()
+    made.save_pretrained(tmp_path / "vqgan")
+    files = ["--vqgan", tmp_path / "vqgan", "--base", MINI, "--output", tmp_path / "weights"]
+    assert save_weights.main([*map(str, files)]) == 0
+    folder = ModelFolder.open(tmp_path / "weights")
+    decoded = (
+        folder.load_component("vqgan").config.scale_factor if folder.stage_a_scale is None else folder.stage_a_scale
+    )
+    assert decoded == made.config.scale_factor == (own or PUBLISHED_STAGE_A_SCALE)
 
 
 @pytest.mark.parametrize("content", ["{", '{"stage_a_scale": "large"}', '{"stage_a_scale": [1]}', "[]"])

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from training.encoded.shards import EMPTY, shard_file, write_empty, write_shard
 from training.encoded.sources import Picture, units_of
 from training.errors import TrainingError, writing
 from training.lora.words import Captions
+from training.processes import start_processes
 from training.shapes import bucket_size
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def encode_pictures(source: Path, output: Path, weights: Path, resolution: int |
     Raises:
         TrainingError: the source or the model folder is wrong, or a file cannot be written.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = start_processes()
     units = units_of(source)
     encoder = Encoder(weights, state.device)
     resolution = resolution or encoder.native_size

@@ -12,7 +12,7 @@ from cascade.images.colours import PictureError
 from cascade.images.decoding import PictureFile
 from cascade.sizes import Size
 from training.errors import TrainingError
-from training.picture_folder import ENDINGS, read
+from training.picture_folder import ENDINGS, is_hidden, picture_files, read, read_caption
 from training.shapes import bucket_size
 
 # Limits of a zip: number of files, bytes of one file, and bytes of all. A picture of 64 million pixels, the limit, has at
@@ -68,7 +68,7 @@ def unpack(archive: Path, folder: Path, name: str) -> Path:
         if isinstance(error, OSError) and error.errno is not None:
             raise TrainingError(f"{name} cannot be unpacked: {error.strerror}.") from error
         if not zipfile.is_zipfile(archive):
-            raise TrainingError(f"{name} is not a zip file.") from error
+            raise TrainingError(f"{name} is not a complete zip file.") from error
         raise TrainingError(f"{name} is a damaged or encrypted zip file: {str(error).rstrip('.')}.") from error
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -80,8 +80,7 @@ def _path(member: zipfile.ZipInfo) -> PurePosixPath:
 
 
 def _is_wanted(name: PurePosixPath) -> bool:
-    hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.parts)
-    return not hidden and name.suffix.lower() in (*ENDINGS, CAPTIONS)
+    return not is_hidden(name) and name.suffix.lower() in (*ENDINGS, CAPTIONS)
 
 
 def _write(archive: str, opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, left: int) -> int:
@@ -136,16 +135,11 @@ def caption_of(file: Path, *, otherwise: str, prefix: str, word: str) -> str:
         word: put before every caption that does not have it.
 
     Raises:
-        TrainingError: there is none, or it is not UTF-8.
+        TrainingError: there is none, or it cannot be read or is not UTF-8.
     """
     beside = file.with_suffix(CAPTIONS)
     if beside.is_file():
-        try:
-            caption = " ".join(beside.read_text(encoding="utf-8-sig").split())
-        except UnicodeDecodeError as error:
-            raise TrainingError(
-                f"{beside.name} is not UTF-8: byte {error.start + 1} is {error.object[error.start]:#04x}."
-            ) from None
+        caption = " ".join(read_caption(beside, beside.name).split())
     elif otherwise or prefix or word:
         caption = otherwise
     else:
@@ -164,11 +158,7 @@ def captioned_pictures(folder: Path, resolution: int, *, caption: str, prefix: s
     Raises:
         TrainingError: there is none, one is damaged, or has no caption.
     """
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.suffix.lower() in ENDINGS and _is_wanted(PurePosixPath(path.relative_to(folder)))
-    )
+    files = picture_files(folder)
     if not files:
         raise TrainingError(f"There are no pictures ({', '.join(ENDINGS)}) in {folder.name or folder}.")
     captions = [caption_of(file, otherwise=caption, prefix=prefix, word=word) for file in files]

@@ -50,9 +50,9 @@ def link() -> bytes:
 
 
 BAD = {
-    "no zip": (b"hello", "is not a zip file."),
-    "empty": (b"", "is not a zip file."),
-    "cut": (zipped({"a.png": bytes(9999)})[:-40], "is not a zip file."),
+    "no zip": (b"hello", "is not a complete zip file."),
+    "empty": (b"", "is not a complete zip file."),
+    "cut": (zipped({"a.png": bytes(9999)})[:-40], "is not a complete zip file."),
     "damaged": (
         zipped({"a.png": bytes(99)}).replace(bytes(99), bytes(98) + b"x"),
         "damaged or encrypted zip file: Bad CRC-32",
@@ -106,6 +106,15 @@ def test_what_is_wrong_with_pictures_names_them(tmp_path: Path) -> None:
     (folder / "00.txt").write_bytes(b"caf\xe9")
     with pytest.raises(TrainingError, match=r"00\.txt is not UTF-8: byte 4 is 0xe9"):
         captioned_pictures(folder, 128, **WORDS)
+    (folder / "00.txt").unlink()
+    (folder / "00.txt").symlink_to("/proc/self/mem")  # a file that even root cannot read from its beginning
+    with pytest.raises(TrainingError, match=r"00\.txt cannot be read: "):
+        captioned_pictures(folder, 128, **WORDS)
+    (folder / "00.txt").unlink()
+    (folder / "00.png").unlink()
+    (folder / "00.png").symlink_to("none.png")
+    with pytest.raises(TrainingError, match=r"00\.png cannot be read: No such file"):
+        captioned_pictures(folder, 128, caption="a cat", prefix="", word="")
 
 
 @pytest.mark.parametrize(
