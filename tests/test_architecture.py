@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.readme import ROOT
 
 PAGE = ROOT / "docs" / "architecture.md"
@@ -121,10 +119,11 @@ def test_paths_in_the_text_are_there() -> None:
     assert [path for path in paths if not any((ROOT / top / path).exists() for top in ("", "cascade"))] == []
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_go_one_way(name: str) -> None:
-    allowed = (room(name), *ALLOWED[room(name)])
-    wrong = [one for one in imported(name) if not any(f"{one}.".startswith(f"{way}.") for way in allowed)]
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for name in sorted(MODULES):
+        allowed = (room(name), *ALLOWED[room(name)])
+        wrong += [(name, one) for one in imported(name) if not any(f"{one}.".startswith(f"{way}.") for way in allowed)]
     assert wrong == []
 
 
@@ -142,7 +141,8 @@ def test_networks_on_the_meta_device_are_made_without_values() -> None:
         (name, [ast.unparse(item.context_expr) for item in node.items])
         for name in MODULES
         if name.startswith(("cascade.", "serving."))
-        for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8")))
+        if "torch.device(" in (text := MODULES[name].read_text("utf-8"))
+        for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.With)
     ]
     devices = [(name, items) for name, items in blocks if any(item.startswith("torch.device(") for item in items)]

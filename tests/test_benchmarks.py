@@ -131,11 +131,11 @@ def test_e4m3_is_as_exact_as_it_can_be() -> None:
 
 
 @pytest.mark.slow
-def test_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few times and shares, because each is a prediction, or pictures, more."""
+def test_eight_bits(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few times and shares, because each is a prediction, or pictures, more, and with tiny networks."""
     monkeypatch.setattr(benchmark_eight_bits, "TIMES", (0.5,))
     monkeypatch.setattr(benchmark_eight_bits, "SHARES", (0.5, 1.0))
-    cascade = Cascade.load(MINI, "cpu", torch.bfloat16)
+    cascade = Cascade.load(model_folder, "cpu", torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in cascade.prior.state_dict().items()}
     found = benchmark_eight_bits.miniature(cascade, ["a red apple"])
     for one in found:

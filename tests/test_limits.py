@@ -31,7 +31,7 @@ anything = (
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-@settings(deadline=None)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(data=st.data())
 def test_numbers_within_the_bounds(name: str, data: st.DataObject) -> None:
     limits = LIMITS[name]
@@ -46,7 +46,7 @@ def test_numbers_within_the_bounds(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-@settings(deadline=None)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(
     value=st.integers().filter(lambda x: not 0 <= x < 2**32)
     | st.floats().filter(lambda x: not 0 <= x < 2**32)

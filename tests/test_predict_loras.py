@@ -47,6 +47,7 @@ def run(predictor: Predictor, **given: Any) -> tuple[np.ndarray, dict[str, Any]]
     return np.array(Image.open(file)), read_record(Path(file))
 
 
+@pytest.mark.slow
 def test_loras_are_used_and_recorded(predictor: Predictor, folder: Path) -> None:
     base, record = run(predictor)
     assert "loras" not in record
@@ -64,6 +65,7 @@ def test_loras_are_used_and_recorded(predictor: Predictor, folder: Path) -> None
     assert np.array_equal(run(predictor)[0], base)
 
 
+@pytest.mark.slow
 def test_turbo_is_the_distilled_weights_with_their_settings(predictor: Predictor, folder: Path) -> None:
     """Those of the fixture are random; what they do is exact. The next request has the model's own weights again."""
     inputs = {"steps_prior": None, "steps_decoder": None}

@@ -75,9 +75,9 @@ def test_the_first_command_makes_the_picture(tmp_path: Path) -> None:
     ("page", "word", "pictures"), [(README, "model.generate", 2), (DOCS / "method.md", "model.batch", 3)]
 )
 def test_the_code_makes_the_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: Path, word: str, pictures: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_mini: Path, page: Path, word: str, pictures: int
 ) -> None:
-    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    (tmp_path / "weights").symlink_to(quick_mini.parent)
     monkeypatch.chdir(tmp_path)
     exec(block(page, "python", word), {})
     assert len(list(tmp_path.glob("*.png"))) == pictures
@@ -102,17 +102,17 @@ def test_what_pages_import_is_there(page: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drawn(quick_mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the pictures that the commands of docs/images.md are given."""
     folder = tmp_path_factory.mktemp("pictures")
-    model = Cascade.load(MINI, "cpu")
+    model = Cascade.load(quick_mini, "cpu")
     prompts = {
         "apple": "a red apple on a green background",
         "butterfly": "a butterfly above a sunflower on a light blue background",
         "strawberry": "a strawberry on a turquoise background",
     }
     for name, prompt in prompts.items():
-        model.generate(Request(prompt, steps_prior=4, steps_decoder=2))[0].save(folder / f"{name}.png")
+        model.generate(Request(prompt))[0].save(folder / f"{name}.png")
     Image.open(folder / "apple.png").crop((0, 0, 256, 128)).save(folder / "half.png")
     mask = Image.new("L", (256, 256))
     mask.paste(255, (60, 0, 200, 120))
@@ -121,12 +121,12 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pictures(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The present folder, with those pictures."""
+def pictures(drawn: Path, quick_mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The present folder, with those pictures and the miniature."""
     shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    (tmp_path / "weights").symlink_to(quick_mini.parent)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CASCADE_WEIGHTS", str(MINI))
+    monkeypatch.setenv("CASCADE_WEIGHTS", str(quick_mini))
     return tmp_path
 
 

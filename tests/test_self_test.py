@@ -9,9 +9,6 @@ from PIL import Image
 from cascade.pipeline import Cascade
 from cascade.request import Request
 from scripts.self_test import PROMPTS, Trial, main, problems_between, problems_of
-from tests.readme import ROOT
-
-MINI = ROOT / "weights" / "mini"
 
 
 def trial(image: Image.Image, name: str = "a picture") -> Trial:
@@ -23,8 +20,8 @@ def gradient(start: int, stop: int) -> Image.Image:
 
 
 @pytest.mark.slow
-def test_of_the_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--weights", str(MINI), "-o", str(tmp_path / "report")]) == 0
+def test_of_the_miniature(quick_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--weights", str(quick_mini), "-o", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report" / "self-test.txt").read_text("utf-8")
     assert text in capsys.readouterr().out
     for line in (*map(repr, PROMPTS), "sampler ddim: ", "sampler lcm: ", "Model: mini", "Device: ", "torch "):
@@ -35,12 +32,12 @@ def test_of_the_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.slow
 def test_a_model_that_ignores_the_prompt_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick_mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate = Cascade.generate
-    same = generate(Cascade.load(MINI, "cpu"), Request(PROMPTS[0], steps_prior=1, steps_decoder=1))
+    same = generate(Cascade.load(quick_mini, "cpu"), Request(PROMPTS[0]))
     monkeypatch.setattr(Cascade, "generate", lambda *_: same)
-    assert main(["--weights", str(MINI), "-o", str(tmp_path)]) == 1
+    assert main(["--weights", str(quick_mini), "-o", str(tmp_path)]) == 1
     assert f"Failed: {PROMPTS[0]!r} and {PROMPTS[1]!r} differ by 0.0 of 255" in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ from cascade.guides.image_prompts import ImagePromptEncoder
 from cascade.pipeline import Cascade
 from cascade.stages.text import TextEncoder
 from cascade.weights import CONTROLNETS, StageSettings
+from tests.components import copied
 
 DEFAULTS = {
     "prior": StageSettings(steps=3, guidance=4.0, shift=2.0, rescale=0.7),
@@ -18,7 +19,9 @@ DEFAULTS = {
 
 def make_cascade(components: dict[str, object], make: type[Cascade] = Cascade, **options: object) -> Cascade:
     """A Cascade of copies, which may be changed."""
-    parts = {name: copy.deepcopy(part) for name, part in components.items()}
+    parts = {
+        name: copied(part) if isinstance(part, nn.Module) else copy.deepcopy(part) for name, part in components.items()
+    }
     parts["controlnets"] = {
         name.removeprefix("controlnet_"): parts.pop(name) for name in CONTROLNETS if name in components
     }

@@ -49,13 +49,31 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     forget()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def jobs() -> Jobs:
     """Functions that run the two kernels of a small Stage A, in one width."""
     with torch.device("meta"):
         network = StageA(levels=2, bottleneck_blocks=1, embed_dim=32)
     network.to(torch.bfloat16).use_kernels("triton")
     return jobs_of([], network)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, set[str]]:
+    """The kernels for sm_90: a folder, their number, and the sources of their launchers."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "FOLDER", folder / "compiled")
+        patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
+        forget()
+        return folder / "compiled", *compile_kernels(90, jobs)
+
+
+@pytest.fixture
+def made(compiled_once: tuple[Path, int, set[str]], folder: Path) -> tuple[int, set[str]]:
+    """The kernels for sm_90, in this test's folder: their number, and the sources of their launchers."""
+    shutil.copytree(compiled_once[0], folder)
+    return compiled_once[1:]
 
 
 def run(jobs: Jobs, architecture: int) -> dict[str, int]:
@@ -68,8 +86,10 @@ def run(jobs: Jobs, architecture: int) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_compiled_kernels_are_read_for_their_architecture_alone(jobs: Jobs, folder: Path) -> None:
-    count, sources = compile_kernels(90, jobs)
+def test_compiled_kernels_are_read_for_their_architecture_alone(
+    jobs: Jobs, made: tuple[int, set[str]], folder: Path
+) -> None:
+    count, sources = made
     assert count == len(list(folder.rglob("*.cubin"))) > 0
     assert 0 < len(sources) <= count
     assert run(jobs, 90) == {"read": count}
@@ -80,12 +100,14 @@ def test_compiled_kernels_are_read_for_their_architecture_alone(jobs: Jobs, fold
 
 
 @pytest.mark.slow
-def test_damaged_files_are_compiled_anew(jobs: Jobs, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    count, _ = compile_kernels(80, jobs)
+def test_damaged_files_are_compiled_anew(
+    jobs: Jobs, made: tuple[int, set[str]], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    count, _ = made
     damaged = sorted(folder.rglob("*.cubin"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
-        assert run(jobs, 80) == {"read": count - 1, "made": 1}
+        assert run(jobs, 90) == {"read": count - 1, "made": 1}
     assert f"{damaged} is missing or damaged, so it is compiled again." in caplog.messages
 
 
@@ -122,8 +144,8 @@ print(compile_module_from_src(Path(source).read_text(), "__triton_launcher").lau
 
 @gcc
 @pytest.mark.slow
-def test_launchers_need_no_gcc(jobs: Jobs, folder: Path, tmp_path: Path) -> None:
-    _, sources = compile_kernels(90, jobs)
+def test_launchers_need_no_gcc(made: tuple[int, set[str]], folder: Path, tmp_path: Path) -> None:
+    _, sources = made
     assert compile_launchers(sources, sys.executable) == len(sources) + 1  # and the driver's functions
     source = tmp_path / "launcher.c"
     source.write_text(sorted(sources)[0])

@@ -7,19 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade import kernels
 from cascade.kernels import plain
+from tests.kernels.interpreting import run
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+pytestmark = pytest.mark.slow
 
 HEADS, HEAD = 2, 16
 # Of other condition tokens, behind the text.
 OTHERS = 8
 
 
-def run(*given: Tensor | None, bias: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        return kernels.load("triton").attention(*given, 0.0, bias, hidden)
+def attention(
+    interpreter: Executor, given: list[Tensor | None], bias: Tensor | None = None, hidden: Tensor | None = None
+) -> Tensor:
+    return interpreter.submit(run, "attention", *given, 0.0, bias, hidden).result()
 
 
 def drawn(batch: int, queries: int, context: int, own: bool) -> list[Tensor | None]:
@@ -41,22 +44,20 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.float(), expected, atol=2e-3, rtol=2e-3)
 
 
-# Texts of 1 to 4 chunks; full ones; two that end within one block of 64 keys; none, and one, at which a block begins.
-LENGTHS = [
-    pytest.param((77, 154, 231, 308), marks=pytest.mark.slow),
-    (308, 308),
-    pytest.param((100, 120, 308, 77), marks=pytest.mark.slow),
-    (0, 1, 64, 128),
-]
+# Numbers of queries: more than one block of 64 has, of which the second is not full, or less. Lengths of texts: 1 to 4 chunks;
+# full ones; two that end within one block of 64 keys; none, and one, at which a block begins.
+SHAPES = [(20, (77, 154, 231, 308)), (20, (308, 308)), (20, (100, 120, 308, 77)), (70, (0, 1, 64, 128))]
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "condition alone"])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("queries", "lengths"), SHAPES, ids=str)
 @pytest.mark.parametrize("counted", [False, True], ids=["", "counted"])
-def test_padding_of_a_text(interpreter: Executor, lengths: tuple[int, ...], own: bool, counted: bool) -> None:
+def test_padding_of_a_text(
+    interpreter: Executor, queries: int, lengths: tuple[int, ...], own: bool, counted: bool
+) -> None:
     """Each sample has the result that it has alone, at its own length, to the bit, whatever the padding holds."""
     longest = max(lengths)
-    given = drawn(len(lengths), 70, longest + OTHERS, own)
+    given = drawn(len(lengths), queries, longest + OTHERS, own)
     for padded in given[3:]:
         for row, length in enumerate(lengths):
             padded[row, :, length:longest] = 3e4
@@ -65,24 +66,24 @@ def test_padding_of_a_text(interpreter: Executor, lengths: tuple[int, ...], own:
     if counted:
         bias = torch.zeros(len(lengths), longest + OTHERS)
         bias[::2, :longest] = math.log(3)
-    together = interpreter.submit(run, *given, bias=bias, hidden=hidden).result()
+    together = attention(interpreter, given, bias=bias, hidden=hidden)
     close(together, exact(given, bias=bias, hidden=hidden))
     for row, length in enumerate(lengths):
         left = [*range(length), *range(longest, longest + OTHERS)]
         single = [None if x is None else x[row : row + 1] for x in given[:3]]
         single += [x[row : row + 1, :, left] for x in given[3:]]
         own_bias = None if bias is None else bias[row : row + 1, left]
-        alone = interpreter.submit(run, *single, bias=own_bias).result()
+        alone = attention(interpreter, single, bias=own_bias)
         assert torch.equal(together[row], alone[0])
         close(together[row : row + 1], exact(single, bias=own_bias))
 
 
 def test_nothing_is_hidden(interpreter: Executor) -> None:
     given = drawn(2, 65, 85, own=True)
-    without = interpreter.submit(run, *given).result()
+    without = attention(interpreter, given)
     close(without, exact(given))
     for number in (0, 85):  # of the first key that could be hidden
         hidden = torch.tensor([[number, 0]] * 2, dtype=torch.int32)
-        assert torch.equal(interpreter.submit(run, *given, hidden=hidden).result(), without)
+        assert torch.equal(attention(interpreter, given, hidden=hidden), without)
     zeros = torch.zeros(2, 85)
-    assert torch.equal(interpreter.submit(run, *given, bias=zeros).result(), without)
+    assert torch.equal(attention(interpreter, given, bias=zeros), without)

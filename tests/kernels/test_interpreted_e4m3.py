@@ -1,27 +1,22 @@
 """The kernels that make and read numbers in e4m3, in Triton's interpreter, against plain torch."""
 
 from concurrent.futures import Executor
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade import kernels
 from cascade.kernels import plain
 from cascade.kernels.e4m3 import E4M3, norm_factor
 from cascade.kernels.stream import Product, Stream
 from tests.components import equal
+from tests.kernels.interpreting import run
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (2, 3, 6, 48)
-
-
-def run(name: str, *given: Any, **options: Any) -> Any:
-    """A function of `kernels.triton`."""
-    with torch.no_grad():
-        return getattr(kernels.load("triton"), name)(*given, **options)
 
 
 def close(made: Tensor, wanted: Tensor) -> None:

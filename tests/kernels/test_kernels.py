@@ -1,6 +1,5 @@
 """The choice between plain torch and GPU kernels, and plain torch with values that exceed float16."""
 
-import copy
 import importlib.util
 import inspect
 
@@ -12,6 +11,7 @@ from cascade import kernels
 from cascade.kernels import plain
 from cascade.kernels.stream import Stream
 from cascade.networks.stage_a import StageA
+from tests.components import copied
 from tests.networks.adapters import WAYS
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
@@ -95,7 +95,7 @@ def test_the_implementation_is_set_for_all_blocks() -> None:
         network.use_kernels("triton")
         with torch.no_grad():
             assert {module.kernels for module in users} == {kernels.load("triton")}
-            twin = copy.deepcopy(network)
+            twin = copied(network)
             assert {module.kernels for module in twin.modules() if isinstance(module, kernels.UsesKernels)} == {
                 kernels.load("triton")
             }
@@ -114,7 +114,7 @@ def test_the_implementation_is_set_for_all_blocks() -> None:
 def test_float16_keeps_a_stream_that_exceeds_it(config: dict) -> None:
     """In every level: norms, convolutions, skip connections and the convolutions between repeats."""
     exact = make(config, std=0.1)
-    half = copy.deepcopy(exact).half()
+    half = copied(exact).half()
     exact.load_state_dict(half.state_dict())  # rounded
     sample, ratio = torch.randn(2, config.get("in_channels", 16), 16, 16), torch.tensor([0.3, 0.9])
     widths = config["block_out_channels"]

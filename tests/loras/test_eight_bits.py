@@ -46,6 +46,21 @@ def files(tmp_path_factory: pytest.TempPathFactory, components: dict[str, Any]) 
     }
 
 
+@pytest.fixture(scope="module")
+def stored(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Model folders by the precision in which they are stored. Not to be changed."""
+
+    @functools.cache
+    def folder_of(precision: str) -> Path:
+        if precision == "full":
+            return model_folder
+        folder = tmp_path_factory.mktemp("stored") / "model"
+        assert main(["--precision", precision, "--base", str(model_folder), "--output", str(folder)]) == 0
+        return folder
+
+    return folder_of
+
+
 def matrices(components: dict[str, Any], eight: dict[str, Any]) -> dict[str, Any]:
     """Ordinary networks, with the matrices that weights in 8 bits stand for."""
     return components | {name: restored_from(eight[name], components[name]) for name in ADAPTED}
@@ -82,20 +97,11 @@ def test_pictures_are_those_of_rounded_sums(
         assert same(made, fresh()) == (not loras)
 
 
-@pytest.mark.parametrize("stored", ["full", "int8", "fp8"])
+@pytest.mark.parametrize("kept", ["full", "int8", "fp8"])
 def test_the_base_is_restored_from_its_files(
-    stored: str,
-    model_folder: Path,
-    files: dict[str, Path],
-    components: dict[str, Any],
-    tmp_path: Path,
-    precision: str,
+    kept: str, stored: Callable[[str], Path], files: dict[str, Path], precision: str
 ) -> None:
-    folder = model_folder
-    if stored != "full":
-        folder = tmp_path / "model"
-        assert main(["--precision", stored, "--base", str(model_folder), "--output", str(folder)]) == 0
-    cascade = Cascade.load(folder, "cpu", "bfloat16", precision=precision)
+    cascade = Cascade.load(stored(kept), "cpu", "bfloat16", precision=precision)
     networks = {"prior": cascade.prior, "decoder": cascade.decoder, "text_encoder": cascade.text.encoder}
     before = {
         name: {key: tensor.clone() for key, tensor in network.state_dict().items()}
@@ -114,17 +120,14 @@ def test_the_base_is_restored_from_its_files(
 
 
 def test_a_base_in_8_bits_may_be_loaded_in_full(
-    model_folder: Path,
+    stored: Callable[[str], Path],
     files: dict[str, Path],
     components: dict[str, Any],
     eight: dict[str, Any],
-    tmp_path: Path,
     precision: str,
 ) -> None:
     """Its files are read again: the matrices that they stand for are restored, and get the adapters."""
-    folder = tmp_path / "model"
-    assert main(["--precision", precision, "--base", str(model_folder), "--output", str(folder)]) == 0
-    cascade = Cascade.load(folder, "cpu", "float32", precision="full")
+    cascade = Cascade.load(stored(precision), "cpu", "float32", precision="full")
     base = cascade.generate(REQUEST)
     expected = make_cascade(trained(matrices(components, eight), (files["a"], 1.0)))
     cascade.generate(request(Lora(files["a"])))

@@ -23,6 +23,7 @@ from cascade.running.placement import MemoryMode
 from cascade.weights.base import FileWeights
 from cascade.weights.errors import WeightsError
 from cascade.weights.lora import Adapter, merged, place
+from tests.components import copied
 from tests.loras.files import full, lora
 from tests.running.test_memory import make_cached, pack
 from tests.tiny import make_cascade
@@ -64,7 +65,7 @@ def trained(components: dict[str, Any], *adapters: tuple[Path, float]) -> dict[s
         for key, weight in state.items():
             changes = [(change, scale) for one, scale in placed for change in one.changes.get(name, {}).get(key, [])]
             state[key] = merged(weight, changes) if changes else weight
-        changed[name] = copy.deepcopy(components[name])
+        changed[name] = copied(components[name])
         changed[name].load_state_dict(state)
     return changed
 
@@ -351,7 +352,7 @@ def test_the_authors_words(mode: str, components: dict[str, Any], tmp_path: Path
     word = table[[vocabulary["x</w>"], vocabulary["y</w>"]]].mean(0) + deltas[0]
 
     changed = dict(components)
-    changed["text_encoder"] = copy.deepcopy(components["text_encoder"])
+    changed["text_encoder"] = copied(components["text_encoder"])
     with torch.no_grad():
         changed["text_encoder"].get_input_embeddings().weight[vocabulary["b</w>"]] += deltas[1]
     save_file({"clip_g": word[None]}, tmp_path / "word.safetensors")

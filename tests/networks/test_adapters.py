@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cascade.kernels.layers import columns, is_ordinary
 from cascade.networks.unet import ResBlock, StableCascadeUNet, TimestepBlock
+from tests.components import copied
 from tests.networks.adapters import WAYS, Wrapper, linear_layers, small_change, wrap
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
@@ -24,28 +25,32 @@ def predict(network: StableCascadeUNet, config: dict) -> Tensor:
         return network(sample, torch.tensor([0.3]), **inputs(config, 1))
 
 
+@pytest.fixture(scope="module")
+def before() -> dict[str, Tensor]:
+    return {stage: predict(network, CONFIGS[stage]) for stage, network in NETWORKS.items()}
+
+
 @pytest.mark.parametrize(("stage", "layer"), CASES)
-def test_an_adapter_is_the_merged_weight(stage: str, layer: str) -> None:
+def test_an_adapter_is_the_merged_weight(stage: str, layer: str, before: dict[str, Tensor]) -> None:
     config, network = CONFIGS[stage], NETWORKS[stage]
     name, first, last = LAYERS[stage][layer]
-    delta, before = small_change(network, name, first, last), predict(network, config)
-    merged = copy.deepcopy(network)
-    WAYS["merge"](merged, name, delta)
+    delta = small_change(network, name, first, last)
+    changed = {way: copied(network) for way in WAYS}
+    for way, change in WAYS.items():
+        change(changed[way], name, delta)
     fresh = StableCascadeUNet(**config).eval()
-    fresh.load_state_dict(merged.state_dict())
+    fresh.load_state_dict(changed["merge"].state_dict())
     expected = predict(fresh, config)
-    assert (expected - before).norm() > 1e-3 * before.norm()
-    for way in WAYS.values():
-        changed = copy.deepcopy(network)
-        way(changed, name, delta)
-        torch.testing.assert_close(predict(changed, config), expected, atol=1e-4, rtol=1e-4)
+    assert (expected - before[stage]).norm() > 1e-3 * before[stage].norm()
+    for one in changed.values():
+        torch.testing.assert_close(predict(one, config), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_only_what_was_changed_differs_in_the_file() -> None:
     network = make(STAGE_C)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     for layer, published in (("to_k", ["to_k.weight"]), ("sca", ["mapper_sca.weight"])):
-        other = copy.deepcopy(network)
+        other = copied(network)
         name, first, last = LAYERS["C"][layer]
         WAYS["merge"](other, name, small_change(network, name, first, last))
         differ = [key for key, tensor in other.state_dict().items() if not torch.equal(tensor, before[key])]

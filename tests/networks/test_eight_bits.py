@@ -1,7 +1,5 @@
 """Weights in 8 bits: how exact they are, and that a network computes with them as with the matrices that they stand for."""
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given
@@ -24,7 +22,7 @@ from cascade.networks.precisions import bytes_of, network_precision
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet
 from cascade.weights.making import make as make_empty
 from cascade.weights.variants import VARIANTS
-from tests.components import in_eight_bits_of, restored_from
+from tests.components import copied, in_eight_bits_of, restored_from
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
 STAGES = pytest.mark.parametrize(
@@ -181,7 +179,7 @@ def test_state_dicts_have_published_names(name: str, config: dict, channels: int
         key for key, tensor in state.items() if tensor.dtype == torch.int8
     }
     assert any(".to_k." in key for key in scales)
-    twin: StableCascadeUNet = copy.deepcopy(eight)
+    twin: StableCascadeUNet = copied(eight)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()

@@ -1,6 +1,5 @@
 """Products in e4m3: how exact they are, which layers have them, and that nothing else changes."""
 
-import copy
 import math
 from typing import Any
 
@@ -20,7 +19,7 @@ from cascade.networks.precisions import converted, network_precision, rounded, w
 from cascade.networks.unet import AttnBlock, GeluResponse, ResBlock, StableCascadeUNet
 from cascade.weights.making import make as make_empty
 from cascade.weights.variants import VARIANTS
-from tests.components import equal, in_eight_bits_of, restored_from
+from tests.components import copied, equal, in_eight_bits_of, restored_from
 from tests.networks.test_eight_bits import STAGES, matrix
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
@@ -309,7 +308,7 @@ def test_state_dicts_have_published_names(name: str, config: dict, channels: int
     assert {key.replace("weight_scale", "weight") for key in scales} == {
         key for key, tensor in state.items() if tensor.dtype in (torch.int8, E4M3)
     }
-    twin = copy.deepcopy(fast)
+    twin = copied(fast)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()

@@ -1,6 +1,5 @@
 """Published tensors in state dicts, stacked layers in memory: both directions, partial and wrong state dicts, gradients."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from cascade.networks import layout
 from cascade.networks.base import without_values
 from cascade.networks.unet import StableCascadeUNet
+from tests.components import copied
 from tests.networks.test_unet import STAGE_B, STAGE_C, inputs, make
 
 CONFIGS = [pytest.param(STAGE_C, id="C"), pytest.param(STAGE_B, id="B")]
@@ -41,7 +41,7 @@ def test_state_dicts_are_those_of_the_published_layers(config: dict) -> None:
     assert not result.unexpected_keys
     assert same(other.state_dict(), reference.state_dict())
     # Nested in another module, as in training.
-    both = nn.ModuleDict({"first": copy.deepcopy(network), "second": nn.Linear(1, 1)})
+    both = nn.ModuleDict({"first": copied(network), "second": nn.Linear(1, 1)})
     assert list(both.state_dict()) == [*(f"first.{key}" for key in state), "second.weight", "second.bias"]
     both["first"].load_state_dict(other.state_dict())
     both.load_state_dict({**both.state_dict(), **{f"first.{key}": tensor for key, tensor in state.items()}})
@@ -132,7 +132,7 @@ def test_from_pretrained(tmp_path: Path, options: dict, shards: bool) -> None:
 def test_copies_are_independent() -> None:
     network = make(STAGE_B)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    twin = copy.deepcopy(network)
+    twin = copied(network)
     assert same(twin.state_dict(), before)
     for tensor in twin.state_dict().values():
         tensor.zero_()

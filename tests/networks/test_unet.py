@@ -1,7 +1,8 @@
 """StableCascadeUNet: published configurations, diffusers' class as a reference, and features that diffusers' class lacks."""
 
-import copy
 import math
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers.models.unets.unet_stable_cascade import StableCascadeUNet as Refe
 
 from cascade.networks.unet import AttnBlock, ResBlock, StableCascadeUNet, timestep_embedding
 from cascade.weights.variants import VARIANTS
+from tests.components import copied
 
 RES, TIME, ATTN = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
 STAGE_C = {
@@ -44,8 +46,15 @@ STAGE_B = {
 
 def make(config: dict, std: float = 0.15) -> StableCascadeUNet:
     """A network in evaluation mode, with random weights so that all of them have an effect."""
+    network = copied(made(tuple(config.items()), std))
+    torch.manual_seed(2)  # whether it was made before or not
+    return network
+
+
+@cache
+def made(config: tuple[tuple[str, Any], ...], std: float) -> StableCascadeUNet:
     torch.manual_seed(0)
-    network = StableCascadeUNet(**config).eval()
+    network = StableCascadeUNet(**dict(config)).eval()
     for tensor in network.state_dict().values():  # views: in the order and the shapes of the published tensors
         torch.nn.init.normal_(tensor, std=std)
     return network
@@ -204,7 +213,7 @@ def test_timestep_embedding_is_float32():
 def test_bfloat16_weights_keep_the_float32_timestep(config, channels):
     """Latents stay float32, and two timesteps that are equal in bfloat16 give different results."""
     network = make(config)
-    half = copy.deepcopy(network).to(torch.bfloat16)
+    half = copied(network).to(torch.bfloat16)
     sample, conditions = torch.randn(2, channels, 8, 8), inputs(config)
     ratio = torch.tensor([0.9497, 0.9497])
     out = half(sample, ratio, **conditions)
@@ -221,7 +230,7 @@ def test_bfloat16_weights_keep_the_residual_stream_in_float32(config):
     layers = tuple(4 * count for count in config["down_num_layers_per_block"])
     config = config | {"down_num_layers_per_block": layers, "up_num_layers_per_block": layers[::-1]}
     exact = make(config, std=0.1).to(torch.bfloat16).float()
-    half = copy.deepcopy(exact).to(torch.bfloat16)
+    half = copied(exact).to(torch.bfloat16)
     reference = Reference(**config).to(torch.bfloat16).eval()
     reference.load_state_dict(half.state_dict())
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -85,6 +85,7 @@ def test_a_model_without_embeddings() -> None:
             read("embedding:one", comfyui.tokenizer(), Embeddings(4, folder), weighting=True)
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(st.text(max_size=60))
 def test_tokens_say_where_they_begin(prompt: str) -> None:
     """In order, and so that the rest of the prompt, from there on, has the rest of the tokens."""

@@ -1,6 +1,5 @@
 """Memory modes: which one is chosen, and that every network has its weights when it runs."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from cascade.running.placement import ALWAYS, GIB, MODES, MemoryMode, choose_mem
 from cascade.running.streaming import divide, least
 from cascade.stages.text import TextEncoder
 from cascade.weights import NETWORKS, ModelFolder
+from tests.components import copied
 from tests.tiny import make_cascade
 
 PUBLISHED = {
@@ -113,7 +113,7 @@ def watch_reads(network: torch.nn.Module, uploader: LateUploader) -> None:
 def pack(components: dict[str, Any]) -> dict[str, HostWeights]:
     """Copies."""
     return {
-        name: HostWeights(copy.deepcopy(part), pin=False)
+        name: HostWeights(copied(part), pin=False)
         for name, part in components.items()
         if name in NETWORKS and name not in ALWAYS
     }
@@ -238,7 +238,7 @@ def test_blocks_run_in_the_order_that_is_told() -> None:
 def test_streamed_blocks_have_their_weights(part: float) -> None:
     """For any number of staying blocks, any order of forwards and conditions, and another network in between."""
     prior = make_prior()
-    plain = copy.deepcopy(prior)
+    plain = copied(prior)
     weights = {"prior": HostWeights(prior, pin=False), "other": HostWeights(torch.nn.Linear(100, 100), pin=False)}
     lowest = least(weights["prior"])
     room = int(lowest + part * (weights["prior"].size - lowest))

@@ -1,6 +1,5 @@
 """Packed networks: moving their bytes changes neither values nor layout."""
 
-import copy
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +13,7 @@ from cascade.kernels.layers import put_channels_side_by_side
 from cascade.networks.unet import ResBlock, StableCascadeUNet
 from cascade.running.packing import ALIGNMENT, HostWeights
 from cascade.weights import NETWORKS
+from tests.components import copied
 
 
 def forward(prior: StableCascadeUNet) -> Tensor:
@@ -34,7 +34,7 @@ def elsewhere(packed: HostWeights) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_nothing_of_a_network_changes(components: dict[str, Any], name: str) -> None:
-    network = copy.deepcopy(components[name]).to(torch.bfloat16)
+    network = copied(components[name]).to(torch.bfloat16)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     packed = HostWeights(network, pin=False)
     assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (*network.parameters(), *network.buffers()))
@@ -47,7 +47,7 @@ def test_nothing_of_a_network_changes(components: dict[str, Any], name: str) -> 
 
 
 def test_a_network_computes_the_same_wherever_its_tensors_are(components: dict[str, Any]) -> None:
-    prior = copy.deepcopy(components["prior"])
+    prior = copied(components["prior"])
     expected = forward(prior)
     for block in prior.blocks():
         if isinstance(block, ResBlock):
@@ -68,7 +68,7 @@ def test_a_network_computes_the_same_wherever_its_tensors_are(components: dict[s
 
 def test_only_matrices_of_blocks_are_apart(components: dict[str, Any]) -> None:
     """A bias is read by the following block, so it must stay when its own block is done."""
-    packed = HostWeights(copy.deepcopy(components["prior"]), pin=False)
+    packed = HostWeights(copied(components["prior"]), pin=False)
     assert len(packed.bounds) == len(packed.blocks) + 2
     for block, (first, last) in zip(packed.blocks, pairwise(packed.bounds[1:]), strict=True):
         start = packed.host.data_ptr()

@@ -53,6 +53,7 @@ def test_large_pictures_have_kernels_of_their_own() -> None:
         assert more == kinds * len(widths) > 0
 
 
+@pytest.mark.slow
 def test_the_compiler_is_not_imported() -> None:
     program = """
 import sys, torch
