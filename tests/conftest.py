@@ -41,7 +41,6 @@ LONGEST = (
     "tests/hub/test_save.py",
     "tests/kernels/test_compiled.py",
     "tests/kernels/test_interpreted.py",
-    "tests/weights/test_sources.py",
     "tests/weights/test_folder.py",
     "tests/weights/lora/test_writing.py",
     "tests/test_pipeline.py",
