@@ -237,7 +237,7 @@ def test_the_recipe_for_the_published_model_fits_it() -> None:
     [
         ("ip_adapter_network.feature_dim = 24", "feature_dim is 24"),
         ("ip_adapter_network.conditioning_dim = 8", "conditioning_dim is 8"),
-        ("ip_adapter_network.blocks = [0, 9]", "attention block 9 of Stage C, which has 4, from 0."),
+        ("ip_adapter_network.blocks = [0, 9]", " has 4 attention blocks, from 0 to 3."),
         ("ip_adapter_network.style_blocks = [1]", "style_blocks is (1,); each must be one of blocks, (0, 3)"),
         ("ip_adapter.task.drop_text = 1.5", "drop_text is 1.5; it must be from 0 to 1."),
         ("- ip_adapter_network", "The configuration has no table [ip_adapter_network], which ip_adapter needs."),
