@@ -883,6 +883,7 @@ def set_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Predictor:
     return predictor
 
 
+@pytest.mark.slow
 def test_setup_says_what_it_did(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1049,6 +1050,7 @@ def test_cog_yaml() -> None:
     assert "python -m compileall" in build["run"][0]
 
 
+@pytest.mark.slow
 def test_every_package_of_the_container_is_imported_there() -> None:
     sources = [
         ROOT / "predict.py",

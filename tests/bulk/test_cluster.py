@@ -147,6 +147,7 @@ def test_kills_lose_nothing_and_make_nothing_twice(
     assert await_ends(killed.family) == [], "nor is an agent of the killed driver left"
 
 
+@pytest.mark.slow
 def test_what_is_counted_survives_a_worker() -> None:
     from bulk.cluster import ATTEMPTS
 

@@ -242,6 +242,7 @@ def test_a_picture_is_scaled_to_the_bit_as_it_was_after_reading(tmp_path: Path, 
         assert mask.tobytes() == whole.convert("L").resize(size, Image.Resampling.BOX).tobytes()
 
 
+@pytest.mark.slow
 def test_a_large_jpeg_is_shrunk_while_it_is_decoded(tmp_path: Path) -> None:
     """The result is nearly that of the whole picture."""
     shape = Image.radial_gradient("L").resize((3000, 2000))
@@ -542,6 +543,7 @@ STORED = [(kind, mode) for kind, modes in MODES.items() for mode in modes]
 UNTURN = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stored=st.sampled_from(STORED),

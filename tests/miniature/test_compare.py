@@ -82,6 +82,7 @@ def drawings() -> torch.Tensor:
     return (coarse.repeat_interleave(8, 2).repeat_interleave(8, 3) * 255).byte()
 
 
+@pytest.mark.slow
 def test_settings_are_compared_on_the_same_prompts_and_seeds(tiny: Cascade, drawings: torch.Tensor) -> None:
     prompts = make_prompts(NAMES, STYLES, 5, count=12, two=6)
     assert [len(prompt.objects) for prompt in prompts] == [1] * 6 + [2] * 6

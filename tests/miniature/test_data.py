@@ -105,6 +105,7 @@ def test_empty_drawing_is_an_error() -> None:
         render_drawing('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"></svg>')
 
 
+@pytest.mark.slow
 def test_packed_drawings_come_back_premultiplied_and_in_order(tmp_path) -> None:
     pytest.importorskip("resvg_py")
     sets = [{"dot": svg("#ff0000")}, {"dot": svg("#00ff00")}, {"dot": svg("#0000ff")}]

@@ -61,6 +61,7 @@ def test_pairs_for_the_ip_adapter(tmp_path: Path) -> None:
     assert torch.equal(drawn, same)
 
 
+@pytest.mark.slow
 def test_both_splits_share_the_drawings(tmp_path: Path) -> None:
     drawings = Drawings(pack(("apple", "pear"), tmp_path / "drawings.zip"), scenes=2, unseen=2, seed=0)
     options = {"size": (64, 64), "device": torch.device("cpu")}

@@ -101,6 +101,7 @@ def test_true_scenes_score_highly_and_wrong_ones_do_not() -> None:
     assert mean(scores["background"]) < 0.5
 
 
+@pytest.mark.slow
 def test_sharpness_falls_with_a_blur() -> None:
     names = NAMES[:10]
     prompts = [prompt for prompt in make_prompts(names, STYLES, 5, 28) if prompt.style]
@@ -137,6 +138,7 @@ def test_scores_are_what_was_asked() -> None:
     assert "both objects first, seen" not in scores
 
 
+@pytest.mark.slow
 def test_every_picture_is_what_the_engine_makes_alone(tiny: Cascade) -> None:
     """To the bit but for text, of which pictures are made several at a time."""
     prompts = make_prompts(NAMES[:10], STYLES, 5, 6)

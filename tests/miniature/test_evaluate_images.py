@@ -182,6 +182,7 @@ def test_canny_compares_with_and_without_on_scenes_that_prompts_leave_open(scene
     assert outcome.pictures["canny with ControlNet"] == [scene.image for scene in open_scenes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_canny", [True, False])
 def test_a_cascade_is_judged_by_the_pictures_that_it_makes(
     components: Mapping[str, object],

@@ -78,6 +78,7 @@ def test_cases_are_drawn_by_their_seed(cases: list[Case]) -> None:
     assert all(two.seed - one.seed == SEEDS for one, two in pairwise(cases))
 
 
+@pytest.mark.slow
 def test_who_does_all_right_gets_all(judge: Judge, cases: list[Case]) -> None:
     by_image = {one.image.tobytes(): one for one in cases}
 
@@ -103,6 +104,7 @@ def test_who_does_all_right_gets_all(judge: Judge, cases: list[Case]) -> None:
     assert said.count("100.0 %") == 8
 
 
+@pytest.mark.slow
 def test_who_copies_the_reference(judge: Judge, cases: list[Case]) -> None:
     """Has its drawing, and neither the prompt's background nor its object, nor four different pictures."""
     outcomes = evaluate(lambda request: list(request.image_prompts) * request.num_images, judge, cases, WAY)
@@ -115,6 +117,7 @@ def test_who_copies_the_reference(judge: Judge, cases: list[Case]) -> None:
     assert mean(other["reference's object first"]) == mean(other["likeness"]) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_style_is_judged_by_itself(judge: Judge, cases: list[Case]) -> None:
     by_image = {one.image.tobytes(): one for one in cases}
 

@@ -45,6 +45,7 @@ def blurred(pictures: Tensor) -> Tensor:
     return torch.nn.functional.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda x: x, blurred, lambda x: x + 0.02 * torch.sin(1e4 * x)])
 def test_objects_of_real_scenes_are_named(scenes: tuple, change) -> None:
     plans, pictures = scenes

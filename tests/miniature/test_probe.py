@@ -22,6 +22,7 @@ def test_a_linear_rule_is_learned_and_noise_is_not() -> None:
     assert (shuffled(inputs[3000:]).argmax(1) == labels[3000:]).float().mean() < 0.5
 
 
+@pytest.mark.slow
 def test_a_tower_is_judged_on_unseen_scenes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = CLIPVisionConfig(
         hidden_size=16,

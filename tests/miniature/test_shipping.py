@@ -266,6 +266,7 @@ def test_infinite_weights_are_not_shipped(
     assert snapshot(shipped) == before
 
 
+@pytest.mark.slow
 def test_loras_and_scores(ship: Ship, shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each call writes what it is given, and leaves the rest of the card."""
     lora = tmp_path / "runs" / "pim" / "lora.safetensors"

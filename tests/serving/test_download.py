@@ -120,6 +120,7 @@ def test_three_gigabytes_end_at_the_limit(web: Web, target: Path) -> None:
     assert web.sent < 150e6
 
 
+@pytest.mark.slow
 def test_it_can_be_stopped(web: Web, target: Path) -> None:
     for path in ("slow-body", "silent", "drip"):
         stop = threading.Event()
@@ -131,6 +132,7 @@ def test_it_can_be_stopped(web: Web, target: Path) -> None:
         assert not target.exists()
 
 
+@pytest.mark.slow
 def test_a_resolver_and_a_handshake_that_take_for_ever(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with raw_server(lambda connection: time.sleep(5)) as port:
         assert fail(f"https://127.0.0.1:{port}/", target, QUICK) == "it took longer than 0.6 seconds"

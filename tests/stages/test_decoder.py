@@ -165,6 +165,7 @@ def make_deep_stage_a(blocks: int = 12, levels: int = 2) -> StageA:
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "levels"), [(12, 2), (3, 3), (1, 1)])
 @pytest.mark.parametrize("tile", [1, 7, 24, 40, 100])
 def test_tiles_have_no_seams(blocks: int, levels: int, tile: int) -> None:

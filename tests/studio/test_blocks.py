@@ -40,6 +40,7 @@ def sent(kind: type, *returned: Mapping[str, Any]) -> list[list[Any]]:
     return asyncio.run(all_of_them())
 
 
+@pytest.mark.slow
 def test_what_is_sent_is_what_gradio_sends() -> None:
     import gradio as gr
 

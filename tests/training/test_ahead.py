@@ -94,6 +94,7 @@ def test_a_signal_leaves_no_temporary_folder(number: int) -> None:
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.slow
 def test_a_stage_waits_only_while_the_process_lives(tmp_path: Path) -> None:
     """Also if the recipe has ended; and not at all for one that has ended already, or was never there."""
     compile_log.wait_until_compiled(tmp_path)

@@ -85,6 +85,7 @@ def test_a_training_that_an_earlier_version_began(tmp_path: Path) -> None:
         assert not torch.equal(tensor, whole.state_dict()[f"prior.{name}"])
 
 
+@pytest.mark.slow
 def test_a_training_of_this_version(tmp_path: Path) -> None:
     whole = Denoise(StableCascadeUNet)
     fit(whole, OPTIONS, tmp_path / "whole", tmp_path / "whole_model")

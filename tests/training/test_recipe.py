@@ -142,6 +142,7 @@ def calls(folder: Path) -> list[str]:
     return [line.rstrip() for line in (folder / "calls").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_later_stages_are_compiled_ahead(
     ahead: Callable[[str], Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +164,7 @@ def test_later_stages_are_compiled_ahead(
     assert costs_table(made).splitlines()[-4].startswith("| compiled ahead |  |  | 0.0 |")
 
 
+@pytest.mark.slow
 def test_a_stage_that_could_not_be_compiled_ahead_is_trained(
     ahead: Callable[[str], Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +174,7 @@ def test_a_stage_that_could_not_be_compiled_ahead_is_trained(
     assert all((tmp_path / "run" / stage / "finished").exists() for stage in STAGES_OF_IT)
 
 
+@pytest.mark.slow
 def test_a_stage_starts_though_it_is_still_compiled_ahead(ahead: Callable[[str], Recipe], tmp_path: Path) -> None:
     """It waits itself, before its first step. What still compiles at the end is ended."""
     recipe = ahead("echo $$ >> $here/pids; exec sleep 60")
@@ -182,6 +185,7 @@ def test_a_stage_starts_though_it_is_still_compiled_ahead(ahead: Callable[[str],
     assert all(not Path("/proc", pid).exists() for pid in (tmp_path / "pids").read_text().split())
 
 
+@pytest.mark.slow
 def test_what_hangs_is_ended(
     ahead: Callable[[str], Recipe], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +224,7 @@ def test_what_compiles_ahead_ends_with_the_recipe(why: str, ahead: Callable[[str
     assert not alive()
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_ahead_without_a_gpu(
     ahead: Callable[[str], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

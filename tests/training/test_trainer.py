@@ -117,6 +117,7 @@ class Recomputing(Line):
         return {"loss": (made - y).square().mean()}
 
 
+@pytest.mark.slow
 def test_parts_that_a_task_has_compiled_are_compiled_in_both_passes(tmp_path: Path) -> None:
     """Otherwise torch finds that what it computes again is not what it computed first."""
     task = Recomputing()

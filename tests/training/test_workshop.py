@@ -44,6 +44,7 @@ def test_a_new_model_folder_keeps_the_scale(scaled: Path, tmp_path: Path) -> Non
     assert (configured if made.stage_a_scale is None else made.stage_a_scale) == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [None, 0.5])
 def test_a_new_stage_a_has_the_scale_that_it_is_decoded_with(tmp_path: Path, own: float | None) -> None:
     """Also if the configuration leaves out its scale and width, and scripts/save-weights makes the model folder.

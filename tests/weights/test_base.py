@@ -37,6 +37,7 @@ def current(name: str) -> Tensor:
     raise AssertionError(f"{name} is in the file")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [1, 500, base.AHEAD])
 @pytest.mark.parametrize("block", [1, 100, blocks.BLOCK])
 def test_tensors_come_in_order_and_to_the_bit(

@@ -568,6 +568,7 @@ def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(one.shape) for key, one in make(variant.network, variant.config).state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "option", "sentence"),
     [
@@ -604,6 +605,7 @@ def test_a_tensor_that_does_not_fit(refuse: Refuse, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_lite_network_with_the_full_one_s_configuration(refuse: Refuse, tmp_path: Path) -> None:
     full_shapes, lite_shapes = published_shapes("prior"), published_shapes("prior_lite")
     key = next(key for key in full_shapes if full_shapes[key] != lite_shapes[key])

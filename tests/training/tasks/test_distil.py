@@ -97,6 +97,7 @@ def test_the_student_beats_its_teacher_in_as_few_steps(
     assert all(torch.equal(value, teacher[name]) for name, value in task.networks["teacher"].state_dict().items())
 
 
+@pytest.mark.slow
 @TASKS
 def test_a_batch_has_the_steps_of_the_teachers_paths(components: dict[str, Any], kind: type[Distillation]) -> None:
     task = make_task(components, kind, own=0.0)

@@ -55,6 +55,7 @@ def batch(task: StageBTask, index: int) -> dict[str, Tensor]:
     return task.batch(index, 3, step_generator(0, index, 0, CPU))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 24])
 def test_every_batch_has_the_latents_of_its_own_pictures_at_one_scale(components: dict[str, Any], count: int) -> None:
     task = make_task(components, count=count, other_scales=0.8)
@@ -94,6 +95,7 @@ def test_one_latent_stands_for_so_many_pixels() -> None:
     assert at_scale(pixels[..., :64, :64], 64.0).shape[-2:] == (32, 32)
 
 
+@pytest.mark.slow
 def test_the_ends_of_the_range_are_evaluated(components: dict[str, Any]) -> None:
     with torch.no_grad():
         figures, _ = make_task(components, other_scales=0.5).eval().evaluate()

@@ -82,6 +82,7 @@ def example(folder: Path) -> Path:
     return folder / "fernando.safetensors"
 
 
+@pytest.mark.slow
 def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     source, target = example(tmp_path), tmp_path / "new.safetensors"
     with caplog.at_level(logging.INFO):
@@ -117,6 +118,7 @@ def test_others_can_read_what_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "one.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With files of the kinds that they name: a folder that PEFT wrote, and the authors' file and settings."""
     monkeypatch.chdir(tmp_path)
