@@ -56,9 +56,8 @@ def run(train: Callable[[], None], name: str = "") -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs six lines a checkpoint
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.WARNING
-    )  # it names the scratch folder that a component is saved to
+    # It names the scratch folder that a component is saved to.
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take a moment
     try:
         train()
