@@ -15,6 +15,7 @@ from scripts.benchmarking import CASES, floor, table
 MACHINE = {"gpu": "NVIDIA H200", "torch": "2.11.0", "cuda": "13.0", "runs": 5, "matmul_rate": 800.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*stand_ins.PLACES, "image_encoder"])
 def test_stand_ins_have_the_published_sizes(name: str) -> None:
     """Without memory. Sizes in millions of parameters are those of the published files."""

@@ -167,6 +167,7 @@ def test_what_is_counted_survives_a_worker() -> None:
     assert ATTEMPTS > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("there", "workers", "device", "found"),
     [

@@ -54,6 +54,7 @@ def test_scaled_in_bands_as_whole(
     assert scaled.size == same_shape.size
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]),

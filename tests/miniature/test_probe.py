@@ -12,6 +12,7 @@ from miniature import probe
 from tests.miniature.small import pack
 
 
+@pytest.mark.slow
 def test_a_linear_rule_is_learned_and_noise_is_not() -> None:
     torch.manual_seed(0)
     inputs, rule = torch.randn(4000, 8), torch.randn(8, 5)

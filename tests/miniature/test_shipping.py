@@ -117,6 +117,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_everything_anew(ship: Ship, shipped: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = digests(shipped)
     finish(trained, *ORDER)
@@ -158,6 +159,7 @@ def test_what_the_recipe_leaves_out(
     assert opened.distilled() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [("ip_adapter",), ("distil_c", "distil_b"), ("previewer", "ip_adapter")])
 def test_one_thing_more(ship: Ship, shipped: Path, trained: Path, stages: tuple[str, ...]) -> None:
     """All else stays, the times of earlier trainings, too."""
@@ -253,6 +255,7 @@ def test_a_folder_that_would_be_too_large(
     assert snapshot(shipped) == before
 
 
+@pytest.mark.slow
 def test_infinite_weights_are_not_shipped(
     ship: Ship, shipped: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

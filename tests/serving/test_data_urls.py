@@ -50,6 +50,7 @@ def test_what_cannot_be_decoded(url: str) -> None:
     assert decoded(url) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", ["%41", "%", "A", "=", "!", "é"])
 @pytest.mark.parametrize("head", ["data:,", "data:image/png;base64,"])
 def test_a_long_one(head: str, sign: str) -> None:

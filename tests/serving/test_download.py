@@ -64,6 +64,7 @@ def test_redirects_are_followed_and_other_hosts_get_no_token(web: Web, target: P
     assert "Authorization" not in other.headers[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "reason"),
     [

@@ -62,6 +62,7 @@ def test_what_is_sent_is_what_gradio_sends() -> None:
     assert made == theirs
 
 
+@pytest.mark.slow
 def test_no_component_is_made_for_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     import gradio as gr
 

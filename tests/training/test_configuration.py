@@ -172,6 +172,7 @@ def test_a_file_that_is_no_toml(
     assert capsys.readouterr().err == f"There is no configuration file {config}.\n"
 
 
+@pytest.mark.slow
 def test_right_configurations_pass(tmp_path: Path) -> None:
     for config in (read_configuration(MINI), read_configuration(write_config(tmp_path))):
         for stage in ("tokenizer", "stage_a", "stage_c", "controlnet_canny"):

@@ -78,6 +78,7 @@ def recipe(tmp_path: Path) -> Recipe:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_decides_the_exit_code(
     recipe: Recipe, tmp_path: Path, number: int, capsys: pytest.CaptureFixture[str]
@@ -196,6 +197,7 @@ def test_what_hangs_is_ended(
     assert "semantic: not compiled ahead: it took longer than 0 s\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", ["signal", "deadline", "failure"])
 def test_what_compiles_ahead_ends_with_the_recipe(why: str, ahead: Callable[[str], Recipe], tmp_path: Path) -> None:
     """At the deadline, though the stages still run."""

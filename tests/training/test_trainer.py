@@ -86,6 +86,7 @@ def test_a_deadline_saves_and_says_that_work_is_left(tmp_path: Path) -> None:
     assert not task.seen
 
 
+@pytest.mark.slow
 def test_training_learns_and_writes_samples(tmp_path: Path) -> None:
     task = Line()
     task.dropout.p = 0.0
@@ -143,6 +144,7 @@ class Normalised(Line):
         return {}, Image.new("RGB", (4, 4))
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_weights_that_are_saved(tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=60, learning_rate=5e-2, decay=0, ema=0.99)
     fit(Normalised(), options, tmp_path / "run", tmp_path / "model")

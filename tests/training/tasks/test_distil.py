@@ -117,6 +117,7 @@ def test_a_batch_has_the_steps_of_the_teachers_paths(components: dict[str, Any],
     assert task.many.steps == 3 * task.turbo.steps
 
 
+@pytest.mark.slow
 @TASKS
 def test_a_new_student_steps_as_its_teacher_without_guidance(
     components: dict[str, Any], kind: type[Distillation]

@@ -78,6 +78,7 @@ def test_every_batch_has_the_latents_of_its_own_pictures_at_one_scale(components
     assert 2 <= seen[None] <= 12  # a fifth of 30
 
 
+@pytest.mark.slow
 def test_without_other_scales_nothing_changes(components: dict[str, Any]) -> None:
     """The network is given what it would make of the latents itself."""
     task = make_task(components)
