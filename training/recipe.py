@@ -415,7 +415,9 @@ def train_all(
         at_once: how many stages may run at the same time. They are spread over the GPUs; a stage on several GPUs has them for
             itself.
         deadline: wall-clock time (`time.time`) at which stages save and end, and no more are started.
-        copy_to: gets what each finished stage made, in the layout of ``output``, so that training can continue elsewhere.
+        copy_to: gets what each finished stage made, in the layout of ``output``, so that training can continue elsewhere. It gets
+            nothing of a stage that was stopped: its weights without its checkpoint would be taken for the earlier stage's, and
+            trained further from its first step on.
         compile_ahead: how many stages that cannot start yet may be compiled at the same time, if there are GPUs.
 
     Returns:

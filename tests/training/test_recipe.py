@@ -106,6 +106,22 @@ def test_a_failed_stage_stops_the_others(recipe: Recipe, tmp_path: Path, capsys:
     assert capsys.readouterr().out == "stage_c: no memory\nstage_b: ready\n"
 
 
+def test_a_stage_that_was_stopped_leaves_no_copy(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it has written its components: elsewhere, without its checkpoint, its steps would begin anew with these weights."""
+    recipe.copy_to = tmp_path / "kept"
+    for stage, component in (("stage_a", "vqgan"), ("stage_c", "prior")):
+        (recipe.output / "model" / component).mkdir(parents=True)
+        recipe.running.append(standing_in(stage, "", tmp_path / f"{stage}.log"))
+    (recipe.output / "stage_a").mkdir()
+    (recipe.output / "stage_a" / FINISHED).touch()
+    assert recipe.train() == 0
+    kept = {str(path.relative_to(recipe.copy_to)) for path in recipe.copy_to.rglob("*")}
+    assert kept == {"model", "model/vqgan", "recipe.json", "stage_a", "stage_a/finished"}
+    assert "stage_c: the time is up; call again to go on\n" in capsys.readouterr().out
+
+
 # Stands for Python: each stage finishes soon, and ends a little later; what compiles ahead does as the file ``ahead`` says.
 # All calls are in ``calls``, with their GPUs.
 PYTHON = """#!/bin/sh
