@@ -20,7 +20,7 @@ from training.errors import TrainingError
 from training.recipe import Ledger, Recipe, Running, costs, costs_table, last_line
 from training.record import Record, Session
 from training.run import FINISHED
-from training.stages import STAGES, waits_for
+from training.stages import ORDER, STAGES, waits_for
 
 # As torchrun 2.11 writes it, shortened.
 TORCHRUN = """
@@ -346,13 +346,13 @@ def test_several_gpus_are_all_if_there_are_fewer(lasting: Callable[..., Recipe])
     st.integers(1, 6),
     st.randoms(),
 )
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_stage_has_its_turn(
     lasting: Callable[..., Recipe], gpus: list[str], wanted: dict[str, int], at_once: int, draws: random.Random
 ) -> None:
-    """In whatever order stages end. Until the first one in line starts, the GPUs that it waits for only become freer."""
+    """In whatever order stages end. While the first one in line waits, no later one makes the GPUs that it waits for fuller."""
     recipe = lasting(",".join(gpus), wanted, at_once)
-    line, before = "", math.inf
+    first, before, earlier = "", math.inf, set()
     running = end(recipe)
     while recipe.unfinished:
         assert 0 < len(running) <= at_once
@@ -365,8 +365,9 @@ def test_every_stage_has_its_turn(
         if waiting:
             count = min(wanted.get(waiting[0], 1), len(gpus))
             load = sum(sorted(loads.values())[:count])
-            assert waiting[0] != line or load <= before
-            line, before = waiting[0], load
+            ahead = set(ORDER[: ORDER.index(waiting[0])]).intersection(running)
+            assert waiting[0] != first or load <= before or ahead - earlier
+            first, before, earlier = waiting[0], load, ahead
             alone = {gpu for own in running.values() if len(own) > 1 for gpu in own}
             room = [gpu for gpu in gpus if (loads[gpu] == 0 if count > 1 else gpu not in alone)]
             assert len(running) == at_once or len(room) < count
