@@ -58,8 +58,8 @@ def fit(
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; a checkpoint has been saved.
-        TrainingError: the checkpoint does not fit, the weights are no longer finite, the training has come apart, a step needs more
-            memory than there is or cannot be compiled, or a file cannot be written.
+        TrainingError: the checkpoint does not fit, the weights are no longer finite, the training has come apart, a step needs
+            more memory than there is or cannot be compiled, or a file cannot be written.
     """
     return Trainer(task, options, folder, model, time.time() if began is None else began).run(deadline)
 
