@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from cascade.networks.unet import TIMESTEP_CONDITIONS, StableCascadeUNet
 from training.objective import LossWeight
 from training.randomness import step_generator
 
@@ -21,6 +22,20 @@ def frozen(**networks: nn.Module) -> dict[str, nn.Module]:
         name: network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         for name, network in networks.items()
     }
+
+
+def fix_constant_conditions(network: StableCascadeUNet) -> StableCascadeUNet:
+    """Leaves the weights of the timestep conditions "sca" and "crp" as they are; returns the network.
+
+    In training both are 0, whose embedding is 32 zeros and 32 ones. So such a mapper is a constant, and its 32 weights for a
+    channel get the same gradient. Adam moves each by the learning rate, and the constant 32 times as far: it scales the residual
+    stream in every block, so that the stream explodes. The mapper of the timestep has a bias for what is constant.
+    """
+    mappers = network.timestep_mappers
+    for name in () if mappers is None else mappers.names:
+        if name in TIMESTEP_CONDITIONS:
+            getattr(mappers, name).requires_grad_(False)
+    return network
 
 
 class Task(nn.Module, ABC):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from cascade.weights import DISTILLED, ModelFolder
 from cascade.weights.settings import PUBLISHED_STAGE_A_SCALE
 from scripts import save_weights
 from tests.conftest import MINI
-from tests.training.small import write_config
+from tests.training.small import write_config, write_pictures
 from training.assemble import assemble
 from training.configuration import read_configuration
 from training.errors import TrainingError
+from training.options import Options
+from training.trainer import fit
 from training.workshop import Workshop, load_component
 
 
@@ -98,3 +101,22 @@ def test_an_adapter_for_few_steps_is_kept_while_it_fits(model_folder: Path, tmp_
 def add_one(file: Path) -> None:
     tensors = load_file(file)
     save_file({name: one + 1 if one.is_floating_point() else one for name, one in tensors.items()}, file)
+
+
+@pytest.mark.parametrize("stage", ["semantic", "stage_b", "stage_c"])
+def test_timestep_conditions_that_are_constant_are_not_trained(stage: str, model_folder: Path, tmp_path: Path) -> None:
+    """Their weights all have the gradient of one bias, which they would move so many times as far."""
+    pictures = write_pictures(tmp_path / "pictures", 20)
+    (tmp_path / "model").symlink_to(model_folder)
+    config = read_configuration(write_config(tmp_path))
+    shop = Workshop(config, pictures, tmp_path, torch.device("cpu"))
+    options = Options(**config[stage]["options"])
+    task = shop.build(stage, options, resumes=False)
+    mappers = {name: one for name, one in task.named_parameters() if "timestep_mappers" in name}
+    constant = {name for name in mappers if ".sca." in name or ".crp." in name}
+    assert constant
+    assert {name for name, one in mappers.items() if not one.requires_grad} == constant
+    before = {name: mappers[name].detach().clone() for name in constant}
+    assert fit(task, replace(options, compile=False), tmp_path / stage, tmp_path / "made")
+    for name in constant:
+        assert torch.equal(mappers[name].detach(), before[name])

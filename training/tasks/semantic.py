@@ -23,7 +23,7 @@ from cascade.stages.encoder import for_encoder
 from training.dataset import Dataset
 from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid_noise, sample_timesteps
 from training.pictures import for_previewer, grid, psnr
-from training.task import DiffusionTask
+from training.task import DiffusionTask, fix_constant_conditions
 from training.tasks.stage_b import repaint
 from training.values import Amount, Share
 
@@ -54,7 +54,7 @@ class SemanticTask(DiffusionTask):
         drop_text: Share,
     ) -> None:
         super().__init__()
-        self.decoder, self.effnet, self.previewer = decoder, effnet, previewer
+        self.decoder, self.effnet, self.previewer = fix_constant_conditions(decoder), effnet, previewer
         self.frozen = {
             "vqgan": vqgan.eval().requires_grad_(False),
             "text_encoder": text_encoder.eval().requires_grad_(False),

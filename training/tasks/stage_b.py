@@ -23,7 +23,7 @@ from training.objective import diffusion_losses, keep_mask, loss_weight, pyramid
 from training.pictures import grid, psnr
 from training.sampling import semantic_to_pixels
 from training.shapes import Shapes
-from training.task import DiffusionTask
+from training.task import DiffusionTask, fix_constant_conditions
 from training.values import Amount, Share
 
 SCALES = (32.0, 36.6, 51.2, 64.0)
@@ -85,7 +85,7 @@ class StageBTask(DiffusionTask):
         other_scales: Share = 0.0,
     ) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder = fix_constant_conditions(decoder)
         self.weight = loss_weight(**weight)
         self.pyramid, self.semantic_noise = pyramid, semantic_noise
         self.drop_semantic, self.drop_text = drop_semantic, drop_text

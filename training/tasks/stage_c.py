@@ -22,7 +22,7 @@ from training.objective import diffusion_losses, keep_mask, loss_weight, sample_
 from training.pictures import grid
 from training.sampling import text_to_semantic
 from training.shapes import Shapes
-from training.task import DiffusionTask
+from training.task import DiffusionTask, fix_constant_conditions
 from training.values import Share
 
 
@@ -64,7 +64,7 @@ class PriorTask(DiffusionTask):
 
     def __init__(self, prior: StableCascadeUNet, weight: Mapping[str, Any]) -> None:
         super().__init__()
-        self.prior = prior
+        self.prior = fix_constant_conditions(prior)
         self.weight = loss_weight(**weight)
 
     def forward(
