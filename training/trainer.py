@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from cascade.running.errors import is_out_of_memory
 from training.compile_log import wait_until_compiled
+from training.divergence import Divergence
 from training.errors import TrainingError, summary, writing
 from training.interruption import Interruption, Stopped
 from training.options import Options, compiles, learning_rate_factor
@@ -57,8 +58,8 @@ def fit(
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; a checkpoint has been saved.
-        TrainingError: the checkpoint does not fit, the weights are no longer finite, a step needs more memory than there is or
-            cannot be compiled, or a file cannot be written.
+        TrainingError: the checkpoint does not fit, the weights are no longer finite, the training has come apart, a step needs
+            more memory than there is or cannot be compiled, or a file cannot be written.
     """
     return Trainer(task, options, folder, model, time.time() if began is None else began).run(deadline)
 
@@ -92,6 +93,7 @@ class Trainer:
         self.first = self.progress.step
         self.record, self.clock = self._begin_record(began)
         self.saved = time.time()
+        self.divergence = Divergence()
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +207,11 @@ class Trainer:
         return {name: to_channels_last(value) for name, value in batch.items()}
 
     def _log(self, outputs: dict[str, Tensor], bar: tqdm) -> None:
-        """Logs the scalars of every hundredth step, or of fifty steps in all if there are few."""
+        """Logs the scalars of every hundredth step, or of fifty steps in all if there are few.
+
+        Raises:
+            TrainingError: the training has come apart.
+        """
         step = self.progress.step
         if step % max(1, min(100, self.options.steps // 50)):
             return
@@ -213,6 +219,12 @@ class Trainer:
         bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()}, refresh=False)
         rate = self.options.learning_rate * learning_rate_factor(step - 1, self.options)
         self.accelerator.log({**figures, "learning_rate": rate}, step=step)
+        if any(self._agree(self.divergence.see(step, figures))):
+            raise TrainingError(
+                f"{self.folder.name}: at step {step}, the error is {self.divergence.mean:.2f} of that of predicting nothing: the "
+                "training has come apart. The last checkpoint is kept. The learning_rate, "
+                f"{self.options.learning_rate}, may be too large."
+            )
 
     def save(self) -> None:
         """Saves a checkpoint and the record."""

@@ -1,5 +1,6 @@
 """Training where it is meant to run: compiled on one GPU; on two, by accelerate, with clocks that differ."""
 
+import json
 import logging
 import os
 import subprocess
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 
 from cascade.networks.stage_a import StageA
 from cascade.networks.unet import StableCascadeUNet
-from tests.training.small import CONFIG, OWN_CLOCK, train, write_config, write_pictures
+from tests.training.small import CONFIG, OWN_CLOCK, body, train, write_config, write_pictures
 from training import run
 from training.options import Options
-from training.recipe import Ledger, costs, train_all
+from training.recipe import Ledger, costs, launcher, train_all
 from training.record import Record
 from training.stages import STAGES
 from training.task import Task
@@ -166,3 +167,26 @@ def test_two_gpus_train_compiled(tmp_path: Path) -> None:
     (output / "stage_c" / run.FINISHED).unlink()
     assert train_all(config, pictures, output) == 0
     assert Record.load(output / "stage_c").sessions[1].first == 48
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stage", ["stage_b", "stage_c"])
+def test_compiled_gradients_are_those_of_plain_float32(stage: str, processes: int, tmp_path: Path) -> None:
+    """Of the miniature's networks, as its recipe trains them, and for sizes that are not compiled."""
+    if torch.cuda.device_count() < processes:
+        pytest.skip("needs two CUDA devices")
+    tables = tomllib.loads((ROOT / "miniature" / "mini.toml").read_text())
+    tables["data"] = {"size": 256, "other_sizes": tables["data"]["other_sizes"], "other_sizes_every": 4}
+    tables[stage]["options"] = {"steps": 10, "batch_size": 32 * processes, "gpus": processes, "learning_rate": 1e-3}
+    others = set(STAGES) - {stage}
+    config = tmp_path / "config.toml"
+    kept = {name: table for name, table in tables.items() if name not in others}
+    config.write_text("\n".join(f"[{name}]\n{body(table)}" for name, table in kept.items()))
+    (tmp_path / "model").symlink_to(ROOT / "weights" / "mini")
+    pictures = write_pictures(tmp_path / "pictures", 40)
+    command = [sys.executable, "-m", *launcher(processes), "tests.gpu.gradients", config, stage, pictures, tmp_path]
+    done = subprocess.run([str(one) for one in command], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=600)
+    assert done.returncode == 0
+    compared = json.loads(done.stdout.splitlines()[-1])
+    assert len({tuple(one["shape"]) for one in compared}) == 2
+    assert max(one["error"] for one in compared) < 0.05, compared

@@ -360,3 +360,36 @@ def test_a_task_that_cannot_be_sharded(tmp_path: Path) -> None:
 def test_sharded_trainings_do_not_compute_in_float16() -> None:
     with pytest.raises(TrainingError, match="precision is 'fp16'; sharded trainings compute in 'bf16' or 'no'"):
         replace(OPTIONS, sharded=True, precision="fp16")
+
+
+class Guess(Task):
+    """Predicts noise by the noise itself, or, if it is stuck, by a number."""
+
+    def __init__(self, stuck: bool) -> None:
+        super().__init__()
+        self.stuck, self.factor = stuck, nn.Parameter(torch.zeros(()))
+
+    def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"noise": torch.randn(size, 16, generator=generator)}
+
+    def forward(self, noise: Tensor) -> dict[str, Tensor]:
+        error = (self.factor * (torch.ones_like(noise) if self.stuck else noise) - noise).square().mean()
+        return {"loss": error, "epsilon": error.detach()}
+
+    def evaluate(self) -> tuple[dict[str, float], None]:
+        return {}, None
+
+    def save(self, folder: Path) -> None:
+        pass
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_network_that_learns_nothing_is_told(stuck: bool, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=1100, decay=0, evaluate_every=5000)
+    if not stuck:
+        assert fit(Guess(stuck), options, tmp_path / "guess", tmp_path / "model")
+        return
+    with pytest.raises(
+        TrainingError, match=r"guess: at step 10\d\d, the error is (0\.9|1\.0).* of that of predicting nothing"
+    ):
+        fit(Guess(stuck), options, tmp_path / "guess", tmp_path / "model")
