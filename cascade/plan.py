@@ -278,7 +278,11 @@ class Planner:
     def _check_control(self, kind: str, height: int, width: int) -> None:
         if kind not in self.controlnets:
             what = "upscale and controls" if kind == "super_resolution" else "controls"
-            raise self._missing(f"controlnet_{kind}, which {what} of the kind {kind!r} need", "controlnet")
+            raise self._missing(
+                f"controlnet_{kind}, which {what} of the kind {kind!r} need",
+                "controlnet",
+                trainable=kind != "super_resolution",
+            )
         if not self._fits(kind):
             raise ValueError(
                 f"controlnet_{kind} was trained with a Stage C of width {self.controlnets[kind]}; "
@@ -297,16 +301,19 @@ class Planner:
         """Whether there is a ControlNet for this Stage C: the published ones don't fit the lite one."""
         return self.controlnets.get(kind) == self.width
 
-    def _missing(self, what: str, download: str) -> ValueError:
-        """This model lacks something, and where it comes from. Published networks fit the published Stage C only."""
-        widths = (PUBLISHED_WIDTH,) if download == "controlnet" else PUBLISHED_WIDTHS
-        advice = f"none was published for a Stage C of width {self.width}, " + (
-            "and none can be trained here"
-            if "super_resolution" in what
-            else "but docs/training.md says how to train one"
-        )
-        if self.width in widths:
+    def _missing(self, what: str, download: str, *, trainable: bool = True) -> ValueError:
+        """This model lacks something, and where it comes from. Published networks fit the published Stage C only.
+
+        Args:
+            what: what it lacks, and for what that is needed.
+            download: its name for scripts/download-weights.
+            trainable: whether this repository trains it.
+        """
+        if self.width in ((PUBLISHED_WIDTH,) if download == "controlnet" else PUBLISHED_WIDTHS):
             advice = f"scripts/download-weights --only --with {download}, then scripts/save-weights, add it"
+        else:
+            training = "but docs/training.md says how to train one" if trainable else "and none can be trained here"
+            advice = f"none was published for a Stage C of width {self.width}, {training}"
         return ValueError(f"This model has no {what}; {advice}.")
 
 

@@ -157,12 +157,7 @@ class Request:
         if self.mask is None:
             return
         need("mask", self.mask, "image", self.image)
-        check_masked(*self.image.size)
-        size = f"{self.image.width}x{self.image.height} pixels"
-        for name, side in zip(("width", "height"), self.image.size, strict=True):
-            if getattr(self, name) not in (None, side):
-                asked = f"{name} is {getattr(self, name)}"
-                raise InputError(f"{asked}, but image has {size}, and with a mask pictures have its size.")
+        check_masked(self.image.size, self.width, self.height)
         # Stored as read, so that copies of the request (`dataclasses.replace`) need not read it again.
         mask = transparent(self.image) if self.mask == ALPHA else check_mask(self.mask, *self.image.size)
         object.__setattr__(self, "mask", mask)
@@ -219,15 +214,23 @@ def check_kind(name: str, kind: str, other: str, mask: object) -> None:
         raise InputError(f"{name} is {kind!r}, which needs {other}.")
 
 
-def check_masked(width: int, height: int) -> None:
-    """Make sure that an image of this size can have a mask.
+def check_masked(image: tuple[int, int], width: int | None, height: int | None, by: str = "a mask") -> None:
+    """Make sure that an image can have a mask, and that pictures may have its size.
+
+    Args:
+        image: its (width, height) in pixels.
+        width, height: what is asked for the pictures; None: the image's.
+        by: what makes pictures have the image's size, in the error: a mask, or outpaint, with which the size is the canvas's.
 
     Raises:
-        InputError: it is too small or too large.
+        InputError: it is too small or too large, or another size is asked for.
     """
-    if min(width, height) < sizes.SMALLEST or max(width, height) > sizes.LARGEST:
-        size, limits = f"{width}x{height} pixels", f"{sizes.SMALLEST} to {sizes.LARGEST}"
-        raise InputError(f"image has {size}; with a mask, pictures have its size, so each side must have {limits}.")
+    size = f"image with {by} has {image[0]}x{image[1]} pixels, and pictures have its size"
+    for name, asked, side in (("width", width, image[0]), ("height", height, image[1])):
+        if asked not in (None, side):
+            raise InputError(f"{name} is {asked}, but {size}.")
+    if min(image) < sizes.SMALLEST or max(image) > sizes.LARGEST:
+        raise InputError(f"{size}; each side must have {sizes.SMALLEST} to {sizes.LARGEST}.")
 
 
 def check_enlarged(width: int, height: int) -> None:

@@ -41,7 +41,7 @@ from cascade.sizes import semantic_size
 from scripts.benchmarking import matmul_rate
 from scripts.environment import ROOT
 from scripts.stand_ins import DEVIATION
-from training.command import AtLeastOne
+from training.command import AtLeastOne, InRange
 from training.encoded.recipe import Recipe, read_recipe
 from training.encoded.run import new_prior
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
@@ -49,6 +49,7 @@ from training.files import whole_file
 from training.processes import start_processes
 from training.tasks.encoded_stage_c import EncodedStageCTask
 from training.trainer import Trainer
+from training.values import Range
 from training.weights.fsdp import local
 
 WARM_UP = 3
@@ -349,7 +350,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch-size", type=int, help="pictures in a micro-batch of a GPU, instead of the configuration's"
     )
     parser.add_argument("--accumulate", type=int, help="micro-batches in a step, instead of the configuration's")
-    parser.add_argument("--recompute", type=float, help="share of the layers, instead of the configuration's")
+    parser.add_argument(
+        "--recompute",
+        action=InRange,
+        type=float,
+        allowed=Range(0, 1),
+        help="share of the layers, instead of the configuration's",
+    )
     parser.add_argument("--no-compile", action="store_true", help="run the blocks as they are")
     parser.add_argument(
         "--folder",

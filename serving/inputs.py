@@ -100,10 +100,7 @@ def request_from(inputs: Mapping[str, Any], cascade: Cascade) -> Request:
     if inputs["upscale"]:
         asked["guidance_scale_prior"] = either(asked["guidance_scale_prior"], 1.0)
         return cascade.planner.resolved(upscaling(image, **asked))
-    # With a mask, the size is the image's; `Request` refuses any other width and height.
-    width, height = size if mask is None else (inputs["width"], inputs["height"])
-    request = Request(image=image, mask=mask, width=width, height=height, **asked)
-    return cascade.planner.resolved(replace(request, width=size[0], height=size[1]))
+    return cascade.planner.resolved(Request(image=image, mask=mask, width=size[0], height=size[1], **asked))
 
 
 def parts_of(request: Request) -> list[Request]:
@@ -254,21 +251,16 @@ def size_of_image(inputs: Mapping[str, Any], native: int, width: int, height: in
     """The (width, height) to which an image of `width` x `height` is scaled while it is read.
 
     Raises:
-        InputError: the image must keep its size, and that size is not allowed.
+        InputError: the image must keep its size, and that size is not allowed, or not the one that is asked for.
     """
     if inputs["upscale"]:
         check_enlarged(width, height)
     elif inputs["outpaint"]:
         left, above, right, below = check_canvas((width, height), *inputs["outpaint"])
-        canvas = {"width": left + width + right, "height": above + height + below}
-        for name, side in canvas.items():
-            if inputs[name] not in (None, side):
-                size = f"{canvas['width']}x{canvas['height']} pixels"
-                raise InputError(
-                    f"{name} is {inputs[name]}, but image has {size} with outpaint, and pictures have that size."
-                )
+        canvas = (left + width + right, above + height + below)
+        check_masked(canvas, inputs["width"], inputs["height"], by="outpaint")
     elif inputs["mask"] is not None:
-        check_masked(width, height)
+        check_masked((width, height), inputs["width"], inputs["height"])
     else:
         return sizes.fitted_size(height, width, native, inputs["height"], inputs["width"])[::-1]
     return width, height

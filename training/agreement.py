@@ -14,6 +14,7 @@ from cascade.networks.base import without_values
 from cascade.networks.ip_adapter import attention_blocks
 from cascade.sizes import ENCODER_STRIDE, STAGE_A_FACTOR, semantic_size
 from cascade.weights import NETWORKS
+from cascade.weights.settings import PUBLISHED_STAGE_A, PUBLISHED_STAGE_A_SCALE
 from training.configuration import NETWORK_TABLES
 from training.errors import FILE_ERRORS, TrainingError, summary
 from training.stages import STAGES
@@ -41,6 +42,15 @@ TOWERS = (("text_encoder", "projection_dim"), ("image_encoder", "projection_dim"
 def table_of(component: str) -> str:
     """The configuration's table for a component."""
     return f"{component}_network" if component in ("previewer", "ip_adapter") else component
+
+
+def new_values(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a network that will be made, as the configuration's table gives them.
+
+    Stage A's scale, if left out, is that of the published weights. The class's default is that of the published configuration.
+    """
+    own = {"scale_factor": PUBLISHED_STAGE_A_SCALE} if component == "vqgan" else {}
+    return {**own, **config[table_of(component)]}
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def find_part(component: str, config: Mapping[str, Any], model: Path, *, anew: b
         except FILE_ERRORS as error:
             raise TrainingError(f"{folder / 'config.json'} cannot be read: {summary(error)}.") from error
     elif table in config:
-        label, values = f"[{table}]", dict(config[table])
+        label, values = f"[{table}]", new_values(component, config)
     else:
         return None
     parameters = inspect.signature(NETWORKS[component]).parameters
@@ -150,7 +160,10 @@ def _check_equal(first: Part, name: str, second: Part, other: str) -> None:
 
 
 def _check_factors(parts: Mapping[str, Part]) -> None:
-    """Stage A must shrink pictures 4 times, and the semantic encoder 32 times; all other code relies on it."""
+    """Stage A must shrink pictures 4 times, and the semantic encoder 32 times; all other code relies on it.
+
+    A new Stage A must not look like the published one, whose scale is not that of its configuration (`build.stage_a_scale`).
+    """
     if "vqgan" in parts:
         values, label = parts["vqgan"].values, parts["vqgan"].label
         factor = values["up_down_scale_factor"] * 2 ** (values["levels"] - 1)
@@ -161,6 +174,13 @@ def _check_factors(parts: Mapping[str, Part]) -> None:
             )
         if values["latent_channels"] != 4:
             raise TrainingError(f"{label} latent_channels is {values['latent_channels']}; it must be 4.")
+        published = all(values[name] == value for name, value in PUBLISHED_STAGE_A.items())
+        if published and not parts["vqgan"].made:
+            width, scale = PUBLISHED_STAGE_A.values()
+            raise TrainingError(
+                f"{label} scale_factor is {scale}; with embed_dim {width} it must be another number, because these two are "
+                f"taken for the published Stage A, which is decoded with {PUBLISHED_STAGE_A_SCALE}."
+            )
     if "effnet" in parts:
         shrunk = 2 * math.prod(parts["effnet"].values["strides"])
         if shrunk != ENCODER_STRIDE:

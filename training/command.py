@@ -11,26 +11,42 @@ import transformers
 
 from training.errors import TrainingError
 from training.interruption import Stopped
+from training.values import Range
 
 
-class AtLeastOne(argparse.Action):
-    """Stores a whole number, which must be at least 1."""
+class InRange(argparse.Action):
+    """Stores a number, which must be finite and in the range ``allowed``."""
 
-    def __init__(self, option_strings: list[str], dest: str, **others: Any) -> None:
-        super().__init__(option_strings, dest, type=int, **others)
+    def __init__(self, option_strings: list[str], dest: str, *, allowed: Range, **others: Any) -> None:
+        super().__init__(option_strings, dest, **others)
+        self.allowed = allowed
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: str | None = None
     ) -> None:
-        if value < 1:
-            parser.error(f"{option} is {value}; it must be at least 1")
+        try:
+            self.allowed.check(str(option), value)
+        except TrainingError as error:
+            parser.error(str(error).removesuffix("."))
         setattr(namespace, self.dest, value)
+
+
+class AtLeastOne(InRange):
+    """Stores a whole number, which must be at least 1."""
+
+    def __init__(self, option_strings: list[str], dest: str, **others: Any) -> None:
+        super().__init__(option_strings, dest, type=int, allowed=Range(1), **others)
 
 
 def add_minutes(parser: argparse.ArgumentParser) -> None:
     """Adds the option ``--minutes``."""
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="save and stop after this time; call again to go on"
+        "--minutes",
+        action=InRange,
+        type=float,
+        allowed=Range(0),
+        default=math.inf,
+        help="save and stop after this time; call again to go on",
     )
 
 

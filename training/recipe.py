@@ -1,7 +1,7 @@
 """All stages of a configuration by one call: each in a process of its own, several at once, and resumable stage by stage.
 
-A stage starts when the earlier stages that write what it needs are finished. Meanwhile, its step can be compiled ahead
-(`training.ahead`). Times are measured here and in `training.record`.
+A stage starts when the earlier stages that write what it needs are finished and it has GPUs; one on several GPUs has them for
+itself. Meanwhile, its step can be compiled ahead (`training.ahead`). Times are measured here and in `training.record`.
 """
 
 import math
@@ -196,22 +196,24 @@ class Recipe:
     def train(self) -> int:
         """Starts stages as they become ready, until all are finished or none can be started; returns the exit code."""
         try:
-            while True:
-                self._collect()
-                self._collect_ahead()
-                if not self.stopping and not self.code and time.time() < self.deadline:
-                    self._start_ready()
-                    self._start_ahead()
-                else:
-                    self._end(self.ahead)
-                if not self.running:
-                    break
+            while self.turn():
                 self._write_ledger(WRITE_SECONDS)
                 time.sleep(POLL_SECONDS)
         finally:
             self._end(self.ahead)
         self._write_ledger(0)
         return self.code
+
+    def turn(self) -> bool:
+        """Handles processes that have ended, and starts those that can start; returns whether a stage runs."""
+        self._collect()
+        self._collect_ahead()
+        if not self.stopping and not self.code and time.time() < self.deadline:
+            self._start_ready()
+            self._start_ahead()
+        else:
+            self._end(self.ahead)
+        return bool(self.running)
 
     def interrupt(self, number: int) -> None:
         """Stops because of a signal, which decides the exit code."""
@@ -228,13 +230,37 @@ class Recipe:
             one.process.send_signal(number)
 
     def _start_ready(self) -> None:
+        """Starts stages in their order, each as soon as those it waits for are finished and it has room, see `_room`.
+
+        One without room reserves the GPUs that have the fewest stages, or later ones could start there again and again.
+        """
+        reserved: set[str] = set()
         for stage in self.unfinished:
             if len(self.running) >= self.at_once:
                 return
             # A stage may be finished while its process has not ended yet. Its components are copied only after that.
             active = {one.stage for one in self.running}
-            if stage not in active and not active.union(self.unfinished).intersection(waits_for(stage)):
-                self._start(stage)
+            if stage in active or active.union(self.unfinished).intersection(waits_for(stage)):
+                continue
+            left = [gpu for gpu in self.gpus if gpu not in reserved]
+            room, count = self._room(stage, left), self._count(stage)
+            if len(room) < count:
+                reserved.update(self._least_busy(left, count))
+            else:
+                self._start(stage, self._least_busy(room, count))
+
+    def _count(self, stage: str) -> int:
+        """The GPUs that a stage takes: as many as it wants, or all if there are fewer."""
+        return min(self.wanted[stage], len(self.gpus))
+
+    def _room(self, stage: str, gpus: list[str]) -> list[str]:
+        """Those of the GPUs on which a stage may start.
+
+        A stage on several GPUs waits for the slowest of them at every step, so it shares none. Others may share a GPU.
+        """
+        alone = self._count(stage) > 1
+        taken = {gpu for one in self.running if alone or len(one.gpus) > 1 for gpu in one.gpus}
+        return [gpu for gpu in gpus if gpu not in taken]
 
     def _start_ahead(self) -> None:
         """Starts to compile stages that cannot start yet, once each, as soon as there is a tokenizer."""
@@ -244,10 +270,12 @@ class Recipe:
         while self.later and len(self.ahead) < self.compile_ahead:
             stage = self.later.pop(0)
             if not self.finished(stage) and stage not in active:
-                self.ahead.append(self._launch(stage, compile_log.open_locked(self.output / stage), "--compile-only"))
+                gpus = self._least_busy(self.gpus, self._count(stage))
+                log = compile_log.open_locked(self.output / stage)
+                self.ahead.append(self._launch(stage, gpus, log, "--compile-only"))
                 self.ahead[-1].entry["ahead"] = True
 
-    def _start(self, stage: str) -> None:
+    def _start(self, stage: str, gpus: tuple[str, ...]) -> None:
         options, log = [], None
         if math.isfinite(self.deadline):
             options = ["--minutes", str(max(0.0, (self.deadline - time.time()) / 60))]
@@ -256,15 +284,14 @@ class Recipe:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 log = (folder / "output.log").open("a", encoding="utf-8")
-        one = self._launch(stage, log, *options)
+        one = self._launch(stage, gpus, log, *options)
         self.running.append(one)
         where = f" on GPU {', '.join(one.gpus)}" if one.gpus else ""
         say(f"{stage}: started{where}" + (f"; its output is in {log.name}" if log else ""))
 
-    def _launch(self, stage: str, log: TextIO | None, *options: str) -> Running:
+    def _launch(self, stage: str, gpus: tuple[str, ...], log: TextIO | None, *options: str) -> Running:
         """Starts the process of a stage, or the launcher of its processes."""
         files = [self.config, stage, "--data", self.data, "--output", self.output]
-        gpus = self._least_busy(self.wanted[stage])
         command = [sys.executable, "-m", *launcher(len(gpus)), "training.run", *map(str, files), *options]
         environment, offset = dict(os.environ), log.seek(0, os.SEEK_END) if log else 0
         if gpus:
@@ -275,11 +302,10 @@ class Recipe:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         return Running(stage, process, gpus, now, entry, log, offset)
 
-    def _least_busy(self, count: int) -> tuple[str, ...]:
-        """The ``count`` GPUs with the fewest stages, or all if there are fewer; of those with equally many, those on which
-        fewer are compiled ahead."""
+    def _least_busy(self, gpus: list[str], count: int) -> tuple[str, ...]:
+        """The ``count`` GPUs with the fewest stages; of those with equally many, those on which fewer are compiled ahead."""
         stages, ahead = ([gpu for one in those for gpu in one.gpus] for those in (self.running, self.ahead))
-        return tuple(sorted(self.gpus, key=lambda gpu: (stages.count(gpu), ahead.count(gpu)))[:count])
+        return tuple(sorted(gpus, key=lambda gpu: (stages.count(gpu), ahead.count(gpu)))[:count])
 
     def _collect(self) -> None:
         """Handles stages whose processes have ended."""
@@ -386,9 +412,12 @@ def train_all(
 
     Args:
         config, data, output: as `training.run` has them.
-        at_once: how many stages may run at the same time; they are spread over the GPUs.
+        at_once: how many stages may run at the same time. They are spread over the GPUs; a stage on several GPUs has them for
+            itself.
         deadline: wall-clock time (`time.time`) at which stages save and end, and no more are started.
-        copy_to: gets what each finished stage made, in the layout of ``output``, so that training can continue elsewhere.
+        copy_to: gets what each finished stage made, in the layout of ``output``, so that training can continue elsewhere. It gets
+            nothing of a stage that was stopped: its weights without its checkpoint would be taken for the earlier stage's, and
+            trained further from its first step on.
         compile_ahead: how many stages that cannot start yet may be compiled at the same time, if there are GPUs.
 
     Returns:

@@ -15,15 +15,25 @@ Kinds = Mapping[str, tuple[Any, bool]]
 """For each name that a table may hold: its annotation, and whether it is required."""
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is neither infinite nor NaN. A whole number may be too large for a float; then it is not finite."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 @dataclass(frozen=True)
 class Range:
-    """The range of a number, including both ends."""
+    """The range of a finite number, including both ends."""
 
     least: float
     most: float = math.inf
 
     def check(self, where: str, value: float) -> None:
-        """Raises `TrainingError` if the value is out of range; ``where`` is its name in the error."""
+        """Raises `TrainingError` if the value is out of range, infinite or NaN; ``where`` is its name in the error."""
+        if not is_finite(value):
+            raise TrainingError(f"{where} is {value}; it must be a finite number.")
         if not self.least <= value <= self.most:
             if math.isfinite(self.most):
                 raise TrainingError(f"{where} is {value}; it must be from {self.least} to {self.most}.")
@@ -90,7 +100,7 @@ def fits(value: Any, kind: Any) -> bool:
             return all(fits(one, arguments[0]) for one in value)
         return len(value) == len(arguments) and all(map(fits, value, arguments))
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and is_finite(value)
     if kind in (int, bool, str, dict):
         return type(value) is kind
     if kind is types.NoneType:
@@ -129,5 +139,5 @@ def read_toml(path: Path, name: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise TrainingError(f"There is no {name} {path}.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError also for a number of more than 4,300 digits
         raise TrainingError(f"{path} is not a TOML file: {error}.") from error

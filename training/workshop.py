@@ -22,8 +22,7 @@ from cascade.networks.controlnet import ControlNet
 from cascade.networks.ip_adapter import IPAdapter
 from cascade.networks.stage_a import StageA
 from cascade.weights import NETWORKS, StageSettings
-from cascade.weights.settings import PUBLISHED_STAGE_A_SCALE
-from training.agreement import table_of
+from training.agreement import new_values
 from training.dataset import Dataset, Split
 from training.errors import FILE_ERRORS, TrainingError, summary
 from training.options import Options
@@ -34,6 +33,7 @@ from training.stages import STAGES, advice, check_needs, maker
 from training.task import Task
 from training.tasks.controlnet import CONTROL_KINDS, new_controlnet
 from training.tasks.ip_adapter import new_ip_adapter
+from training.values import fits
 
 # Trained as transformers' classes, which begin with CLIP's initial weights.
 TRAINED = {
@@ -73,17 +73,19 @@ def set_scale(vqgan: StageA, model: Path) -> None:
     The published configuration has another scale than the one that Stage B was trained with.
 
     Raises:
-        TrainingError: ``model.json`` cannot be read.
+        TrainingError: ``model.json`` cannot be read, or its scale is no number above 0.
     """
     file = model / "model.json"
     if not file.is_file():
         return
     try:
         scale = json.loads(file.read_text(encoding="utf-8")).get("stage_a_scale")
-        if scale is not None:
-            vqgan.register_to_config(scale_factor=float(scale))
     except (*FILE_ERRORS, AttributeError) as error:
         raise TrainingError(f"{file} cannot be read: {summary(error)}.") from error
+    if scale is not None:
+        if not (fits(scale, float) and scale > 0):
+            raise TrainingError(f"{file} cannot be read: stage_a_scale is {scale!r}; it must be a number above 0.")
+        vqgan.register_to_config(scale_factor=float(scale))
 
 
 class Workshop:
@@ -186,10 +188,7 @@ class Workshop:
         kind, folder = TRAINED[component], self.model / component
         if folder.is_dir() and not anew:
             return (self._empty(component) if resumes else load_component(self.model, component)).train()
-        sizes = self.config[table_of(component)]
-        if component == "vqgan":
-            # The class's default is that of the published configuration, which is not the scale of the published weights.
-            sizes = {"scale_factor": PUBLISHED_STAGE_A_SCALE, **sizes}
+        sizes = new_values(component, self.config)
         if component == "text_encoder":
             return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, **self.tokens())).train()
         if component == "image_encoder":

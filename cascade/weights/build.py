@@ -28,7 +28,13 @@ from cascade.weights.manifest import Manifest
 from cascade.weights.names import SUFFIX
 from cascade.weights.published import ALWAYS, PARTS, Part
 from cascade.weights.reading import find_weights, read_json, read_tensors
-from cascade.weights.settings import PUBLISHED_LICENSE, PUBLISHED_SAMPLER, PUBLISHED_SIZE, PUBLISHED_STAGE_A_SCALE
+from cascade.weights.settings import (
+    PUBLISHED_LICENSE,
+    PUBLISHED_SAMPLER,
+    PUBLISHED_SIZE,
+    PUBLISHED_STAGE_A,
+    PUBLISHED_STAGE_A_SCALE,
+)
 from cascade.weights.sources import Source, find
 from cascade.weights.writing import link, replacement, write_model_json
 
@@ -38,8 +44,6 @@ STAGES = ("prior", "decoder")
 # Components that are often fine-tuned. A file that holds one replaces the model's, even if another was asked for. Its other
 # components are used only where the model has none: ComfyUI's files hold the published encoders in half the precision.
 TRAINED = ("tokenizer", "text_encoder", "prior", "decoder", "vqgan")
-# Width and scale in the published vqgan/config.json. The scale is not the one to use.
-PUBLISHED_STAGE_A = (384, 0.3764)
 
 
 def save_model(download: Path, target: Path, *, precision: str = "full") -> None:
@@ -358,5 +362,5 @@ def stage_a_scale(source: Source, config: Any, known: list[Path], before: float 
         same = [file for file in known if read_json(file).get("scale_factor") == config.scale_factor]
         return before if same else None
     # Fine-tuned networks have the published configuration, with the scale that is not the one to use.
-    width, scale = PUBLISHED_STAGE_A
-    return PUBLISHED_STAGE_A_SCALE if (config.embed_dim, config.scale_factor) == (width, scale) else None
+    published = all(config[name] == value for name, value in PUBLISHED_STAGE_A.items())
+    return PUBLISHED_STAGE_A_SCALE if published else None

@@ -52,3 +52,5 @@ PUBLISHED_LICENSE = "Stability AI Non-Commercial Research Community License"
 PUBLISHED_SIZE = 1024
 # The authors train and decode with 0.43. The published vqgan/config.json has 0.3764, its class's default.
 PUBLISHED_STAGE_A_SCALE = 0.43
+PUBLISHED_STAGE_A = {"embed_dim": 384, "scale_factor": 0.3764}
+"""Width and scale by which a Stage A is taken for the published one, or one that was trained from it."""

@@ -172,17 +172,17 @@ def test_masks_that_were_made_by_resizing_the_image_have_its_shape(width: int, h
         (
             {"image": photo(80, 63), "mask": Image.new("L", (80, 63), 255)},
             ValueError,
-            "image has 80x63 pixels; with a mask, pictures have its size, so each side must have 64 to 4096.",
+            "image with a mask has 80x63 pixels, and pictures have its size; each side must have 64 to 4096.",
         ),
         (
             {"image": Image.new("L", (4097, 80)), "mask": Image.new("L", (4097, 80), 255)},
             ValueError,
-            "image has 4097x80 pixels; with a mask",
+            "image with a mask has 4097x80 pixels, and",
         ),
         (
             {"image": photo(80, 72), "mask": Image.new("L", (80, 72), 255), "height": 80},
             ValueError,
-            "height is 80, but image has 80x72 pixels, and with a mask pictures have its size.",
+            "height is 80, but image with a mask has 80x72 pixels, and pictures have its size.",
         ),
         ({"image": photo(80, 80), "mask": Image.new("F", (80, 80), 1)}, ValueError, "mask has 32 bits per channel"),
     ],

@@ -138,15 +138,15 @@ WHITE = data_url(Image.new("L", (80, 72), 255))
         ),
         (
             {"image": data_url(Image.new("RGB", (1, 1))), "mask": data_url(Image.new("L", (1, 1), 255))},
-            "image has 1x1 pixels; with a mask, pictures have its size, so each side must have 64 to 4096.",
+            "image with a mask has 1x1 pixels, and pictures have its size; each side must have 64 to 4096.",
         ),
         (
             {"image": data_url(Image.new("RGB", (4104, 80))), "mask": data_url(Image.new("L", (4104, 80), 255))},
-            "image has 4104x80 pixels; with a mask, pictures have its size, so each side must have 64 to 4096.",
+            "image with a mask has 4104x80 pixels, and pictures have its size; each side must have 64 to 4096.",
         ),
         (
             {"image": IMAGE, "mask": WHITE, "width": 64, "height": 72},
-            "width is 64, but image has 80x72 pixels, and with a mask pictures have its size.",
+            "width is 64, but image with a mask has 80x72 pixels, and pictures have its size.",
         ),
         ({"image": IMAGE, "outpaint": [8, 8]}, "outpaint has 2 values; it must have 4."),
         (

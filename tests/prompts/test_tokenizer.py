@@ -29,6 +29,7 @@ PARTS = (
 )
 PARTS += ("Don't", "I'LL", "12345", "!!", "İ", "ß", "(cat:1.3)", "embedding:x", "\u200d", "ﬁ")
 WHOLE = MINI / "tokenizer" / "tokenizer.json"
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 
 
 @cache
@@ -45,6 +46,24 @@ def in_two_files(folder: Path, **settings: object) -> Path:
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **settings}))
+    return folder
+
+
+def with_1000_tokens(folder: Path) -> Path:
+    """The miniature's vocabulary in two files, without its last merges, so that the numbers of added tokens get longer at the
+    second of three.
+    """
+    in_two_files(folder)
+    count = 999 - len(SPECIAL_TOKENS)
+    content = json.loads(WHOLE.read_text())["model"]
+    kept = sorted(content["vocab"], key=content["vocab"].__getitem__)
+    kept = [token for token in kept if token not in SPECIAL_TOKENS][:count]
+    vocabulary = {token: place for place, token in enumerate([*kept, *SPECIAL_TOKENS])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = (folder / "merges.txt").read_text().splitlines()
+    (folder / "merges.txt").write_text(
+        "\n".join([lines[0], *(line for line in lines[1:] if line.replace(" ", "") in vocabulary), ""])
+    )
     return folder
 
 
@@ -90,20 +109,26 @@ def test_tokens_of_two_files_equal_transformers(tmp_path: Path) -> None:
         {"unk_token": None},
         {"dropout": 0.5},
         {"end_of_word_suffix": None},
-        {"fuse_unk": True, "byte_fallback": True},
+        {"fuse_unk": True},
+        {"byte_fallback": True},
         {"ignore_merges": True},
     ],
 )
 def test_options_of_the_model_are_clips_as_in_transformers(tmp_path: Path, options: dict[str, object]) -> None:
-    """Also in a vocabulary that lacks a byte, where the token for what is unknown stands."""
+    """Also in a vocabulary that lacks the two bytes of é: each becomes the unknown token, and not tokens of its own bytes."""
     content = json.loads(WHOLE.read_text())
-    content["model"]["merges"] = [merge for merge in content["model"]["merges"] if "Ã" not in "".join(merge)]
-    content["model"]["vocab"].pop("Ã")
-    content["model"]["vocab"].pop("Ã</w>")
+    content["model"]["merges"] = [one for one in content["model"]["merges"] if not set("Ã©") & set("".join(one))]
+    vocabulary = content["model"]["vocab"]
+    for letter in "Ã©":  # as the vocabulary writes these bytes
+        first, second = letter.encode()
+        vocabulary[f"<0x{first:02X}>"] = vocabulary.pop(letter)
+        vocabulary[f"<0x{second:02X}>"] = vocabulary.pop(f"{letter}</w>")
     content["model"] |= options
     (tmp_path / WHOLE.name).write_text(json.dumps(content))
     shutil.copy(WHOLE.with_name("tokenizer_config.json"), tmp_path)
     equal(tmp_path)
+    (tokens,) = ClipTokenizer.from_pretrained(tmp_path)(["é"], add_special_tokens=False)["input_ids"]
+    assert len(tokens) == 2
 
 
 def test_another_kind_of_tokenizer(tmp_path: Path) -> None:
@@ -123,6 +148,22 @@ def test_files_of_older_versions_equal_transformers(tmp_path: Path) -> None:
     equal(folder)
     ours = ClipTokenizer.from_pretrained(folder)
     assert ours(["<new>"], add_special_tokens=False)["input_ids"] == [[count]]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_added_tokens_have_the_places_that_the_files_say(tmp_path: Path, listed: bool) -> None:
+    """In whatever order they stand there, and where 999 stands before 1000."""
+    folder, places = with_1000_tokens(tmp_path), {"<b>": 1000, "<a>": 999, "<c>": 1001}
+    settings: dict[str, object] = {"model_max_length": 77}
+    if listed:
+        plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word", "special"), False)
+        settings["added_tokens_decoder"] = {str(place): {**plain, "content": one} for one, place in places.items()}
+    else:
+        (folder / "added_tokens.json").write_text(json.dumps(places))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    equal(folder)
+    tokens = ClipTokenizer.from_pretrained(folder)(list(places), add_special_tokens=False)["input_ids"]
+    assert tokens == [[place] for place in places.values()]
 
 
 def test_one_text_is_refused() -> None:

@@ -194,7 +194,7 @@ def test_the_same_sentence(made: Callable[..., Request], name: str, text: str, v
         ({"outpaint": [8]}, "outpaint has 1 value; it must have 4."),
         (
             {"image": "IMAGE", "outpaint": [8, 0, 0, 0], "width": 64},
-            "width is 64, but image has 108x80 pixels with outpaint, and pictures have that size.",
+            "width is 64, but image with outpaint has 108x80 pixels, and pictures have its size.",
         ),
         ({"image": "IMAGE", "outpaint": [8, 8, 8, -8]}, "outpaint[3] is -8; it must be a whole number from 0 to 4096."),
         ({"control_scales": [1]}, "control_scales needs control_images, which is left out."),
@@ -341,7 +341,7 @@ def test_images_come_in_the_size_in_which_they_are_used(
     [
         (
             {"mask": "image"},
-            "image has 4104x80 pixels; with a mask, pictures have its size, so each side must have 64 to",
+            "image with a mask has 4104x80 pixels, and pictures have its size; each side must have 64 to",
         ),
         (
             {"upscale": True},
@@ -351,15 +351,27 @@ def test_images_come_in_the_size_in_which_they_are_used(
             {"outpaint": [0, 0, 8, 0]},
             "outpaint is 0, 0, 8, 0, which makes 4112x80 pixels of image's 4104x80; each side",
         ),
+        (
+            {"size": (40, 90), "outpaint": [8, 8, 8, 8]},
+            "image with outpaint has 56x106 pixels, and pictures have its size; each side must have 64 to 4096.",
+        ),
+        (
+            {"size": (400, 90), "outpaint": [8, 8, 8, 8], "width": 416, "height": 90},
+            "height is 90, but image with outpaint has 416x106 pixels, and pictures have its size.",
+        ),
+        (
+            {"size": (400, 90), "mask": "image", "width": 416},
+            "width is 416, but image with a mask has 400x90 pixels, and pictures have its size.",
+        ),
     ],
 )
-def test_an_image_that_is_too_large_is_refused_before_it_is_decoded(
+def test_an_image_of_a_wrong_size_is_refused_before_it_is_decoded(
     made: Callable[..., Request], tmp_path: Path, inputs: dict[str, Any], sentence: str
 ) -> None:
-    Image.new("L", (4104, 80)).save(tmp_path / "image.bmp")
+    Image.new("L", inputs.get("size", (4104, 80))).save(tmp_path / "image.bmp")
     (tmp_path / "image.bmp").write_bytes((tmp_path / "image.bmp").read_bytes()[:2000])  # to decode it would fail
     place = CogPath(tmp_path / "image.bmp")
-    inputs = {name: place if value == "image" else value for name, value in inputs.items()}
+    inputs = {name: place if value == "image" else value for name, value in inputs.items() if name != "size"}
     assert sentence_of(made, image=place, **inputs).startswith(sentence)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cascade.networks.stage_a import StageA
 from tests.training.small import train, write_config, write_pictures
 from training.agreement import check_agreement
 from training.configuration import check_tables, read_configuration
@@ -102,6 +103,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             "vqgan.levels = 3",
             "[vqgan]: up_down_scale_factor and levels shrink pictures 8 times; they must shrink them 4 times.",
+        ),
+        (
+            "vqgan.embed_dim = 384\nvqgan.scale_factor = 0.3764",
+            "[vqgan] scale_factor is 0.3764; with embed_dim 384 it must be another number, because these two are taken for the "
+            "published Stage A, which is decoded with 0.43.",
         ),
         # What must agree.
         (
@@ -212,6 +218,19 @@ def test_what_the_model_folder_has_counts(tmp_path: Path) -> None:
         ValueError, match=r"model/text_encoder hidden_size is 160, and .*model/prior clip_text_in_channels is 128;"
     ):
         check_agreement(config, model, "stage_c")
+
+
+def test_the_published_stage_a_may_be_trained_further(tmp_path: Path) -> None:
+    """Its width and scale are refused in the configuration only. A scale that is left out is not the class's default."""
+    config, model = read_configuration(write_config(tmp_path)), tmp_path / "model"
+    del config["vqgan"]["scale_factor"]
+    config["vqgan"]["embed_dim"] = 384
+    check_agreement(config, model, "stage_a")
+    config["vqgan"]["scale_factor"] = 0.3764
+    with pytest.raises(TrainingError, match="taken for the published Stage A"):
+        check_agreement(config, model, "stage_a")
+    StageA(embed_dim=384, bottleneck_blocks=1).save_config(model / "vqgan")
+    check_agreement(config, model, "stage_a")
 
 
 def test_fewer_steps_keep_the_schedules_shape() -> None:

@@ -1,22 +1,26 @@
 """What `training.recipe` says and returns when stages fail or are stopped, with processes that stand for stages."""
 
 import math
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.training.small import write_config
 from training import recipe as recipe_module
 from training.errors import TrainingError
 from training.recipe import Ledger, Recipe, Running, costs, costs_table, last_line
 from training.record import Record, Session
-from training.stages import STAGES
+from training.run import FINISHED
+from training.stages import ORDER, STAGES, waits_for
 
 # As torchrun 2.11 writes it, shortened.
 TORCHRUN = """
@@ -100,6 +104,22 @@ def test_a_failed_stage_stops_the_others(recipe: Recipe, tmp_path: Path, capsys:
     recipe.running.append(standing_in("stage_c", "import sys; sys.exit('stage_c: no memory')", tmp_path / "c.log"))
     assert recipe.train() == 1
     assert capsys.readouterr().out == "stage_c: no memory\nstage_b: ready\n"
+
+
+def test_a_stage_that_was_stopped_leaves_no_copy(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it has written its components: elsewhere, without its checkpoint, its steps would begin anew with these weights."""
+    recipe.copy_to = tmp_path / "kept"
+    for stage, component in (("stage_a", "vqgan"), ("stage_c", "prior")):
+        (recipe.output / "model" / component).mkdir(parents=True)
+        recipe.running.append(standing_in(stage, "", tmp_path / f"{stage}.log"))
+    (recipe.output / "stage_a").mkdir()
+    (recipe.output / "stage_a" / FINISHED).touch()
+    assert recipe.train() == 0
+    kept = {str(path.relative_to(recipe.copy_to)) for path in recipe.copy_to.rglob("*")}
+    assert kept == {"model", "model/vqgan", "recipe.json", "stage_a", "stage_a/finished"}
+    assert "stage_c: the time is up; call again to go on\n" in capsys.readouterr().out
 
 
 # Stands for Python: each stage finishes soon, and ends a little later; what compiles ahead does as the file ``ahead`` says.
@@ -233,6 +253,126 @@ def test_nothing_is_compiled_ahead_without_a_gpu(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert ahead("exit 1").train() == 0
     assert not any("compile" in line for line in calls(tmp_path))
+
+
+@pytest.fixture
+def lasting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Recipe]]:
+    """Makes a recipe whose stages last until `end`, all but the tokenizer, which is finished.
+
+    Its arguments: the GPUs, the GPUs that stages want (1 if not given), and the stages that may run at once.
+    """
+    (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 600\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    made: list[Recipe] = []
+
+    def make(gpus: str, wanted: Mapping[str, int], at_once: int = 6) -> Recipe:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        changes = "\n".join(f"{stage}.options.gpus = {count}" for stage, count in wanted.items())
+        output = tmp_path / str(len(made))
+        (output / "tokenizer").mkdir(parents=True)
+        (output / "tokenizer" / FINISHED).touch()
+        config = write_config(tmp_path, changes)
+        made.append(Recipe(config, tmp_path, output, at_once=at_once, deadline=math.inf, copy_to=None))
+        return made[-1]
+
+    yield make
+    for one in (running for recipe in made for running in recipe.running):
+        one.process.kill()
+        one.process.wait()
+
+
+def end(recipe: Recipe, *stages: str) -> dict[str, str]:
+    """Finishes stages; returns what runs after that, with its GPUs."""
+    for one in recipe.running:
+        if one.stage in stages:
+            (recipe.output / one.stage).mkdir(exist_ok=True)
+            (recipe.output / one.stage / FINISHED).touch()
+            one.process.kill()
+            one.process.wait()
+    recipe.turn()
+    return {one.stage: "".join(one.gpus) for one in recipe.running}
+
+
+IN_TWO = dict.fromkeys(("semantic", "stage_b", "stage_c"), 2)
+
+
+def test_a_stage_on_several_gpus_has_them_for_itself(lasting: Callable[..., Recipe]) -> None:
+    """Others share what is left. The GPUs and stages are the miniature's."""
+    recipe = lasting("0,1,2,3", IN_TWO)
+    assert end(recipe) == {"stage_a": "0", "clip": "1"}
+    assert end(recipe, "clip") == {"stage_a": "0", "vision": "1"}
+    assert end(recipe, "stage_a") == {"vision": "1", "semantic": "02"}
+    assert end(recipe, "semantic") == {"vision": "1", "stage_b": "02", "previewer": "3"}
+    assert end(recipe, "vision") == {"stage_b": "02", "previewer": "3"}
+    assert end(recipe, "previewer") == {"stage_b": "02", "stage_c": "13"}
+    others = {"controlnet_canny": "1", "controlnet_inpainting": "3", "ip_adapter": "1", "distil_c": "3"}
+    assert end(recipe, "stage_c") == {"stage_b": "02", **others}
+    assert end(recipe, "stage_b") == {**others, "distil_b": "0"}
+
+
+def test_a_stage_for_several_gpus_waits_until_they_are_free(lasting: Callable[..., Recipe]) -> None:
+    """Later stages do not start on those that it waits for, though they could share them; but on others they do."""
+
+    def begun(gpus: str) -> Recipe:
+        recipe = lasting(gpus, {"ip_adapter": 2})
+        for stage in ("stage_a", "clip", "vision", "semantic", "stage_b", "stage_c"):
+            assert stage in end(recipe)
+            end(recipe, stage)
+        return recipe
+
+    two, three = begun("0,1"), begun("0,1,2")
+    assert end(two, "previewer") == {"distil_b": "0", "controlnet_canny": "1", "controlnet_inpainting": "0"}
+    assert end(two, "controlnet_canny") == {"distil_b": "0", "controlnet_inpainting": "0"}
+    assert end(two, "distil_b") == {"controlnet_inpainting": "0"}
+    assert end(two, "controlnet_inpainting") == {"ip_adapter": "01"}
+    assert end(two, "ip_adapter") == {"distil_c": "0"}
+    running = {"distil_b": "0", "controlnet_canny": "1", "controlnet_inpainting": "2", "distil_c": "2"}
+    assert end(three, "previewer") == running
+
+
+def test_several_gpus_are_all_if_there_are_fewer(lasting: Callable[..., Recipe]) -> None:
+    """On one, a stage shares it as others do; without any, all run on the CPU."""
+    for gpus, all_of_them in (("0,1", "01"), ("0", "0"), ("", "")):
+        recipe = lasting(gpus, {"stage_a": 3})
+        shares = {"clip": all_of_them} if len(all_of_them) < 2 else {}
+        assert end(recipe) == {"stage_a": all_of_them, **shares}
+
+
+@pytest.mark.slow
+@given(
+    st.lists(st.sampled_from("0123456"), unique=True, max_size=5),
+    st.dictionaries(st.sampled_from(list(STAGES)), st.integers(2, 6), max_size=6),
+    st.integers(1, 6),
+    st.randoms(),
+)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_stage_has_its_turn(
+    lasting: Callable[..., Recipe], gpus: list[str], wanted: dict[str, int], at_once: int, draws: random.Random
+) -> None:
+    """In whatever order stages end. While the first one in line waits, no later one makes the GPUs that it waits for fuller."""
+    recipe = lasting(",".join(gpus), wanted, at_once)
+    first, before, earlier = "", math.inf, set()
+    running = end(recipe)
+    while recipe.unfinished:
+        assert 0 < len(running) <= at_once
+        loads = {gpu: sum(gpu in one for one in running.values()) for gpu in gpus}
+        for stage, own in running.items():
+            assert len(own) == min(wanted.get(stage, 1), len(gpus))
+            assert len(own) < 2 or all(loads[gpu] == 1 for gpu in own)
+        blocked = set(recipe.unfinished)
+        waiting = [one for one in recipe.unfinished if one not in running and not blocked.intersection(waits_for(one))]
+        if waiting:
+            count = min(wanted.get(waiting[0], 1), len(gpus))
+            load = sum(sorted(loads.values())[:count])
+            ahead = set(ORDER[: ORDER.index(waiting[0])]).intersection(running)
+            assert waiting[0] != first or load <= before or ahead - earlier
+            first, before, earlier = waiting[0], load, ahead
+            alone = {gpu for own in running.values() if len(own) > 1 for gpu in own}
+            room = [gpu for gpu in gpus if (loads[gpu] == 0 if count > 1 else gpu not in alone)]
+            assert len(running) == at_once or len(room) < count
+        running = end(recipe, draws.choice(list(running)))
+    assert not running
 
 
 OPTIONS = {"steps": 9, "batch_size": 4, "learning_rate": 1e-3, "accumulate": 3}

@@ -66,7 +66,14 @@ def test_a_new_stage_a_has_the_scale_that_it_is_decoded_with(tmp_path: Path, own
     assert decoded == made.config.scale_factor == (own or PUBLISHED_STAGE_A_SCALE)
 
 
-@pytest.mark.parametrize("content", ["{", '{"stage_a_scale": "large"}', '{"stage_a_scale": [1]}', "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        *(f'{{"stage_a_scale": {scale}}}' for scale in ('"large"', '"0.5"', "[1]", "true", "0", "-1", "NaN", "1e999")),
+    ],
+)
 def test_a_damaged_scale(scaled: Path, content: str) -> None:
     (scaled / "model.json").write_text(content)
     with pytest.raises(TrainingError, match=r"^\S+model\.json cannot be read"):
