@@ -27,9 +27,10 @@ def frozen(**networks: nn.Module) -> dict[str, nn.Module]:
 def fix_constant_conditions(network: StableCascadeUNet) -> StableCascadeUNet:
     """Leaves the weights of the timestep conditions "sca" and "crp" as they are; returns the network.
 
-    In training both are 0, whose embedding is 32 zeros and 32 ones. So such a mapper is a constant, and its 32 weights for a
-    channel get the same gradient. Adam moves each by the learning rate, and the constant 32 times as far: it scales the residual
-    stream in every block, so that the stream explodes. The mapper of the timestep has a bias for what is constant.
+    In training both are 0, whose embedding is 32 zeros and 32 ones. So such a mapper is a constant, for which that of the
+    timestep has a bias, and its 32 weights for a channel have the same gradient. Adam moves each by the learning rate, and the
+    constant 32 times as far. It scales the residual stream in every block: when the miniature's Stage C came apart, the two
+    constants of the first block had grown to 12 (root mean square), and the stream to 9 million.
     """
     mappers = network.timestep_mappers
     for name in () if mappers is None else mappers.names:
