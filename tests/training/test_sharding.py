@@ -80,7 +80,9 @@ def test_two_processes_train_as_one_with_their_batches(folder: Path, alone: dict
     """Weights and their averages, after clipped steps of two micro-batches."""
     assert_close(made(folder, form), alone)
     halfway = made(folder, "halfway")
-    assert all((halfway[name] - value).abs().max() > 1e-4 for name, value in alone.items())
+    for name, value in alone.items():
+        fixed = ".sca." in name or ".crp." in name
+        assert ((halfway[name] - value).abs().max() > 1e-4) != fixed, name
 
 
 def test_the_written_network_has_the_averages(folder: Path) -> None:

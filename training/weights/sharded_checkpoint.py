@@ -50,7 +50,8 @@ class ShardedCheckpoint(Checkpoint):
     def _state(self) -> dict[str, Any]:
         """All that is saved. Tensors are in the memory that the training uses, so that loading writes there."""
         parameters = dict(self.task.named_parameters())
-        averages = zip(parameters, self.ema.shadow_params, strict=True)
+        trained = [name for name, one in parameters.items() if one.requires_grad]
+        averages = zip(trained, self.ema.shadow_params, strict=True)
         return {
             "parameters": parameters,
             "buffers": dict(self.task.named_buffers()),
