@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ def make_accelerator(options: Options, folder: Path, *, precision: str, compiled
         precision: "bf16", "fp16" or "no".
         compiled: whether networks that are prepared are compiled.
     """
+    # Otherwise all trainings of this process would have the precision of the first, and be compiled if that was.
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=options.accumulate,
