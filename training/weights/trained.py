@@ -30,7 +30,7 @@ def make_accelerator(options: Options, folder: Path, *, precision: str, compiled
         precision: "bf16", "fp16" or "no".
         compiled: whether networks that are prepared are compiled.
     """
-    # Otherwise all trainings of this process would have the precision of the first, and be compiled if that was.
+    # Otherwise a second training of this process could have no other precision, and would be compiled if the first was.
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=precision,
