@@ -70,13 +70,17 @@ def with_included(requirements: str) -> list[str]:
     return [requirements, *(name for file in included for name in with_included(file))]
 
 
+def lines_of(requirements: str) -> list[str]:
+    """The lines of a requirements file and of those that it includes."""
+    return [line for name in with_included(requirements) for line in (ROOT / name).read_text("utf-8").splitlines()]
+
+
 def has_packages(requirements: str) -> bool:
     """Whether this Python has the packages of a requirements file, in the versions that it names.
 
     Packages with a condition (on the platform or the version of Python) are not checked.
     """
-    lines = [line for name in with_included(requirements) for line in (ROOT / name).read_text("utf-8").splitlines()]
-    for line in lines:
+    for line in lines_of(requirements):
         requirement = line.partition("#")[0].strip()
         if not requirement or requirement.startswith("-r ") or ";" in requirement:
             continue
@@ -106,19 +110,15 @@ def begin(pip: list[str | Path], requirements: str) -> None:
 
     What fails is left to the next call, which says why.
     """
-    lines = [line for name in with_included(requirements) for line in (ROOT / name).read_text("utf-8").splitlines()]
-    named = [line for line in lines if "==" in line and not line.startswith("#")]
+    named = [line for line in lines_of(requirements) if "==" in line and not line.startswith("#")]
     gpu = [line for line in named if line.startswith(("nvidia-", "triton"))]  # half of all bytes
     with tempfile.TemporaryDirectory() as folder:
         halves = []
         for number, half in enumerate((gpu, [line for line in named if line not in gpu])):
             file = Path(folder, f"{number}.txt")
             file.write_text("\n".join(half))
-            halves.append(
-                subprocess.Popen(
-                    [*pip, "--no-deps", "--quiet", "-r", file], stdout=sys.stderr, stderr=subprocess.DEVNULL
-                )
-            )
+            command = [*pip, "--no-deps", "-r", file]
+            halves.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         for one in halves:
             one.wait()
 
@@ -133,7 +133,7 @@ def install(requirements: str) -> None:
         ):
             subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True, stdout=sys.stderr)
         pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
-        if not any(VENV.glob("*.installed")):
+        if not any(VENV.glob("*.installed")):  # later, there is little to install
             begin(pip, requirements)
         subprocess.run([*pip, "-r", ROOT / requirements], check=True, stdout=sys.stderr)
         # pip would compile all modules on one core, which takes 40 s. Some are templates, which are no Python.

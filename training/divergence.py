@@ -1,4 +1,4 @@
-"""Notices a diffusion training that has come apart, so that it does not go on for hours with finite weights."""
+"""Notices a diffusion training that has diverged, so that it does not go on for hours with finite weights."""
 
 from collections import deque
 from collections.abc import Mapping

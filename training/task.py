@@ -29,8 +29,8 @@ def fix_constant_conditions(network: StableCascadeUNet) -> StableCascadeUNet:
 
     In training both are 0, whose embedding is 32 zeros and 32 ones. So such a mapper is a constant, for which that of the
     timestep has a bias, and its 32 weights for a channel have the same gradient. Adam moves each by the learning rate, and the
-    constant 32 times as far. It scales the residual stream in every block: when the miniature's Stage C came apart, the two
-    constants of the first block had grown to 12 (root mean square), and the stream to 9 million.
+    constant 32 times as far. It scales the residual stream in every block: when the miniature's Stage C diverged, the two
+    constants of the first block had grown to 6.2 each (root mean square), and the stream to 9 million.
     """
     mappers = network.timestep_mappers
     for name in () if mappers is None else mappers.names:

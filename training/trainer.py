@@ -58,8 +58,8 @@ def fit(
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came; a checkpoint has been saved.
-        TrainingError: the checkpoint does not fit, the weights are no longer finite, the training has come apart, a step needs
-            more memory than there is or cannot be compiled, or a file cannot be written.
+        TrainingError: the checkpoint does not fit, the weights are no longer finite, the training has diverged, a step needs more
+            memory than there is or cannot be compiled, or a file cannot be written.
     """
     return Trainer(task, options, folder, model, time.time() if began is None else began).run(deadline)
 
@@ -89,7 +89,7 @@ class Trainer:
             self.accelerator.init_trackers(folder.name)
         if self.weights.load():
             logger.info("%s: resumed at step %d", folder.name, self.progress.step)
-        self.weights.expect(lambda: self._batch(0))
+        self.weights.expect(lambda: self.batch(0))
         self.first = self.progress.step
         self.record, self.clock = self._begin_record(began)
         self.saved = time.time()
@@ -173,7 +173,7 @@ class Trainer:
         options, first = self.options, self.progress.step * self.options.accumulate
         self.weights.begin_step(options.learning_rate * learning_rate_factor(self.progress.step, options))
         for number in range(options.accumulate):
-            batch = self._batch(first + number)
+            batch = self.batch(first + number)
             with self.weights.micro_batch(number):
                 outputs = self.weights.forward(batch)
                 self.accelerator.backward(outputs["loss"])
@@ -200,7 +200,7 @@ class Trainer:
                 ) from error
             raise
 
-    def _batch(self, index: int) -> dict[str, Tensor]:
+    def batch(self, index: int) -> dict[str, Tensor]:
         """Micro-batch ``index`` of this process."""
         generator = step_generator(self.options.seed, index, self.accelerator.process_index, self.device)
         batch = self.task.batch(index, self.batch_size, generator)
@@ -210,7 +210,7 @@ class Trainer:
         """Logs the scalars of every hundredth step, or of fifty steps in all if there are few.
 
         Raises:
-            TrainingError: the training has come apart.
+            TrainingError: the training has diverged.
         """
         step = self.progress.step
         if step % max(1, min(100, self.options.steps // 50)):
@@ -222,8 +222,8 @@ class Trainer:
         if any(self._agree(self.divergence.see(step, figures))):
             raise TrainingError(
                 f"{self.folder.name}: at step {step}, the error is {self.divergence.mean:.2f} of that of predicting nothing: the "
-                "training has come apart. The last checkpoint is kept. The learning_rate, "
-                f"{self.options.learning_rate}, may be too large."
+                f"training has diverged. The last checkpoint is kept. The learning_rate, {self.options.learning_rate}, may be "
+                "too large."
             )
 
     def save(self) -> None:
@@ -261,7 +261,7 @@ class Trainer:
         """The task's evaluation, with the weights as they are."""
         with self.weights.evaluating(), same_random_state(self.device):
             batches = range(statistics_batches(self.task, self.batch_size))
-            refresh_statistics(self.task, map(self._batch, batches))
+            refresh_statistics(self.task, map(self.batch, batches))
             self.task.eval()
             return self.task.evaluate()
 

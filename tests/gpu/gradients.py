@@ -20,9 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from training.configuration import read_configuration
 from training.options import Options
 from training.processes import start_processes
-from training.randomness import step_generator
 from training.task import Task
-from training.trainer import Trainer, to_channels_last
+from training.trainer import Trainer
 from training.workshop import Workshop
 
 BATCHES = 6
@@ -81,8 +80,7 @@ def compare(task: Task, options: Options, folder: Path) -> list[Compared]:
     trainer.weights.network.train()
     compared = []
     for index in range(BATCHES):
-        generator = step_generator(0, index, trainer.accelerator.process_index, trainer.device)
-        batch = {name: to_channels_last(one) for name, one in task.batch(index, trainer.batch_size, generator).items()}
+        batch = trainer.batch(index)
         plain_loss, expected = plain_gradients(plain, batch)
         with trainer.weights.micro_batch(0):
             loss = trainer.weights.forward(batch)["loss"]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from cascade.networks.stage_a import StageA
@@ -99,8 +98,6 @@ def test_accumulated_micro_batches_make_one_step_of_all_compiled_or_not(tmp_path
                 precision="no",
                 compile=compiled,
             )
-            # It keeps the precision of this process's first training, and whether that was compiled.
-            AcceleratorState._reset_state(reset_partial_state=True)
             assert fit(task, options, folder, tmp_path / "model")
             weights[compiled, accumulate] = torch.cat([one.detach().flatten() for one in task.parameters()])
     graphs = torch._inductor.cudagraph_trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False)

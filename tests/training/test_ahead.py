@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch._functorch._aot_autograd import autograd_cache
 
 from tests.training.nursery import Nursery
@@ -121,8 +120,7 @@ class KeyFound(BaseException):
 
 
 def train_anew(*arguments: Any) -> int:
-    """`train` in a process whose earlier stages do not count: accelerate keeps whether the first one was compiled."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    """`train`, as in a process that has compiled nothing yet."""
     torch._dynamo.reset()
     return train(*arguments)
 

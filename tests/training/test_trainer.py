@@ -323,10 +323,10 @@ def test_steps_and_times_are_recorded(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_step_that_cannot_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here, for want of a C++ compiler."""
-    monkeypatch.setattr(inductor_config.cpp, "cxx", (None, "no-such-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
     try:
-        with pytest.raises(TrainingError) as raised:
+        # Not by monkeypatch, which leaves the option unreadable.
+        with inductor_config.patch("cpp.cxx", (None, "no-such-compiler")), pytest.raises(TrainingError) as raised:
             fit(Line(), replace(OPTIONS, compile=True), tmp_path / "line", tmp_path / "model")
     finally:
         torch._dynamo.reset()
