@@ -16,6 +16,11 @@ TIMESTEPS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Times at which `DiffusionTask.error_of` measures the error."""
 
 
+def draws(network: nn.Module) -> bool:
+    """Whether it has dropout, in its present mode."""
+    return any(isinstance(one, nn.Dropout) and one.training and one.p > 0 for one in network.modules())
+
+
 def frozen(**networks: nn.Module) -> dict[str, nn.Module]:
     """Networks that a task uses and does not train: in evaluation mode, without gradients, in channels_last."""
     return {
@@ -47,10 +52,12 @@ class Task(nn.Module, ABC):
     Attributes:
         dataset: the training pictures; None for a task that has no fixed number of pictures.
         unseen: held-out pictures, for `evaluate`.
+        compiled: whether the task has compiled parts of its own.
     """
 
     dataset: Sized | None = None
     unseen: Sized | None = None
+    compiled: bool = False
 
     @abstractmethod
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -66,6 +73,10 @@ class Task(nn.Module, ABC):
         A unit's forward uses no other unit's parameters, and only it uses its own. All other parameters are one more unit.
         """
         return ()
+
+    def repeats(self) -> bool:
+        """Whether a forward of the same batch computes the same, compiled or not: compiled dropout draws other masks."""
+        return not draws(self)
 
     def after_step(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         """Updates state that has no gradient, such as an adaptive loss weight; called after every micro-batch."""

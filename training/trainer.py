@@ -24,12 +24,14 @@ from cascade.running.errors import is_out_of_memory
 from training.compile_log import wait_until_compiled
 from training.divergence import Divergence
 from training.errors import TrainingError, summary, writing
+from training.gradient_check import STEPS, check_gradients
 from training.interruption import Interruption, Stopped
 from training.options import Options, compiles, learning_rate_factor
 from training.randomness import same_random_state, step_generator
 from training.record import Clock, Record, Session, timestamp
 from training.statistics import refresh_statistics, statistics_batches
 from training.task import Task
+from training.torch_settings import set_up_torch
 from training.weights.checkpoint import Progress
 from training.weights.replicated import ReplicatedWeights
 from training.weights.sharded import ShardedWeights
@@ -59,7 +61,7 @@ def fit(
     Raises:
         Stopped: Ctrl-C or SIGTERM came; a checkpoint has been saved.
         TrainingError: the checkpoint does not fit, the weights are no longer finite, the training has diverged, a step needs more
-            memory than there is or cannot be compiled, or a file cannot be written.
+            memory than there is or cannot be compiled, compiled gradients are wrong, or a file cannot be written.
     """
     return Trainer(task, options, folder, model, time.time() if began is None else began).run(deadline)
 
@@ -77,7 +79,7 @@ class Trainer:
         self.compiled = compiles(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if not self.compiled and options.compile:
             logger.info("%s: not compiled, because there is no GPU.", folder.name)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        set_up_torch()
         self.progress = Progress()
         form = ShardedWeights if options.sharded else ReplicatedWeights
         self.weights = form(task, options, folder, self.progress, compiled=self.compiled)
@@ -94,6 +96,7 @@ class Trainer:
         self.record, self.clock = self._begin_record(began)
         self.saved = time.time()
         self.divergence = Divergence()
+        self.compares = (self.compiled or task.compiled) and task.train().repeats()
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +123,9 @@ class Trainer:
                     self.clock.lap("compile")
                 bar.update()
                 self._log(outputs, bar)
+                if self.compares and self.progress.step in STEPS:
+                    option = "compile" if self.compiled else "compile_blocks"
+                    check_gradients(self.weights, self.batch(0), self.folder.name, self.progress.step, option)
                 if self.progress.step % self.options.evaluate_every == 0 and self.progress.step < self.options.steps:
                     # The checkpoint comes first: after a kill in between, the next start must not take the components just
                     # written for those of an earlier training.

@@ -50,7 +50,14 @@ def make_task(*, rank: int, checkpointing: bool, compiled: bool) -> LoraTask:
     texts = Texts(PICTURES + 1, lambda rows: TextEmbeddings(tokens[rows], pooled[rows]), device, changing=False)
     latents = Latents([(torch.randn(PICTURES, 16, 24, 24, device=device), torch.arange(PICTURES, device=device))])
     return LoraTask(
-        prior, trained, text=texts, latents=latents, resolution=1024, settings=SAMPLER, write=lambda folder: None
+        prior,
+        trained,
+        text=texts,
+        latents=latents,
+        resolution=1024,
+        settings=SAMPLER,
+        write=lambda folder: None,
+        compiled=compiled,
     )
 
 

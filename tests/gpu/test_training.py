@@ -169,7 +169,10 @@ def test_two_gpus_train_compiled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("stage", ["stage_b", "stage_c"])
 def test_compiled_gradients_are_those_of_plain_float32(stage: str, processes: int, tmp_path: Path) -> None:
-    """Of the miniature's networks, as its recipe trains them, and for sizes that are not compiled."""
+    """Of the miniature's networks, as its recipe trains them, and for sizes that are not compiled.
+
+    bfloat16 alone makes 0.010 (uncompiled, 341 pictures, H100). Attention by cuDNN and donated buffers made 30.
+    """
     if torch.cuda.device_count() < processes:
         pytest.skip("needs two CUDA devices")
     tables = tomllib.loads((ROOT / "miniature" / "mini.toml").read_text())

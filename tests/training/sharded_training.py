@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cascade.networks.unet import StableCascadeUNet
 from training.dataset import Dataset
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
+from training.gradient_check import gradient_error
 from training.latents import encode_pictures
 from training.options import Options
 from training.processes import start_processes
@@ -121,13 +122,23 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def train(
-    pictures: Path, folder: Path, options: Options = OPTIONS, *, until: int = STEPS, writes: bool = True, **others: Any
+    pictures: Path,
+    folder: Path,
+    options: Options = OPTIONS,
+    *,
+    until: int = STEPS,
+    writes: bool = True,
+    compares: bool = False,
+    **others: Any,
 ) -> dict[str, Tensor]:
     """Trains up to a step, and writes a checkpoint and Stage C, if anybody reads them. `Trainer.run` would also end the
     processes' connection."""
     trainer = make_trainer(pictures, folder, options, **others)
     while trainer.progress.step < until:
         trainer.step()
+        if compares:
+            assert gradient_error(trainer.weights, trainer.batch(0)) < 1e-6
+            trainer.weights.clear_gradients()
     if writes:
         trainer.save()
         trainer.review()
@@ -181,7 +192,7 @@ def main(folder: Path, runs: list[str]) -> None:
             torch.save(made, folder / f"{run}-{dist.get_rank()}.pt")
             continue
         if run == "exact":
-            made = train(pictures, folder / run, dropout=0.0)
+            made = train(pictures, folder / run, compares=True, dropout=0.0)
         elif run == "kept":
             made = train(pictures, folder / run, writes=False, dropout=0.0, recompute=0.5)
         elif run == "uninterrupted":
@@ -190,7 +201,7 @@ def main(folder: Path, runs: list[str]) -> None:
             train(pictures, folder / run, until=2, dropout=0.2, weight="adaptive")
             made = train(pictures, folder / run, writes=False, dropout=0.2, weight="adaptive")
         elif run == "replicated":
-            made = train(pictures, folder / run, REPLICATED, writes=False, dropout=0.0)
+            made = train(pictures, folder / run, REPLICATED, writes=False, compares=True, dropout=0.0)
         elif run == "replicated-halfway":
             made = train(pictures, folder / run, REPLICATED, until=2, dropout=0.0)
         elif run == "tokenizer":

@@ -18,7 +18,7 @@ from cascade.weights import StageSettings
 from training.lora.data import Latents, Texts, sample_latents
 from training.objective import P2Weight, diffusion_losses, keep_mask, sample_timesteps
 from training.pictures import grid
-from training.task import DiffusionTask
+from training.task import DiffusionTask, draws
 
 EVALUATED = 16
 """Pictures of which evaluations measure the error."""
@@ -41,6 +41,7 @@ class LoraTask(DiffusionTask):
         previewer: turns their latents into pictures; None: evaluations make none.
         write: writes the file into a folder.
         modes: further networks that have a training mode.
+        compiled: whether blocks of Stage C are compiled.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class LoraTask(DiffusionTask):
         previewer: Previewer | None = None,
         write: Callable[[Path], None],
         modes: Sequence[nn.Module] = (),
+        compiled: bool = False,
     ) -> None:
         super().__init__()
+        self.compiled = compiled
         self.trained = nn.ParameterDict({name.replace(".", "/"): value for name, value in trained.items()})
         self.networks = {"prior": prior, "previewer": previewer}
         self.modes = [prior, *modes]
@@ -74,6 +77,9 @@ class LoraTask(DiffusionTask):
         for network in self.modes:
             network.train(mode)
         return super().train(mode)
+
+    def repeats(self) -> bool:
+        return super().repeats() and not any(draws(network) for network in self.modes)
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         share = torch.rand((), generator=torch.Generator().manual_seed(generator.initial_seed())).item()

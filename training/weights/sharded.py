@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from training.options import Options
 from training.task import Task
@@ -45,6 +46,9 @@ class ShardedWeights(TrainedWeights):
 
     def own(self) -> list[nn.Parameter]:
         return local(self.trained)
+
+    def own_gradients(self) -> list[Tensor | None]:
+        return [one.to_local() if isinstance(one, DTensor) else one for one in super().own_gradients()]
 
     def expect(self, example: Callable[[], Batch]) -> None:
         """Shapes do not matter: units are compiled for all."""

@@ -121,6 +121,31 @@ class TrainedWeights(ABC):
         with self.accelerator.autocast():
             return self.network(**batch)
 
+    def gradients(self, batch: Batch, *, compiled: bool) -> list[Tensor]:
+        """This process's part of the gradients of a micro-batch, averaged over the processes: float32, on the CPU.
+
+        For between steps: the parameters' own gradients are overwritten.
+
+        Args:
+            batch: of a shape that runs compiled.
+            compiled: whether compiled parts run compiled.
+        """
+        self.clear_gradients()
+        with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
+            outputs = self.forward(batch) if compiled else TrainedWeights.forward(self, batch)
+            self.accelerator.backward(outputs["loss"])
+        return [
+            torch.zeros(1) if one is None else one.to("cpu", torch.float32, copy=True) for one in self.own_gradients()
+        ]
+
+    def clear_gradients(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def own_gradients(self) -> list[Tensor | None]:
+        """This process's part of the gradients as they are; None for a parameter that has none."""
+        return [parameter.grad for parameter in self.trained]
+
     def finish_step(self) -> None:
         """Clips the gradients, changes the weights, and counts them into their averages."""
         self.clip()
