@@ -338,12 +338,12 @@ def main(arguments: list[str] | None = None) -> int:
         cases = make_cases(drawings, names, styles, seed, options.scenes, cascade.native_size)
         weights = fingerprint(options.weights, "ip_adapter")
         outcomes = evaluate(cascade.generate, judge, cases, ways_of(cascade.ip_adapter))
+        sys.stdout.write(save(outcomes, cases, seed, options.output, weights))
         if options.ablate:
             # Other references, because these decide on the modes that are judged above.
             tried = make_cases(drawings, names, styles, seed + 1, options.ablate, cascade.native_size)
             ablated = dict(ablate(cascade.generate, judge, tried, cascade.ip_adapter))
             sys.stdout.write(save(ablated, tried, seed + 1, options.output / "ablation", weights))
-        sys.stdout.write(save(outcomes, cases, seed, options.output, weights))
     except (TrainingError, WeightsError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

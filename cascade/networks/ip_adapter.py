@@ -65,7 +65,8 @@ class Resampler(nn.Module):
         self, feature_dim: int, width: int, depth: int, heads: int, head_dim: int, num_tokens: int, token_dim: int
     ):
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)
+        self.latents = nn.Parameter(torch.empty(1, num_tokens, width))
+        nn.init.normal_(self.latents, std=width**-0.5)
         self.proj_in = nn.Linear(feature_dim, width)
         self.layers = nn.ModuleList(
             nn.ModuleList(

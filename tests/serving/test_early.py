@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from serving import early
-from tests.conftest import MINI
+from tests.components import save_mini_with_controlnets
 from tests.readme import ROOT
 
 # Each takes a tenth of a second to four seconds, and no picture needs it.
@@ -44,7 +44,7 @@ picture = pathlib.Path(sys.argv[1])
 Image.new("RGB", (80, 64)).save(picture)
 made = {"steps_prior": 1, "steps_decoder": 1}
 images = {name: [picture] for name in ("image_prompts", "control_images")}
-for inputs in ({}, {"image": picture, **images}, {"num_images": 2, "output_format": "png"}):
+for inputs in ({}, {"image": picture, **images}, {"ip_adapter_images": [picture], "lora_weights": ["style"]}, {"num_images": 2, "output_format": "png"}):
     predictor.service.predict({"prompt": "a red apple", "width": 64, "height": 64, **made, **inputs}, lambda *_: None)
 print(json.dumps([sorted(started), sorted(set(sys.modules) - started)]))
 """
@@ -52,8 +52,9 @@ print(json.dumps([sorted(started), sorted(set(sys.modules) - started)]))
 
 @pytest.mark.slow
 def test_what_pictures_do_not_need_is_not_imported(tmp_path: Path) -> None:
+    save_mini_with_controlnets(tmp_path / "mini")
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "picture.png")]
-    variables = {**os.environ, "CASCADE_WEIGHTS": str(MINI), "CASCADE_DEVICE": "cpu"}
+    variables = {**os.environ, "CASCADE_WEIGHTS": str(tmp_path / "mini"), "CASCADE_DEVICE": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     at_start, later = map(set, json.loads(done.stdout))
