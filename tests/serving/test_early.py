@@ -44,7 +44,8 @@ picture = pathlib.Path(sys.argv[1])
 Image.new("RGB", (80, 64)).save(picture)
 made = {"steps_prior": 1, "steps_decoder": 1}
 images = {name: [picture] for name in ("image_prompts", "control_images")}
-for inputs in ({}, {"image": picture, **images}, {"ip_adapter_images": [picture], "lora_weights": ["style"]}, {"num_images": 2, "output_format": "png"}):
+adapted = {"ip_adapter_images": [picture], "lora_weights": ["style"]}
+for inputs in ({}, {"image": picture, **images}, adapted, {"num_images": 2, "output_format": "png"}):
     predictor.service.predict({"prompt": "a red apple", "width": 64, "height": 64, **made, **inputs}, lambda *_: None)
 print(json.dumps([sorted(started), sorted(set(sys.modules) - started)]))
 """
