@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cascade.networks.unet import StableCascadeUNet
 from training.dataset import Dataset
 from training.encoded.shards import EncodedPictures, shard_file, write_empty, write_shard
-from training.gradient_check import gradient_error
+from training.gradient_check import compare_gradients
 from training.latents import encode_pictures
 from training.options import Options
 from training.processes import start_processes
@@ -137,8 +137,7 @@ def train(
     while trainer.progress.step < until:
         trainer.step()
         if compares:
-            assert gradient_error(trainer.weights, trainer.batch(0)) < 1e-6
-            trainer.weights.clear_gradients()
+            assert compare_gradients(trainer.weights, trainer.batch(0))[0] < 1e-6
     if writes:
         trainer.save()
         trainer.review()
