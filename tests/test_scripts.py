@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from uv import find_uv_bin
 
 from cascade.limits import LIMITS, InputError
 from scripts import environment
@@ -61,16 +62,25 @@ def start(root: Path, **variables: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", **variables},
+        env={"PATH": os.environ["PATH"], "PIP_NO_INDEX": "1", "UV_CACHE_DIR": str(root / "uv"), **variables},
     )
 
 
+@pytest.fixture
+def no_uv(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = os.environ["PATH"].split(os.pathsep)
+    monkeypatch.setenv("PATH", os.pathsep.join(one for one in folders if not Path(one, "uv").exists()))
+
+
 @pytest.mark.slow
-def test_environment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("installer", ["pip", "uv"])
+def test_environment(tmp_path: Path, no_uv: None, monkeypatch: pytest.MonkeyPatch, installer: str) -> None:
     """From nothing, by two scripts at once; again; with a changed requirement; with one that fails; after damage.
 
     And by a Python that has another version of the package than the one that is named.
     """
+    if installer == "uv":
+        monkeypatch.setenv("PATH", os.path.dirname(find_uv_bin()), prepend=os.pathsep)
     (tmp_path / "scripts").mkdir()
     shutil.copy(environment.__file__, tmp_path / "scripts")
     (tmp_path / "scripts" / "hello").write_text(SCRIPT)
@@ -86,7 +96,7 @@ def test_environment(tmp_path: Path) -> None:
     assert [out for out, _ in results] == ["1.0 root PASSIVE a b c\n"] * 2, results
     said = "".join(err for _, err in results)
     assert said.count("Installing requirements.txt") == 1
-    assert "Requirement already satisfied: tiny==1.0" in said  # by one of the two processes that begin
+    assert ("+ tiny==1.0" if installer == "uv" else "Successfully installed tiny-1.0") in said
 
     again = start(tmp_path)
     assert again.communicate() == ("1.0 root PASSIVE a b c\n", "")
@@ -112,6 +122,29 @@ def test_environment(tmp_path: Path) -> None:
     included.write_text("tiny==1.1\n")
     other = start(tmp_path, PYTHONPATH=str(unpacked(tmp_path, "1.0")))
     assert other.communicate()[1].splitlines()[-1].startswith("Installing requirements.txt failed")
+
+
+@pytest.mark.slow
+def test_uv_looks_where_pip_is_told_to_look(tmp_path: Path, no_uv: None) -> None:
+    """In an index that pip's file names; the version that is asked for may be in another one, which a variable names."""
+    for index, version in (("first", "1.0"), ("second", "2.0")):
+        folder = tmp_path / index / "tiny"
+        folder.mkdir(parents=True)
+        wheel = make_wheel(folder, version)
+        (folder / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+    (tmp_path / "pip.conf").write_text(
+        f"[global]\nindex-url = {(tmp_path / 'first').as_uri()}\n[list]\nformat = json\n"
+    )
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(environment.__file__, tmp_path / "scripts")
+    (tmp_path / "scripts" / "hello").write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text("NAME = 'root'\n")
+    (tmp_path / "requirements.txt").write_text("tiny==2.0\n")
+    more = {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), "PIP_EXTRA_INDEX_URL": (tmp_path / "second").as_uri()}
+    process = start(tmp_path, **more, PIP_NO_INDEX="0", PATH=f"{os.path.dirname(find_uv_bin())}:{os.environ['PATH']}")
+    out, said = process.communicate()
+    assert out == "2.0 root PASSIVE a b c\n"
+    assert "+ tiny==2.0" in said
 
 
 @pytest.mark.slow
