@@ -27,7 +27,14 @@ from training.values import Share
 
 
 def prior_batch(
-    data: Encoded, index: int, size: int, generator: torch.Generator, *, drop_text: float, keep_image: float
+    data: Encoded,
+    index: int,
+    size: int,
+    generator: torch.Generator,
+    *,
+    drop_text: float,
+    keep_image: float,
+    image_alone: float = 0.0,
 ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
     """Stage C's arguments for micro-batch ``index``, and the remaining tensors of its pictures in ``data``.
 
@@ -35,6 +42,7 @@ def prior_batch(
         data: each picture's semantic latents, CLIP image embedding, and further tensors.
         drop_text: share of the captions that are replaced by the empty one.
         keep_image: share of the image embeddings that are kept; the others are zeros.
+        image_alone: share of the captions that are also replaced, among those whose image embedding is kept.
 
     Returns:
         ``latents`` and ``noise`` (B, 16, h, w), ``image`` and ``pooled`` (B, 1, D), ``text`` (B, 77, D), ``timesteps`` (B,); and
@@ -42,10 +50,14 @@ def prior_batch(
     """
     indices, (latents, image, *rest) = data.draw(index, size, generator)
     count = len(indices)
-    rows = data.text.rows(indices, keep_mask(count, 1 - drop_text, generator))
+    with_text = keep_mask(count, 1 - drop_text, generator)
+    with_image = keep_mask(count, keep_image, generator)
+    if image_alone:
+        with_text &= ~(with_image & keep_mask(count, image_alone, generator))
+    rows = data.text.rows(indices, with_text)
     batch = {
         "latents": latents,
-        "image": image * keep_mask(count, keep_image, generator).view(-1, 1, 1),
+        "image": image * with_image.view(-1, 1, 1),
         "text": data.text.tokens[rows].float(),
         "pooled": data.text.pooled[rows].float(),
         "timesteps": sample_timesteps(count, generator),
@@ -82,7 +94,7 @@ class StageCTask(PriorTask):
 
     Args:
         prior, weight: see `PriorTask`.
-        drop_text, keep_image: see `prior_batch`.
+        drop_text, keep_image, image_alone: see `prior_batch`.
     """
 
     def __init__(
@@ -99,16 +111,17 @@ class StageCTask(PriorTask):
         weight: Mapping[str, Any],
         drop_text: Share,
         keep_image: Share,
+        image_alone: Share = 0.0,
     ) -> None:
         super().__init__(prior, weight)
-        self.drop_text, self.keep_image = drop_text, keep_image
+        self.shares = {"drop_text": drop_text, "keep_image": keep_image, "image_alone": image_alone}
         encoder = stage_c_encoder(effnet, image_encoder)
         self.data = Encoded(dataset, shapes, text_encoder, encoder, with_tokens=True)
         self.frozen = {"text": text_encoder.eval(), "previewer": previewer.eval()}
         self.dataset, self.unseen = dataset, unseen
 
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        batch, _ = prior_batch(self.data, index, size, generator, drop_text=self.drop_text, keep_image=self.keep_image)
+        batch, _ = prior_batch(self.data, index, size, generator, **self.shares)
         return batch
 
     def evaluate(self) -> tuple[dict[str, float], Image.Image]:
