@@ -138,6 +138,26 @@ def read_header(files: Iterable[Path]) -> Header:
     return header
 
 
+def read_empty(files: Iterable[Path]) -> dict[str, Tensor]:
+    """All tensors of some safetensors files, by name, on the meta device. Reads no weights.
+
+    Raises:
+        WeightsError: a file is truncated or not a safetensors file.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (the file is not a mapping)
+                    part = file.get_slice(name)
+                    shape = part.get_shape()
+                    dtype = (part[:0] if shape else file.get_tensor(name)).dtype
+                    tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+        except (SafetensorError, OSError) as error:
+            raise unreadable(path, error) from error
+    return tensors
+
+
 def read_tensors(
     files: Iterable[Path],
     device: str | torch.device = "cpu",

@@ -5,7 +5,7 @@ component's folder in the standard form; a folder of such folders, like a diffus
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,15 @@ from cascade.weights.errors import WeightsError, readable, shortened
 from cascade.weights.fitting import misfit
 from cascade.weights.making import check_channels, empty_network, filled, load_processor, make
 from cascade.weights.names import PICKLES, STEMS, SUFFIX
-from cascade.weights.reading import find_weights, no_weights, pickle_error, read_index, read_tensors, unreadable
+from cascade.weights.reading import (
+    find_weights,
+    no_weights,
+    pickle_error,
+    read_empty,
+    read_index,
+    read_tensors,
+    unreadable,
+)
 from cascade.weights.single_file import StateDict, split
 from cascade.weights.variants import TITLES, controlnet_config, variant_of, what_it_is
 from cascade.weights.writing import save_component
@@ -73,7 +81,7 @@ class Source:
         if self.component in PROCESSORS:
             load_processor(self.component, self.origin)
             return None
-        tensors = _split(self.origin, _stored(self.files), self.key)[self.key]
+        tensors = _split(self.origin, read_empty(self.files), self.key)[self.key]
         network = self._network(tensors, known)
         buffers = {name for name, _ in network.named_buffers()}
         for name in network.state_dict():
@@ -224,7 +232,7 @@ def _config_of(folder: Path) -> Path | None:
 def _in_files(origin: Path, files: Sequence[Path], config: Path | None) -> dict[str, Source]:
     """Find the components in the safetensors files of one checkpoint."""
     found = {}
-    for key, tensors in _split(origin, _stored(files)).items():
+    for key, tensors in _split(origin, read_empty(files)).items():
         component = key
         if key == "controlnet":
             component = _controlnet(origin, tensors, config)
@@ -248,11 +256,6 @@ def _split(origin: Path, tensors: StateDict, only: str | None = None) -> dict[st
         return split(tensors, only)
     except ValueError as error:
         raise WeightsError(f"{origin} cannot be used: {shortened(error, 250)}") from error
-
-
-def _stored(files: Collection[Path]) -> StateDict:
-    """The tensors of some files on the meta device, so without values."""
-    return read_tensors(files, "meta")
 
 
 def _shards(path: Path) -> list[Path]:
