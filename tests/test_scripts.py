@@ -73,14 +73,11 @@ def no_uv(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("installer", ["pip", "uv"])
-def test_environment(tmp_path: Path, no_uv: None, monkeypatch: pytest.MonkeyPatch, installer: str) -> None:
-    """From nothing, by two scripts at once; again; with a changed requirement; with one that fails; after damage.
+def test_environment(tmp_path: Path, no_uv: None) -> None:
+    """From nothing, by two scripts at once; again; with a changed requirement; with one that fails; after damage. There is no uv.
 
     And by a Python that has another version of the package than the one that is named.
     """
-    if installer == "uv":
-        monkeypatch.setenv("PATH", os.path.dirname(find_uv_bin()), prepend=os.pathsep)
     (tmp_path / "scripts").mkdir()
     shutil.copy(environment.__file__, tmp_path / "scripts")
     (tmp_path / "scripts" / "hello").write_text(SCRIPT)
@@ -96,7 +93,7 @@ def test_environment(tmp_path: Path, no_uv: None, monkeypatch: pytest.MonkeyPatc
     assert [out for out, _ in results] == ["1.0 root PASSIVE a b c\n"] * 2, results
     said = "".join(err for _, err in results)
     assert said.count("Installing requirements.txt") == 1
-    assert ("+ tiny==1.0" if installer == "uv" else "Successfully installed tiny-1.0") in said
+    assert "Successfully installed tiny-1.0" in said
 
     again = start(tmp_path)
     assert again.communicate() == ("1.0 root PASSIVE a b c\n", "")
@@ -145,6 +142,10 @@ def test_uv_looks_where_pip_is_told_to_look(tmp_path: Path, no_uv: None) -> None
     out, said = process.communicate()
     assert out == "2.0 root PASSIVE a b c\n"
     assert "+ tiny==2.0" in said
+    (tmp_path / "requirements.txt").write_text("no-such-package==1.0\n")
+    process = start(tmp_path, **more, PIP_NO_INDEX="0", PATH=f"{os.path.dirname(find_uv_bin())}:{os.environ['PATH']}")
+    said = process.communicate()[1].splitlines()
+    assert said[-1].startswith("Installing requirements.txt failed")
 
 
 @pytest.mark.slow
