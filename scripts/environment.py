@@ -23,14 +23,9 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 OLDEST_PYTHON = (3, 11)
 PIP = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
-# Settings of pip that say where packages come from, and uv's options.
-OF_PIP = {
-    "index-url": "--default-index",
-    "extra-index-url": "--extra-index-url",
-    "find-links": "--find-links",
-    "trusted-host": "--allow-insecure-host",
-    "constraint": "--constraints",
-}
+# Settings of pip that say where packages come from, and uv's. Indexes are variables, because they can have passwords.
+INDEXES = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_EXTRA_INDEX_URL", "cert": "SSL_CERT_FILE"}
+OPTIONS = {"find-links": "--find-links", "trusted-host": "--allow-insecure-host", "constraint": "--constraints"}
 # Modules that are compiled when they are imported, if ever: half of all, 24 of 49 s on two cores.
 SELDOM = (
     r"/(tests?|testing|_vendor|fontTools|mypyc?)/|/diffusers/(models|(modular_)?pipelines)/|/pygments/lexers/|"
@@ -139,23 +134,14 @@ def install_by_uv(requirements: str) -> bool:
         subprocess.run([*PIP, "--quiet", pinned], check=True, capture_output=True)
         uv = str(PYTHON.with_name("uv"))
     settings = pip_settings()
-    command = [
-        uv,
-        "pip",
-        "install",
-        "--python",
-        PYTHON,
-        "--index-strategy",
-        "unsafe-best-match",
-        "-r",
-        ROOT / requirements,
-    ]
-    for name, option in OF_PIP.items():
+    command = [uv, "pip", "install", "--python", PYTHON, "-r", ROOT / requirements]
+    command += ["--index-strategy", "unsafe-best-match"]  # as pip: a version from whichever index has it
+    for name, option in OPTIONS.items():
         command += [part for value in settings.get(name, "").split() for part in (option, value)]
     if settings.get("no-index", "").lower() in ("1", "on", "true", "yes"):
         command.append("--no-index")
-    certificates = {"SSL_CERT_FILE": settings["cert"]} if "cert" in settings else {}
-    return subprocess.run(command, stdout=sys.stderr, env={**certificates, **os.environ}).returncode == 0
+    indexes = {INDEXES[name]: " ".join(settings[name].split()) for name in INDEXES if name in settings}
+    return subprocess.run(command, stdout=sys.stderr, env={**indexes, **os.environ}).returncode == 0
 
 
 def install(requirements: str) -> None:
@@ -169,11 +155,7 @@ def install(requirements: str) -> None:
             subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=True, stdout=sys.stderr)
         try:
             done = install_by_uv(requirements)
-        except (
-            OSError,
-            ValueError,
-            subprocess.CalledProcessError,
-        ):  # there is no uv for this platform, or no wheel of it
+        except (OSError, ValueError, subprocess.CalledProcessError):  # no wheel of uv, or no file that names one
             done = False
         if not done:
             subprocess.run([*PIP, "-r", ROOT / requirements], check=True, stdout=sys.stderr)

@@ -36,9 +36,11 @@ MOST = 5
 def kept_buffers(task: Task) -> Iterator[None]:
     """A block for forward passes after which the task's buffers are what they were."""
     before = [(one, one.clone()) for one in task.buffers()]
-    yield
-    for one, value in before:
-        one.copy_(value)
+    try:
+        yield
+    finally:
+        for one, value in before:
+            one.copy_(value)
 
 
 def difference(some: list[Tensor], others: list[Tensor]) -> float:
