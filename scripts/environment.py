@@ -23,8 +23,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 OLDEST_PYTHON = (3, 11)
 PIP = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
-# Settings of pip that say where packages come from, and uv's. Indexes are variables, because they can have passwords.
-INDEXES = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_EXTRA_INDEX_URL", "cert": "SSL_CERT_FILE"}
+# Settings of pip that say where packages come from, and uv's. Those of indexes are variables, because they can hold passwords.
+VARIABLES = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_EXTRA_INDEX_URL", "cert": "SSL_CERT_FILE"}
 OPTIONS = {"find-links": "--find-links", "trusted-host": "--allow-insecure-host", "constraint": "--constraints"}
 # Modules that are compiled when they are imported, if ever: half of all, 24 of 49 s on two cores.
 SELDOM = (
@@ -140,8 +140,8 @@ def install_by_uv(requirements: str) -> bool:
         command += [part for value in settings.get(name, "").split() for part in (option, value)]
     if settings.get("no-index", "").lower() in ("1", "on", "true", "yes"):
         command.append("--no-index")
-    indexes = {INDEXES[name]: " ".join(settings[name].split()) for name in INDEXES if name in settings}
-    return subprocess.run(command, stdout=sys.stderr, env={**indexes, **os.environ}).returncode == 0
+    variables = {VARIABLES[name]: " ".join(settings[name].split()) for name in VARIABLES if name in settings}
+    return subprocess.run(command, stdout=sys.stderr, env={**variables, **os.environ}).returncode == 0
 
 
 def install(requirements: str) -> None:

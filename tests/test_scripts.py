@@ -55,6 +55,14 @@ def unpacked(folder: Path, version: str) -> Path:
     return folder / "packages"
 
 
+def add_script(root: Path) -> None:
+    """The script hello, and what it needs."""
+    (root / "scripts").mkdir()
+    shutil.copy(environment.__file__, root / "scripts")
+    (root / "scripts" / "hello").write_text(SCRIPT)
+    (root / "beside.py").write_text("NAME = 'root'\n")
+
+
 def start(root: Path, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [SYSTEM_PYTHON, "scripts/hello", "a", "b c"],
@@ -78,10 +86,7 @@ def test_environment(tmp_path: Path, no_uv: None) -> None:
 
     And by a Python that has another version of the package than the one that is named.
     """
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(environment.__file__, tmp_path / "scripts")
-    (tmp_path / "scripts" / "hello").write_text(SCRIPT)
-    (tmp_path / "beside.py").write_text("NAME = 'root'\n")
+    add_script(tmp_path)
     requirements = tmp_path / "requirements.txt"
     included = tmp_path / "more.txt"
     requirements.write_text("-r more.txt\n")
@@ -132,18 +137,20 @@ def test_uv_looks_where_pip_is_told_to_look(tmp_path: Path, no_uv: None) -> None
     (tmp_path / "pip.conf").write_text(
         f"[global]\nindex-url = {(tmp_path / 'first').as_uri()}\n[list]\nformat = json\n"
     )
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(environment.__file__, tmp_path / "scripts")
-    (tmp_path / "scripts" / "hello").write_text(SCRIPT)
-    (tmp_path / "beside.py").write_text("NAME = 'root'\n")
+    add_script(tmp_path)
     (tmp_path / "requirements.txt").write_text("tiny==2.0\n")
-    more = {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), "PIP_EXTRA_INDEX_URL": (tmp_path / "second").as_uri()}
-    process = start(tmp_path, **more, PIP_NO_INDEX="0", PATH=f"{os.path.dirname(find_uv_bin())}:{os.environ['PATH']}")
+    variables = {
+        "PATH": f"{os.path.dirname(find_uv_bin())}:{os.environ['PATH']}",
+        "PIP_CONFIG_FILE": str(tmp_path / "pip.conf"),
+        "PIP_EXTRA_INDEX_URL": (tmp_path / "second").as_uri(),
+        "PIP_NO_INDEX": "0",
+    }
+    process = start(tmp_path, **variables)
     out, said = process.communicate()
     assert out == "2.0 root PASSIVE a b c\n"
     assert "+ tiny==2.0" in said
     (tmp_path / "requirements.txt").write_text("no-such-package==1.0\n")
-    process = start(tmp_path, **more, PIP_NO_INDEX="0", PATH=f"{os.path.dirname(find_uv_bin())}:{os.environ['PATH']}")
+    process = start(tmp_path, **variables)
     said = process.communicate()[1].splitlines()
     assert said[-1].startswith("Installing requirements.txt failed")
 
@@ -151,10 +158,7 @@ def test_uv_looks_where_pip_is_told_to_look(tmp_path: Path, no_uv: None) -> None
 @pytest.mark.slow
 def test_a_python_that_has_the_packages_is_enough(tmp_path: Path) -> None:
     """As in a container."""
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(environment.__file__, tmp_path / "scripts")
-    (tmp_path / "scripts" / "hello").write_text(SCRIPT)
-    (tmp_path / "beside.py").write_text("NAME = 'root'\n")
+    add_script(tmp_path)
     (tmp_path / "requirements.txt").write_text("-r more.txt\n")
     (tmp_path / "more.txt").write_text("# All there is.\ntiny==1.0\n")
     process = start(tmp_path, PYTHONPATH=str(unpacked(tmp_path, "1.0+cu130")))

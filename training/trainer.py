@@ -96,7 +96,6 @@ class Trainer:
         self.record, self.clock = self._begin_record(began)
         self.saved = time.time()
         self.divergence = Divergence()
-        self.compares = (self.compiled or task.compiled) and task.train().repeats()
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +112,7 @@ class Trainer:
     def run(self, deadline: float) -> bool:
         """Trains until the last step, or until the deadline; see `fit`."""
         self.weights.network.train()
+        compares = (self.compiled or self.task.compiled) and self.task.repeats()
         self.clock.lap("prepare")
         wait_until_compiled(self.folder)
         with Interruption() as interruption, contextlib.closing(self._bar()) as bar:
@@ -123,7 +123,7 @@ class Trainer:
                     self.clock.lap("compile")
                 bar.update()
                 self._log(outputs, bar)
-                if self.compares and self.progress.step in STEPS:
+                if compares and self.progress.step in STEPS:
                     option = "compile" if self.compiled else "compile_blocks"
                     check_gradients(self.weights, self.batch(0), self.folder.name, self.progress.step, option)
                 if self.progress.step % self.options.evaluate_every == 0 and self.progress.step < self.options.steps:

@@ -4,7 +4,7 @@ Several threads read a file. They compare checksums before they copy tensors to 
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -121,21 +121,28 @@ def check_header(path: Path) -> None:
         raise unreadable(path, error) from error
 
 
+def _slices(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+    """Name and safetensors' slice of every tensor of some files, which are open until the next is asked for.
+
+    Raises:
+        WeightsError: a file is truncated or not a safetensors file.
+    """
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (the file is not a mapping)
+                    yield name, file.get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise unreadable(path, error) from error
+
+
 def read_header(files: Iterable[Path]) -> Header:
     """Shape and dtype of every tensor of some safetensors files, by name.
 
     Raises:
         WeightsError: a file is truncated or not a safetensors file.
     """
-    header: Header = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is not a mapping)
-                header |= {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
-        except (SafetensorError, OSError) as error:
-            raise unreadable(path, error) from error
-    return header
+    return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in _slices(files)}
 
 
 def read_empty(files: Iterable[Path]) -> dict[str, Tensor]:
@@ -144,18 +151,11 @@ def read_empty(files: Iterable[Path]) -> dict[str, Tensor]:
     Raises:
         WeightsError: a file is truncated or not a safetensors file.
     """
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (the file is not a mapping)
-                    part = file.get_slice(name)
-                    shape = part.get_shape()
-                    dtype = (part[:0] if shape else file.get_tensor(name)).dtype
-                    tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
-        except (SafetensorError, OSError) as error:
-            raise unreadable(path, error) from error
-    return tensors
+    return {
+        # The part has the dtype, and no or one element.
+        name: torch.empty(one.get_shape(), dtype=one[slice(0) if one.get_shape() else ...].dtype, device="meta")
+        for name, one in _slices(files)
+    }
 
 
 def read_tensors(

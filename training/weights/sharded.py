@@ -47,8 +47,8 @@ class ShardedWeights(TrainedWeights):
     def own(self) -> list[nn.Parameter]:
         return local(self.trained)
 
-    def own_gradients(self) -> list[Tensor | None]:
-        return [one.to_local() if isinstance(one, DTensor) else one for one in super().own_gradients()]
+    def local_gradients(self) -> list[Tensor | None]:
+        return [one.to_local() if isinstance(one, DTensor) else one for one in super().local_gradients()]
 
     def expect(self, example: Callable[[], Batch]) -> None:
         """Shapes do not matter: units are compiled for all."""

@@ -135,14 +135,14 @@ class TrainedWeights(ABC):
             outputs = self.forward(batch) if compiled else TrainedWeights.forward(self, batch)
             self.accelerator.backward(outputs["loss"])
         return [
-            torch.zeros(1) if one is None else one.to("cpu", torch.float32, copy=True) for one in self.own_gradients()
+            torch.zeros(1) if one is None else one.to("cpu", torch.float32, copy=True) for one in self.local_gradients()
         ]
 
     def clear_gradients(self) -> None:
         for parameter in self.trained:
             parameter.grad = None
 
-    def own_gradients(self) -> list[Tensor | None]:
+    def local_gradients(self) -> list[Tensor | None]:
         """This process's part of the gradients as they are; None for a parameter that has none."""
         return [parameter.grad for parameter in self.trained]
 
