@@ -177,14 +177,16 @@ class Page:
             "show_progress": "hidden",
         }
         quick = {"show_progress": "hidden", "queue": False}
+        # Of an event that comes while the one before is answered, Gradio hears nothing, unless told to.
+        latest = quick | {"trigger_mode": "always_last"}
         gr.on([self.make.click, self.inputs["prompt"].submit], **making).then(js="() => window.studio.keepFocus()")
         self.cancel.click(self._cancel, **quick)
         self.gallery.select(self._select, None, picture, **quick)
-        self.compare.input(views.compared, self.compare, self.slider, **quick)
+        self.compare.input(views.compared, self.compare, self.slider, **latest)
         for name in ("image", "mask"):
             image, seen = self.inputs[name], [self.inputs[name], self.notes[name], self.brush]
             # Unprocessed: Gradio would open the file, and have no useful message for one that is not a picture.
-            image.input(functools.partial(self._look, name), image, seen, preprocess=False, **quick)
+            image.input(functools.partial(self._look, name), image, seen, preprocess=False, **latest)
 
         filling = [*form, self.recalled, *folds]
         lists = [self.inputs["image_prompts"], self.inputs["control_images"]]
@@ -196,8 +198,8 @@ class Page:
             else:
                 filled.then(**making)
         recalling = [*filling, self.drop, self.dropped, self.drop_note, self.lacking]
-        self.drop.upload(self._drop, self.drop, recalling, **quick)
-        self.lacking.upload(self._add, [self.dropped, self.lacking], recalling, **quick)
+        self.drop.upload(self._drop, self.drop, recalling, **latest)
+        self.lacking.upload(self._add, [self.dropped, self.lacking], recalling, **latest)
         self.blocks.load(self._open, None, picture, **quick)
 
     def _make(self, request: gr.Request, recalled: dict[str, Any], selected: int, *values: Any) -> Iterator[Updates]:

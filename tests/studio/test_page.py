@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from serving.record import read_record
 from studio.fields import FOLDS, fold_for, read_fields
@@ -84,6 +84,8 @@ FRAME = """() => {
 }"""
 
 
+# Where Gradio sends an event that does not wait in its queue.
+EVENT = "**/run/predict*"
 # Whether the slider's handle stands at a share of the picture's width.
 WHERE = """share => {
     const box = document.querySelector("#slider .slider-wrap, #slider").getBoundingClientRect();
@@ -153,6 +155,24 @@ def test_a_mask_is_painted_and_all_else_stays(opened: Page, session: Session) ->
     for side, share in (("Before", 1), ("After", 0), ("Both", 0.5)):
         opened.locator("#compare").get_by_text(side).click()
         opened.wait_for_function(WHERE, arg=share)
+
+
+def test_a_click_counts_that_comes_before_the_last_is_answered(opened: Page, session: Session) -> None:
+    fill(opened, **FEW)
+    make(opened, session)
+    opened.get_by_role("button", name="As image").first.click()
+    expect(opened.locator("#image img")).to_be_visible()
+    make(opened, session)
+    expect(opened.locator("#slider img")).to_have_count(2)
+    opened.wait_for_function(WHERE, arg=0.5)
+    held: list[Route] = []
+    opened.route(EVENT, lambda route: held.append(route), times=1)
+    with opened.expect_request(EVENT):
+        opened.locator("#compare").get_by_text("Before").click()
+    opened.locator("#compare").get_by_text("After").click()
+    expect(opened.locator("#compare input[value=After]")).to_be_checked()
+    held[0].continue_()
+    opened.wait_for_function(WHERE, arg=0)
 
 
 def test_a_dropped_file_brings_back_its_settings(opened: Page, session: Session, tmp_path: Path) -> None:
