@@ -17,6 +17,8 @@ from tests.studio.conftest import SIDE
 pytestmark = pytest.mark.slow
 
 FEW = {"steps_prior": "2", "steps_decoder": "1"}
+# Four pictures of these take a minute of one core: time to cancel, on a busy machine too.
+LONG = {"steps_prior": "50", "steps_decoder": "50", "width": "512", "height": "512"}
 
 
 def field(page: Page, name: str) -> Locator:
@@ -123,7 +125,7 @@ def test_a_prompt_is_typed_and_its_picture_grows(opened: Page, session: Session)
 
 def test_a_request_is_cancelled(opened: Page, session: Session) -> None:
     before = len(session.made)
-    fill(opened, steps_prior="50", steps_decoder="50")
+    fill(opened, **LONG)
     opened.locator("#num_images").get_by_text("4").click()
     opened.locator("#make").click()
     opened.locator("#view .previews img").first.wait_for()
@@ -329,18 +331,17 @@ def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
     def give(name: str, value: str) -> None:
         go(f"#{name} :is(textarea, input)")
         keys.press("Control+A")
-        keys.type(value)
+        keys.type(value) if value else keys.press("Delete")
 
     give("prompt", "a robot on a beige background")
-    # So that there is time to cancel.
     go("#num_images input[value='4']")
     keys.press("Space")
     give("seed", "21")
     go("button.label-wrap", text="Settings")
     keys.press("Enter")
     opened.locator("#steps_prior").wait_for()
-    give("steps_prior", "50")
-    give("steps_decoder", "50")
+    for name, value in LONG.items():
+        give(name, value)
     go("#make", "Shift+Tab")
     keys.press("Enter")
     opened.locator("#view .previews img").first.wait_for()
@@ -350,8 +351,8 @@ def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
     assert len(session.made) == before
     go("#num_images input[value='1']")
     keys.press("Space")
-    give("steps_prior", "2")
-    give("steps_decoder", "1")
+    for name, value in (dict.fromkeys(LONG, "") | FEW).items():
+        give(name, value)
     go("#make", "Shift+Tab")
     keys.press("Enter")
     (made,) = made_since(opened, session, before)
