@@ -52,12 +52,12 @@ class Task(nn.Module, ABC):
     Attributes:
         dataset: the training pictures; None for a task that has no fixed number of pictures.
         unseen: held-out pictures, for `evaluate`.
-        compiled: whether the task has compiled parts of its own.
+        compiled_by: the option that let the task compile parts of its own; None if it has compiled none.
     """
 
     dataset: Sized | None = None
     unseen: Sized | None = None
-    compiled: bool = False
+    compiled_by: str | None = None
 
     @abstractmethod
     def batch(self, index: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -112,7 +112,8 @@ class Trainer:
     def run(self, deadline: float) -> bool:
         """Trains until the last step, or until the deadline; see `fit`."""
         self.weights.network.train()
-        compares = (self.compiled or self.task.compiled) and self.task.repeats()
+        compiled_by = "compile" if self.compiled else self.task.compiled_by
+        compares = compiled_by is not None and self.task.repeats()
         self.clock.lap("prepare")
         wait_until_compiled(self.folder)
         with Interruption() as interruption, contextlib.closing(self._bar()) as bar:
@@ -124,8 +125,7 @@ class Trainer:
                 bar.update()
                 self._log(outputs, bar)
                 if compares and self.progress.step in STEPS:
-                    option = "compile" if self.compiled else "compile_blocks"
-                    check_gradients(self.weights, self.batch(0), self.folder.name, self.progress.step, option)
+                    check_gradients(self.weights, self.batch(0), self.folder.name, self.progress.step, compiled_by)
                 if self.progress.step % self.options.evaluate_every == 0 and self.progress.step < self.options.steps:
                     # The checkpoint comes first: after a kill in between, the next start must not take the components just
                     # written for those of an earlier training.

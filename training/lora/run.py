@@ -119,7 +119,7 @@ class _Preparation:
         if new:
             vectors = first_vectors(settings.begins_from, settings.vectors, tokenizer, encoder)
             word = trained["word"] = nn.Parameter(vectors)
-        compiled = self._set_up_layers(prior)
+        compiled_by = self._set_up_layers(prior)
         text = Texts(
             len(captions),
             lambda rows: captions.encode(rows, word),
@@ -141,7 +141,7 @@ class _Preparation:
             previewer=self._previewer(),
             write=lambda folder: self._write(folder, networks, {} if word is None else {new: word}),
             modes=[encoder] if settings.text_encoder_rank else [],
-            compiled=compiled,
+            compiled_by=compiled_by,
         )
 
     def _encode(self, found: list[Captioned]) -> Latents:
@@ -178,15 +178,15 @@ class _Preparation:
                 trained |= {f"{network}.{name}": value for name, value in made.items()}
         return trained
 
-    def _set_up_layers(self, prior: StableCascadeUNet) -> bool:
-        """Turns on gradient checkpointing and compiling, if the settings say so; returns whether blocks are compiled."""
+    def _set_up_layers(self, prior: StableCascadeUNet) -> str | None:
+        """Turns on gradient checkpointing and compiling, if the settings say so; returns the setting that compiled blocks."""
         if self.settings.gradient_checkpointing:
             prior.enable_gradient_checkpointing()
-        compiled = self.settings.compile_blocks and self.device.type == "cuda"
-        if compiled:
-            for block in prior.blocks():
-                block.compile()
-        return compiled
+        if not self.settings.compile_blocks or self.device.type != "cuda":
+            return None
+        for block in prior.blocks():
+            block.compile()
+        return "compile_blocks"
 
     def _previewer(self) -> Previewer | None:
         """Turns samples into pictures; None if there are no samples, or the model has no previewer."""

@@ -41,7 +41,7 @@ class LoraTask(DiffusionTask):
         previewer: turns their latents into pictures; None: evaluations make none.
         write: writes the file into a folder.
         modes: further networks that have a training mode.
-        compiled: whether blocks of Stage C are compiled.
+        compiled_by: the setting that let blocks of Stage C be compiled; None if they are not.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class LoraTask(DiffusionTask):
         previewer: Previewer | None = None,
         write: Callable[[Path], None],
         modes: Sequence[nn.Module] = (),
-        compiled: bool = False,
+        compiled_by: str | None = None,
     ) -> None:
         super().__init__()
-        self.compiled = compiled
+        self.compiled_by = compiled_by
         self.trained = nn.ParameterDict({name.replace(".", "/"): value for name, value in trained.items()})
         self.networks = {"prior": prior, "previewer": previewer}
         self.modes = [prior, *modes]
