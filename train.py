@@ -111,7 +111,7 @@ def train(
                 "begins_from": begins_from.strip(),
                 "caption_dropout": float(caption_dropout_rate),
                 "resolution": None if resolution is None else int(resolution),
-                "preserve": preserve,
+                "preserve": [preserve] if preserve else [],
                 "title": trigger_word.strip() or None,
             },
             {

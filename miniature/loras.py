@@ -52,17 +52,20 @@ def style_plans(names: list[str], count: int, seed: int, *, trained: bool) -> Pl
     return replace(plans, says_style=np.ones(len(plans), bool))
 
 
-def subject_plans(count: int, seed: int, *, new: bool) -> Plans:
-    """Scenes of the subject, on the backgrounds of training or on `NEW_BACKGROUNDS`, which their captions name."""
+def subject_plans(count: int, seed: int, *, new: bool, balanced: bool = False) -> Plans:
+    """Scenes of the subject, on the backgrounds of training or on `NEW_BACKGROUNDS`, which their captions name.
+
+    balanced: half of them are small or at a named place; as scenes are drawn, a third is.
+    """
     plans = sample_plans(60 * count + 400, [WORD], seed, "train", 1)
     colours = np.isin(plans.colours, [COLOUR_NAMES.index(name) for name in NEW_BACKGROUNDS])
     wanted = colours.all(1) if new else ~colours.any(1)
     plans = plans[(plans.objects[:, 1] < 0) & wanted & plans.says_background]
-    # Half of them are small or at a named place. With one such picture in twelve, the word was learned only for the other
-    # cases.
-    small = (plans.places > 0) | (plans.size_names == SIZE_NAMES.index("small"))
-    half = [rows[: (count + i) // 2] for i, rows in enumerate((small.nonzero()[0], (~small).nonzero()[0]))]
-    plans = plans[np.sort(np.concatenate(half))]
+    if balanced:
+        small = (plans.places > 0) | (plans.size_names == SIZE_NAMES.index("small"))
+        half = [rows[: (count + i) // 2] for i, rows in enumerate((small.nonzero()[0], (~small).nonzero()[0]))]
+        plans = plans[np.sort(np.concatenate(half))]
+    plans = plans[:count]
     return replace(plans, says_style=np.zeros(len(plans), bool))
 
 
@@ -93,5 +96,6 @@ def write_style(path: Path, drawings: Tensor, names: list[str], count: int = 200
 
 def write_subject(path: Path, count: int = 24, seed: int = 1) -> None:
     """The subject's training pictures."""
-    plans = subject_plans(count, seed, new=False)
+    # With one small picture in twelve, the word was learned only for the other cases.
+    plans = subject_plans(count, seed, new=False, balanced=True)
     write_pictures(path, subject_drawing(), plans, captions_of(plans, [WORD], seed))

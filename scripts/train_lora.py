@@ -34,7 +34,6 @@ OF_LORA: dict[str, tuple[Any, str]] = {
     "caption_dropout": (float, "share of the samples without caption (default: 0.05)"),
     "resolution": (int, "pixels of a side of a square of the pictures' area (default: the model's own)"),
     "text_encoder_rank": (int, "rank of a LoRA of the text encoder (default: 0, none)"),
-    "preserve": (str, "a prompt of what shall stay as it is, such as 'a photo of a cat'"),
     "title": (str, "in the file's metadata (default: the output folder's name)"),
 }
 OF_OPTIONS: dict[str, tuple[Any, str]] = {
@@ -43,7 +42,11 @@ OF_OPTIONS: dict[str, tuple[Any, str]] = {
     "learning_rate": (float, "the largest (default: 1e-4)"),
     "seed": (int, "decides all draws (default: 0)"),
 }
-LISTS = {"targets": "layers of Stage C (default: attention)", "samples": "a prompt, of which evaluations make pictures"}
+LISTS = {
+    "targets": "layers of Stage C (default: attention)",
+    "preserve": "a prompt of what shall stay as it is, such as 'a photo of a cat'",
+    "samples": "a prompt, of which evaluations make pictures",
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -64,6 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, (kind, text) in {**OF_LORA, **OF_OPTIONS}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     parser.add_argument("--target", dest="targets", action="append", choices=TARGET_NAMES, help=LISTS["targets"])
+    parser.add_argument("--preserve", action="append", metavar="PROMPT", help=LISTS["preserve"])
     parser.add_argument("--sample", dest="samples", action="append", metavar="PROMPT", help=LISTS["samples"])
     parser.add_argument(
         "--no-gradient-checkpointing", action="store_true", help="faster by a third; takes several times the memory"

@@ -25,7 +25,7 @@ from miniature.loras import (
     write_style,
     write_subject,
 )
-from miniature.scenes import COLOUR_NAMES
+from miniature.scenes import COLOUR_NAMES, SIZE_NAMES
 from tests.miniature.small import ellipse, pack, quick_packing
 from training.lora.pictures import captioned_pictures, find_pictures
 from training.lora.settings import read_recipe
@@ -69,6 +69,8 @@ def test_what_is_judged_was_not_trained() -> None:
     assert set(style_plans(NAMES, 9, 1, trained=False).objects[:, 0]) <= {0, 5}
     new = {COLOUR_NAMES[index] for index in subject_plans(30, 1, new=True).colours.flatten()}
     seen = {COLOUR_NAMES[index] for index in subject_plans(12, 1, new=False).colours.flatten()}
+    balanced = subject_plans(12, 1, new=False, balanced=True)
+    assert ((balanced.places > 0) | (balanced.size_names == SIZE_NAMES.index("small"))).sum() == 6
     assert new <= set(NEW_BACKGROUNDS)
     assert not seen & set(NEW_BACKGROUNDS)
 

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,13 @@ class _Preparation:
         set_seed(self.recipe.options.seed)
         prior, encoder, tokenizer = (self._load(name) for name in ("prior", "text_encoder", "tokenizer"))
         prior.use_kernels("plain")
-        texts = [*(one.caption for one in found), settings.preserve, *settings.samples, ""]
+        texts = [*(one.caption for one in found), *settings.preserve, *settings.samples, ""]
         new = settings.word if settings.learns_a_word else ""
         captions = Captions(texts, tokenizer, encoder, new, settings.vectors)
         if captions.cut:
             logger.warning("%d captions have over 75 tokens; what comes after is left out.", captions.cut)
-        preserved = self._preserved(prior, captions, len(found)) if settings.preserve else None
+        sampled = len(found) + len(settings.preserve)
+        preserved = self._preserved(prior, captions, range(len(found), sampled)) if settings.preserve else None
         networks = {"prior": prior, "text_encoder": encoder} if settings.text_encoder_rank else {"prior": prior}
         trained = self._adapted(networks)
         for name, parameter in encoder.named_parameters():
@@ -135,7 +137,7 @@ class _Preparation:
             preserved=preserved,
             preserve_share=settings.preserve_share,
             caption_dropout=settings.caption_dropout,
-            samples=range(len(found) + 1, len(texts) - 1),
+            samples=range(sampled, len(texts) - 1),
             resolution=settings.resolution,
             settings=self.folder.sampler["prior"],
             previewer=self._previewer(),
@@ -149,11 +151,12 @@ class _Preparation:
         effnet = self._load("effnet", torch.float32)
         return Latents.of_pictures(found, effnet, self.device)
 
-    def _preserved(self, prior: nn.Module, captions: Captions, row: int) -> Latents:
-        """The base model's own pictures, for prior preservation."""
+    def _preserved(self, prior: nn.Module, captions: Captions, prompts: Sequence[int]) -> Latents:
+        """The base model's own pictures of these rows of the captions, for prior preservation."""
         settings, count = self.settings, self.settings.preserve_pictures
+        rows = torch.tensor([*islice(cycle(prompts), count)], device=self.device)
         with torch.no_grad():
-            text, empty = (captions.encode(torch.tensor([one], device=self.device)) for one in (row, len(captions) - 1))
+            text, empty = captions.encode(rows), captions.encode(torch.tensor([len(captions) - 1], device=self.device))
         made = sample_latents(
             prior,
             text,
@@ -162,7 +165,7 @@ class _Preparation:
             settings=self.folder.sampler["prior"],
             seeds=range(self.recipe.options.seed, self.recipe.options.seed + count),
         )
-        return Latents([(made, torch.full((count,), row, device=self.device))])
+        return Latents([(made, rows)])
 
     def _adapted(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
         """Gives the networks LoRAs; their parameters by name."""
@@ -213,7 +216,7 @@ class _Preparation:
             options.samples(self.processes),
             len(found),
             len(latents.groups),
-            f", and {len(preserved)} of {settings.preserve!r}" if preserved else "",
+            f", and {len(preserved)} of the model's own, of {len(settings.preserve)} prompts" if preserved else "",
         )
         if has_checkpoint(self.output / STATE):
             logger.info("%s has a checkpoint, which is continued.", self.output)

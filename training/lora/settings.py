@@ -37,9 +37,9 @@ class LoraSettings:
         vectors: how many tokens a learned word has.
         caption_dropout: share of the samples whose caption is the empty one.
         resolution: pixels: pictures are trained on in their own shapes, with the area of this square. None: the model's own.
-        preserve: prior preservation: a prompt for what must not change, such as "a photo of a dog"; empty: none. The model
-            makes pictures of it before training, and is trained on them between the others.
-        preserve_pictures: how many.
+        preserve: prior preservation: prompts for what must not change, such as "a photo of a dog"; empty: none. The model makes
+            pictures of them before training, and is trained on these between the others.
+        preserve_pictures: how many in all, of each prompt in turn.
         preserve_share: share of the micro-batches that are of these pictures.
         samples: prompts, of each of which every evaluation makes a picture; up to 16.
         gradient_checkpointing: recompute activations in the backward pass: a third slower, and a fraction of the memory.
@@ -63,7 +63,7 @@ class LoraSettings:
     vectors: Annotated[int, Range(1, 16)] = 1
     caption_dropout: Share = 0.05
     resolution: int | None = None
-    preserve: str = ""
+    preserve: tuple[str, ...] = ()
     preserve_pictures: Count = 16
     preserve_share: Share = 0.5
     samples: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         check_values("[lora]", asdict(self), kinds_of(LoraSettings))
-        for name in ("targets", "samples"):  # TOML has lists
+        for name in ("targets", "preserve", "samples"):  # TOML has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.targets:
             raise TrainingError("[lora] targets is empty; name at least one.")
@@ -88,6 +88,11 @@ class LoraSettings:
             )
         if any(letter.isspace() for letter in self.word) and self.begins_from:
             raise TrainingError(f"[lora] word is {self.word!r}; a word that is learned has no white space.")
+        if len(self.preserve) > self.preserve_pictures:
+            raise TrainingError(
+                f"[lora] preserve has {len(self.preserve)} prompts, but preserve_pictures is {self.preserve_pictures}; "
+                "each prompt needs a picture."
+            )
         if self.preserve and self.preserve_share in (0, 1):
             raise TrainingError(f"[lora] preserve_share is {self.preserve_share}; it must lie between 0 and 1.")
         if len(self.samples) > 16:
