@@ -32,7 +32,7 @@ class Compiled(Line):
     def __init__(self, factor: float) -> None:
         super().__init__()
         torch._dynamo.reset()
-        self.line, self.dropout, self.compiled = Layer(1, 1), nn.Dropout(0), True
+        self.line, self.dropout, self.compiled_by = Layer(1, 1), nn.Dropout(0), "its_option"
         self.line.factor = factor
         self.line.compile(backend="aot_eager")
 
@@ -52,7 +52,7 @@ def test_wrong_gradients_end_a_training(factor: float, tmp_path: Path) -> None:
         train(Compiled(factor), tmp_path)
     differ = f"differ from those of the same network, not compiled, by {abs(factor - 1):.2g} of their norm"
     assert str(raised.value).startswith(f"line: at step 4, the compiled gradients {differ}; ")
-    assert str(raised.value).endswith("compile_blocks = false trains without compiling.")
+    assert str(raised.value).endswith("its_option = false trains without compiling.")
 
 
 def test_right_gradients_change_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -86,7 +86,7 @@ def test_buffers_are_what_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", [Compiled(30.0), Line()], ids=["dropout", "not compiled"])
 def test_what_cannot_be_compared_is_not(task: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    task.dropout.p = 0.3 if task.compiled else 0.0
+    task.dropout.p = 0.3 if task.compiled_by else 0.0
     with caplog.at_level(logging.INFO):
         assert train(task, tmp_path)
     assert not any("differ" in line for line in caplog.messages)
