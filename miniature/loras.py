@@ -96,6 +96,6 @@ def write_style(path: Path, drawings: Tensor, names: list[str], count: int = 200
 
 def write_subject(path: Path, count: int = 24, seed: int = 1) -> None:
     """The subject's training pictures."""
-    # With one small picture in twelve, the word was learned only for the other cases.
+    # With one picture in twelve that is small or at a named place, the word was learned only for the other cases.
     plans = subject_plans(count, seed, new=False, balanced=True)
     write_pictures(path, subject_drawing(), plans, captions_of(plans, [WORD], seed))

@@ -177,7 +177,7 @@ class Page:
             "show_progress": "hidden",
         }
         quick = {"show_progress": "hidden", "queue": False}
-        # Of an event that comes while the one before is answered, Gradio hears nothing, unless told to.
+        # By default, Gradio ignores an event that comes while the one before is being answered.
         latest = quick | {"trigger_mode": "always_last"}
         gr.on([self.make.click, self.inputs["prompt"].submit], **making).then(js="() => window.studio.keepFocus()")
         self.cancel.click(self._cancel, **quick)

@@ -17,7 +17,7 @@ from tests.studio.conftest import SIDE
 pytestmark = pytest.mark.slow
 
 FEW = {"steps_prior": "2", "steps_decoder": "1"}
-# Four pictures of these take a minute of one core: time to cancel, on a busy machine too.
+# Four pictures of these take half a minute of a core: time to cancel, on a busy machine too.
 LONG = {"steps_prior": "50", "steps_decoder": "50", "width": "512", "height": "512"}
 
 
@@ -331,7 +331,8 @@ def test_the_keyboard_suffices(opened: Page, session: Session) -> None:
     def give(name: str, value: str) -> None:
         go(f"#{name} :is(textarea, input)")
         keys.press("Control+A")
-        keys.type(value) if value else keys.press("Delete")
+        keys.press("Delete")
+        keys.type(value)
 
     give("prompt", "a robot on a beige background")
     go("#num_images input[value='4']")

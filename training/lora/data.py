@@ -45,7 +45,7 @@ def sample_latents(
     """Samples Stage C's latents of square pictures for texts, a few at a time: float32 (B, 16, h, w).
 
     Args:
-        text: of B prompts, or of one for all.
+        text: of B prompts.
         negative: of the empty prompt.
         resolution: pixels of a side.
         settings: of the sampler.
@@ -54,7 +54,7 @@ def sample_latents(
     made = []
     for first in range(0, len(seeds), AT_ONCE):
         some = seeds[first : first + AT_ONCE]
-        rows = slice(None) if len(text.tokens) == 1 else slice(first, first + AT_ONCE)
+        rows = slice(first, first + AT_ONCE)
         steps = prior_steps(
             prior,
             TextEmbeddings(text.tokens[rows], text.pooled[rows]),

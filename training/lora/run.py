@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from cascade.networks.previewer import Previewer
 from cascade.networks.unet import StableCascadeUNet
+from cascade.prompts.text import TextEmbeddings
 from cascade.weights import ModelFolder, WeightsError
 from training.errors import TrainingError, writing
 from training.files import whole_file
@@ -154,18 +154,19 @@ class _Preparation:
     def _preserved(self, prior: nn.Module, captions: Captions, prompts: Sequence[int]) -> Latents:
         """The base model's own pictures of these rows of the captions, for prior preservation."""
         settings, count = self.settings, self.settings.preserve_pictures
-        rows = torch.tensor([*islice(cycle(prompts), count)], device=self.device)
+        rows = torch.tensor([*prompts, len(captions) - 1], device=self.device)
         with torch.no_grad():
-            text, empty = captions.encode(rows), captions.encode(torch.tensor([len(captions) - 1], device=self.device))
+            tokens, pooled, *_ = captions.encode(rows)  # each prompt once
+        turn = torch.arange(count, device=self.device) % len(prompts)
         made = sample_latents(
             prior,
-            text,
-            empty,
+            TextEmbeddings(tokens[turn], pooled[turn]),
+            TextEmbeddings(tokens[-1:], pooled[-1:]),
             resolution=settings.resolution,
             settings=self.folder.sampler["prior"],
             seeds=range(self.recipe.options.seed, self.recipe.options.seed + count),
         )
-        return Latents([(made, rows)])
+        return Latents([(made, rows[turn])])
 
     def _adapted(self, networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
         """Gives the networks LoRAs; their parameters by name."""
